@@ -1,0 +1,37 @@
+"""attrreg: train a vision model to be right for the right reasons.
+
+loss += reg(model, x, mask)
+"""
+
+from attrreg import baselines, masks, objectives, presets, scores, trace
+from attrreg.attributions import (
+    ActivationDifference,
+    ExpectedGradients,
+    GradCAM,
+    InputGradient,
+    InputXGradient,
+    IntegratedGradients,
+)
+from attrreg.penalty import Penalty
+from attrreg.regularizer import AttributionRegularizer, MapRegularizer, SingleRegularizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationDifference",
+    "AttributionRegularizer",
+    "ExpectedGradients",
+    "GradCAM",
+    "InputGradient",
+    "InputXGradient",
+    "IntegratedGradients",
+    "MapRegularizer",
+    "Penalty",
+    "SingleRegularizer",
+    "baselines",
+    "masks",
+    "objectives",
+    "presets",
+    "scores",
+    "trace",
+]

@@ -1,0 +1,74 @@
+"""Input gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from attrreg.needs import Grad, Need, Value
+from attrreg.objectives import Objective, SquaredOutside
+from attrreg.regularizer import MapRegularizer
+from attrreg.scores import ByTarget, Score
+from attrreg.sites import INPUT
+from attrreg.trace import Trace
+
+
+@dataclass(frozen=True, repr=False)
+class InputGradient(MapRegularizer):
+    """Gradient of the score with respect to the image.
+
+    phi = d score / d x, `(N, C, H, W)`, signed, in units of the score per unit of `x`.
+
+    Args:
+        score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
+        objective: what is asked of phi.
+
+    Cost:
+        One backward (and its double backward); no forward when attached.
+
+    Source:
+        Ross, Hughes and Doshi-Velez 2017, arXiv 1703.03717; as an attribution, Simonyan et al. 2013, arXiv 1312.6034.
+        Equals Captum's `Saliency(...).attribute(..., abs=False)`.
+    """
+
+    score: Score = ByTarget()
+    objective: Objective = SquaredOutside()
+
+    def needs(self) -> tuple[Need, ...]:
+        """The gradient at the images."""
+        return (Grad(INPUT, self.score),)
+
+    def attribution(self, trace: Trace) -> Tensor:
+        """The gradient itself."""
+        return trace.grad(INPUT, self.score)
+
+
+@dataclass(frozen=True, repr=False)
+class InputXGradient(MapRegularizer):
+    """Image times gradient of the score.
+
+    phi = x * d score / d x, `(N, C, H, W)`, in units of the score. For networks without bias it equals integrated gradients
+    with a zero baseline (Hesse et al. 2021, arXiv 2111.07668).
+
+    Args:
+        score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
+        objective: what is asked of phi.
+
+    Cost:
+        One backward (and its double backward), shared with `InputGradient` of the same score.
+
+    Source:
+        Shrikumar et al. 2016, arXiv 1605.01713. Equals Captum's `InputXGradient`.
+    """
+
+    score: Score = ByTarget()
+    objective: Objective = SquaredOutside()
+
+    def needs(self) -> tuple[Need, ...]:
+        """The images and the gradient there."""
+        return Value(INPUT), Grad(INPUT, self.score)
+
+    def attribution(self, trace: Trace) -> Tensor:
+        """Their product."""
+        return trace.value(INPUT) * trace.grad(INPUT, self.score)

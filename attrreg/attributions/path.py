@@ -1,0 +1,127 @@
+"""Path methods: gradients summed between a baseline and the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from attrreg.baselines import Baseline, OtherImage, Zero, as_baseline
+from attrreg.needs import Grad, Need
+from attrreg.objectives import Objective, SquaredOutside
+from attrreg.points import RULES, Path, Quadrature, RandomPlaces
+from attrreg.regularizer import MapRegularizer
+from attrreg.scores import ByTarget, Score
+from attrreg.sites import INPUT
+from attrreg.trace import Trace
+
+
+@dataclass(frozen=True, repr=False)
+class IntegratedGradients(MapRegularizer):
+    """Gradients averaged along the straight path from a baseline to the image, times their difference.
+
+    phi = (x - b) * sum_k w_k d score / d z at z_k = b + a_k (x - b), `(N, C, H, W)`, in units of the score. Its sum over
+    pixels approaches score(x) - score(b) as steps grow.
+
+    Args:
+        steps: number of places on the path; at least 1, and 2 for the Riemann rules.
+        baseline: where the path starts: a tensor that broadcasts to `x`, or one of `attrreg.baselines`.
+        rule: Captum's name of the quadrature rule.
+        chunk: how many steps' graphs are held in memory at a time. With fewer than `steps`, the memory is that of `chunk`
+            steps, and each step costs one forward and one inner backward more. None: all at once.
+        score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
+        objective: what is asked of phi.
+
+    Raises:
+        TypeError, ValueError: naming the setting.
+
+    Cost:
+        `steps` forwards and backwards, each backward differentiated again; twice as many of both where the path is
+        chunked. Each step is a pass on the whole batch, so train-mode BatchNorm sees all images at the same step.
+
+    Source:
+        Sundararajan et al. 2017, arXiv 1703.01365. Equals Captum's `IntegratedGradients` (its default has 50 steps), which
+        evaluates all steps as one batch: under train-mode BatchNorm that is another number.
+    """
+
+    steps: int = 16
+    baseline: Baseline | Tensor = Zero()
+    rule: str = "gausslegendre"
+    chunk: int | None = 1
+    score: Score = ByTarget()
+    objective: Objective = SquaredOutside()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "baseline", as_baseline(self.baseline))
+        if self.rule not in RULES:
+            raise ValueError(f"rule {self.rule!r} is unknown. Use one of {', '.join(map(repr, RULES))}.")
+        _check_count("steps", self.steps, 1 if self.rule == "gausslegendre" else 2)
+        if self.chunk is not None:
+            _check_count("chunk", self.chunk, 1)
+
+    @property
+    def _path(self) -> Path:
+        return Quadrature(as_baseline(self.baseline), self.steps, self.rule, self.chunk)
+
+    def needs(self) -> tuple[Need, ...]:
+        """The gradient summed along the path."""
+        return (Grad(INPUT, self.score, self._path),)
+
+    def attribution(self, trace: Trace) -> Tensor:
+        """The weighted sum."""
+        return trace.grad(INPUT, self.score, self._path)
+
+
+@dataclass(frozen=True, repr=False)
+class ExpectedGradients(MapRegularizer):
+    """Integrated gradients in expectation over baselines and places, by fresh draws each call.
+
+    phi = mean over draws of (x - b) * d score / d z at z = b + a (x - b), with b a random baseline and a ~ U(0, 1), both
+    drawn for each image. One draw a step is an unbiased estimate of the expectation.
+
+    Args:
+        samples: draws a call.
+        baseline: what b is drawn from; by default the other images of the batch. `baselines.Masked(fill)` compares the image
+            with itself without its irrelevant part.
+        chunk: how many draws' graphs are held in memory at a time, as in `IntegratedGradients`.
+        score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
+        objective: what is asked of phi.
+
+    Raises:
+        TypeError, ValueError: naming the setting.
+
+    Cost:
+        `samples` forwards and backwards, each backward differentiated again; twice as many where chunked.
+
+    Source:
+        Erion et al. 2021, arXiv 1906.10670.
+    """
+
+    samples: int = 1
+    baseline: Baseline | Tensor = OtherImage()
+    chunk: int | None = 1
+    score: Score = ByTarget()
+    objective: Objective = SquaredOutside()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "baseline", as_baseline(self.baseline))
+        _check_count("samples", self.samples, 1)
+        if self.chunk is not None:
+            _check_count("chunk", self.chunk, 1)
+
+    @property
+    def _path(self) -> Path:
+        return RandomPlaces(as_baseline(self.baseline), self.samples, self.chunk)
+
+    def needs(self) -> tuple[Need, ...]:
+        """The gradient summed over the draws."""
+        return (Grad(INPUT, self.score, self._path),)
+
+    def attribution(self, trace: Trace) -> Tensor:
+        """The weighted sum."""
+        return trace.grad(INPUT, self.score, self._path)
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}. Give a larger one.")

@@ -1,0 +1,213 @@
+"""Images made from an image: where a path starts, and what an image's irrelevant part is filled with.
+
+Each is `(x, mask, generator) -> image`, of the shape of `x`. `mask` is canonical (`(N, 1, H, W)`, 1 = relevant, any
+size) or None; `generator` lies on the device of `x`, and only those with `draws = True` use it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attrreg import masks
+from attrreg.spec import Spec
+
+
+class Baseline(Spec, ABC):
+    """An image made from an image."""
+
+    draws: ClassVar[bool] = False
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether a mask is required."""
+        return False
+
+    @abstractmethod
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Make the image `(N, C, H, W)` from `x` `(N, C, H, W)`."""
+
+
+@dataclass(frozen=True, repr=False)
+class Zero(Baseline):
+    """Zeros: the mean colour, for images that were normalised."""
+
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Zeros like `x`."""
+        return torch.zeros_like(x)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Fixed(Baseline):
+    """A given image, or one a sample: any tensor that broadcasts to the shape of `x`.
+
+    Args:
+        image: the tensor. Two of these are equal when their tensors are.
+    """
+
+    image: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image", torch.as_tensor(self.image).detach().clone())
+
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        """The image, broadcast to the shape of `x`."""
+        try:
+            return self.image.to(device=x.device, dtype=x.dtype).expand_as(x)
+        except RuntimeError as error:
+            raise ValueError(
+                f"baseline of shape {tuple(self.image.shape)} does not broadcast to x of shape {tuple(x.shape)}. Pass a scalar "
+                "tensor, one image (C, H, W), or one image a sample."
+            ) from error
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fixed) and self.image.dtype == other.image.dtype and torch.equal(self.image, other.image)
+
+    def __hash__(self) -> int:
+        return hash((Fixed, tuple(self.image.shape), self.image.dtype))
+
+    def __repr__(self) -> str:
+        return f"attrreg.baselines.Fixed(torch.tensor({self.image.tolist()}, dtype={self.image.dtype}))"
+
+
+@dataclass(frozen=True, repr=False)
+class Mean(Baseline):
+    """Each channel's mean over the image, everywhere."""
+
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        """The mean colour of each image of `x`."""
+        return x.mean(dim=(2, 3), keepdim=True).expand_as(x)
+
+
+@dataclass(frozen=True, repr=False)
+class Blur(Baseline):
+    """The image under a Gaussian blur.
+
+    Args:
+        sigma: standard deviation in pixels.
+    """
+
+    sigma: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.sigma) and self.sigma > 0):
+            raise ValueError(f"Blur(sigma={self.sigma}) is not a blur. Give a positive standard deviation in pixels.")
+
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Blurred `x`; the border is reflected."""
+        from torchvision.transforms.v2.functional import gaussian_blur  # timm brings torchvision; slow to import
+
+        radius = min(math.ceil(3 * self.sigma), min(x.shape[-2:]) - 1)  # reflection cannot reach further than the image
+        blurred: Tensor = gaussian_blur(x, kernel_size=[2 * radius + 1] * 2, sigma=[self.sigma] * 2)
+        return blurred
+
+
+@dataclass(frozen=True, repr=False)
+class Noise(Baseline):
+    """Gaussian noise, independent of the image, drawn anew each call.
+
+    Args:
+        std: standard deviation, in units of `x`.
+        mean: mean, in units of `x`.
+    """
+
+    std: float = 1.0
+    mean: float = 0.0
+    draws: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.std) and self.std >= 0 and math.isfinite(self.mean)):
+            raise ValueError(f"{self!r} is not a normal distribution. Give a finite mean and a standard deviation of at least 0.")
+
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Noise of the shape of `x`."""
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return noise * self.std + self.mean
+
+
+@dataclass(frozen=True, repr=False)
+class OtherImage(Baseline):
+    """Another image of the batch, drawn at random for each image (itself included), as expected gradients use."""
+
+    draws: ClassVar[bool] = True
+
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        """`x` with its images permuted."""
+        return x[torch.randperm(x.shape[0], generator=generator, device=x.device)]
+
+
+@dataclass(frozen=True, repr=False)
+class Shuffle(Baseline):
+    """The irrelevant pixels of each image, randomly permuted among themselves; relevant pixels stay.
+
+    The channels of a pixel move together. Under a soft mask every pixel with any irrelevance takes part.
+
+    Source: `x~` of the founding paper, arXiv 1910.00199.
+    """
+
+    draws: ClassVar[bool] = True
+
+    @property
+    def needs_mask(self) -> bool:
+        """True: which pixels move depends on the mask."""
+        return True
+
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        """`x` with the pixels outside `mask` permuted."""
+        n, channels, height, width = x.shape
+        outside = masks.resize(_mask(self, mask), (height, width)).reshape(n, -1) < 1
+        # Sorting puts the outside pixels first, in two orders: by place and at random. Pairing the two is the permutation.
+        place = torch.arange(height * width, device=x.device, dtype=torch.float64) / (height * width)
+        chance = torch.rand(outside.shape, generator=generator, device=x.device, dtype=torch.float64)
+        inside_last = (~outside).to(torch.float64) * 2
+        target = (inside_last + place).argsort(dim=1)
+        origin = (inside_last + chance).argsort(dim=1)
+        index = torch.empty_like(origin).scatter_(1, target, origin)
+        index = torch.where(outside, index, torch.arange(height * width, device=x.device))
+        return x.flatten(2).gather(2, index.unsqueeze(1).expand(n, channels, -1)).reshape(x.shape)
+
+
+@dataclass(frozen=True, repr=False)
+class Masked(Baseline):
+    """The image with its irrelevant part replaced: m x + (1 - m) fill(x).
+
+    Args:
+        fill: what takes the place of the irrelevant pixels.
+    """
+
+    fill: Baseline = Shuffle()
+
+    @property
+    def draws(self) -> bool:  # type: ignore[override]
+        """Whether the fill draws."""
+        return self.fill.draws
+
+    @property
+    def needs_mask(self) -> bool:
+        """True: what is replaced depends on the mask."""
+        return True
+
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        """`x` inside the mask, the fill outside."""
+        relevant = masks.resize(_mask(self, mask), (x.shape[-2], x.shape[-1])).to(x.dtype)
+        return relevant * x + (1 - relevant) * self.fill(x, mask, generator)
+
+
+def as_baseline(value: Baseline | Tensor) -> Baseline:
+    """A baseline as the user may write it: a `Baseline`, or a tensor."""
+    if isinstance(value, Baseline):
+        return value
+    if isinstance(value, Tensor):
+        return Fixed(value)
+    raise TypeError(f"baseline must be a tensor or a baselines.Baseline, got {type(value).__name__}. Use baselines.Zero(), for example.")
+
+
+def _mask(baseline: Baseline, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        raise ValueError(f"{baseline!r} needs a mask. Pass `mask=`.")
+    return mask

@@ -1,0 +1,121 @@
+"""One call's arguments, checked before any pass runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attrreg import masks
+
+Select = Callable[[Any], Tensor] | str | int | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of `reg(model, x, mask, ...)`, checked.
+
+    Attributes:
+        annotation: the mask; None where none was given (`attribute` without a mask).
+        target: `(N,)` int64 on the device of `x`, or None; `target_max` is its largest class.
+        output: picks the logits out of what the model returns.
+    """
+
+    model: nn.Module
+    x: Tensor
+    annotation: masks.Annotation | None
+    target: Tensor | None
+    target_max: int | None
+    generator: torch.Generator | None
+    output: Select
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The canonical mask."""
+        return None if self.annotation is None else self.annotation.relevant
+
+    def logits(self, output: Any) -> Tensor:
+        """Pick the logits out of what the model returned.
+
+        Raises:
+            TypeError: it is not a tensor, and no selector was given, or the selector does not fit.
+        """
+        chosen = output
+        if isinstance(self.output, int) or (isinstance(self.output, str) and isinstance(output, dict)):
+            chosen = output[self.output]
+        elif isinstance(self.output, str):
+            chosen = getattr(output, self.output)
+        elif self.output is not None:
+            chosen = self.output(output)
+        if not isinstance(chosen, Tensor):
+            names = f" with {sorted(map(str, output))}" if isinstance(output, dict) else ""
+            raise TypeError(
+                f"output: the model returned a {type(output).__name__}{names} and not a tensor of logits. Say where they are with "
+                "`output=`: an index, a key or attribute, or a function of what the model returns."
+            )
+        if torch.is_grad_enabled() and not chosen.requires_grad:
+            raise RuntimeError(
+                "The model's output carries no gradient: its forward runs under no_grad or detaches. Enable gradients inside "
+                "the model, or leave the detached part to another term."
+            )
+        return chosen
+
+
+def check_differentiable(model: nn.Module, x: Tensor) -> None:
+    """Check that a penalty's gradient could reach anything.
+
+    Raises:
+        RuntimeError: gradients are disabled, or nothing is trainable.
+    """
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        raise RuntimeError("A penalty needs gradients, but runs under torch.inference_mode() or on a tensor made there. Call it outside.")
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "A penalty needs gradients, but runs under torch.no_grad(). Call it outside, or use `.attribute` for the map alone."
+        )
+    if not x.requires_grad and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RuntimeError(
+            "All parameters of the model are frozen, so the penalty could train nothing. Set requires_grad on those to be trained."
+        )
+
+
+def check_images(model: nn.Module, x: Tensor) -> None:
+    """Check the model and its images.
+
+    Raises:
+        TypeError, ValueError: naming `model` or `x`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}. Pass the model itself, not a function of it.")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(
+            f"x must be a floating-point tensor, got {kind}. Scale and normalise the images first, for example `x.float() / 255`."
+        )
+    if x.dim() != 4 or x.numel() == 0:
+        raise ValueError(f"x must be a batch of images (N, C, H, W), got {tuple(x.shape)}. Add or keep the missing axes.")
+
+
+def check_target(target: Tensor | None, x: Tensor) -> tuple[Tensor | None, int | None]:
+    """Check the targets as far as can be done before the number of classes is known.
+
+    Returns:
+        The target as int64 on the device of `x`, and its largest class.
+
+    Raises:
+        TypeError, ValueError: naming `target`.
+    """
+    if target is None:
+        return None, None
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex() or target.dtype is torch.bool:
+        kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"target must be a tensor of class indices, got {kind}. For one-hot labels write `target.argmax(1)`.")
+    if target.shape != (x.shape[0],):
+        raise ValueError(f"target must be ({x.shape[0]},), one class an image of x, got {tuple(target.shape)}. Reshape it.")
+    lowest, highest = (int(value) for value in target.aminmax())
+    if lowest < 0:
+        raise ValueError(f"target has the class {lowest}, which is negative. Pass class indices, and leave out images to be ignored.")
+    return target.to(device=x.device, dtype=torch.int64), highest

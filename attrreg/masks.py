@@ -1,0 +1,155 @@
+"""The mask contract: 1 (True) = relevant, 0 = irrelevant, values between are soft.
+
+A mask is `(N, H, W)`, `(N, 1, H, W)` or `(H, W)` (one mask for the whole batch), boolean or floating point, of any
+size: it is resized to the map that it judges. An image without annotation is said with `annotated=`, and is not the
+same as an image whose mask is empty: the first is left out of every mean, the second says that nothing is relevant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def penalty_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype penalties are computed in: never less than float32, whatever the model runs in."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """A checked mask.
+
+    Attributes:
+        relevant: `(N, 1, H, W)` in [0, 1], on the device of `x`; ones for the images without annotation.
+        annotated: boolean `(N,)`.
+    """
+
+    relevant: Tensor
+    annotated: Tensor
+
+    def mean(self, per_image: Tensor, reduction: str) -> Tensor:
+        """Reduce a penalty `(N,)` over the annotated images; exactly 0, still connected, when there are none."""
+        kept = torch.where(self.annotated, per_image, torch.zeros_like(per_image)).sum()
+        if reduction == "sum":
+            return kept
+        count = self.annotated.sum() if reduction == "mean" else per_image.shape[0]
+        return kept / torch.as_tensor(count, device=per_image.device).clamp(min=1)
+
+
+def check(mask: Tensor, x: Tensor, annotated: Tensor | None, needs_region: str | None = None) -> Annotation:
+    """Check a mask against the images and bring it to its canonical form.
+
+    Args:
+        mask: the user's mask.
+        x: images `(N, C, H, W)`.
+        annotated: boolean `(N,)`, or None: every image is annotated.
+        needs_region: who is undefined for a mask without any relevant pixel, for the message; None: nobody.
+
+    Raises:
+        TypeError, ValueError: naming `mask` or `annotated`, with the remedy.
+    """
+    relevant = _canonical(mask, x)
+    flags = _annotated(annotated, x)
+    column = flags.view(-1, 1, 1, 1)
+    # One transfer to the host for all checks of values: each would otherwise wait for the device by itself.
+    bad = column & ~((relevant >= 0) & (relevant <= 1))
+    empty = flags & (relevant.amax(dim=(1, 2, 3)) <= 0)
+    has_bad, has_empty = torch.stack([bad.any(), empty.any()]).tolist()
+    if has_bad:
+        raise ValueError(
+            "mask has values that are NaN or outside [0, 1]. Scale it (for example `mask / 255`), or say which images have "
+            "no annotation with `annotated=`."
+        )
+    if has_empty and needs_region is not None:
+        first = int(empty.nonzero()[0])
+        raise ValueError(
+            f"mask of image {first} has no relevant pixel, and {needs_region} is undefined without one. Leave the image out "
+            "with `annotated=`, or use objectives.SquaredOutside() or AbsoluteOutside(), which accept empty masks."
+        )
+    return Annotation(torch.where(column, relevant, torch.ones_like(relevant)), flags)
+
+
+def _canonical(mask: Tensor, x: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}. Convert it, for example with torch.as_tensor(mask).")
+    if mask.dtype is not torch.bool and not mask.is_floating_point():
+        raise TypeError(
+            f"mask must be boolean or floating point, got {mask.dtype}. Write `mask > 0`, or `mask == label` for a map of labels."
+        )
+    shape, n = tuple(mask.shape), x.shape[0]
+    if mask.dim() == 2:
+        mask = mask.expand(n, *shape)
+    if mask.dim() == 3:
+        mask = mask.unsqueeze(1)
+    if mask.dim() != 4 or mask.shape[1] != 1:
+        raise ValueError(f"mask must be (N, H, W), (N, 1, H, W) or (H, W), got {shape}. Drop or reduce the other axes.")
+    if mask.shape[0] != n:
+        raise ValueError(f"mask is for {mask.shape[0]} images but x has {n} (mask {shape}). Pass one mask an image, or one (H, W) for all.")
+    if mask.numel() == 0:
+        raise ValueError(f"mask is empty: its shape is {shape}. Pass a mask with at least one pixel.")
+    return mask.detach().to(device=x.device, dtype=penalty_dtype(x.dtype))
+
+
+def _annotated(annotated: Tensor | None, x: Tensor) -> Tensor:
+    n = x.shape[0]
+    if annotated is None:
+        return torch.ones(n, dtype=torch.bool, device=x.device)
+    if not isinstance(annotated, Tensor) or annotated.dtype is not torch.bool:
+        kind = annotated.dtype if isinstance(annotated, Tensor) else type(annotated).__name__
+        raise TypeError(f"annotated must be a boolean tensor, got {kind}. Write torch.tensor([...], dtype=torch.bool).")
+    if annotated.shape != (n,):
+        raise ValueError(f"annotated must be ({n},), one flag an image of x, got {tuple(annotated.shape)}. Reshape it.")
+    return annotated.to(x.device)
+
+
+def resize(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize a canonical mask `(N, 1, H, W)` to a map's size, by area.
+
+    Downwards every cell is the mean of the pixels it covers, so a thin region becomes soft and never vanishes;
+    upwards pixels are repeated.
+    """
+    if mask.shape[-2:] == size:
+        return mask
+    return F.adaptive_avg_pool2d(mask, size)
+
+
+def from_boxes(boxes: Sequence[Tensor | Sequence[Sequence[float]] | None], size: tuple[int, int]) -> Tensor:
+    """Masks from bounding boxes: a pixel is relevant where any box of its image touches it.
+
+    Args:
+        boxes: one entry an image: `(K, 4)` boxes as (x1, y1, x2, y2) in pixels, x2 and y2 exclusive (the format of
+            torchvision's `BoundingBoxFormat.XYXY`). An image with no box (`[]`) gets an empty mask: nothing is relevant.
+            None stands for an image without annotation: its mask is all True, and it must also be left out with
+            `annotated=torch.tensor([b is not None for b in boxes])`.
+        size: `(H, W)` of the masks.
+
+    Returns:
+        Boolean `(N, H, W)`.
+
+    Raises:
+        ValueError: a box that is not finite, is empty, or lies outside the image.
+    """
+    height, width = size
+    masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
+    for index, entry in enumerate(boxes):
+        if entry is None:
+            masks[index] = True
+            continue
+        for box in torch.as_tensor(entry, dtype=torch.float64).reshape(-1, 4).tolist():
+            x1, y1, x2, y2 = box
+            if not (x1 < x2 and y1 < y2 and x2 > 0 and y2 > 0 and x1 < width and y1 < height):
+                raise ValueError(
+                    f"boxes[{index}] has the box {box}, which is empty or outside an image of {height} x {width}. Give "
+                    "(x1, y1, x2, y2) in pixels with x1 < x2 and y1 < y2."
+                )
+            rows = slice(max(0, int(y1 // 1)), -int(-y2 // 1))
+            columns = slice(max(0, int(x1 // 1)), -int(-x2 // 1))
+            masks[index, rows, columns] = True
+    return masks

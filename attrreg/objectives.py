@@ -1,0 +1,99 @@
+"""Objectives: what is asked of a map. Each is `(map, mask) -> (N,)`, one penalty an image.
+
+A map is `(N, C, H, W)`; the mask is `(N, 1, H, W)` of the same height and width, 1 = relevant. Any function with that
+signature can be passed as an objective; one with settings is a frozen dataclass. An objective that is undefined for
+a mask without any relevant pixel says so with `requires_region = True`.
+
+Below, phi is the map, m the mask and o = 1 - m; sums run over channels and pixels of one image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attrreg.spec import Spec
+
+Objective = Callable[[Tensor, Tensor], Tensor]
+
+
+def requires_region(objective: Objective) -> bool:
+    """Whether the objective is undefined for an image whose mask has no relevant pixel."""
+    return bool(getattr(objective, "requires_region", False))
+
+
+@dataclass(frozen=True, repr=False)
+class SquaredOutside(Spec):
+    """sum (o phi)^2: the squared attribution outside the mask.
+
+    Not scale-free: it falls when all attributions shrink, and grows with the number of pixels.
+
+    Source: Ross, Hughes and Doshi-Velez 2017, arXiv 1703.03717 (there summed over the batch too: `presets.rrr_ross2017`).
+    """
+
+    def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
+        """Penalty `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
+        return ((1 - mask) * map).square().sum(dim=(1, 2, 3))
+
+
+@dataclass(frozen=True, repr=False)
+class AbsoluteOutside(Spec):
+    """sum |o phi|: the absolute attribution outside the mask.
+
+    Not scale-free, as `SquaredOutside`, but it drives attributions to exactly zero rather than to small ones.
+
+    Source: GradMask, arXiv 1910.00199 (there summed over the batch too: `presets.gradmask_viviano2019`).
+    """
+
+    def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
+        """Penalty `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
+        return ((1 - mask) * map).abs().sum(dim=(1, 2, 3))
+
+
+@dataclass(frozen=True, repr=False)
+class OutsideFraction(Spec):
+    """sum o |phi| / (sum |phi| + eps): the share of attribution outside the mask, in [0, 1].
+
+    Free of the scale of the attributions, of the image size and of the batch size, so one weight carries over between
+    models. Zero, with zero gradient, where the map is zero everywhere (a head initialised with zeros).
+
+    Args:
+        eps: keeps the share finite for a map that is zero everywhere; in units of the map.
+    """
+
+    eps: float = 1e-12
+    requires_region: ClassVar[bool] = True  # with an empty mask the share is 1 whatever the model does
+
+    def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
+        """Share `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
+        size = map.abs()
+        return ((1 - mask) * size).sum(dim=(1, 2, 3)) / (size.sum(dim=(1, 2, 3)) + self.eps)
+
+
+@dataclass(frozen=True, repr=False)
+class Energy(Spec):
+    """1 - sum m phi+ / sum phi+, with phi+ = relu(phi): the share of positive attribution outside the mask, in [0, 1].
+
+    The formula is constant, and so without gradient, for an image whose map is nowhere positive. For such an image |phi|
+    takes the place of phi+, so that the penalty does not go silent; a map that is zero everywhere gives 0.
+
+    Args:
+        eps: keeps the share finite for a map that is zero everywhere; in units of the map.
+
+    Source: the energy loss of Rao et al. 2023 (Model Guidance), arXiv 2303.12118, without their treatment of maps
+        that are nowhere positive.
+    """
+
+    eps: float = 1e-12
+    requires_region: ClassVar[bool] = True
+
+    def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
+        """Share `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
+        positive = map.relu()
+        nowhere = positive.sum(dim=(1, 2, 3), keepdim=True) <= 0
+        size = torch.where(nowhere, map.abs(), positive)
+        return ((1 - mask) * size).sum(dim=(1, 2, 3)) / (size.sum(dim=(1, 2, 3)) + self.eps)

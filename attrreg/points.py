@@ -1,0 +1,141 @@
+"""Points: the images at which the model is evaluated."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attrreg.baselines import Baseline
+from attrreg.spec import Spec
+
+RULES = ("gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid")
+
+
+@dataclass(frozen=True, eq=False)
+class Stop:
+    """One place on the way from a baseline to x: baseline + alpha (x - baseline), weighted.
+
+    Attributes:
+        baseline: `(N, C, H, W)`.
+        alpha: how far along, in [0, 1]: a number, or one an image `(N, 1, 1, 1)`.
+        weight: of the gradient at this place in the sum along the path.
+    """
+
+    baseline: Tensor
+    alpha: float | Tensor
+    weight: float
+
+    def image(self, x: Tensor) -> Tensor:
+        """The image at this place."""
+        return self.baseline + self.alpha * (x - self.baseline)
+
+    def factor(self, x: Tensor) -> Tensor:
+        """What the gradient here is multiplied by: weight (x - baseline)."""
+        return self.weight * (x - self.baseline)
+
+
+class Point(Spec, ABC):
+    """Where the model is evaluated."""
+
+    draws: ClassVar[bool] = False
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether a mask is required."""
+        return False
+
+
+@dataclass(frozen=True, repr=False)
+class Clean(Point):
+    """The images as they are."""
+
+
+CLEAN = Clean()
+
+
+@dataclass(frozen=True, repr=False)
+class At(Point):
+    """An image made from each image, cut off from it: no gradient flows to x.
+
+    Args:
+        image: how it is made.
+    """
+
+    image: Baseline
+
+    @property
+    def draws(self) -> bool:  # type: ignore[override]
+        """Whether making the image draws."""
+        return self.image.draws
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether making the image requires a mask."""
+        return self.image.needs_mask
+
+
+class Path(Point, ABC):
+    """Several places between a baseline and x, over which gradients are summed.
+
+    Subclasses have the fields `baseline` and `chunk`: how many places' graphs are held at a time (None: all).
+    """
+
+    baseline: Baseline
+    chunk: int | None
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether the baseline requires a mask."""
+        return self.baseline.needs_mask
+
+    @abstractmethod
+    def stops(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Sequence[Stop]:
+        """The places, for images `x` without graph."""
+
+
+@dataclass(frozen=True, repr=False)
+class Quadrature(Path):
+    """Fixed places and weights on the straight path, by one of Captum's rules."""
+
+    baseline: Baseline
+    steps: int
+    rule: str
+    chunk: int | None
+
+    @property
+    def draws(self) -> bool:  # type: ignore[override]
+        """Whether the baseline draws."""
+        return self.baseline.draws
+
+    def stops(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Sequence[Stop]:
+        """One place a step, all from the same baseline."""
+        # Captum's own tables: they round the Riemann places to float32, which nobody would reproduce by chance.
+        from captum.attr._utils.approximation_methods import approximation_parameters
+
+        sizes, alphas = approximation_parameters(self.rule)
+        start = self.baseline(x, mask, generator)
+        return [Stop(start, alpha, size) for alpha, size in zip(alphas(self.steps), sizes(self.steps), strict=True)]
+
+
+@dataclass(frozen=True, repr=False)
+class RandomPlaces(Path):
+    """Places drawn uniformly on the path, one alpha an image, each draw from a fresh baseline."""
+
+    baseline: Baseline
+    samples: int
+    chunk: int | None
+    draws: ClassVar[bool] = True
+
+    def stops(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Sequence[Stop]:
+        """One place a sample."""
+        result = []
+        for _ in range(self.samples):
+            start = self.baseline(x, mask, generator)
+            alpha = torch.rand((x.shape[0], 1, 1, 1), generator=generator, device=x.device, dtype=x.dtype)
+            result.append(Stop(start, alpha, 1 / self.samples))
+        return result

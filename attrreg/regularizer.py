@@ -1,0 +1,321 @@
+"""The regularizers' common type, their sums, and the one way a penalty is computed."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from attrreg import call as calls
+from attrreg import masks, objectives, penalty
+from attrreg.call import Call, Select
+from attrreg.hooks import Attachment
+from attrreg.needs import Need
+from attrreg.objectives import Objective
+from attrreg.penalty import Penalty
+from attrreg.points import CLEAN
+from attrreg.spec import Spec, source
+from attrreg.state import undone_on_error
+from attrreg.trace import Trace, check_needs, sites_at
+
+Reduction = Literal["mean", "sum", "batchmean"]
+
+
+class AttributionRegularizer(Spec, ABC):
+    """A penalty on where a model looks: a single term, or a weighted sum of terms.
+
+    Regularizers are immutable values: comparable, picklable, with a `repr` that rebuilds them. `+`, `*`, `sum([...])`,
+    `named` and `reduced` compose them into one flat sum, whose terms share forwards and backwards.
+
+    A new kind of term subclasses this with `needs` and `per_image`, or `MapRegularizer` if it has an attribution map.
+    """
+
+    @property
+    @abstractmethod
+    def terms(self) -> tuple[Term, ...]:
+        """The weighted terms of the sum; one for a single regularizer."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        mask: Tensor,
+        target: Tensor | None = None,
+        *,
+        annotated: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        output: Select = None,
+    ) -> Tensor:
+        """Compute the penalty, to be added to the loss.
+
+        Args:
+            model: any module that maps `x` to logits. It is left as it was, its buffers, modes and `.grad` included.
+            x: images `(N, C, H, W)`, floating point; may be the result of differentiable operations.
+            mask: `(N, H, W)`, `(N, 1, H, W)` or `(H, W)`, boolean or in [0, 1], of any size: 1 = relevant.
+            target: classes `(N,)`. With it the default score is the target's logit, without it `scores.SumLogProb`.
+            annotated: boolean `(N,)`: the images that have a mask. None: all.
+            generator: where the terms' own random draws come from; None: PyTorch's default generator on the CPU.
+            output: where the logits are in what the model returns, if that is not a tensor: an index, a key or attribute,
+                or a function.
+
+        Returns:
+            A 0-dim tensor: the weighted sum over terms of each term's mean over the annotated images. Exactly 0, with a
+            graph, when no image is annotated.
+
+        Raises:
+            TypeError, ValueError: an argument is not as above; raised before any pass where that can be known.
+            RuntimeError: the penalty could not train anything (gradients disabled, all parameters frozen, no path from a
+                term to a trainable parameter).
+
+        Cost:
+            One forward and one backward for each distinct point and score, and the double backward that the loss's
+            own backward then contains; the clean forward is free when an attachment recorded it.
+        """
+        call = _checked(self.terms, model, x, mask, target, annotated, generator, output)
+        return penalty.compute(self.terms, call, as_users_forward=False).total
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        mask: Tensor,
+        target: Tensor | None = None,
+        *,
+        annotated: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        output: Select = None,
+    ) -> Penalty:
+        """Compute the penalty, its terms and the model's output, in place of the loop's own forward.
+
+        As calling the regularizer, but the clean forward stands in for `model(x)`: it moves BatchNorm's statistics and the
+        random number generators exactly as that would, and its output is returned.
+
+        Args:
+            model, x, mask, target, annotated, generator, output: as in calling the regularizer.
+
+        Returns:
+            `Penalty(total, terms, output)`; `output` is what the model returned, before `output=` picks the logits.
+
+        Raises:
+            As calling the regularizer.
+        """
+        call = _checked(self.terms, model, x, mask, target, annotated, generator, output)
+        return penalty.compute(self.terms, call, as_users_forward=True)
+
+    def attach(self, model: nn.Module) -> Attachment:
+        """Record the loop's own forwards through hooks, so that a penalty on the same `x` needs no forward of its own.
+
+        Args:
+            model: the module that the loop calls.
+
+        Returns:
+            A handle: a context manager with `.remove()`.
+
+        Raises:
+            ValueError: a layer that the model does not have.
+            RuntimeError: the model already has an attachment.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}. Pass the model itself.")
+        return Attachment(model, sites_at(CLEAN, penalty.needs_of(self.terms)))
+
+    def attribute(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        target: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        output: Select = None,
+    ) -> Tensor:
+        """Compute the attribution map itself, as Captum defines it.
+
+        Works also under `no_grad` and on a frozen model; leaves model and `x` as they were.
+
+        Args:
+            model, x, target, generator, output: as in calling the regularizer.
+            mask: needed only by baselines made from it.
+
+        Returns:
+            The map, detached: `(N, C, H, W)` for input attributions, `(N, 1, h, w)` for Grad-CAM.
+
+        Raises:
+            TypeError: the regularizer is a sum, or has no map.
+        """
+        raise TypeError(f"{self!r} has no attribution map. Call `.attribute` on a single term that has one.")
+
+    def named(self, name: str) -> Sum:
+        """The same term under another name, the key of `Penalty.terms`. Only for a single term."""
+        if len(self.terms) != 1:
+            raise ValueError(f"named({name!r}): a sum of {len(self.terms)} terms has no single name. Name each term before adding.")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"named: a name must be a non-empty string, got {name!r}. Write for example .named('background').")
+        return Sum((replace(self.terms[0], name=name),))
+
+    def reduced(self, reduction: Reduction) -> Sum:
+        """The same terms, reduced over the batch in another way.
+
+        Args:
+            reduction: "mean" over the annotated images (the default of every term); "sum" over them, as some papers do,
+                whose weight then depends on the batch size; "batchmean": the sum over the size of the whole batch.
+        """
+        if reduction not in get_args(Reduction):
+            raise ValueError(f"reduced: unknown reduction {reduction!r}. Use one of {', '.join(map(repr, get_args(Reduction)))}.")
+        return Sum(tuple(replace(term, reduction=reduction) for term in self.terms))
+
+    def __mul__(self, weight: float) -> Sum:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            return NotImplemented
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"weight must be finite and at least 0, got {weight}. A penalty with a negative weight would be a reward.")
+        return Sum(tuple(replace(term, weight=term.weight * weight) for term in self.terms))
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: object) -> Sum:
+        if isinstance(other, AttributionRegularizer):
+            return Sum(self.terms + other.terms)
+        if isinstance(other, int) and other == 0:  # where sum([...]) starts
+            return Sum(self.terms)
+        return NotImplemented
+
+    __radd__ = __add__
+
+
+class SingleRegularizer(AttributionRegularizer):
+    """One kind of penalty: what it needs, and how its value follows from that."""
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """This regularizer with weight 1, under the name of its class."""
+        return (Term(self, type(self).__name__),)
+
+    @abstractmethod
+    def needs(self) -> tuple[Need, ...]:
+        """What the trace must provide."""
+
+    @abstractmethod
+    def per_image(self, trace: Trace) -> Tensor:
+        """The penalty of each image, `(N,)`."""
+
+    @property
+    def needs_region(self) -> str | None:
+        """Who is undefined for a mask without any relevant pixel; None: nobody."""
+        return None
+
+
+class MapRegularizer(SingleRegularizer):
+    """An attribution map, judged by an objective. Subclasses are frozen dataclasses with a field `objective`."""
+
+    objective: Objective
+
+    @abstractmethod
+    def attribution(self, trace: Trace) -> Tensor:
+        """The map `(N, C, h, w)`, differentiable."""
+
+    def per_image(self, trace: Trace) -> Tensor:
+        """The objective of the map, under the mask at the map's size."""
+        map = self.attribution(trace)
+        map = map.to(masks.penalty_dtype(map.dtype))
+        return self.objective(map, masks.resize(trace.mask, (map.shape[-2], map.shape[-1])))
+
+    @property
+    def needs_region(self) -> str | None:
+        """The objective, if it is undefined for an empty mask."""
+        return source(self.objective) if objectives.requires_region(self.objective) else None
+
+    def attribute(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        target: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        output: Select = None,
+    ) -> Tensor:
+        """See `AttributionRegularizer.attribute`."""
+        calls.check_images(model, x)
+        with torch.inference_mode(False), torch.enable_grad(), undone_on_error(x.device, generator):
+            images = x.clone() if x.is_inference() else x
+            annotation = None if mask is None else masks.check(mask, images, None)
+            call = Call(model, images, annotation, *calls.check_target(target, images), generator, output)
+            check_needs(self.needs(), call, type(self).__name__)
+            trace = Trace(call, self.needs(), differentiable=False)
+            trace.run()
+            return self.attribution(trace).detach()
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a sum."""
+
+    regularizer: SingleRegularizer
+    name: str
+    weight: float = 1.0
+    reduction: Reduction = "mean"
+
+
+@dataclass(frozen=True, repr=False)
+class Sum(AttributionRegularizer):
+    """A flat weighted sum of terms, as `+` and `*` make it.
+
+    Raises:
+        ValueError: two terms have the same name.
+    """
+
+    parts: tuple[Term, ...]
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The terms, in the order they were added."""
+        return self.parts
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for term in self.parts:
+            if term.name in seen:
+                raise ValueError(f"Two terms are called {term.name!r}. Tell them apart with .named('...').")
+            seen.add(term.name)
+
+    def attribute(self, model: nn.Module, x: Tensor, target: Tensor | None = None, **settings: Any) -> Tensor:
+        """The map of the only term. See `AttributionRegularizer.attribute`."""
+        if len(self.terms) != 1:
+            raise TypeError(f"attribute: a sum of {len(self.terms)} terms has no single map. Call `.attribute` on one term.")
+        return self.terms[0].regularizer.attribute(model, x, target, **settings)
+
+    def __repr__(self) -> str:
+        return " + ".join(_written(term) for term in self.terms)
+
+
+def _written(term: Term) -> str:
+    text = f"{term.weight} * {term.regularizer!r}"
+    renamed, reduced = term.name != type(term.regularizer).__name__, term.reduction != "mean"
+    if renamed or reduced:
+        text = f"({text})" + (f".named({term.name!r})" if renamed else "") + (f".reduced({term.reduction!r})" if reduced else "")
+    return text
+
+
+def _checked(
+    terms: tuple[Term, ...],
+    model: nn.Module,
+    x: Tensor,
+    mask: Tensor,
+    target: Tensor | None,
+    annotated: Tensor | None,
+    generator: torch.Generator | None,
+    output: Select,
+) -> Call:
+    calls.check_images(model, x)
+    calls.check_differentiable(model, x)
+    needs_region = next((who for term in terms if (who := term.regularizer.needs_region)), None)
+    annotation = masks.check(mask, x, annotated, needs_region)
+    call = Call(model, x, annotation, *calls.check_target(target, x), generator, output)
+    for term in terms:
+        check_needs(term.regularizer.needs(), call, term.name)
+    return call

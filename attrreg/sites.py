@@ -1,0 +1,96 @@
+"""Sites: where in a model a value or a gradient is taken, and how a layer's output becomes a grid.
+
+A site is the dotted name of a layer, or one of the names below. Layers are carried as names, never as modules, so that
+a regularizer can be pickled, compared and used on a copy of the model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+
+from torch import Tensor, nn
+
+INPUT = "<input>"  # the images
+OUTPUT = "<output>"  # the logits: what the model returns, after `output=`
+FEATURES = "<features>"  # what enters the last linear or convolutional layer that runs: the pooled features
+SPATIAL = "<last spatial layer>"  # the last layer whose output is a map
+
+SPECIAL = (INPUT, OUTPUT, FEATURES, SPATIAL)
+
+
+def check_layer(model: nn.Module, name: str) -> None:
+    """Check that a site exists in a model.
+
+    Raises:
+        ValueError: suggesting the names nearest to an unknown one.
+    """
+    if name in SPECIAL:
+        return
+    names = [known for known, _ in model.named_modules() if known]
+    if name in names:
+        return
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"The outermost layers are {[n for n in names if '.' not in n]}."
+    raise ValueError(f"layer {name!r} is not in {type(model).__name__}. {hint}")
+
+
+def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> tuple[Tensor, int]:
+    """A layer's output as a map `(N, C, h, w)`, and the number of prefix tokens that were dropped.
+
+    Understands `(N, C, h, w)`, `(N, h, w, C)` and tokens `(N, L, C)` with or without prefix tokens. The layout is read
+    off the shape: the grid has the images' aspect ratio.
+
+    Raises:
+        ValueError: the layer has no spatial map.
+    """
+    height, width = x.shape[-2:]
+    if value.dim() == 4 and max(value.shape[1:]) > 1:
+        _, a, b, c = value.shape
+        channels_first, channels_last = _same_aspect(b, c, height, width), _same_aspect(a, b, height, width)
+        if channels_last and (not channels_first or _output_is_nhwc(model)) and a * b > 1:
+            return value.permute(0, 3, 1, 2), 0
+        if b * c > 1:
+            return value, 0
+    if value.dim() == 3 and value.shape[0] == x.shape[0]:
+        prefix = _prefix_tokens(value.shape[1], model, height, width)
+        if prefix is not None:
+            h, w = _grid(value.shape[1] - prefix, model, height, width) or (0, 0)
+            tokens = value[:, prefix:]
+            return tokens.transpose(1, 2).reshape(value.shape[0], value.shape[2], h, w), prefix
+    raise ValueError(
+        f"layer {site!r} gives {tuple(value.shape)} for images {tuple(x.shape)}, which is not a spatial map. Name a layer "
+        "before pooling, whose output is (N, C, h, w), (N, h, w, C) or (N, tokens, C)."
+    )
+
+
+def _same_aspect(h: int, w: int, height: int, width: int) -> bool:
+    # Strides round, so allow the grid one cell more or less.
+    return abs(h * width - w * height) <= max(height, width)
+
+
+def _output_is_nhwc(model: nn.Module) -> bool:
+    # timm names the layout of its feature maps; a str or a str-valued enum
+    layout = getattr(model, "output_fmt", "NCHW")
+    return str(getattr(layout, "value", layout)) == "NHWC"
+
+
+def _grid(count: int, model: nn.Module, height: int, width: int) -> tuple[int, int] | None:
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if grid is not None and len(grid) == 2 and grid[0] * grid[1] == count:
+        return int(grid[0]), int(grid[1])
+    if count < 2:
+        return None
+    h = max(1, round(math.sqrt(count * height / width)))
+    if count % h == 0 and _same_aspect(h, count // h, height, width):
+        return h, count // h
+    return None
+
+
+def _prefix_tokens(length: int, model: nn.Module, height: int, width: int) -> int | None:
+    # timm's attribute first; it is missing on some models that do have a class token
+    declared = getattr(model, "num_prefix_tokens", 0)
+    for prefix in dict.fromkeys([declared if isinstance(declared, int) else 0, 0, 1, 2, 5]):
+        if prefix < length and _grid(length - prefix, model, height, width) is not None:
+            return prefix
+    return None

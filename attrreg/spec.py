@@ -1,0 +1,39 @@
+"""What every declared object of the library shares: a repr that rebuilds it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+def public_path(kind: Any) -> str:
+    """Dotted path under which a class or function is reached after `import attrreg`."""
+    module = kind.__module__
+    if module.startswith(("attrreg.attributions", "attrreg.regularizer")):
+        module = "attrreg"  # re-exported at the top; where the file lies is not the user's business
+    return f"{module}.{kind.__qualname__}"
+
+
+def source(value: Any) -> str:
+    """Python source of a setting: `repr`, but with functions written as the path that imports them."""
+    if not isinstance(value, Spec) and callable(value) and hasattr(value, "__qualname__"):
+        return public_path(value)
+    if isinstance(value, tuple):
+        return "(" + "".join(f"{source(item)}, " for item in value).rstrip() + ")"
+    return repr(value)
+
+
+class Spec:
+    """Base of the frozen dataclasses a user writes: scores, objectives, baselines, regularizers.
+
+    Equality, hash and pickling are the dataclass's own. The repr names only the settings that differ from
+    their defaults, by paths that work after `import attrreg`, so `eval(repr(spec)) == spec`.
+    """
+
+    def __repr__(self) -> str:
+        settings = []
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            value = getattr(self, field.name)
+            if value != field.default:
+                settings.append(f"{field.name}={source(value)}")
+        return f"{public_path(type(self))}({', '.join(settings)})"

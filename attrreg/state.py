@@ -1,0 +1,102 @@
+"""What extra passes must not leave behind: buffers and random number generators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Rng:
+    """The state of PyTorch's default generators: the CPU's, and that of the device in use."""
+
+    device: torch.device
+    cpu: Tensor
+    accelerator: Tensor | None
+
+    @staticmethod
+    def of(device: torch.device) -> Rng:
+        """The present state."""
+        accelerator = None
+        if device.type != "cpu":
+            accelerator = torch.get_device_module(device).get_rng_state(device)
+        return Rng(device, torch.get_rng_state(), accelerator)
+
+    def restore(self) -> None:
+        """Go back to this state."""
+        torch.set_rng_state(self.cpu)
+        if self.accelerator is not None:
+            torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
+
+
+class Buffers:
+    """Copies of a model's buffers that stand in for them during a pass.
+
+    The originals are set aside, not written back over: the graph of the user's own forward may have saved them, and
+    writing would make its backward fail.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        copies: dict[int, Tensor] = {}  # a buffer shared by two modules stays shared
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    copy = copies.setdefault(id(buffer), buffer.detach().clone())
+                    self._places.append((module, name, buffer, copy))
+
+    def stand_in(self) -> None:
+        """Put the copies in place."""
+        for module, name, _, copy in self._places:
+            module._buffers[name] = copy
+
+    def put_back(self) -> None:
+        """Put the originals in place, as they were."""
+        for module, name, original, _ in self._places:
+            module._buffers[name] = original
+
+    def commit(self) -> None:
+        """Write what the pass did to the copies into the originals (which are in place again)."""
+        for _, _, original, copy in self._places:
+            # .data, as a forward writes its own statistics: without telling autograd, which would refuse an earlier
+            # graph that saved the buffer.
+            original.data.copy_(copy)
+
+
+@contextmanager
+def isolated(model: nn.Module, rng: Rng | None = None, device: torch.device | None = None) -> Iterator[Buffers]:
+    """Run passes that leave no trace in the model's buffers or the random number generators.
+
+    Args:
+        model: the model.
+        rng: the state to start from, so that the pass draws what an earlier one drew; None: the present one.
+        device: the device whose generator is kept, besides the CPU's; that of `rng` if given.
+    """
+    before = Rng.of(rng.device if rng is not None else device or torch.device("cpu"))
+    buffers = Buffers(model)
+    try:
+        buffers.stand_in()
+        if rng is not None:
+            rng.restore()
+        yield buffers
+    finally:
+        buffers.put_back()
+        before.restore()
+
+
+@contextmanager
+def undone_on_error(device: torch.device, generator: torch.Generator | None) -> Iterator[None]:
+    """Put the random number generators back as they were if the block raises."""
+    before = Rng.of(device)
+    own = generator.get_state() if generator is not None else None
+    try:
+        yield
+    except BaseException:
+        before.restore()
+        if generator is not None and own is not None:
+            generator.set_state(own)
+        raise

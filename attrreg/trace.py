@@ -1,0 +1,278 @@
+"""Trace: meet the needs of all terms of one call with as few passes as possible.
+
+One forward a point, one backward for each score at a point, whatever the number of terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attrreg import hooks, scores, sites
+from attrreg.call import Call
+from attrreg.needs import Grad, Need, Value
+from attrreg.points import CLEAN, At, Path, Point
+from attrreg.recompute import along
+from attrreg.scores import Score
+from attrreg.state import Buffers, Rng, isolated
+
+
+@dataclass
+class Passes:
+    """Passes that attrreg itself ran. The loop's own forward, when it is reused, is not among them.
+
+    Attributes:
+        forward: forwards through the model.
+        backward: inner backwards, those that make attributions.
+    """
+
+    forward: int = 0
+    backward: int = 0
+
+
+_counting: ContextVar[tuple[Passes, ...]] = ContextVar("attrreg_passes", default=())
+
+
+@contextmanager
+def passes() -> Iterator[Passes]:
+    """Count the passes that attrreg runs inside a `with` block.
+
+    A path method that recomputes (`chunk=`) runs passes in the loss's own backward too; those count for the block
+    in which the penalty was computed.
+    """
+    counter = Passes()
+    token = _counting.set((*_counting.get(), counter))
+    try:
+        yield counter
+    finally:
+        _counting.reset(token)
+
+
+def sites_at(point: Point, needs: Iterable[Need]) -> dict[str, bool]:
+    """The sites that needs read at a point; True where a gradient is taken."""
+    result: dict[str, bool] = {}
+    for need in needs:
+        if need.at == point:
+            result[need.site] = result.get(need.site, False) or isinstance(need, Grad)
+            if isinstance(need, Grad):
+                result.setdefault(need.score.site, False)
+    return result
+
+
+class Trace:
+    """The passes of one call. A term reads what it declared from here.
+
+    Args:
+        call: the checked arguments.
+        needs: of all terms together.
+        differentiable: keep graphs, so that gradients can be differentiated again.
+    """
+
+    def __init__(self, call: Call, needs: Iterable[Need], differentiable: bool) -> None:
+        self.call = call
+        self._differentiable = differentiable
+        self._needs = list(dict.fromkeys(needs))
+        self._counters = _counting.get()
+        self._recordings: dict[Point, hooks.Recording] = {}
+        self._grads: dict[tuple[str, Score, Point], Tensor] = {}
+        self._score_seeds: dict[Score, int] = {}
+        self._own_forward: tuple[Buffers, Rng] | None = None
+
+    # What terms read
+
+    def value(self, site: str, at: Point = CLEAN) -> Tensor:
+        """The value at a site; images `(N, C, H, W)` at `INPUT`, logits at `OUTPUT`."""
+        if site == sites.INPUT and at == CLEAN:
+            return self._recordings[CLEAN].values.get(site, self.call.x) if CLEAN in self._recordings else self.call.x
+        return self._at(self._recordings[at], site)
+
+    def grad(self, site: str, score: Score, at: Point = CLEAN) -> Tensor:
+        """The gradient of a score at a site, of the shape of its value; on a path, the weighted sum along it."""
+        return self._grads[site, score, at]
+
+    def grid(self, site: str, value: Tensor) -> Tensor:
+        """A value or gradient of a layer as a map `(N, C, h, w)`.
+
+        Raises:
+            ValueError: the layer has no spatial map.
+        """
+        return sites.to_grid(value, self.call.model, self.call.x, site)[0]
+
+    @property
+    def mask(self) -> Tensor:
+        """The canonical mask `(N, 1, H, W)`."""
+        assert self.call.mask is not None  # terms that read it are only run with one
+        return self.call.mask
+
+    @property
+    def output(self) -> Any:
+        """What the model returned for the clean images."""
+        return self._recordings[CLEAN].output
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """Tensors made to be differentiated, behind which no parameter lies."""
+        return [leaf for recording in self._recordings.values() for leaf in recording.leaves]
+
+    # Running
+
+    def run(self, as_users_forward: bool = False) -> None:
+        """Run all passes.
+
+        Args:
+            as_users_forward: the clean pass stands in for the user's own forward, so it moves BatchNorm's statistics and
+                the random number generators as that would; `commit` makes the former final.
+        """
+        clean = sites_at(CLEAN, self._needs)
+        if clean.keys() - {sites.INPUT} or any(clean.values()) or as_users_forward:
+            self._recordings[CLEAN] = self._clean_pass(clean, as_users_forward)
+        replay = self._recordings[CLEAN].rng if CLEAN in self._recordings else Rng.of(self.call.x.device)
+        # Draws come after the clean pass, as they do in a loop whose own forward is reused.
+        seeds = self._draw()
+        for point in self._points():
+            if isinstance(point, Path):
+                self._run_path(point, seeds[point], replay)
+                continue
+            if isinstance(point, At):
+                image = point.image(self.call.x.detach(), self.call.mask, self._generator(seeds[point]))
+                with isolated(self.call.model, replay):
+                    self._recordings[point] = self._forward(image, sites_at(point, self._needs))
+            self._differentiate(point)
+
+    def commit(self) -> None:
+        """Make what the clean pass did to the model's buffers final, where it stood in for the user's forward."""
+        if self._own_forward is not None:
+            self._own_forward[0].commit()
+
+    def _clean_pass(self, wanted: dict[str, bool], as_users_forward: bool) -> hooks.Recording:
+        call = self.call
+        attachment = hooks.attached(call.model)
+        recording = attachment.take(call.model, call.x, wanted) if attachment is not None and self._differentiable else None
+        if recording is None:
+            with isolated(call.model, device=call.x.device) as buffers:
+                recording = self._forward(call.x, wanted)
+                after = Rng.of(call.x.device)
+            if as_users_forward:
+                self._own_forward = (buffers, after)
+                after.restore()
+        return recording
+
+    def _forward(self, image: Tensor, wanted: dict[str, bool]) -> hooks.Recording:
+        for counter in self._counters:
+            counter.forward += 1
+        return hooks.forward(self.call.model, image, wanted)
+
+    def _points(self) -> list[Point]:
+        return list(dict.fromkeys(need.at for need in self._needs))
+
+    def _draw(self) -> dict[Point, int]:
+        """One seed for each point and score that draws, in the order of the terms: equal ones share a draw."""
+        for score in dict.fromkeys(need.score for need in self._needs if isinstance(need, Grad)):
+            if score.draws:
+                self._score_seeds[score] = self._seed()
+        return {point: self._seed() if point.draws else 0 for point in self._points()}
+
+    def _seed(self) -> int:
+        generator = self.call.generator
+        device = torch.device("cpu") if generator is None else generator.device
+        return int(torch.randint(2**62, (), generator=generator, device=device))
+
+    def _generator(self, seed: int) -> torch.Generator:
+        return torch.Generator(self.call.x.device).manual_seed(seed)
+
+    def _concrete(self, score: Score) -> Score:
+        resolved = score.resolve(self.call.target is not None)
+        return resolved.drawn(self._score_seeds[score]) if score.draws else resolved
+
+    def _differentiate(self, point: Point) -> None:
+        """All gradients at one point: one backward for each distinct score."""
+        groups: dict[Score, list[Grad]] = {}
+        for need in self._needs:
+            if isinstance(need, Grad) and need.at == point:
+                groups.setdefault(self._concrete(need.score), []).append(need)
+        for score, needs in groups.items():
+            wanted = list(dict.fromkeys(need.site for need in needs))
+            found = dict(zip(wanted, self._backward(self._recordings[point], score, wanted, self._differentiable), strict=True))
+            for need in needs:
+                self._grads[need.site, need.score, point] = found[need.site]
+
+    def _backward(self, recording: hooks.Recording, score: Score, wanted: list[str], create_graph: bool) -> list[Tensor]:
+        value = self._at(recording, score.site)
+        scores.check_output(score, value, self.call.target_max)
+        per_image = score(value, self.call.target)
+        if per_image.shape != (self.call.x.shape[0],):
+            raise ValueError(f"{score!r} gave {tuple(per_image.shape)}, but a score is ({self.call.x.shape[0]},), one number an image.")
+        inputs = [self._at(recording, site) for site in wanted]
+        for counter in self._counters:
+            counter.backward += 1
+        grads = torch.autograd.grad(per_image.sum(), inputs, create_graph=create_graph, retain_graph=True, allow_unused=True)
+        for site, grad in zip(wanted, grads, strict=True):
+            if grad is None:
+                raise RuntimeError(
+                    f"{score!r} does not depend on layer {site!r}, so its gradient there is zero for every input. Name a layer between "
+                    "the images and the score."
+                )
+            self._check_patches(site, grad)
+        return list(grads)
+
+    def _check_patches(self, site: str, grad: Tensor) -> None:
+        # Class-token pooling: the score reads the class token alone, so at the last layers patches have no gradient at all.
+        if site in sites.SPECIAL or grad.dim() != 3 or grad.shape[0] != self.call.x.shape[0]:
+            return
+        patches, prefix = sites.to_grid(grad, self.call.model, self.call.x, site)
+        if prefix and not patches.any() and grad.any():
+            raise RuntimeError(
+                f"At layer {site!r} the gradient of every patch token is zero, because the score reads the class token alone from "
+                "here on. Name an earlier layer, such as the norm before the last block's attention."
+            )
+
+    def _at(self, recording: hooks.Recording, site: str) -> Tensor:
+        if site == sites.OUTPUT:
+            return self.call.logits(recording.output)
+        if site in recording.problems or site not in recording.values:
+            raise ValueError(recording.problems.get(site, f"The model has nothing that could be {site}. Name a layer."))
+        return recording.values[site]
+
+    def _run_path(self, path: Path, seed: int, replay: Rng) -> None:
+        needs = [need for need in self._needs if isinstance(need, Grad) and need.at == path]
+        concrete = list(dict.fromkeys(self._concrete(need.score) for need in needs))
+        wanted = {sites.INPUT: True} | {score.site: False for score in concrete}
+        stops = path.stops(self.call.x.detach(), self.call.mask, self._generator(seed))
+
+        def gradients(image: Tensor, create_graph: bool) -> list[Tensor]:
+            with isolated(self.call.model, replay):
+                recording = self._forward(image, wanted)
+            return [self._backward(recording, score, [sites.INPUT], create_graph)[0] for score in concrete]
+
+        sums = along(stops, self.call.model, self.call.x, gradients, path.chunk, self._differentiable)
+        for need in needs:
+            self._grads[need.site, need.score, path] = sums[concrete.index(self._concrete(need.score))]
+
+
+def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:
+    """Check one term's needs against the call, before any pass.
+
+    Raises:
+        ValueError: naming the term.
+    """
+    for need in needs:
+        used = [need.site]
+        if isinstance(need, Grad):
+            used.append(need.score.site)
+            if need.score.needs_target and call.target is None:
+                raise ValueError(f"{name}: {type(need.score).__name__} needs a target. Pass `target=`, (N,) class indices.")
+        if isinstance(need.at, Path) and (isinstance(need, Value) or need.site != sites.INPUT):
+            raise ValueError(f"{name}: on a path only the gradient at the input can be taken. Ask for Grad(INPUT, score, path).")
+        if need.at.needs_mask and call.mask is None:
+            raise ValueError(f"{name}: {need.at!r} needs a mask. Pass `mask=`.")
+        for site in used:
+            try:
+                sites.check_layer(call.model, site)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
