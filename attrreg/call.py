@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,17 +43,13 @@ class Call:
         Raises:
             TypeError: it is not a tensor, and no selector was given, or the selector does not fit.
         """
-        chosen = output
-        if isinstance(self.output, int) or (isinstance(self.output, str) and isinstance(output, dict)):
-            chosen = output[self.output]
-        elif isinstance(self.output, str):
-            chosen = getattr(output, self.output)
-        elif self.output is not None:
-            chosen = self.output(output)
+        try:
+            chosen = self._chosen(output)
+        except (KeyError, IndexError, AttributeError, TypeError) as error:
+            raise TypeError(f"output={self.output!r} does not fit {_described(output)}, which the model returned. Select the logits in it.") from error
         if not isinstance(chosen, Tensor):
-            names = f" with {sorted(map(str, output))}" if isinstance(output, dict) else ""
             raise TypeError(
-                f"output: the model returned a {type(output).__name__}{names} and not a tensor of logits. Say where they are with "
+                f"output: the model returned {_described(output)} and not a tensor of logits. Say where they are with "
                 "`output=`: an index, a key or attribute, or a function of what the model returns."
             )
         if torch.is_grad_enabled() and not chosen.requires_grad:
@@ -62,6 +58,20 @@ class Call:
                 "the model, or leave the detached part to another term."
             )
         return chosen
+
+    def _chosen(self, output: Any) -> Any:
+        if self.output is None:
+            return output
+        if callable(self.output):
+            return self.output(output)
+        if isinstance(self.output, str) and not isinstance(output, Mapping):
+            return getattr(output, self.output)
+        return output[self.output]
+
+
+def _described(output: Any) -> str:
+    keys = f" with the keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
+    return f"a {type(output).__name__}{keys}"
 
 
 def check_differentiable(model: nn.Module, x: Tensor) -> None:

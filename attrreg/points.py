@@ -114,12 +114,13 @@ class Quadrature(Path):
 
     def stops(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Sequence[Stop]:
         """One place a step, all from the same baseline."""
-        # Captum's own tables: they round the Riemann places to float32, which nobody would reproduce by chance.
+        # Captum's own tables, and its own rounding: it has the Riemann places and all weights in float32.
         from captum.attr._utils.approximation_methods import approximation_parameters
 
         sizes, alphas = approximation_parameters(self.rule)
+        weights = torch.tensor(sizes(self.steps), dtype=torch.float32).tolist()
         start = self.baseline(x, mask, generator)
-        return [Stop(start, alpha, size) for alpha, size in zip(alphas(self.steps), sizes(self.steps), strict=True)]
+        return [Stop(start, alpha, weight) for alpha, weight in zip(alphas(self.steps), weights, strict=True)]
 
 
 @dataclass(frozen=True, repr=False)

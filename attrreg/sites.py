@@ -31,7 +31,7 @@ def check_layer(model: nn.Module, name: str) -> None:
     if name in names:
         return
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"The outermost layers are {[n for n in names if '.' not in n]}."
+    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Its outermost layers are {[n for n in names if '.' not in n]}."
     raise ValueError(f"layer {name!r} is not in {type(model).__name__}. {hint}")
 
 

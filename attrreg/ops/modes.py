@@ -11,16 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-
-def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    """relu6(x + 3) / 6; PyTorch's has no second derivative. Never in place: the product rule needs the input."""
-    return F.relu6(input + 3) / 6
-
-
-def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
-    """x relu6(x + 3) / 6; PyTorch's has no second derivative. Never in place: the product rule needs the input."""
-    return input * hardsigmoid(input)
-
+from attrreg.ops.activation import hardsigmoid, hardswish
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {F.hardsigmoid: hardsigmoid, F.hardswish: hardswish}
 
@@ -29,7 +20,8 @@ class _Replace(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
+        chosen: Callable[..., Any] = REPLACEMENTS.get(func, func)
+        return chosen(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -38,5 +30,5 @@ def twice_differentiable() -> Iterator[None]:
 
     Attention takes PyTorch's math path: its fused kernels have no double backward (pytorch#116350).
     """
-    with sdpa_kernel(SDPBackend.MATH), _Replace():  # type: ignore[no-untyped-call]
+    with sdpa_kernel(SDPBackend.MATH), _Replace():
         yield

@@ -1,0 +1,110 @@
+"""Small models and batches for the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+
+class SmoothNet(nn.Module):
+    """A convolutional net without kinks, so that numerical derivatives are exact."""
+
+    def __init__(self, norm: bool = False, dropout: float = 0.0, classes: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4) if norm else nn.Identity()
+        self.act = nn.Tanh()
+        self.body = nn.Conv2d(4, 5, 3, stride=2, padding=1, groups=1)
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(5, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(self.act(self.norm(self.stem(x))))
+        h = torch.nn.functional.silu(h)
+        logits: Tensor = self.head(self.drop(h.mean(dim=(2, 3))))
+        return logits
+
+
+class InplaceNet(nn.Module):
+    """A ReLU works in place right behind the tapped layer, and a normalisation in place on the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.last = nn.Conv2d(6, 8, 3, padding=1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.sub_(0.1) if x.requires_grad and not x.is_leaf else x - 0.1
+        h = self.relu(self.last(self.relu(self.conv(x))))
+        logits: Tensor = self.head(h.mean(dim=(2, 3)))
+        return logits
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: how to build a small one, the image size, and a layer with an (N, C, h, w) map."""
+
+    build: Callable[[], nn.Module]
+    size: int
+    layer: str
+
+
+def _timm(name: str, **settings: object) -> Callable[[], nn.Module]:
+    return lambda: timm.create_model(name, pretrained=False, num_classes=5, **settings)
+
+
+def _torchvision(name: str) -> Callable[[], nn.Module]:
+    return lambda: torchvision.models.get_model(name, weights=None, num_classes=5)
+
+
+FAMILIES = {
+    "resnet": Family(_timm("test_resnet"), 64, "layer4"),
+    "resnet_torchvision": Family(_torchvision("resnet18"), 48, "layer3"),
+    "convnext": Family(_timm("test_convnext"), 64, "stages.3"),
+    "vit": Family(_timm("test_vit", img_size=64), 64, "patch_embed.proj"),
+    "swin": Family(
+        _timm("swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1), num_heads=(2, 4), embed_dim=16), 56, "patch_embed.proj"
+    ),
+    "efficientnet": Family(_timm("test_efficientnet"), 64, "conv_head"),
+    "nfnet": Family(_timm("test_nfnet"), 64, "final_conv"),
+    "mobilenetv3": Family(_timm("mobilenetv3_small_050"), 64, "blocks.4"),
+    "squeezenet": Family(_torchvision("squeezenet1_1"), 64, "features.12"),
+    "inplace": Family(InplaceNet, 24, "last"),
+}
+
+
+def batch(
+    n: int = 3, channels: int = 3, size: int = 24, classes: int = 5, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, masks with a relevant rectangle, and targets."""
+    x = torch.randn(n, channels, size, size, dtype=dtype)
+    mask = torch.zeros(n, size, size, dtype=torch.bool)
+    mask[:, size // 4 : size // 2, size // 4 : -size // 4] = True
+    return x, mask, torch.randint(0, classes, (n,))
+
+
+def smooth_batch(n: int = 3) -> Batch:
+    """A float64 batch for `SmoothNet`."""
+    return batch(n, channels=2, size=8, classes=3, dtype=torch.float64)
+
+
+def gradients(model: nn.Module, value: Tensor) -> list[Tensor]:
+    """Parameter gradients of a scalar, zeros where it does not depend on one."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return list(torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True))
+
+
+def assert_close(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:
+    """Compare lists of tensors, relative to the largest value of all."""
+    scale = max(float(tensor.abs().max()) for tensor in want)
+    assert scale > 0, "nothing to compare: all values are zero"
+    for one, other in zip(got, want, strict=True):
+        assert one.shape == other.shape
+        assert float((one - other).abs().max()) <= tolerance * scale

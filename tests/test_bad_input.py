@@ -1,0 +1,388 @@
+"""Bad input: a clear error that names what is wrong and the remedy, and nothing changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attrreg
+from attrreg import baselines, masks, objectives, scores
+from attrreg.trace import passes
+from tests.models import SmoothNet, smooth_batch
+from tests.test_side_effects import assert_same, snapshot
+
+x, mask, target = smooth_batch()
+N = len(x)
+IG = attrreg.InputGradient()
+
+
+class Wrapped(nn.Module):
+    """A model whose output needs selecting."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.inner = SmoothNet().double()
+        self.wrap = wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.inner(x))
+
+
+@dataclass
+class Output:
+    logits: Tensor
+
+
+def nan_mask() -> Tensor:
+    values = mask.double()
+    values[0, 0, 0] = float("nan")
+    return values
+
+
+def empty_for(index: int) -> Tensor:
+    values = mask.clone()
+    values[index] = False
+    return values
+
+
+def call(**changes: Any) -> Callable[[nn.Module], Tensor]:
+    regularizer = changes.pop("reg", IG)
+    settings = {"x": x, "mask": mask, "target": target} | changes
+    return lambda model: regularizer(model, **settings)
+
+
+# name -> (what is done with a model, the exception, words of its message)
+BEFORE_COMPUTE: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], list[str]]] = {
+    "mask batch": (call(mask=mask[:2]), ValueError, ["mask", "2 images", "3"]),
+    "mask rank": (call(mask=mask[None, None]), ValueError, ["mask", "(N, H, W)"]),
+    "mask channels": (call(mask=mask[:, None].repeat(1, 2, 1, 1)), ValueError, ["mask", "(N, 1, H, W)"]),
+    "mask vector": (call(mask=mask[0, 0]), ValueError, ["mask"]),
+    "mask integer": (call(mask=mask.long()), TypeError, ["mask", "int64", "mask > 0"]),
+    "mask complex": (call(mask=mask.to(torch.complex64)), TypeError, ["mask", "complex64"]),
+    "mask none": (call(mask=None), TypeError, ["mask", "NoneType"]),
+    "mask nan": (call(mask=nan_mask()), ValueError, ["mask", "NaN"]),
+    "mask above one": (call(mask=mask.double() * 255), ValueError, ["mask", "[0, 1]", "255"]),
+    "mask below zero": (call(mask=mask.double() - 1), ValueError, ["mask", "[0, 1]"]),
+    "mask without pixels": (call(mask=torch.ones(N, 0, 4)), ValueError, ["mask"]),
+    "empty mask, fraction": (
+        call(reg=attrreg.InputGradient(objective=objectives.OutsideFraction()), mask=empty_for(1)),
+        ValueError,
+        ["mask of image 1", "OutsideFraction", "annotated="],
+    ),
+    "empty mask, energy": (
+        call(reg=IG + attrreg.InputXGradient(objective=objectives.Energy()), mask=torch.zeros(8, 8)),
+        ValueError,
+        ["mask of image 0", "Energy", "SquaredOutside"],
+    ),
+    "annotated dtype": (call(annotated=torch.ones(N)), TypeError, ["annotated", "float32", "bool"]),
+    "annotated list": (call(annotated=[True] * N), TypeError, ["annotated", "list"]),
+    "annotated shape": (call(annotated=torch.ones(2, dtype=torch.bool)), ValueError, ["annotated", "(3,)"]),
+    "target missing": (call(reg=attrreg.InputGradient(scores.TargetLogit()), target=None), ValueError, ["InputGradient", "TargetLogit", "target="]),
+    "target missing on a named term": (
+        call(reg=IG + attrreg.GradCAM("body", score=scores.Contrast()).named("heat"), target=None),
+        ValueError,
+        ["heat", "Contrast", "target="],
+    ),
+    "target negative": (call(target=torch.tensor([0, -1, 1])), ValueError, ["target", "-1"]),
+    "target float": (call(target=target.double()), TypeError, ["target", "float64"]),
+    "target one-hot": (call(target=torch.eye(3).long()), ValueError, ["target", "(3,)", "(3, 3)"]),
+    "unknown layer": (call(reg=attrreg.GradCAM(layer="boddy")), ValueError, ["GradCAM", "'boddy'", "'body'"]),
+    "unknown layer, far off": (call(reg=attrreg.GradCAM(layer="zzzz")), ValueError, ["'zzzz'", "stem"]),
+    "unknown layer of a difference": (call(reg=attrreg.ActivationDifference("stm")), ValueError, ["ActivationDifference", "'stem'"]),
+    "unknown layer of a score": (call(reg=attrreg.InputGradient(scores.RandomProjection("hed"))), ValueError, ["'hed'", "'head'"]),
+    "integer x": (call(x=x.long()), TypeError, ["x", "int64", "255"]),
+    "x without channels": (call(x=x[:, 0]), ValueError, ["x", "(N, C, H, W)"]),
+    "x list": (call(x=[x]), TypeError, ["x", "list"]),
+    "empty batch": (call(x=x[:0], mask=mask[:0], target=target[:0]), ValueError, ["x"]),
+    "model": (lambda model: IG(model.forward, x, mask, target), TypeError, ["model", "Module"]),
+    "attach to a function": (lambda model: IG.attach(model.forward), TypeError, ["model"]),
+    "attach an unknown layer": (lambda model: attrreg.GradCAM("bod").attach(model), ValueError, ["'bod'", "'body'"]),
+    "frozen": (lambda model: call()(model.requires_grad_(False)), RuntimeError, ["frozen", "requires_grad"]),
+    "baseline shape": (
+        call(reg=attrreg.IntegratedGradients(baseline=torch.zeros(5, 5, dtype=torch.float64))),
+        ValueError,
+        ["baseline", "(5, 5)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE_COMPUTE)
+def test_before_compute(name: str) -> None:
+    action, kind, words = BEFORE_COMPUTE[name]
+    model = SmoothNet(norm=True).double()
+    before = snapshot(model, x)
+    with passes() as counted, pytest.raises(kind) as caught:
+        action(model)
+    assert counted.forward == 0 and counted.backward == 0
+    check_message(caught.value, words)
+    assert_same(before, snapshot(model, x), but=("parameters",) if name == "frozen" else ())
+
+
+def check_message(error: Exception, words: list[str]) -> None:
+    text = str(error)
+    for word in words:
+        assert word in text
+    assert text.endswith((".", "?")) and text.count(". ") >= 1, "one sentence of cause and one of remedy"
+
+
+# The number of classes, and what layers and models return, are known only after the forward.
+AFTER_FORWARD: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], list[str]]] = {
+    "target too large": (call(target=torch.tensor([0, 3, 1])), ValueError, ["target", "class 3", "3 classes"]),
+    "no spatial map": (call(reg=attrreg.GradCAM(layer="head")), ValueError, ["'head'", "spatial map"]),
+    "layer behind the score": (call(reg=attrreg.GradCAM("body", score=scores.RandomProjection("stem"))), RuntimeError, ["'body'"]),
+    "loss that reduces": (
+        call(reg=attrreg.InputGradient(scores.TaskLoss(nn.functional.cross_entropy))),
+        ValueError,
+        ["TaskLoss", "one number an image"],
+    ),
+    "objective that reduces": (
+        call(reg=attrreg.InputGradient(objective=lambda map, mask: map.sum())),
+        ValueError,
+        ["InputGradient", "one an image"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AFTER_FORWARD)
+@pytest.mark.parametrize("way", ["call", "evaluate"])
+def test_after_the_forward(name: str, way: str) -> None:
+    action, kind, words = AFTER_FORWARD[name]
+    model = SmoothNet(norm=True, dropout=0.2).double()
+    before = snapshot(model, x)
+    if way == "evaluate":
+        regularizers = attrreg.AttributionRegularizer
+        original = regularizers.__call__
+        regularizers.__call__ = lambda self, *a, **k: self.evaluate(*a, **k).total  # type: ignore[method-assign]
+        try:
+            with pytest.raises(kind) as caught:
+                action(model)
+        finally:
+            regularizers.__call__ = original  # type: ignore[method-assign]
+    else:
+        with pytest.raises(kind) as caught:
+            action(model)
+    check_message(caught.value, words)
+    assert_same(before, snapshot(model, x))
+
+
+@pytest.mark.parametrize("score", [scores.Contrast(), scores.SumLogProb(), scores.TargetLogProb(), scores.TaskLoss()])
+def test_fewer_than_two_classes(score: scores.Score) -> None:
+    model = SmoothNet(classes=1).double()
+    with pytest.raises(ValueError, match=type(score).__name__):
+        attrreg.InputGradient(score)(model, x, mask, torch.zeros_like(target))
+
+
+def test_logits_of_another_rank() -> None:
+    model = nn.Conv2d(2, 3, 1).double()
+    with pytest.raises(ValueError, match=r"TargetLogit needs logits \(N, C\).*output="):
+        IG(model, x, mask, target)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "selectors"),
+    [
+        (lambda logits: (logits, None), [0, lambda out: out[0]]),
+        (lambda logits: {"logits": logits, "aux": None}, ["logits", lambda out: out["logits"]]),
+        (lambda logits: Output(logits), ["logits", lambda out: out.logits]),
+    ],
+    ids=["tuple", "dict", "dataclass"],
+)
+def test_wrapped_outputs_need_a_selector(wrap: Callable[[Tensor], Any], selectors: list[Any]) -> None:
+    model = Wrapped(wrap)
+    with pytest.raises(TypeError, match=r"output: the model returned a .*`output=`"):
+        IG(model, x, mask, target)
+    want = IG(model.inner, x, mask, target)
+    for selector in selectors:
+        torch.testing.assert_close(IG(model, x, mask, target, output=selector), want)
+        assert type(IG.evaluate(model, x, mask, target, output=selector).output) is type(model(x))
+        map = attrreg.InputGradient().attribute(model, x, target, output=selector)
+        torch.testing.assert_close(map, IG.attribute(model.inner, x, target))
+        with IG.attach(model):
+            model(x)
+            torch.testing.assert_close(IG(model, x, mask, target, output=selector), want)
+
+
+def test_wrong_selector() -> None:
+    with pytest.raises(TypeError, match="output"):
+        IG(Wrapped(lambda logits: {"logits": logits, "aux": None}), x, mask, target, output="aux")
+    with pytest.raises((KeyError, ValueError, TypeError), match="output"):
+        IG(Wrapped(lambda logits: {"logits": logits}), x, mask, target, output="nothing")
+
+
+def test_without_gradients() -> None:
+    model = SmoothNet().double()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"no_grad.*\. "):
+        IG(model, x, mask, target)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode.*\. "):
+        IG(model, x, mask, target)
+    with torch.inference_mode():
+        made_there = x + 1
+    with pytest.raises(RuntimeError, match="inference_mode"):
+        IG(model, made_there, mask, target)
+
+
+def test_attach_twice() -> None:
+    model = SmoothNet().double()
+    with IG.attach(model), pytest.raises(RuntimeError, match=r"already has an attachment.*Remove"):
+        attrreg.GradCAM().attach(model)
+    with IG.attach(model):
+        pass
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), -1])
+def test_weights(weight: float) -> None:
+    with pytest.raises(ValueError, match="weight"):
+        weight * IG
+    with pytest.raises(ValueError, match="weight"):
+        (IG + attrreg.InputXGradient()) * weight
+
+
+def test_things_that_are_no_weights_or_terms() -> None:
+    for other in ("2", None, True, torch.ones(2)):
+        with pytest.raises(TypeError):
+            IG * other  # type: ignore[operator]
+    for other in (1, 0.5, "term", None):
+        with pytest.raises(TypeError):
+            IG + other  # type: ignore[operator]
+
+
+def test_names() -> None:
+    with pytest.raises(ValueError, match=r"'InputGradient'.*named"):
+        IG + 0.5 * attrreg.InputGradient(scores.PredictedLogit())
+    with pytest.raises(ValueError, match="no single name"):
+        (IG + attrreg.InputXGradient()).named("both")
+    with pytest.raises(ValueError, match="name"):
+        IG.named("")
+
+
+SETTINGS: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: attrreg.IntegratedGradients(steps=0), ValueError, "steps"),
+    (lambda: attrreg.IntegratedGradients(steps=1, rule="riemann_left"), ValueError, "steps"),
+    (lambda: attrreg.IntegratedGradients(steps=2.0), ValueError, "steps"),  # type: ignore[arg-type]
+    (lambda: attrreg.IntegratedGradients(chunk=0), ValueError, "chunk"),
+    (lambda: attrreg.IntegratedGradients(rule="simpson"), ValueError, "gausslegendre"),
+    (lambda: attrreg.IntegratedGradients(baseline="zero"), TypeError, "baseline"),  # type: ignore[arg-type]
+    (lambda: attrreg.ExpectedGradients(samples=0), ValueError, "samples"),
+    (lambda: attrreg.ExpectedGradients(chunk=-1), ValueError, "chunk"),
+    (lambda: attrreg.GradCAM(layer=nn.Linear(1, 1)), TypeError, "layer"),  # type: ignore[arg-type]
+    (lambda: attrreg.GradCAM(layer=""), TypeError, "layer"),
+    (lambda: attrreg.ActivationDifference(()), TypeError, "layers"),
+    (lambda: attrreg.ActivationDifference((nn.Linear(1, 1),)), TypeError, "layers"),  # type: ignore[arg-type]
+    (lambda: attrreg.ActivationDifference(fill="zero"), TypeError, "fill"),  # type: ignore[arg-type]
+    (lambda: attrreg.ActivationDifference(detach="both"), ValueError, "detach"),  # type: ignore[arg-type]
+    (lambda: IG.reduced("median"), ValueError, "reduced"),  # type: ignore[arg-type]
+    (lambda: baselines.Blur(0), ValueError, "sigma"),
+    (lambda: baselines.Noise(-1), ValueError, "Noise"),
+    (lambda: masks.from_boxes([[(4, 0, 2, 3)]], (8, 8)), ValueError, r"boxes\[0\]"),
+    (lambda: masks.from_boxes([[(9, 0, 12, 3)]], (8, 8)), ValueError, "outside"),
+    (lambda: masks.from_boxes([[(0, 0, float("nan"), 3)]], (8, 8)), ValueError, "empty or outside"),
+    (lambda: (IG + attrreg.InputXGradient()).attribute(SmoothNet(), x), TypeError, "attribute"),
+    (lambda: attrreg.ActivationDifference().attribute(SmoothNet(), x), TypeError, "no attribution map"),
+    (lambda: attrreg.ExpectedGradients(baseline=baselines.Masked()).attribute(SmoothNet().double(), x), ValueError, "mask="),
+]
+
+
+@pytest.mark.parametrize(("build", "kind", "word"), SETTINGS)
+def test_settings(build: Callable[[], Any], kind: type[Exception], word: str) -> None:
+    with pytest.raises(kind, match=word):
+        build()
+
+
+# Never a silent no-op
+
+
+def test_a_term_without_path_to_a_parameter() -> None:
+    model = SmoothNet().double()
+    model.stem.requires_grad_(False)
+    model.body.requires_grad_(False)
+    regularizer = IG + attrreg.ActivationDifference("stem").named("early")
+    with pytest.raises(RuntimeError, match=r"early: the penalty has no path to any trainable parameter.*Unfreeze"):
+        regularizer(model, x, mask, target)
+    IG(model, x, mask, target).backward()  # reaches the head
+    assert model.head.weight.grad is not None and model.head.weight.grad.any()
+
+
+def test_a_model_that_detaches() -> None:
+    class Detached(SmoothNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).detach()
+
+    with pytest.raises(RuntimeError, match=r"output carries no gradient.*\. "):
+        IG(Detached().double(), x, mask, target)
+
+
+def test_frozen_backbone_trains_the_head_through_its_cam() -> None:
+    model = SmoothNet().double()
+    for layer in (model.stem, model.body):
+        layer.requires_grad_(False)
+    attrreg.GradCAM("body")(model, x, mask, target).backward()
+    assert model.head.weight.grad is not None and model.head.weight.grad.any()
+    assert model.body.weight.grad is None
+
+
+def test_class_token_pooling_leaves_no_patch_gradient() -> None:
+    import timm
+
+    model = timm.create_model("test_vit", img_size=32, num_classes=3)
+    with torch.no_grad():
+        model.head.weight.normal_()
+    images, where = torch.randn(2, 3, 32, 32), torch.ones(2, 32, 32)
+    with pytest.raises(RuntimeError, match=r"'norm'.*every patch token is zero.*earlier layer"):
+        attrreg.GradCAM(layer="norm")(model, images, where, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"found tokens.*Name the layer"):
+        attrreg.GradCAM()(model, images, where, torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize(
+    "objective", [objectives.SquaredOutside(), objectives.AbsoluteOutside(), objectives.OutsideFraction(), objectives.Energy()]
+)
+def test_a_head_of_zeros_is_no_error_and_no_nan(objective: Any) -> None:
+    model = SmoothNet().double()
+    nn.init.zeros_(model.head.weight)
+    for build in (attrreg.InputGradient, attrreg.InputXGradient, lambda **s: attrreg.GradCAM("body", **s), attrreg.IntegratedGradients):
+        value = build(objective=objective)(model, x, mask, target)
+        model.zero_grad()
+        value.backward()
+        assert float(value.detach()) == 0
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_non_leaf_x_works() -> None:
+    brightness = torch.ones((), dtype=torch.float64, requires_grad=True)
+    augmented = x * brightness
+    IG(SmoothNet().double(), augmented, mask, target).backward()
+    assert brightness.grad is not None and brightness.grad != 0
+
+
+def test_a_batch_without_annotation_is_zero_and_connected() -> None:
+    model = SmoothNet().double()
+    nobody = torch.zeros(N, dtype=torch.bool)
+    for reduction in ("mean", "sum", "batchmean"):
+        regularizer = (IG + attrreg.GradCAM("body") + attrreg.ActivationDifference()).reduced(reduction)  # type: ignore[arg-type]
+        value = regularizer(model, x, mask, target, annotated=nobody)
+        model.zero_grad()
+        value.backward()
+        assert float(value.detach()) == 0
+        for parameter in (model.stem.weight, model.body.weight, model.head.weight):
+            assert parameter.grad is not None and not parameter.grad.any()
+
+
+def test_layer_that_does_not_run_or_runs_twice() -> None:
+    class Odd(SmoothNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Conv2d(2, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.act(x))
+
+    model = Odd().double()
+    with pytest.raises(ValueError, match=r"'unused' did not run.*\. "):
+        attrreg.GradCAM("unused")(model, x, mask, target)
+    with pytest.raises(ValueError, match=r"'act' ran more than once.*\. "):
+        attrreg.GradCAM("act")(model, x, mask, target)

@@ -1,0 +1,177 @@
+"""Parameter gradients: against a naive double backward and against numerical differences, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attrreg
+from attrreg import baselines, objectives, scores
+from attrreg.objectives import Objective
+from attrreg.regularizer import AttributionRegularizer
+from attrreg.scores import Score
+from tests import oracles
+from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
+
+SCORES: dict[str, tuple[Score, oracles.ScoreFunction]] = {
+    "sum_log_prob": (scores.SumLogProb(), oracles.score_sum_log_prob),
+    "target_logit": (scores.TargetLogit(), oracles.score_target_logit),
+    "target_log_prob": (scores.TargetLogProb(), oracles.score_target_log_prob),
+    "predicted_logit": (scores.PredictedLogit(), oracles.score_predicted),
+    "contrast": (scores.Contrast(), oracles.score_contrast),
+    "task_loss": (scores.TaskLoss(), oracles.score_task_loss),
+}
+OBJECTIVES: dict[str, tuple[Objective, Callable[[Tensor, Tensor], Tensor]]] = {
+    "squared": (objectives.SquaredOutside(), oracles.squared_outside),
+    "absolute": (objectives.AbsoluteOutside(), oracles.absolute_outside),
+    "fraction": (objectives.OutsideFraction(), oracles.outside_fraction),
+    "energy": (objectives.Energy(), oracles.energy),
+}
+# name -> (the regularizer of a score and an objective, its naive map of (model, x, target, score))
+MAPS: dict[str, tuple[Callable[..., AttributionRegularizer], Callable[..., Tensor]]] = {
+    "input_gradient": (attrreg.InputGradient, oracles.input_gradient),
+    "input_x_gradient": (attrreg.InputXGradient, oracles.input_x_gradient),
+    "integrated_gradients": (lambda **s: attrreg.IntegratedGradients(steps=4, **s), oracles.integrated_gradients),
+    "integrated_gradients_unchunked": (lambda **s: attrreg.IntegratedGradients(steps=4, chunk=None, **s), oracles.integrated_gradients),
+    "integrated_gradients_uneven": (lambda **s: attrreg.IntegratedGradients(steps=4, chunk=3, **s), oracles.integrated_gradients),
+    "grad_cam": (lambda **s: attrreg.GradCAM(layer="body", **s), lambda *a: oracles.grad_cam(*a, layer="body")),
+    "grad_cam_semi": (
+        lambda **s: attrreg.GradCAM(layer="act", semi=True, **s),
+        lambda *a: oracles.grad_cam(*a, layer="act", semi=True),
+    ),
+}
+
+
+def naive(model: nn.Module, x: Tensor, mask: Tensor, target: Tensor, map: Callable[..., Tensor], score: Any, objective: Any) -> Tensor:
+    phi = map(model, x, target, score)
+    relevant = oracles.resize_by_area(mask.to(phi.dtype), phi.shape[-1]).unsqueeze(1)
+    value: Tensor = objective(phi, relevant).mean()
+    return value
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("method", MAPS)
+def test_equal_naive_double_backward(method: str, score: str, objective: str, training: bool) -> None:
+    model, (x, mask, target) = SmoothNet(norm=True).double().train(training), smooth_batch()
+    build, map = MAPS[method]
+    value = build(score=SCORES[score][0], objective=OBJECTIVES[objective][0])(model, x, mask, target)
+    got = gradients(model, value)
+    expected = naive(model, x, mask, target, map, SCORES[score][1], OBJECTIVES[objective][1])
+    torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-14)  # shares have an eps that the oracle has not
+    assert_close(got, gradients(model, expected), 1e-8)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("score", SCORES)
+# Not the semi-gradient: its weights are constants for the gradient alone, so no difference of values shows it.
+@pytest.mark.parametrize("method", [method for method in MAPS if method != "grad_cam_semi"])
+def test_equal_numerical_differences(method: str, score: str, objective: str) -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    regularizer = MAPS[method][0](score=SCORES[score][0], objective=OBJECTIVES[objective][0])
+    check_numerically(model, lambda: regularizer(model, x, mask, target))
+
+
+def check_numerically(model: nn.Module, function: Callable[[], Tensor], tolerance: float = 1e-5) -> None:
+    found = gradients(model, function())
+    assert max(float(gradient.abs().max()) for gradient in found) > 0
+    for parameter, gradient in zip(model.parameters(), found, strict=True):
+        direction = torch.randn_like(parameter)
+        expected = oracles.central_difference(function, parameter, direction)
+        assert float((gradient * direction).sum()) == pytest.approx(expected, rel=tolerance, abs=1e-8)
+
+
+@pytest.mark.parametrize("detach", ["clean", "masked", None])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_activation_difference_equals_naive(training: bool, detach: Any) -> None:
+    model, (x, mask, target) = SmoothNet(norm=True).double().train(training), smooth_batch()
+    value = attrreg.ActivationDifference("body", baselines.Zero(), detach)(model, x, mask)
+    kept = [model.get_submodule("body")]
+    outputs: list[Tensor] = []
+    hook = kept[0].register_forward_hook(lambda module, args, output: outputs.append(output))
+    model(x)
+    model(x * mask.unsqueeze(1))
+    hook.remove()
+    clean, masked = outputs
+    difference = (clean.detach() if detach == "clean" else clean) - (masked.detach() if detach == "masked" else masked)
+    expected = torch.stack([image.flatten().norm() for image in difference]).mean()
+    torch.testing.assert_close(value, expected)
+    assert_close(gradients(model, value), gradients(model, expected), 1e-10)
+
+
+def test_activation_difference_sums_layers() -> None:
+    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
+    both = attrreg.ActivationDifference(("stem", "body"), baselines.Zero())(model, x, mask)
+    each = [oracles.activation_difference(model, x, x * mask.unsqueeze(1), layer).mean() for layer in ("stem", "body")]
+    torch.testing.assert_close(both, each[0] + each[1])
+
+
+DRAWING: dict[str, AttributionRegularizer] = {
+    "shuffled": attrreg.ActivationDifference(),
+    "noise": attrreg.ActivationDifference("body", baselines.Noise()),
+    "expected_gradients": attrreg.ExpectedGradients(),
+    "expected_gradients_chunked": attrreg.ExpectedGradients(samples=3, chunk=2),
+    "expected_gradients_masked": attrreg.ExpectedGradients(baseline=baselines.Masked()),
+    "projection": attrreg.InputGradient(scores.RandomProjection()),
+    "projection_on_a_path": attrreg.ExpectedGradients(2, baselines.Masked(), score=scores.RandomProjection("body")),
+    "projection_cam": attrreg.GradCAM("stem", score=scores.RandomProjection()),
+}
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_drawing_terms_equal_numerical_differences(name: str) -> None:
+    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
+    check_numerically(model, lambda: DRAWING[name](model, x, mask, generator=torch.Generator().manual_seed(3)))
+
+
+def test_random_projection_is_a_projection_of_the_features() -> None:
+    model, (x, _, _) = SmoothNet().double(), smooth_batch()
+    got = attrreg.InputGradient(scores.RandomProjection("body", seed=5)).attribute(model, x)
+    leaf = x.clone().requires_grad_()
+    features = model.body(model.act(model.stem(leaf))).flatten(1)  # type: ignore[operator]
+    direction = torch.randn(features.shape[1], generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    (want,) = torch.autograd.grad((features @ direction).sum(), leaf)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_equal_naive_double_backward_on_real_models(family: str, training: bool) -> None:
+    known = FAMILIES[family]
+    model = known.build().double().train(training)
+    for module in model.modules():
+        for rate in ("p", "drop_prob"):  # dropout and drop-path: an oracle that draws its own masks is no oracle
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    x, mask, target = batch(2, size=known.size, classes=4, dtype=torch.float64)
+    regularizer = attrreg.InputGradient() + attrreg.GradCAM(layer=known.layer)
+    got = regularizer.evaluate(model, x, mask, target)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        gradient = oracles.input_gradient(model, x, target, oracles.score_target_logit)
+        cam = oracles.grad_cam(model, x, target, oracles.score_target_logit, known.layer)
+    relevant = mask.unsqueeze(1).double()
+    small = torch.nn.functional.adaptive_avg_pool2d(relevant, cam.shape[-2:])
+    want = oracles.squared_outside(gradient, relevant).mean() + oracles.squared_outside(cam, small).mean()
+    torch.testing.assert_close(got.total, want, rtol=1e-8, atol=0)
+    if family == "mobilenetv3":
+        return  # PyTorch has no second derivative of hardsigmoid to compare with; tests/test_ops.py checks ours
+    assert_close(gradients(model, got.total), gradients(model, want), 1e-7)
+
+
+def test_gradient_reaches_what_made_x() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    for regularizer in (attrreg.InputXGradient(), attrreg.IntegratedGradients(steps=3), attrreg.ActivationDifference("body", baselines.Mean())):
+        gain = torch.ones((), dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(regularizer(model, x * gain, mask, target), gain)
+        expected = oracles.central_difference(lambda r=regularizer, g=gain: r(model, x * g, mask, target), gain, torch.ones_like(gain))  # type: ignore[misc]
+        if not isinstance(regularizer, attrreg.ActivationDifference):
+            assert float(slope) == pytest.approx(expected, rel=1e-5)
+        assert float(slope) != 0

@@ -1,0 +1,176 @@
+"""One pass for many terms: counts, and the same numbers however the forward comes about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import attrreg
+from attrreg import baselines, scores
+from attrreg.regularizer import AttributionRegularizer
+from attrreg.trace import Passes, passes
+from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
+
+FOUR = attrreg.InputGradient() + attrreg.InputXGradient() + attrreg.GradCAM(layer="body") + attrreg.ActivationDifference()
+
+REGULARIZERS: dict[str, AttributionRegularizer] = {
+    "input_gradient": attrreg.InputGradient(),
+    "input_x_gradient": attrreg.InputXGradient(),
+    "integrated_gradients": attrreg.IntegratedGradients(steps=3),
+    "integrated_gradients_noise": attrreg.IntegratedGradients(steps=2, baseline=baselines.Noise(), chunk=None),
+    "expected_gradients": attrreg.ExpectedGradients(2),
+    "grad_cam": attrreg.GradCAM(layer="body"),
+    "grad_cam_auto": attrreg.GradCAM(),
+    "activation_difference": attrreg.ActivationDifference(),
+    "projection": attrreg.InputGradient(scores.RandomProjection()),
+    "four": FOUR,
+}
+
+
+class Counted(nn.Module):
+    """Counts its forwards itself, so that the library's own count is not trusted."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        return self.inner(x)
+
+
+def test_four_terms_attached_cost_one_forward_and_one_inner_backward() -> None:
+    model, (x, mask, target) = Counted(SmoothNet(norm=True).double()), smooth_batch()
+    regularizer = (
+        attrreg.InputGradient() + attrreg.InputXGradient() + attrreg.GradCAM(layer="inner.body") + attrreg.ActivationDifference()
+    )
+    inner_backwards = 0
+    original = torch.autograd.grad
+
+    def counting(*args: Any, **settings: Any) -> Any:
+        nonlocal inner_backwards
+        inner_backwards += 1
+        return original(*args, **settings)
+
+    torch.autograd.grad = counting
+    try:
+        with passes() as counted, regularizer.attach(model):
+            loss = F.cross_entropy(model(x), target)
+            assert model.calls == 1
+            (loss + regularizer(model, x, mask, target=target)).backward()
+    finally:
+        torch.autograd.grad = original
+    assert model.calls == 2  # the loop's own, and the masked one
+    assert inner_backwards == 1
+    assert counted == Passes(forward=1, backward=1)
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "forward", "backward"),
+    [
+        (attrreg.InputGradient(), 1, 1),
+        (FOUR, 2, 1),
+        (attrreg.InputGradient(scores.SumLogProb()) + attrreg.InputXGradient(scores.TargetLogit()), 1, 2),
+        # The default score is the target's logit here, so it is shared with one that says so.
+        (attrreg.InputGradient() + attrreg.InputXGradient(scores.TargetLogit()), 1, 1),
+        (attrreg.ActivationDifference(), 2, 0),
+        # Equal terms draw one masked image between them; other fills need their own.
+        (attrreg.ActivationDifference() + attrreg.ActivationDifference("body").named("second"), 2, 0),
+        (attrreg.ActivationDifference() + attrreg.ActivationDifference(fill=baselines.Zero()).named("second"), 3, 0),
+        (attrreg.IntegratedGradients(steps=3, chunk=None), 3, 3),
+        (attrreg.IntegratedGradients(steps=3, chunk=None, score=scores.SumLogProb()) + attrreg.InputGradient(), 4, 4),
+    ],
+)
+def test_passes_of_an_unattached_call(regularizer: AttributionRegularizer, forward: int, backward: int) -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    with passes() as outer, passes() as counted:
+        regularizer(model, x, mask, target)
+    assert counted == outer == Passes(forward, backward)
+
+
+def test_chunked_paths_recompute_in_the_backward() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    with passes() as counted:
+        value = attrreg.IntegratedGradients(steps=4, chunk=2)(model, x, mask, target)
+        assert counted == Passes(4, 4)
+        value.backward()
+    assert counted == Passes(8, 8)
+
+
+def both_ways(model: nn.Module, regularizer: AttributionRegularizer, data: tuple[Tensor, Tensor, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    x, mask, target = data
+    results: dict[str, tuple[Tensor, Tensor]] = {}
+    torch.manual_seed(7)
+    logits = model(x)
+    results["unattached"] = logits, regularizer(model, x, mask, target)
+    torch.manual_seed(7)
+    with regularizer.attach(model):
+        logits = model(x)
+        results["attached"] = logits, regularizer(model, x, mask, target)
+    torch.manual_seed(7)
+    penalty = regularizer.evaluate(model, x, mask, target)
+    results["evaluate"] = penalty.output, penalty.total
+    return results
+
+
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_attached_unattached_and_evaluate_agree(name: str) -> None:
+    model, data = SmoothNet().double(), smooth_batch()
+    results = both_ways(model, REGULARIZERS[name], data)
+    logits, value = results.pop("unattached")
+    want = gradients(model, F.cross_entropy(logits, data[2]) + value)
+    for logits, other in results.values():
+        torch.testing.assert_close(other, value, rtol=1e-13, atol=0)
+        assert_close(gradients(model, F.cross_entropy(logits, data[2]) + other), want, 1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attached_unattached_and_evaluate_agree_on_real_models(family: str) -> None:
+    known = FAMILIES[family]
+    model = known.build().eval()
+    data = batch(2, size=known.size, classes=4)
+    regularizer = attrreg.InputGradient() + attrreg.GradCAM(layer=known.layer) + attrreg.ActivationDifference()
+    results = both_ways(model, regularizer, data)
+    logits, value = results.pop("unattached")
+    want = gradients(model, F.cross_entropy(logits, data[2]) + value)
+    for logits, other in results.values():
+        torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-9)
+        assert_close(gradients(model, F.cross_entropy(logits, data[2]) + other), want, 1e-4)
+
+
+def test_dropout_is_the_same_in_the_clean_and_the_masked_pass() -> None:
+    model, (x, _, _) = SmoothNet(dropout=0.5).double(), smooth_batch()
+    everything = torch.ones(8, 8)
+    assert float(attrreg.ActivationDifference("drop")(model, x, everything).detach()) == 0.0
+
+
+@pytest.mark.parametrize("attach", [False, True])
+def test_terms_are_reported_by_name_and_sum_to_the_total(attach: bool) -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    regularizer = 2.0 * attrreg.InputGradient() + (0.5 * attrreg.GradCAM(layer="body")).named("background")
+    penalty = regularizer.evaluate(model, x, mask, target)
+    assert set(penalty.terms) == {"InputGradient", "background"}
+    assert not any(term.requires_grad for term in penalty.terms.values())
+    torch.testing.assert_close(sum(penalty.terms.values()), penalty.total.detach())
+    torch.testing.assert_close(penalty.terms["InputGradient"], 2 * attrreg.InputGradient()(model, x, mask, target).detach())
+    torch.testing.assert_close(penalty.output, model(x))
+
+
+def test_memory_of_a_chunked_path_does_not_grow_with_steps() -> None:
+    from benchmarks.memory import LiveStorage
+
+    model, (x, mask, target) = SmoothNet(), batch(4, channels=2, size=64, classes=3)
+    peaks = {}
+    for steps, chunk in ((2, 1), (16, 1), (16, None)):
+        regularizer = attrreg.IntegratedGradients(steps=steps, chunk=chunk)
+        with LiveStorage() as meter:
+            meter.ignore(*model.parameters(), x, mask, target)
+            regularizer(model, x, mask, target).backward()
+        peaks[steps, chunk] = meter.peak
+    assert peaks[16, 1] <= 1.02 * peaks[2, 1]
+    assert peaks[16, None] >= 4 * peaks[16, 1]

@@ -1,0 +1,292 @@
+"""Nothing is left behind, after success and after an exception."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack  # type: ignore[attr-defined]
+
+import attrreg
+from attrreg.hooks import attached
+from attrreg.trace import Passes, passes
+from tests.models import SmoothNet, assert_close, gradients, smooth_batch
+from tests.test_sharing import REGULARIZERS
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "call": lambda r, *arguments: r(*arguments),
+    "attribute": lambda r, model, x, mask, target: r.attribute(model, x, target=target, mask=mask),
+    "backward": lambda r, *arguments: r(*arguments).backward(),
+}
+
+
+class Failing(nn.Module):
+    """Raises in the given forward of its life."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fail_at = -1
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise ArithmeticError("from inside the model")
+        return x
+
+
+class Net(SmoothNet):
+    def __init__(self) -> None:
+        super().__init__(norm=True, dropout=0.3)
+        self.failing = Failing()
+        self.drop = nn.Sequential(self.drop, self.failing)  # type: ignore[assignment]
+        self.norm.eval()  # a mix of modes
+        self.stem.bias.requires_grad_(False)  # type: ignore[union-attr]
+
+
+def snapshot(model: nn.Module, x: Tensor) -> dict[str, Any]:
+    flags = torch.backends.cuda
+    return {
+        "hooks": [
+            [len(d) for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._forward_hooks_always_called)]
+            for m in model.modules()
+        ],
+        "buffers": [(id(b), b.clone()) for b in model.buffers()],
+        "parameters": [(id(p), p.clone(), p.requires_grad, p._version, p.grad) for p in model.parameters()],
+        "modes": [m.training for m in model.modules()],
+        "attributes": [sorted(vars(m)) for m in model.modules()],
+        "rng": torch.get_rng_state(),
+        "x": (x.clone(), x.requires_grad, x.grad, x._version),
+        "kernels": (flags.flash_sdp_enabled(), flags.math_sdp_enabled(), flags.mem_efficient_sdp_enabled(), flags.cudnn_sdp_enabled()),
+        "function_modes": len(_get_current_function_mode_stack()),
+        "grad": torch.is_grad_enabled(),
+    }
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(equal(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one == other)
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any], but: tuple[str, ...] = ()) -> None:
+    for key in before.keys() - set(but):
+        assert equal(before[key], after[key]), key
+
+
+def has_map(name: str) -> bool:
+    return name not in ("activation_difference", "four")
+
+
+CASES = [(name, call) for name in REGULARIZERS for call in CALLS if call != "attribute" or has_map(name)]
+
+
+def draws(name: str) -> bool:
+    return name in ("integrated_gradients_noise", "expected_gradients", "activation_difference", "projection", "four")
+
+
+@pytest.mark.parametrize(("name", "call"), CASES)
+def test_nothing_left_after_success(name: str, call: str) -> None:
+    model, (x, mask, target) = Net().double(), smooth_batch()
+    before = snapshot(model, x)
+    CALLS[call](REGULARIZERS[name], model, x, mask, target)
+    # A term's own draws, and nothing else, advance the generator; the backward is the caller's, and fills .grad.
+    allowed = (("rng",) if draws(name) else ()) + (("parameters",) if call == "backward" else ())
+    assert_same(before, snapshot(model, x), but=allowed)
+
+
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_own_draws_come_from_the_generator_alone(name: str) -> None:
+    model, (x, mask, target) = Net().double(), smooth_batch()
+    before = snapshot(model, x)
+    generators = [torch.Generator().manual_seed(11) for _ in range(2)]
+    values = []
+    for generator in generators:
+        torch.set_rng_state(before["rng"])
+        values.append(REGULARIZERS[name](model, x, mask, target, generator=generator))
+        assert_same(before, snapshot(model, x))
+    torch.testing.assert_close(values[0], values[1])
+    assert draws(name) == (not torch.equal(generators[0].get_state(), torch.Generator().manual_seed(11).get_state()))
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 3])
+@pytest.mark.parametrize(("name", "call"), CASES)
+def test_nothing_left_after_an_exception_inside_the_model(name: str, call: str, fail_at: int) -> None:
+    model, (x, mask, target) = Net().double(), smooth_batch()
+    with passes() as counted:
+        CALLS[call](REGULARIZERS[name], model, x, mask, target)
+    if counted.forward < fail_at:
+        return  # it has no such pass
+    model.zero_grad()
+    model.failing.calls, model.failing.fail_at = 0, fail_at
+    before = snapshot(model, x)
+    with pytest.raises(ArithmeticError, match="from inside the model"):
+        CALLS[call](REGULARIZERS[name], model, x, mask, target)
+    assert_same(before, snapshot(model, x), but=("rng",) if call == "backward" and draws(name) else ())
+
+
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_evaluate_leaves_what_the_users_forward_would(name: str) -> None:
+    model, (x, mask, target) = SmoothNet(norm=True, dropout=0.3).double(), smooth_batch()
+    twin = copy.deepcopy(model)
+    torch.manual_seed(3)
+    logits = twin(x)
+    want = torch.get_rng_state()
+    torch.manual_seed(3)
+    penalty = REGULARIZERS[name].evaluate(model, x, mask, target, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(penalty.output, logits)
+    assert torch.equal(torch.get_rng_state(), want)
+    assert not equal(list(model.buffers()), list(SmoothNet(norm=True).double().buffers()))
+    assert equal(list(model.buffers()), list(twin.buffers()))
+
+
+def test_evaluate_that_fails_leaves_everything() -> None:
+    model, (x, mask, target) = Net().double().train(), smooth_batch()
+    model.failing.fail_at = 2
+    before = snapshot(model, x)
+    with pytest.raises(ArithmeticError):
+        attrreg.ActivationDifference().evaluate(model, x, mask, target)
+    assert_same(before, snapshot(model, x))
+
+
+def test_attached_forward_is_the_users_own() -> None:
+    model, (x, mask, target) = SmoothNet(norm=True, dropout=0.3).double(), smooth_batch()
+    twin = copy.deepcopy(model)
+    torch.manual_seed(3)
+    want = twin(x)
+    before = snapshot(model, x)
+    torch.manual_seed(3)
+    with REGULARIZERS["four"].attach(model) as handle:
+        got = model(x)
+        assert torch.equal(got, want)
+        assert equal(list(model.buffers()), list(twin.buffers()))
+        REGULARIZERS["four"](model, x, mask, target)
+        assert equal(list(model.buffers()), list(twin.buffers()))
+        handle.remove()
+        handle.remove()
+        assert attached(model) is None
+    assert_same(before, snapshot(model, x), but=("buffers", "rng"))
+
+
+def test_attached_forward_that_raises_leaves_nothing() -> None:
+    model, (x, mask, target) = Net().double(), smooth_batch()
+    before = snapshot(model, x)
+    with FOUR.attach(model):
+        during = snapshot(model, x)
+        model.failing.calls, model.failing.fail_at = 0, 1
+        with pytest.raises(ArithmeticError):
+            model(x)
+        assert_same(during, snapshot(model, x), but=("rng",))
+        with passes() as counted:
+            FOUR(model, x, mask, target)
+        assert counted.forward == 2  # nothing was recorded, so nothing is reused
+    assert_same(before, snapshot(model, x), but=("rng",))
+
+
+FOUR = REGULARIZERS["four"]
+
+
+def test_interrupted_forward_is_cleaned_up_by_the_next() -> None:
+    model, (x, _, _) = SmoothNet().double(), smooth_batch()
+    before = snapshot(model, x)
+
+    def interrupt(module: nn.Module, args: Any, output: Any) -> None:
+        raise KeyboardInterrupt
+
+    with FOUR.attach(model):
+        hook = model.head.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+        hook.remove()
+    assert_same(before, snapshot(model, x))
+
+
+def reused(model: nn.Module, x: Tensor, mask: Tensor, target: Tensor) -> bool:
+    with passes() as counted:
+        attrreg.InputGradient()(model, x, mask, target)
+    return counted == Passes(forward=0, backward=1)
+
+
+def test_a_recorded_pass_is_used_only_where_it_is_right() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    with attrreg.InputGradient().attach(model):
+        model(x)
+        assert not reused(model, x.clone(), mask, target), "another tensor"
+        assert reused(model, x, mask, target)
+        assert not reused(model, x, mask, target), "given out already"
+        model(x)
+        x.add_(1)
+        assert not reused(model, x, mask, target), "changed since"
+        model(x)
+        with torch.no_grad():
+            model.head.weight.add_(1)
+        assert not reused(model, x, mask, target), "an optimizer stepped"
+        model(x)
+        with torch.no_grad():
+            model(x)
+        assert not reused(model, x, mask, target), "the last forward had no graph"
+        model(x)
+        model(x + 1)
+        assert not reused(model, x, mask, target), "the last forward was on another batch"
+        model(x)
+        attrreg.ActivationDifference()(model, x + 1, mask)
+        assert reused(model, x, mask, target), "the library's own passes are not the loop's"
+        model(x)
+        with passes() as counted:
+            attrreg.GradCAM(layer="body")(model, x, mask, target)
+        assert counted.forward == 1, "the layer was not recorded"
+
+
+def test_gradient_accumulation_and_several_steps() -> None:
+    model, (x, mask, target) = SmoothNet(norm=True).double(), smooth_batch()
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (model, twin)]
+    with FOUR.attach(model):
+        for step in range(3):
+            for half in (x[:2], x[1:]):
+                for net in (model, twin):
+                    loss = F.cross_entropy(net(half), target[:2])
+                    penalty = FOUR(net, half, mask[:2], target[:2], generator=torch.Generator().manual_seed(step))
+                    (loss + penalty).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert_close([p.detach() for p in model.parameters()], [p.detach() for p in twin.parameters()], 1e-10)
+
+
+def test_copies_of_an_attached_model_are_free() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    with FOUR.attach(model):
+        model(x)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert attached(twin) is None
+            torch.testing.assert_close(twin(x), model(x))
+            with FOUR.attach(twin):
+                twin(x)
+        assert attached(model) is not None
+
+
+def test_x_that_requires_grad_keeps_its_grad_to_itself() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    x.requires_grad_()
+    value = attrreg.InputGradient()(model, x, mask, target)
+    attrreg.InputGradient().attribute(model, x, target=target)
+    assert x.grad is None
+    plain = gradients(model, attrreg.InputGradient()(model, x.detach(), mask, target))
+    assert_close(gradients(model, value), plain, 1e-12)
+
+
+def test_train_mode_batch_norm_sees_the_batch() -> None:
+    """The extra pass normalises by the batch, as the user's own does, though it moves no statistics."""
+    model, (x, mask, target) = SmoothNet(norm=True).double(), smooth_batch()
+    training = attrreg.InputGradient()(model, x, mask, target)
+    evaluating = attrreg.InputGradient()(model.eval(), x, mask, target)
+    assert abs(float(training.detach()) / float(evaluating.detach()) - 1) > 1e-3
