@@ -46,7 +46,9 @@ class Call:
         try:
             chosen = self._chosen(output)
         except (KeyError, IndexError, AttributeError, TypeError) as error:
-            raise TypeError(f"output={self.output!r} does not fit {_described(output)}, which the model returned. Select the logits in it.") from error
+            raise TypeError(
+                f"output={self.output!r} does not fit {_described(output)}, which the model returned. Select the logits in it."
+            ) from error
         if not isinstance(chosen, Tensor):
             raise TypeError(
                 f"output: the model returned {_described(output)} and not a tensor of logits. Say where they are with "

@@ -65,8 +65,8 @@ def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> tuple[Tens
 
 
 def _same_aspect(h: int, w: int, height: int, width: int) -> bool:
-    # Strides round, so allow the grid one cell more or less.
-    return abs(h * width - w * height) <= max(height, width)
+    # A side is its length over the stride, rounded by less than one cell either way.
+    return abs(h * width - w * height) < max(height, width)
 
 
 def _output_is_nhwc(model: nn.Module) -> bool:

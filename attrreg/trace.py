@@ -208,8 +208,8 @@ class Trace:
         per_image = score(value, self.call.target)
         if per_image.shape != (self.call.x.shape[0],):
             raise ValueError(
-                f"{score!r} gave {tuple(per_image.shape)}, but a score is ({self.call.x.shape[0]},), one number an image. Do not reduce over "
-                "the batch: a loss, for example, takes reduction='none'."
+                f"{score!r} gave {tuple(per_image.shape)}, but a score is ({self.call.x.shape[0]},), one number an image. Do not "
+                "reduce over the batch: a loss, for example, takes reduction='none'."
             )
         inputs = [self._at(recording, site) for site in wanted]
         for counter in self._counters:

@@ -80,9 +80,10 @@ FAMILIES = {
 }
 
 
-def batch(
-    n: int = 3, channels: int = 3, size: int = 24, classes: int = 5, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor]:
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def batch(n: int = 3, channels: int = 3, size: int = 24, classes: int = 5, dtype: torch.dtype = torch.float32) -> Batch:
     """Images, masks with a relevant rectangle, and targets."""
     x = torch.randn(n, channels, size, size, dtype=dtype)
     mask = torch.zeros(n, size, size, dtype=torch.bool)

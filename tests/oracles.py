@@ -13,19 +13,19 @@ ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 def score_sum_log_prob(logits: Tensor, target: Tensor) -> Tensor:
-    return sum((logits[:, k] - logits.exp().sum(1).log()) for k in range(logits.shape[1])).sum()  # type: ignore[union-attr, return-value]
+    return torch.stack([logits[:, k] - logits.exp().sum(1).log() for k in range(logits.shape[1])]).sum()
 
 
 def score_target_logit(logits: Tensor, target: Tensor) -> Tensor:
-    return sum(logits[i, int(target[i])] for i in range(len(target)))  # type: ignore[return-value]
+    return torch.stack([logits[i, int(target[i])] for i in range(len(target))]).sum()
 
 
 def score_target_log_prob(logits: Tensor, target: Tensor) -> Tensor:
-    return sum(logits[i, int(target[i])] - logits[i].exp().sum().log() for i in range(len(target)))  # type: ignore[return-value]
+    return torch.stack([logits[i, int(target[i])] - logits[i].exp().sum().log() for i in range(len(target))]).sum()
 
 
 def score_predicted(logits: Tensor, target: Tensor) -> Tensor:
-    return sum(row[int(row.argmax())] for row in logits)  # type: ignore[return-value]
+    return torch.stack([row[int(row.argmax())] for row in logits]).sum()
 
 
 def score_contrast(logits: Tensor, target: Tensor) -> Tensor:

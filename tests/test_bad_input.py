@@ -82,7 +82,11 @@ BEFORE_COMPUTE: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], lis
     "annotated dtype": (call(annotated=torch.ones(N)), TypeError, ["annotated", "float32", "bool"]),
     "annotated list": (call(annotated=[True] * N), TypeError, ["annotated", "list"]),
     "annotated shape": (call(annotated=torch.ones(2, dtype=torch.bool)), ValueError, ["annotated", "(3,)"]),
-    "target missing": (call(reg=attrreg.InputGradient(scores.TargetLogit()), target=None), ValueError, ["InputGradient", "TargetLogit", "target="]),
+    "target missing": (
+        call(reg=attrreg.InputGradient(scores.TargetLogit()), target=None),
+        ValueError,
+        ["InputGradient", "TargetLogit", "target="],
+    ),
     "target missing on a named term": (
         call(reg=IG + attrreg.GradCAM("body", score=scores.Contrast()).named("heat"), target=None),
         ValueError,
@@ -99,8 +103,16 @@ BEFORE_COMPUTE: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], lis
     "x without channels": (call(x=x[:, 0]), ValueError, ["x", "(N, C, H, W)"]),
     "x list": (call(x=[x]), TypeError, ["x", "list"]),
     "empty batch": (call(x=x[:0], mask=mask[:0], target=target[:0]), ValueError, ["x"]),
-    "model": (lambda model: IG(model.forward, x, mask, target), TypeError, ["model", "Module"]),
-    "attach to a function": (lambda model: IG.attach(model.forward), TypeError, ["model"]),
+    "model": (
+        lambda model: IG(model.forward, x, mask, target),  # type: ignore[arg-type]
+        TypeError,
+        ["model", "Module"],
+    ),
+    "attach to a function": (
+        lambda model: IG.attach(model.forward),  # type: ignore[arg-type]
+        TypeError,
+        ["model"],
+    ),
     "attach an unknown layer": (lambda model: attrreg.GradCAM("bod").attach(model), ValueError, ["'bod'", "'body'"]),
     "frozen": (lambda model: call()(model.requires_grad_(False)), RuntimeError, ["frozen", "requires_grad"]),
     "baseline shape": (
@@ -246,9 +258,9 @@ def test_things_that_are_no_weights_or_terms() -> None:
     for other in ("2", None, True, torch.ones(2)):
         with pytest.raises(TypeError):
             IG * other  # type: ignore[operator]
-    for other in (1, 0.5, "term", None):
+    for addend in (1, 0.5, "term"):
         with pytest.raises(TypeError):
-            IG + other  # type: ignore[operator]
+            IG + addend
 
 
 def test_names() -> None:
@@ -363,7 +375,7 @@ def test_a_batch_without_annotation_is_zero_and_connected() -> None:
     model = SmoothNet().double()
     nobody = torch.zeros(N, dtype=torch.bool)
     for reduction in ("mean", "sum", "batchmean"):
-        regularizer = (IG + attrreg.GradCAM("body") + attrreg.ActivationDifference()).reduced(reduction)  # type: ignore[arg-type]
+        regularizer = (IG + attrreg.GradCAM("body") + attrreg.ActivationDifference()).reduced(reduction)
         value = regularizer(model, x, mask, target, annotated=nobody)
         model.zero_grad()
         value.backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -38,10 +39,10 @@ MAPS: dict[str, tuple[Callable[..., AttributionRegularizer], Callable[..., Tenso
     "integrated_gradients": (lambda **s: attrreg.IntegratedGradients(steps=4, **s), oracles.integrated_gradients),
     "integrated_gradients_unchunked": (lambda **s: attrreg.IntegratedGradients(steps=4, chunk=None, **s), oracles.integrated_gradients),
     "integrated_gradients_uneven": (lambda **s: attrreg.IntegratedGradients(steps=4, chunk=3, **s), oracles.integrated_gradients),
-    "grad_cam": (lambda **s: attrreg.GradCAM(layer="body", **s), lambda *a: oracles.grad_cam(*a, layer="body")),
+    "grad_cam": (lambda **s: attrreg.GradCAM(layer="body", **s), partial(oracles.grad_cam, layer="body")),
     "grad_cam_semi": (
         lambda **s: attrreg.GradCAM(layer="act", semi=True, **s),
-        lambda *a: oracles.grad_cam(*a, layer="act", semi=True),
+        partial(oracles.grad_cam, layer="act", semi=True),
     ),
 }
 
@@ -89,7 +90,7 @@ def check_numerically(model: nn.Module, function: Callable[[], Tensor], toleranc
 @pytest.mark.parametrize("detach", ["clean", "masked", None])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_activation_difference_equals_naive(training: bool, detach: Any) -> None:
-    model, (x, mask, target) = SmoothNet(norm=True).double().train(training), smooth_batch()
+    model, (x, mask, _) = SmoothNet(norm=True).double().train(training), smooth_batch()
     value = attrreg.ActivationDifference("body", baselines.Zero(), detach)(model, x, mask)
     kept = [model.get_submodule("body")]
     outputs: list[Tensor] = []
@@ -133,7 +134,7 @@ def test_random_projection_is_a_projection_of_the_features() -> None:
     model, (x, _, _) = SmoothNet().double(), smooth_batch()
     got = attrreg.InputGradient(scores.RandomProjection("body", seed=5)).attribute(model, x)
     leaf = x.clone().requires_grad_()
-    features = model.body(model.act(model.stem(leaf))).flatten(1)  # type: ignore[operator]
+    features = model.body(model.act(model.stem(leaf))).flatten(1)
     direction = torch.randn(features.shape[1], generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     (want,) = torch.autograd.grad((features @ direction).sum(), leaf)
     torch.testing.assert_close(got, want)
@@ -158,7 +159,7 @@ def test_equal_naive_double_backward_on_real_models(family: str, training: bool)
         gradient = oracles.input_gradient(model, x, target, oracles.score_target_logit)
         cam = oracles.grad_cam(model, x, target, oracles.score_target_logit, known.layer)
     relevant = mask.unsqueeze(1).double()
-    small = torch.nn.functional.adaptive_avg_pool2d(relevant, cam.shape[-2:])
+    small = torch.nn.functional.adaptive_avg_pool2d(relevant, (cam.shape[-2], cam.shape[-1]))
     want = oracles.squared_outside(gradient, relevant).mean() + oracles.squared_outside(cam, small).mean()
     torch.testing.assert_close(got.total, want, rtol=1e-8, atol=0)
     if family == "mobilenetv3":
@@ -168,7 +169,11 @@ def test_equal_naive_double_backward_on_real_models(family: str, training: bool)
 
 def test_gradient_reaches_what_made_x() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
-    for regularizer in (attrreg.InputXGradient(), attrreg.IntegratedGradients(steps=3), attrreg.ActivationDifference("body", baselines.Mean())):
+    for regularizer in (
+        attrreg.InputXGradient(),
+        attrreg.IntegratedGradients(steps=3),
+        attrreg.ActivationDifference("body", baselines.Mean()),
+    ):
         gain = torch.ones((), dtype=torch.float64, requires_grad=True)
         (slope,) = torch.autograd.grad(regularizer(model, x * gain, mask, target), gain)
         expected = oracles.central_difference(lambda r=regularizer, g=gain: r(model, x * g, mask, target), gain, torch.ones_like(gain))  # type: ignore[misc]

@@ -46,9 +46,7 @@ class Counted(nn.Module):
 
 def test_four_terms_attached_cost_one_forward_and_one_inner_backward() -> None:
     model, (x, mask, target) = Counted(SmoothNet(norm=True).double()), smooth_batch()
-    regularizer = (
-        attrreg.InputGradient() + attrreg.InputXGradient() + attrreg.GradCAM(layer="inner.body") + attrreg.ActivationDifference()
-    )
+    regularizer = attrreg.InputGradient() + attrreg.InputXGradient() + attrreg.GradCAM(layer="inner.body") + attrreg.ActivationDifference()
     inner_backwards = 0
     original = torch.autograd.grad
 
@@ -102,7 +100,9 @@ def test_chunked_paths_recompute_in_the_backward() -> None:
     assert counted == Passes(8, 8)
 
 
-def both_ways(model: nn.Module, regularizer: AttributionRegularizer, data: tuple[Tensor, Tensor, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def both_ways(
+    model: nn.Module, regularizer: AttributionRegularizer, data: tuple[Tensor, Tensor, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
     x, mask, target = data
     results: dict[str, tuple[Tensor, Tensor]] = {}
     torch.manual_seed(7)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack  # type: ignore[attr-defined]
+from torch.overrides import _get_current_function_mode_stack
 
 import attrreg
 from attrreg.hooks import attached
@@ -263,7 +263,7 @@ def test_gradient_accumulation_and_several_steps() -> None:
 
 
 def test_copies_of_an_attached_model_are_free() -> None:
-    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    model, (x, _, _) = SmoothNet().double(), smooth_batch()
     with FOUR.attach(model):
         model(x)
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

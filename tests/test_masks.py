@@ -1,0 +1,100 @@
+"""The mask contract."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import attrreg
+from attrreg import masks, objectives
+from tests.models import SmoothNet, smooth_batch
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=60)
+def test_resize_keeps_thin_regions_and_bounds(h: int, w: int, height: int, width: int, seed: int) -> None:
+    mask = torch.zeros(1, 1, h, w)
+    generator = torch.Generator().manual_seed(seed)
+    row, column = (int(torch.randint(size, (), generator=generator)) for size in (h, w))
+    mask[0, 0, row, column] = 1
+    small = masks.resize(mask, (height, width))
+    assert small.shape == (1, 1, height, width)
+    assert float(small.sum()) > 0 and float(small.max()) <= 1 and float(small.min()) >= 0
+
+
+@given(st.integers(1, 6), st.integers(1, 4))
+@settings(deadline=None, max_examples=20)
+def test_resize_by_whole_factors_is_the_mean_or_a_copy(size: int, factor: int) -> None:
+    mask = torch.rand(2, 1, size * factor, size * factor, dtype=torch.float64)
+    blocks = mask.reshape(2, 1, size, factor, size, factor).mean(dim=(3, 5))
+    torch.testing.assert_close(masks.resize(mask, (size, size)), blocks)
+    repeated = mask.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    torch.testing.assert_close(masks.resize(mask, (size * factor**2, size * factor**2)), repeated)
+
+
+def test_all_shapes_and_dtypes_say_the_same() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    same = mask[:1].expand(3, -1, -1)
+    regularizer = attrreg.InputGradient() + attrreg.GradCAM("body")
+    want = regularizer(model, x, same, target)
+    for other in (same.unsqueeze(1), mask[0], same.double(), same.float(), same.half(), mask[0].float()):
+        torch.testing.assert_close(regularizer(model, x, other, target), want)
+    larger = same.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    torch.testing.assert_close(regularizer(model, x, larger, target), want)
+
+
+def test_polarity_and_softness() -> None:
+    model, (x, _, target) = SmoothNet().double(), smooth_batch()
+    phi = attrreg.InputGradient().attribute(model, x, target)
+    everything, nothing = torch.ones(8, 8), torch.zeros(8, 8)
+    absolute = attrreg.InputGradient(objective=objectives.AbsoluteOutside())
+    assert float(absolute(model, x, everything, target).detach()) == 0
+    per_image = phi.abs().sum(dim=(1, 2, 3))
+    torch.testing.assert_close(absolute(model, x, nothing, target).detach(), per_image.mean())
+    torch.testing.assert_close(absolute(model, x, torch.full((8, 8), 0.75), target).detach(), per_image.mean() / 4)
+
+
+def test_masks_of_unannotated_images_are_not_read() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    annotated = torch.tensor([True, False, True])
+    broken = mask.double()
+    broken[1] = float("nan")
+    value = attrreg.InputGradient()(model, x, broken, target, annotated=annotated)
+    torch.testing.assert_close(value, attrreg.InputGradient()(model, x, mask, target, annotated=annotated))
+    # Empty is not the same as not annotated.
+    empty = mask.clone()
+    empty[1] = False
+    assert float((attrreg.InputGradient()(model, x, empty, target) - value).detach().abs()) > 0
+
+
+def test_the_users_mask_is_not_changed() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    soft = mask.double()
+    before = soft.clone(), soft._version
+    attrreg.InputGradient()(model, x, soft, target, annotated=torch.tensor([True, False, True]))
+    assert torch.equal(soft, before[0]) and soft._version == before[1]
+
+
+def test_from_boxes() -> None:
+    got = masks.from_boxes([torch.tensor([[1, 2, 3, 5]]), [(0, 0, 1, 1), (6.2, 6.9, 6.8, 7.1)], [], None], (8, 9))
+    assert got.shape == (4, 8, 9) and got.dtype is torch.bool
+    assert got[0].nonzero().tolist() == [[r, c] for r in (2, 3, 4) for c in (1, 2)]
+    assert got[1].nonzero().tolist() == [[0, 0], [6, 6], [7, 6]]
+    assert not got[2].any() and got[3].all()
+
+
+@given(st.floats(-3, 8), st.floats(-3, 8), st.floats(0.01, 20), st.floats(0.01, 20))
+@settings(deadline=None, max_examples=60)
+def test_boxes_cover_every_pixel_they_touch(x1: float, y1: float, width: float, height: float) -> None:
+    x2, y2 = x1 + width, y1 + height
+    if x2 <= 0 or y2 <= 0 or x1 >= 8 or y1 >= 8:
+        with pytest.raises(ValueError, match="outside"):
+            masks.from_boxes([[(x1, y1, x2, y2)]], (8, 8))
+        return
+    mask = masks.from_boxes([[(x1, y1, x2, y2)]], (8, 8))[0]
+    for row in range(8):
+        for column in range(8):
+            touches = x1 < column + 1 and x2 > column and y1 < row + 1 and y2 > row
+            assert bool(mask[row, column]) == touches

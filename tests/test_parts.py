@@ -1,0 +1,205 @@
+"""Objectives, scores, baselines, sites and operators by themselves."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import attrreg
+from attrreg import baselines, objectives, presets, scores, sites
+from attrreg.ops import twice_differentiable
+from tests import oracles
+from tests.models import SmoothNet, smooth_batch
+
+GENERATOR = torch.Generator()
+
+
+@pytest.mark.parametrize(
+    "objective", [objectives.SquaredOutside(), objectives.AbsoluteOutside(), objectives.OutsideFraction(), objectives.Energy()]
+)
+def test_objectives_survive_zero_maps(objective: Any) -> None:
+    map = torch.zeros(2, 3, 4, 4, requires_grad=True)
+    value = objective(map, torch.ones(2, 1, 4, 4).triu())
+    (gradient,) = torch.autograd.grad(value.sum(), map)
+    assert not value.any() and gradient.isfinite().all()
+
+
+def test_shares_are_scale_free() -> None:
+    map, mask = torch.randn(3, 2, 5, 5), torch.rand(3, 1, 5, 5)
+    for share in (objectives.OutsideFraction(), objectives.Energy()):
+        value = share(map, mask)
+        torch.testing.assert_close(share(1000 * map, mask), value)
+        assert ((value >= 0) & (value <= 1)).all()
+
+
+def test_energy_without_positive_attribution_still_has_a_gradient() -> None:
+    map = -torch.rand(2, 1, 4, 4)
+    map[1] *= -1
+    map.requires_grad_()
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[..., 0] = 1
+    value = objectives.Energy()(map, mask)
+    torch.testing.assert_close(value, oracles.energy(map, mask))
+    (gradient,) = torch.autograd.grad(value.sum(), map)
+    assert gradient[0].any() and gradient[1].any()
+
+
+def test_contrast_of_two_classes_is_their_distance() -> None:
+    logits, target = torch.randn(5, 2), torch.tensor([0, 1, 1, 0, 1])
+    torch.testing.assert_close(scores.Contrast()(logits, target), (logits[:, 0] - logits[:, 1]).abs())
+
+
+def test_task_loss_can_be_any_loss() -> None:
+    def squared(logits: Tensor, target: Tensor) -> Tensor:
+        return (logits - F.one_hot(target, 3)).square().sum(dim=1)
+
+    model, (x, _, target) = SmoothNet().double(), smooth_batch()
+    got = attrreg.InputGradient(scores.TaskLoss(squared)).attribute(model, x, target)
+    leaf = x.clone().requires_grad_()
+    (want,) = torch.autograd.grad(squared(model(leaf), target).sum(), leaf)
+    torch.testing.assert_close(got, want)
+
+
+@given(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=50)
+def test_shuffle_permutes_whole_pixels_outside_only(channels: int, height: int, width: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.arange(2 * channels * height * width, dtype=torch.float32).reshape(2, channels, height, width)
+    mask = (torch.rand(2, 1, height, width, generator=generator) > 0.5).float()
+    shuffled = baselines.Shuffle()(x, mask, generator)
+    inside = mask.bool().expand_as(x)
+    assert torch.equal(shuffled[inside], x[inside])
+    for image, other in zip(x, shuffled, strict=True):
+        assert sorted(map(tuple, image.flatten(1).T.tolist())) == sorted(map(tuple, other.flatten(1).T.tolist()))
+
+
+def test_shuffle_is_uniform() -> None:
+    """Each outside pixel lands on each outside place equally often."""
+    x = torch.arange(4.0).reshape(1, 1, 2, 2).expand(3000, 1, 2, 2)
+    mask = torch.tensor([[0.0, 1.0], [0.0, 0.0]]).expand(3000, 1, 2, 2)
+    landed = baselines.Shuffle()(x, mask, torch.Generator().manual_seed(0))[:, 0]
+    assert (landed[:, 0, 1] == 1).all()
+    for place in (landed[:, 0, 0], landed[:, 1, 0], landed[:, 1, 1]):
+        for value in (0, 2, 3):
+            assert 900 < int((place == value).sum()) < 1100  # 1000 expected, standard deviation 26
+
+
+def test_fills() -> None:
+    x, mask = torch.randn(4, 3, 8, 8), torch.zeros(4, 1, 8, 8)
+    mask[..., :4] = 1
+    kept = mask.bool().expand_as(x)
+    for fill in (
+        baselines.Zero(),
+        baselines.Mean(),
+        baselines.Blur(1.5),
+        baselines.Noise(2.0),
+        baselines.Shuffle(),
+        baselines.OtherImage(),
+    ):
+        image = baselines.Masked(fill)(x, mask, torch.Generator().manual_seed(0))
+        assert torch.equal(image[kept], x[kept])
+        assert not torch.equal(image[~kept], x[~kept])
+    assert not baselines.Masked(baselines.Zero())(x, mask, GENERATOR)[~kept].any()
+    torch.testing.assert_close(baselines.Mean()(x, None, GENERATOR)[0, 1, 3, 3], x[0, 1].mean())
+    torch.testing.assert_close(baselines.Blur(50.0)(torch.ones_like(x), None, GENERATOR), torch.ones_like(x))
+    drawn = baselines.Noise(3.0, 1.0)(torch.zeros(4, 3, 64, 64), None, torch.Generator().manual_seed(0))
+    assert abs(float(drawn.std()) - 3) < 0.1 and abs(float(drawn.mean()) - 1) < 0.1
+
+
+def test_expected_gradients_average_to_integrated_gradients() -> None:
+    model, (x, _, target) = SmoothNet().double(), smooth_batch()
+    want = attrreg.IntegratedGradients(64, baselines.Mean()).attribute(model, x, target)
+    got = attrreg.ExpectedGradients(2000, baselines.Mean()).attribute(model, x, target, generator=torch.Generator().manual_seed(0))
+    assert float((got - want).norm() / want.norm()) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("shape", "images", "grid"),
+    [
+        ((2, 7, 4, 4), (32, 32), (2, 7, 4, 4)),
+        ((2, 4, 4, 7), (32, 32), (2, 7, 4, 4)),  # (N, h, w, C)
+        ((2, 7, 3, 5), (48, 80), (2, 7, 3, 5)),
+        ((2, 3, 5, 17), (48, 80), (2, 17, 3, 5)),
+        ((2, 7, 7, 7), (224, 224), (2, 7, 7, 7)),
+        ((2, 16, 7), (32, 32), (2, 7, 4, 4)),  # tokens
+        ((2, 17, 7), (32, 32), (2, 7, 4, 4)),  # and a class token
+        ((2, 18, 7), (32, 32), (2, 7, 4, 4)),  # and a distillation token
+        ((2, 15, 7), (48, 80), (2, 7, 3, 5)),
+    ],
+)
+def test_grids(shape: tuple[int, ...], images: tuple[int, int], grid: tuple[int, ...]) -> None:
+    value = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
+    got, prefix = sites.to_grid(value, nn.Identity(), torch.zeros(2, 3, *images), "layer")
+    assert got.shape == grid
+    tokens = value[:, prefix:] if len(shape) == 3 else value.flatten(1, 2) if shape[3] == grid[1] != shape[1] else None
+    if tokens is not None:
+        assert torch.equal(got.flatten(2), tokens.transpose(1, 2))
+
+
+@pytest.mark.parametrize("shape", [(2, 7), (2, 7, 1, 1), (2, 1, 7), (2, 12, 7), (4, 16, 7)])
+def test_no_grid(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"layer 'here' gives .*not a spatial map"):
+        sites.to_grid(torch.zeros(shape), nn.Identity(), torch.zeros(2, 3, 32, 32), "here")
+
+
+def test_the_models_own_word_on_its_layout_decides_a_square() -> None:
+    value, x = torch.randn(2, 7, 7, 7), torch.zeros(2, 3, 224, 224)
+    model: Any = SimpleNamespace(output_fmt="NHWC")
+    torch.testing.assert_close(sites.to_grid(value, model, x, "layer")[0], value.permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("function", [F.hardsigmoid, F.hardswish])
+def test_replaced_activations(function: Any) -> None:
+    x = torch.linspace(-4.1, 4.1, 40, dtype=torch.float64, requires_grad=True)  # on no kink
+    with pytest.raises(RuntimeError, match="derivative"):  # if PyTorch learns it, the replacement can go
+        (slope,) = torch.autograd.grad(F.hardsigmoid(x).sum(), x, create_graph=True)
+        torch.autograd.grad((slope * x).sum(), x)
+    with twice_differentiable():
+        value = function(x)
+        assert torch.autograd.gradcheck(function, x, atol=1e-6)
+        assert torch.autograd.gradgradcheck(function, x, atol=1e-6)
+        in_place = function(x * 1, inplace=True)
+    torch.testing.assert_close(value, function(x), rtol=0, atol=1e-15)
+    torch.testing.assert_close(in_place, value)
+    (slope,), (plain,) = torch.autograd.grad(value.sum(), x), torch.autograd.grad(function(x).sum(), x)
+    torch.testing.assert_close(slope, plain, rtol=1e-14, atol=1e-15)
+
+
+def test_attention_can_be_differentiated_twice_and_settings_return() -> None:
+    q = torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    enabled = torch.backends.cuda.flash_sdp_enabled()
+    with twice_differentiable():
+        assert torch.autograd.gradgradcheck(lambda q: F.scaled_dot_product_attention(q, q, q), q)
+    assert torch.backends.cuda.flash_sdp_enabled() == enabled
+
+
+def test_presets_are_the_papers_formulas() -> None:
+    model, (x, mask, target) = SmoothNet(classes=2).double(), smooth_batch()
+    target = target % 2
+    outside = 1 - mask.unsqueeze(1).double()
+    annotated = torch.tensor([True, True, False])
+    kept = annotated.view(-1, 1, 1, 1)
+
+    gradient = oracles.input_gradient(model, x, target, oracles.score_sum_log_prob)
+    want = 1000 * ((outside * gradient) ** 2 * kept).sum()
+    torch.testing.assert_close(presets.rrr_ross2017()(model, x, mask, annotated=annotated), want)
+
+    leaf = x.clone().requires_grad_()
+    logits = model(leaf)
+    (gradient,) = torch.autograd.grad((logits[:, 0] - logits[:, 1]).abs().sum(), leaf)
+    want = 0.203439 * (outside * gradient * kept).abs().sum()
+    got = presets.gradmask_viviano2019()(model, x, mask, target, annotated=annotated)
+    torch.testing.assert_close(got.detach(), want)
+
+    regularizer = presets.actdiff_viviano2019()
+    got = regularizer(model, x, mask, annotated=annotated, generator=torch.Generator().manual_seed(4))
+    other = attrreg.ActivationDifference()(model, x, mask, annotated=annotated, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(got, other * 2 / 3)
+    assert [term.name for term in (presets.rrr_ross2017() + regularizer).terms] == ["rrr_ross2017", "actdiff_viviano2019"]
