@@ -174,3 +174,11 @@ def test_memory_of_a_chunked_path_does_not_grow_with_steps() -> None:
         peaks[steps, chunk] = meter.peak
     assert peaks[16, 1] <= 1.02 * peaks[2, 1]
     assert peaks[16, None] >= 4 * peaks[16, 1]
+
+
+def test_every_regularizer_is_held_to_these_tests() -> None:
+    leaves = {
+        kind for name in attrreg.__all__ if isinstance(kind := getattr(attrreg, name), type) and issubclass(kind, attrreg.SingleRegularizer)
+    }
+    leaves -= {attrreg.SingleRegularizer, attrreg.MapRegularizer}
+    assert leaves == {type(term.regularizer) for regularizer in REGULARIZERS.values() for term in regularizer.terms}
