@@ -53,7 +53,10 @@ class Fixed(Baseline):
     image: Tensor
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "image", torch.as_tensor(self.image).detach().clone())
+        image = torch.as_tensor(self.image).detach().clone()
+        if not (image.numel() and image.isfinite().all()):
+            raise ValueError(f"baseline of shape {tuple(image.shape)} is empty or has values that are not finite. Give finite values.")
+        object.__setattr__(self, "image", image)
 
     def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
         """The image, broadcast to the shape of `x`."""
@@ -138,6 +141,8 @@ class OtherImage(Baseline):
 
     def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
         """`x` with its images permuted."""
+        if x.shape[0] == 1:
+            raise ValueError("OtherImage: a batch of one has no other image, so every attribution would be zero. Use another baseline.")
         return x[torch.randperm(x.shape[0], generator=generator, device=x.device)]
 
 
@@ -198,13 +203,19 @@ class Masked(Baseline):
         return relevant * x + (1 - relevant) * self.fill(x, mask, generator)
 
 
-def as_baseline(value: Baseline | Tensor) -> Baseline:
-    """A baseline as the user may write it: a `Baseline`, or a tensor."""
+def as_baseline(value: Baseline | Tensor | float) -> Baseline:
+    """A baseline as the user may write it: a `Baseline`, a tensor, or a number.
+
+    Raises:
+        TypeError: it is none of these.
+    """
     if isinstance(value, Baseline):
         return value
-    if isinstance(value, Tensor):
-        return Fixed(value)
-    raise TypeError(f"baseline must be a tensor or a baselines.Baseline, got {type(value).__name__}. Use baselines.Zero(), for example.")
+    if isinstance(value, (Tensor, float, int)) and not isinstance(value, bool):
+        return Fixed(torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64))
+    raise TypeError(
+        f"baseline must be a tensor, a number or a baselines.Baseline, got {type(value).__name__}. Use baselines.Zero(), for example."
+    )
 
 
 def _mask(baseline: Baseline, mask: Tensor | None) -> Tensor:

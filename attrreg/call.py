@@ -50,8 +50,9 @@ class Call:
                 f"output={self.output!r} does not fit {_described(output)}, which the model returned. Select the logits in it."
             ) from error
         if not isinstance(chosen, Tensor):
+            selected = "" if self.output is None else f", in which output={self.output!r} is {_described(chosen)}"
             raise TypeError(
-                f"output: the model returned {_described(output)} and not a tensor of logits. Say where they are with "
+                f"output: the model returned {_described(output)}{selected} and not a tensor of logits. Say where they are with "
                 "`output=`: an index, a key or attribute, or a function of what the model returns."
             )
         if torch.is_grad_enabled() and not chosen.requires_grad:
@@ -76,7 +77,19 @@ def _described(output: Any) -> str:
     return f"a {type(output).__name__}{keys}"
 
 
-def check_differentiable(model: nn.Module, x: Tensor) -> None:
+def check_generator_and_output(generator: torch.Generator | None, output: Select) -> None:
+    """Check the two optional arguments of every call.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}. Write torch.Generator().manual_seed(0).")
+    if isinstance(output, bool) or not (output is None or isinstance(output, (int, str)) or callable(output)):
+        raise TypeError(f"output must be an index, a key, an attribute or a function, got {output!r}. Say where the logits are.")
+
+
+def check_differentiable(model: nn.Module, x: Tensor, output: Select) -> None:
     """Check that a penalty's gradient could reach anything.
 
     Raises:
@@ -88,7 +101,9 @@ def check_differentiable(model: nn.Module, x: Tensor) -> None:
         raise RuntimeError(
             "A penalty needs gradients, but runs under torch.no_grad(). Call it outside, or use `.attribute` for the map alone."
         )
-    if not x.requires_grad and not any(parameter.requires_grad for parameter in model.parameters()):
+    # What made x, or a function that makes the logits, may have parameters of its own; the graph will tell.
+    elsewhere = callable(output) or (x.requires_grad and not x.is_leaf)
+    if not elsewhere and not any(parameter.requires_grad for parameter in model.parameters()):
         raise RuntimeError(
             "All parameters of the model are frozen, so the penalty could train nothing. Set requires_grad on those to be trained."
         )

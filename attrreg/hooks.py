@@ -6,6 +6,7 @@ one around each of the loop's own forwards.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,12 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from attrreg.ops import twice_differentiable
-from attrreg.sites import FEATURES, INPUT, OUTPUT, SPATIAL, check_layer
+from attrreg.sites import FEATURES, INPUT, OUTPUT, SPATIAL, SPECIAL, check_layer, layout
 from attrreg.state import Rng
 
+LEAF = "_attrreg_leaf"  # marks tensors that we made to be differentiated
+MAPS = 32  # how many of the last maps are kept for layer="auto": more than the last block of any model known to us has
 PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -30,25 +34,33 @@ class Recording:
         x: the tensor that the model was called with, and `version` its state then.
         values: at each recorded site, the tensor, with its graph.
         problems: for each site that could not be recorded, why.
-        leaves: tensors that the recording made to be differentiated; no parameter lies behind them.
+        maps: for the site `SPATIAL`, the last layers whose output is a map, by name, in the order they ran; the known one
+            alone, if it is known.
         output: what the model returned.
         rng: the state from which the forward drew, to replay it.
-        weights: the versions of the parameters, to tell whether an optimizer has stepped since.
+        state: of the model, to tell whether it is the same still.
     """
 
     x: Tensor
     version: int
-    values: Mapping[str, Tensor]
+    values: dict[str, Tensor]
     problems: Mapping[str, str]
-    leaves: tuple[Tensor, ...]
+    maps: tuple[tuple[str, Tensor], ...]
     output: Any
     rng: Rng
-    weights: tuple[int, ...]
+    state: tuple[int, ...]
 
     def serves(self, model: nn.Module, x: Tensor, sites: Mapping[str, bool]) -> bool:
         """Whether this is the pass that a call on `x` would run itself."""
-        known = self.values.keys() | self.problems.keys() | {OUTPUT}
-        return self.x is x and self.version == x._version and sites.keys() <= known and self.weights == _versions(model)
+        if self.x is not x or self.version != x._version or self.state != _state(model):
+            return False
+        for site, differentiated in sites.items():
+            value = self.values.get(site)
+            if site in (OUTPUT, SPATIAL) and (site == OUTPUT or self.maps):
+                continue
+            if site not in self.problems and (value is None or (differentiated and not value.requires_grad)):
+                return False
+        return True
 
 
 class Tap:
@@ -57,14 +69,18 @@ class Tap:
     Args:
         model: the model.
         sites: what to record; True where a gradient will be taken.
+        own: the pass is the library's own, so the model works on a copy of the images.
+        map: the layer that `SPATIAL` is known to be; None: keep the last few that it could be.
     """
 
-    def __init__(self, model: nn.Module, sites: Mapping[str, bool]) -> None:
+    def __init__(self, model: nn.Module, sites: Mapping[str, bool], own: bool, map: str | None = None) -> None:
         self._model = model
+        self._map = map
         self._sites = sites
+        self._own = own
         self._values: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
-        self._leaves: list[Tensor] = []
+        self._maps: deque[tuple[str, Tensor]] = deque(maxlen=MAPS)
         self._hooks: list[RemovableHandle] = []
         self._operators = ExitStack()
 
@@ -77,12 +93,11 @@ class Tap:
         except BaseException:
             self.close()
             raise
-        if not self._sites.get(INPUT, False):
-            self._values[INPUT] = x
-            return x
-        self._values[INPUT] = image = self._leaf(x)
-        # A copy, so that a model that works on its input in place neither fails on a leaf nor shifts what is differentiated.
-        return image.clone() if image is not x else x
+        differentiated = self._sites.get(INPUT, False)
+        self._values[INPUT] = _differentiable(x) if differentiated else x
+        # A copy, because a model may work on its input in place: that would change the caller's images, fail on a leaf, and
+        # shift what is differentiated.
+        return self._values[INPUT].clone() if differentiated or self._own else x
 
     def close(self) -> None:
         """Take the hooks away; safe to call twice."""
@@ -92,18 +107,12 @@ class Tap:
 
     def recording(self, output: Any) -> Recording:
         """What was recorded, for a forward that returned `output`."""
-        for site in self._sites.keys() - {INPUT, OUTPUT} - self._values.keys() - self._problems.keys():
+        for site in self._sites.keys() - set(SPECIAL) - self._values.keys() - self._problems.keys():
             self._problems[site] = f"layer {site!r} did not run in the forward. Name a layer that the model uses."
-        return Recording(
-            self._x, self._version, self._values, self._problems, tuple(self._leaves), output, self._rng, _versions(self._model)
-        )
-
-    def _leaf(self, value: Tensor) -> Tensor:
-        if value.requires_grad:
-            return value
-        leaf = value.detach().requires_grad_()
-        self._leaves.append(leaf)
-        return leaf
+        if self._map is not None and self._maps:
+            self._values[SPATIAL] = self._maps[-1][1]
+        state = _state(self._model)
+        return Recording(self._x, self._version, self._values, self._problems, tuple(self._maps), output, self._rng, state)
 
     def _register(self) -> None:
         for site in self._sites:
@@ -112,10 +121,10 @@ class Tap:
                     if isinstance(module, PROJECTIONS):
                         self._hooks.append(module.register_forward_pre_hook(self._take_features))
             elif site == SPATIAL:
-                for module in self._model.modules():
-                    if module is not self._model:
-                        self._hooks.append(module.register_forward_hook(self._take_spatial))
-            elif site not in (INPUT, OUTPUT):
+                for name, module in self._model.named_modules():
+                    if name and self._map in (None, name):
+                        self._hooks.append(module.register_forward_hook(self._take_map(name)))
+            elif site not in SPECIAL:
                 self._hooks.append(self._model.get_submodule(site).register_forward_hook(self._take(site)))
 
     def _take(self, site: str) -> Any:
@@ -127,7 +136,7 @@ class Tap:
             if site in self._values:
                 self._problems[site] = f"layer {site!r} ran more than once in one forward. Name a layer that runs once."
                 return None
-            self._values[site] = value = self._leaf(output) if self._sites[site] else output
+            self._values[site] = value = _differentiable(output) if self._sites[site] else output
             # A copy goes on, because what follows may work in place, and an in-place ReLU would silently turn what was
             # recorded into its own output.
             return value.clone()
@@ -138,22 +147,32 @@ class Tap:
         if args and isinstance(args[0], Tensor):
             self._values[FEATURES] = args[0]  # the last one stays
 
-    def _take_spatial(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            return
-        if output.dim() == 4 and output.shape[-1] * output.shape[-2] > 1 and output.requires_grad:
-            self._problems.pop(SPATIAL, None)
-            self._values[SPATIAL] = output
-        elif output.dim() == 3 and output.shape[1] > 1:
-            self._problems[SPATIAL] = (
-                "layer='auto' found tokens where the last spatial map should be. Name the layer, for example one of "
-                f"{[name for name, _ in self._model.named_children()]} or a layer inside."
-            )
+    def _take_map(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
+            if not isinstance(output, Tensor) or layout(output, self._model, self._x, name) is None:
+                return None
+            # Behind frozen layers the first map becomes the leaf that later ones hang on.
+            value = _differentiable(output)
+            if self._maps and self._maps[-1][1] is value:
+                self._maps.pop()  # a container returns what its last layer did: the container names it
+            self._maps.append((name, value))
+            return None if value is output else value.clone()
+
+        return hook
+
+
+def _differentiable(value: Tensor) -> Tensor:
+    """The tensor itself, if a graph leads to it; else a leaf in its place, marked as one that nobody can train."""
+    if value.requires_grad:
+        return value
+    leaf = value.detach().requires_grad_()
+    setattr(leaf, LEAF, True)
+    return leaf
 
 
 def forward(model: nn.Module, x: Tensor, sites: Mapping[str, bool]) -> Recording:
     """Run the model once on `x`, recording the sites."""
-    tap = Tap(model, sites)
+    tap = Tap(model, sites, own=True)
     with _suspended(model):  # an attachment must not take this pass for the loop's
         try:
             output = model(tap.open(x))
@@ -180,7 +199,9 @@ class Attachment:
         self._sites = dict(sites)
         self._tap: Tap | None = None
         self._recording: Recording | None = None
+        self._map: str | None = None
         self.suspended = False
+        self._watches: list[RemovableHandle] = []
         self._hooks = [
             model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -210,16 +231,25 @@ class Attachment:
         recording = self._recording
         if recording is None or not recording.serves(model, x, sites):
             return None
-        self._recording = None
+        self._forget()
         return recording
+
+    def found_map(self, name: str) -> None:
+        """Say which layer `layer="auto"` turned out to be, so that later forwards record that one alone."""
+        self._map = name
 
     @property
     def live(self) -> bool:
         """False once removed, and on a copy."""
         return bool(self._hooks)
 
-    def _discard(self) -> None:
+    def _forget(self) -> None:
         self._recording = None
+        while self._watches:
+            self._watches.pop().remove()
+
+    def _discard(self) -> None:
+        self._forget()
         if self._tap is not None:
             self._tap.close()
             self._tap = None
@@ -228,18 +258,29 @@ class Attachment:
         if self.suspended or not self.live:
             return None
         self._discard()  # the last step's graph, and what an interrupted forward left
-        if not torch.is_grad_enabled() or not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
+        arguments: dict[int | str, Any] = dict(enumerate(args)) | kwargs
+        images = next(((key, value) for key, value in arguments.items() if isinstance(value, Tensor)), None)
+        if not torch.is_grad_enabled() or images is None or not images[1].is_floating_point():
             return None
-        self._tap = Tap(model, self._sites)
-        return (self._tap.open(args[0]), *args[1:]), kwargs
+        self._tap = Tap(model, self._sites, own=False, map=self._map)
+        arguments[images[0]] = self._tap.open(images[1])
+        return tuple(arguments[i] for i in range(len(args))), {name: arguments[name] for name in kwargs}
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
         if self.suspended or self._tap is None:
             return
         tap, self._tap = self._tap, None
         tap.close()
-        if output is not None:  # None: the forward raised
-            self._recording = tap.recording(output)
+        if output is None:  # the forward raised
+            return
+        self._recording = tap.recording(output)
+        for leaf in tree_leaves(output):
+            # A backward that reaches the output frees the graph: from then on a call must run its own forward.
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                self._watches.append(leaf.register_hook(self._used))
+
+    def _used(self, gradient: Tensor) -> None:
+        self._recording = None
 
 
 def attached(model: nn.Module) -> Attachment | None:
@@ -253,7 +294,7 @@ def attached(model: nn.Module) -> Attachment | None:
 
 def _inert() -> Attachment:
     copy = object.__new__(Attachment)
-    copy._hooks, copy._tap, copy._recording, copy.suspended = [], None, None, True
+    copy._hooks, copy._watches, copy._tap, copy._recording, copy.suspended = [], [], None, None, True
     return copy
 
 
@@ -270,5 +311,5 @@ def _suspended(model: nn.Module) -> Iterator[None]:
         attachment.suspended = False
 
 
-def _versions(model: nn.Module) -> tuple[int, ...]:
-    return tuple(parameter._version for parameter in model.parameters())
+def _state(model: nn.Module) -> tuple[int, ...]:
+    return (*(parameter._version for parameter in model.parameters()), *(module.training for module in model.modules()))

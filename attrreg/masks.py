@@ -113,7 +113,7 @@ def resize(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize a canonical mask `(N, 1, H, W)` to a map's size, by area.
 
     Downwards every cell is the mean of the pixels it covers, so a thin region becomes soft and never vanishes;
-    upwards pixels are repeated.
+    upwards pixels are repeated (averaged with a neighbour where the sizes do not divide).
     """
     if mask.shape[-2:] == size:
         return mask
@@ -136,13 +136,18 @@ def from_boxes(boxes: Sequence[Tensor | Sequence[Sequence[float]] | None], size:
     Raises:
         ValueError: a box that is not finite, is empty, or lies outside the image.
     """
+    if not (isinstance(size, Sequence) and len(size) == 2):
+        raise ValueError(f"size must be (H, W), got {size!r}. Give the height and width of the images in pixels.")
     height, width = size
     masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
     for index, entry in enumerate(boxes):
         if entry is None:
             masks[index] = True
             continue
-        for box in torch.as_tensor(entry, dtype=torch.float64).reshape(-1, 4).tolist():
+        listed = torch.as_tensor(entry, dtype=torch.float64)
+        if listed.numel() % 4 or (listed.numel() and listed.shape[-1] != 4):
+            raise ValueError(f"boxes[{index}] has the shape {tuple(listed.shape)}, but boxes are (K, 4). Give (x1, y1, x2, y2) a box.")
+        for box in listed.reshape(-1, 4).tolist():
             x1, y1, x2, y2 = box
             if not (x1 < x2 and y1 < y2 and x2 > 0 and y2 > 0 and x1 < width and y1 < height):
                 raise ValueError(

@@ -21,6 +21,10 @@ from attrreg.spec import Spec
 Objective = Callable[[Tensor, Tensor], Tensor]
 
 
+def _outside(mask: Tensor, map: Tensor) -> Tensor:
+    return 1 - mask.to(map.dtype)
+
+
 def requires_region(objective: Objective) -> bool:
     """Whether the objective is undefined for an image whose mask has no relevant pixel."""
     return bool(getattr(objective, "requires_region", False))
@@ -37,7 +41,7 @@ class SquaredOutside(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Penalty `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
-        return ((1 - mask) * map).square().sum(dim=(1, 2, 3))
+        return (_outside(mask, map) * map).square().sum(dim=(1, 2, 3))
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,7 +55,7 @@ class AbsoluteOutside(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Penalty `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
-        return ((1 - mask) * map).abs().sum(dim=(1, 2, 3))
+        return (_outside(mask, map) * map).abs().sum(dim=(1, 2, 3))
 
 
 @dataclass(frozen=True, repr=False)
@@ -71,7 +75,7 @@ class OutsideFraction(Spec):
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Share `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
         size = map.abs()
-        return ((1 - mask) * size).sum(dim=(1, 2, 3)) / (size.sum(dim=(1, 2, 3)) + self.eps)
+        return (_outside(mask, map) * size).sum(dim=(1, 2, 3)) / (size.sum(dim=(1, 2, 3)) + self.eps)
 
 
 @dataclass(frozen=True, repr=False)
@@ -84,7 +88,7 @@ class Energy(Spec):
     Args:
         eps: keeps the share finite for a map that is zero everywhere; in units of the map.
 
-    Source: the energy loss of Rao et al. 2023 (Model Guidance), arXiv 2303.12118, without their treatment of maps
+    Source: the energy loss of Rao et al. 2023 (Model Guidance), arXiv 2303.11932, without their treatment of maps
         that are nowhere positive.
     """
 
@@ -96,4 +100,4 @@ class Energy(Spec):
         positive = map.relu()
         nowhere = positive.sum(dim=(1, 2, 3), keepdim=True) <= 0
         size = torch.where(nowhere, map.abs(), positive)
-        return ((1 - mask) * size).sum(dim=(1, 2, 3)) / (size.sum(dim=(1, 2, 3)) + self.eps)
+        return (_outside(mask, map) * size).sum(dim=(1, 2, 3)) / (size.sum(dim=(1, 2, 3)) + self.eps)

@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from attrreg.call import Call
+from attrreg import call as calls
+from attrreg import masks
+from attrreg.call import Call, Select
 from attrreg.needs import Need
+from attrreg.recompute import trainable_leaves
 from attrreg.state import undone_on_error
-from attrreg.trace import Trace
+from attrreg.trace import Trace, check_needs
 
 if TYPE_CHECKING:
     from attrreg.regularizer import Term
@@ -36,9 +39,35 @@ def needs_of(terms: Sequence[Term]) -> list[Need]:
     return [need for term in terms for need in term.regularizer.needs()]
 
 
+def check(
+    terms: Sequence[Term],
+    model: nn.Module,
+    x: Tensor,
+    mask: Tensor,
+    target: Tensor | None,
+    annotated: Tensor | None,
+    generator: torch.Generator | None,
+    output: Select,
+) -> Call:
+    """Check the arguments of a call, before any pass.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the argument or the term.
+    """
+    calls.check_images(model, x)
+    calls.check_differentiable(model, x, output)
+    calls.check_generator_and_output(generator, output)
+    needs_region = next((who for term in terms if (who := term.regularizer.needs_region)), None)
+    annotation = masks.check(mask, x, annotated, needs_region)
+    call = Call(model, x, annotation, *calls.check_target(target, x), generator, output)
+    for term in terms:
+        check_needs(term.regularizer.needs(), call, term.name)
+    return call
+
+
 def compute(terms: Sequence[Term], call: Call, as_users_forward: bool) -> Penalty:
     """Compute the penalty of a sum of terms for checked arguments."""
-    assert call.annotation is not None  # _checked requires a mask
+    assert call.annotation is not None  # check requires a mask
     with undone_on_error(call.x.device, call.generator):
         trace = Trace(call, needs_of(terms), differentiable=True)
         trace.run(as_users_forward)
@@ -59,17 +88,8 @@ def compute(terms: Sequence[Term], call: Call, as_users_forward: bool) -> Penalt
 
 def _check_trainable(name: str, per_image: Tensor, trace: Trace) -> None:
     """Never a silent no-op: some parameter, or whatever made x, must lie behind the penalty."""
-    own = {id(leaf) for leaf in trace.leaves}
-    pending, seen = [per_image.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in own:
-            return
-        pending.extend(parent for parent, _ in node.next_functions)
+    if any(leaf is not trace.call.x for leaf in trainable_leaves(per_image)):
+        return
     raise RuntimeError(
         f"{name}: the penalty has no path to any trainable parameter, so it could train nothing. Unfreeze parameters that it "
         "depends on, or choose another layer or score."

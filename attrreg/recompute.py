@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,25 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from attrreg.hooks import LEAF
 from attrreg.points import Stop
 
 # (image, create_graph) -> one gradient a score, each of the shape of the image
 Gradients = Callable[[Tensor, bool], list[Tensor]]
-Summed = Callable[[Tensor, bool], list[Tensor]]
+
+
+def trainable_leaves(*values: Tensor) -> Iterator[Tensor]:
+    """The leaves that a graph leads to, those left out that we made ourselves to be differentiated."""
+    pending, seen = [value.grad_fn for value in values], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and not hasattr(variable, LEAF):
+            yield variable
+        pending.extend(parent for parent, _ in node.next_functions)
 
 
 def along(
@@ -26,34 +40,43 @@ def along(
     the gradients of each chunk are computed without a graph, and once more with one when the penalty is
     differentiated; memory is then that of one chunk, and a place costs one forward and one inner backward more.
     """
-
-    def summed(part: Sequence[Stop]) -> Summed:
-        def function(images: Tensor, create_graph: bool) -> list[Tensor]:
-            total: list[Tensor] = []
-            for stop in part:
-                factor = stop.factor(images)
-                terms = [factor * gradient for gradient in gradients(stop.image(images), create_graph)]
-                total = [a + b for a, b in zip(total, terms, strict=True)] if total else terms
-            return total
-
-        return function
-
     if not differentiable or chunk is None or len(stops) <= chunk:
-        return summed(stops)(x, differentiable)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return _summed(stops, x, gradients, differentiable)
+    images = x.detach()
+    # The first place tells which leaves a penalty can train: not all parameters, and maybe others than the model's.
+    first = _summed(stops[:1], images, gradients, True)
+    leaves = list(trainable_leaves(*first))
+    values = [value.detach() for value in first]
+    del first  # and its graph with it
     total: list[Tensor] = []
     for start in range(0, len(stops), chunk):
-        step = _Step(summed(stops[start : start + chunk]), model, x.device.type)
-        terms = _Recomputed.apply(step, x, *parameters)
-        total = [a + b for a, b in zip(total, terms, strict=True)] if total else list(terms)
+        part = stops[start : start + chunk]
+        rest = part[1:] if start == 0 else part
+        if rest:
+            values = _added(values if start == 0 else [], _summed(rest, images, gradients, False))
+        step = _Step(part, gradients, model, x.device.type)
+        total = _added(total, list(_Recomputed.apply(step, values, x, *leaves)))
     return total
 
 
-class _Step:
-    """A function of the images that can be run again later under the conditions of its first run."""
+def _summed(stops: Sequence[Stop], x: Tensor, gradients: Gradients, create_graph: bool) -> list[Tensor]:
+    total: list[Tensor] = []
+    for stop in stops:
+        factor = stop.factor(x)
+        total = _added(total, [factor * gradient for gradient in gradients(stop.image(x), create_graph)])
+    return total
 
-    def __init__(self, function: Summed, model: nn.Module, device_type: str) -> None:
-        self._function = function
+
+def _added(total: list[Tensor], terms: list[Tensor]) -> list[Tensor]:
+    return [a + b for a, b in zip(total, terms, strict=True)] if total else terms
+
+
+class _Step:
+    """The sum over a part of the path, to be run again under the conditions of its first run."""
+
+    def __init__(self, stops: Sequence[Stop], gradients: Gradients, model: nn.Module, device_type: str) -> None:
+        self._stops = stops
+        self._gradients = gradients
         self._model = model
         self._modes = self._training()
         self._autocast: dict[str, Any] = {
@@ -65,34 +88,33 @@ class _Step:
     def _training(self) -> list[bool]:
         return [module.training for module in self._model.modules()]
 
-    def __call__(self, x: Tensor, create_graph: bool) -> list[Tensor]:
+    def __call__(self, x: Tensor) -> list[Tensor]:
         if self._training() != self._modes:
             raise RuntimeError(
                 "The model changed between train and eval mode between the penalty and its backward, where chunked path methods "
                 "recompute. Call backward first, or pass chunk=None."
             )
         with torch.enable_grad(), torch.autocast(**self._autocast):
-            return self._function(x, create_graph)
+            return _summed(self._stops, x, self._gradients, True)
 
 
 class _Recomputed(Function):
-    """The step's gradients as a function of x and the parameters, whose graph is built only in the backward."""
+    """Known values as a function of x and the trainable leaves, whose graph is built only in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, step: _Step, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, step: _Step, values: list[Tensor], x: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
         ctx.step = step
-        ctx.save_for_backward(x, *parameters)  # also refuses the backward if an optimizer has stepped meanwhile
-        return tuple(value.detach() for value in step(x.detach(), False))
+        ctx.save_for_backward(x, *leaves)  # also refuses the backward if an optimizer has stepped meanwhile
+        return tuple(values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        x, *parameters = ctx.saved_tensors
-        images = x.detach().requires_grad_(ctx.needs_input_grad[1])
-        values = ctx.step(images, True)
-        pairs = [(value, grad) for value, grad in zip(values, outer, strict=True) if value.requires_grad]
-        if not pairs:
-            return (None,) * (2 + len(parameters))
-        inputs = [images, *parameters] if images.requires_grad else parameters
-        grads = torch.autograd.grad([v for v, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
-        return (None, *grads) if images.requires_grad else (None, None, *grads)
+        x, *leaves = ctx.saved_tensors
+        images = x.detach().requires_grad_(ctx.needs_input_grad[2])
+        pairs = [(value, grad) for value, grad in zip(ctx.step(images), outer, strict=True) if value.requires_grad]
+        inputs = [images, *leaves] if images.requires_grad else leaves
+        if not pairs or not inputs:
+            return (None,) * (3 + len(leaves))
+        grads = torch.autograd.grad([value for value, _ in pairs], inputs, [grad for _, grad in pairs], allow_unused=True)
+        return (None, None, *grads) if images.requires_grad else (None, None, None, *grads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,6 +19,7 @@ from attrreg.needs import Need
 from attrreg.objectives import Objective
 from attrreg.penalty import Penalty
 from attrreg.points import CLEAN
+from attrreg.scores import Score
 from attrreg.spec import Spec, source
 from attrreg.state import undone_on_error
 from attrreg.trace import Trace, check_needs, sites_at
@@ -75,7 +77,7 @@ class AttributionRegularizer(Spec, ABC):
             One forward and one backward for each distinct point and score, and the double backward that the loss's
             own backward then contains; the clean forward is free when an attachment recorded it.
         """
-        call = _checked(self.terms, model, x, mask, target, annotated, generator, output)
+        call = penalty.check(self.terms, model, x, mask, target, annotated, generator, output)
         return penalty.compute(self.terms, call, as_users_forward=False).total
 
     def evaluate(
@@ -103,7 +105,7 @@ class AttributionRegularizer(Spec, ABC):
         Raises:
             As calling the regularizer.
         """
-        call = _checked(self.terms, model, x, mask, target, annotated, generator, output)
+        call = penalty.check(self.terms, model, x, mask, target, annotated, generator, output)
         return penalty.compute(self.terms, call, as_users_forward=True)
 
     def attach(self, model: nn.Module) -> Attachment:
@@ -135,7 +137,7 @@ class AttributionRegularizer(Spec, ABC):
     ) -> Tensor:
         """Compute the attribution map itself, as Captum defines it.
 
-        Works also under `no_grad` and on a frozen model; leaves model and `x` as they were.
+        Works also under `no_grad` and on a frozen model.
 
         Args:
             model, x, target, generator, output: as in calling the regularizer.
@@ -169,11 +171,9 @@ class AttributionRegularizer(Spec, ABC):
         return Sum(tuple(replace(term, reduction=reduction) for term in self.terms))
 
     def __mul__(self, weight: float) -> Sum:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            return NotImplemented
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"weight must be finite and at least 0, got {weight}. A penalty with a negative weight would be a reward.")
-        return Sum(tuple(replace(term, weight=term.weight * weight) for term in self.terms))
+        if isinstance(weight, bool) or not isinstance(weight, Real):
+            raise TypeError(f"weight must be a number, got {type(weight).__name__}. Write for example 0.5 * reg, or weight.item() * reg.")
+        return Sum(tuple(replace(term, weight=term.weight * float(weight)) for term in self.terms))
 
     __rmul__ = __mul__
 
@@ -188,7 +188,7 @@ class AttributionRegularizer(Spec, ABC):
 
 
 class SingleRegularizer(AttributionRegularizer):
-    """One kind of penalty: what it needs, and how its value follows from that."""
+    """One kind of penalty: what it needs, and its value from that."""
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -210,9 +210,18 @@ class SingleRegularizer(AttributionRegularizer):
 
 
 class MapRegularizer(SingleRegularizer):
-    """An attribution map, judged by an objective. Subclasses are frozen dataclasses with a field `objective`."""
+    """An attribution map, judged by an objective. Subclasses are frozen dataclasses with the fields below.
 
+    Attributes:
+        score: what is differentiated.
+        objective: what is asked of the map.
+    """
+
+    score: Score
     objective: Objective
+
+    def __post_init__(self) -> None:
+        check_score_and_objective(self)
 
     @abstractmethod
     def attribution(self, trace: Trace) -> Tensor:
@@ -241,6 +250,7 @@ class MapRegularizer(SingleRegularizer):
     ) -> Tensor:
         """See `AttributionRegularizer.attribute`."""
         calls.check_images(model, x)
+        calls.check_generator_and_output(generator, output)
         with torch.inference_mode(False), torch.enable_grad(), undone_on_error(x.device, generator):
             images = x.clone() if x.is_inference() else x
             annotation = None if mask is None else masks.check(mask, images, None)
@@ -249,6 +259,21 @@ class MapRegularizer(SingleRegularizer):
             trace = Trace(call, self.needs(), differentiable=False)
             trace.run()
             return self.attribution(trace).detach()
+
+
+def check_score_and_objective(regularizer: MapRegularizer) -> None:
+    """Check the two settings that every map regularizer has; for those with a `__post_init__` of their own.
+
+    Raises:
+        TypeError: naming the setting.
+    """
+    name, score, objective = type(regularizer).__name__, regularizer.score, regularizer.objective
+    if not isinstance(score, Score):
+        raise TypeError(f"{name}: score must be a scores.Score, got {score!r}. Write for example scores.TargetLogit().")
+    if isinstance(objective, type) or not callable(objective):
+        raise TypeError(
+            f"{name}: objective must be a function (map, mask) -> (N,), got {objective!r}. Write for example objectives.Energy()."
+        )
 
 
 @dataclass(frozen=True)
@@ -266,7 +291,7 @@ class Sum(AttributionRegularizer):
     """A flat weighted sum of terms, as `+` and `*` make it.
 
     Raises:
-        ValueError: two terms have the same name.
+        ValueError: two terms have the same name, or a weight is negative or not finite.
     """
 
     parts: tuple[Term, ...]
@@ -279,6 +304,11 @@ class Sum(AttributionRegularizer):
     def __post_init__(self) -> None:
         seen: set[str] = set()
         for term in self.parts:
+            if not (math.isfinite(term.weight) and term.weight >= 0):
+                raise ValueError(
+                    f"weight of {term.name} must be finite and at least 0, got {term.weight}. Choose another; a negative one would be a "
+                    "reward."
+                )
             if term.name in seen:
                 raise ValueError(f"Two terms are called {term.name!r}. Tell them apart with .named('...').")
             seen.add(term.name)
@@ -299,23 +329,3 @@ def _written(term: Term) -> str:
     if renamed or reduced:
         text = f"({text})" + (f".named({term.name!r})" if renamed else "") + (f".reduced({term.reduction!r})" if reduced else "")
     return text
-
-
-def _checked(
-    terms: tuple[Term, ...],
-    model: nn.Module,
-    x: Tensor,
-    mask: Tensor,
-    target: Tensor | None,
-    annotated: Tensor | None,
-    generator: torch.Generator | None,
-    output: Select,
-) -> Call:
-    calls.check_images(model, x)
-    calls.check_differentiable(model, x)
-    needs_region = next((who for term in terms if (who := term.regularizer.needs_region)), None)
-    annotation = masks.check(mask, x, annotated, needs_region)
-    call = Call(model, x, annotation, *calls.check_target(target, x), generator, output)
-    for term in terms:
-        check_needs(term.regularizer.needs(), call, term.name)
-    return call

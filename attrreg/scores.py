@@ -149,6 +149,10 @@ class RandomProjection(Score):
     layer: str = "auto"
     seed: int | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.layer, str) or not self.layer:
+            raise TypeError(f"layer must be the dotted name of a layer, got {self.layer!r}. Find it with model.named_modules().")
+
     @property
     def draws(self) -> bool:  # type: ignore[override]
         """True while the seed is not fixed."""
@@ -201,7 +205,7 @@ def check_output(score: Score, value: object, target_max: int | None) -> None:
     classes = value.shape[1]
     if classes < score.classes:
         raise ValueError(
-            f"{name} needs at least {score.classes} classes, but the model has {classes}. Use scores.TargetLogit() or PredictedLogit()."
+            f"{name} needs at least {score.classes} classes, but the model has {classes}. Use scores.PredictedLogit(), or give it two logits with `output=`."
         )
     if score.needs_target and target_max is not None and target_max >= classes:
         raise ValueError(f"target has the class {target_max}, but the model has {classes} classes. Pass class indices in [0, {classes}).")

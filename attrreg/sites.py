@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ OUTPUT = "<output>"  # the logits: what the model returns, after `output=`
 FEATURES = "<features>"  # what enters the last linear or convolutional layer that runs: the pooled features
 SPATIAL = "<last spatial layer>"  # the last layer whose output is a map
 
+NCHW = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
 SPECIAL = (INPUT, OUTPUT, FEATURES, SPATIAL)
 
 
@@ -27,7 +29,7 @@ def check_layer(model: nn.Module, name: str) -> None:
     """
     if name in SPECIAL:
         return
-    names = [known for known, _ in model.named_modules() if known]
+    names = [known for known, _ in model.named_modules(remove_duplicate=False) if known]
     if name in names:
         return
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
@@ -35,33 +37,54 @@ def check_layer(model: nn.Module, name: str) -> None:
     raise ValueError(f"layer {name!r} is not in {type(model).__name__}. {hint}")
 
 
-def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> tuple[Tensor, int]:
-    """A layer's output as a map `(N, C, h, w)`, and the number of prefix tokens that were dropped.
+Layout = Literal["NCHW", "NHWC"] | int  # an int: tokens (N, L, C) behind so many prefix tokens
+
+
+def layout(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Layout | None:
+    """How the output of the layer `site` lays out a map; None where it has none.
 
     Understands `(N, C, h, w)`, `(N, h, w, C)` and tokens `(N, L, C)` with or without prefix tokens. The layout is read
-    off the shape: the grid has the images' aspect ratio.
+    off the shape: a grid has the images' aspect ratio. Only the outputs of convolutions may have another.
+    """
+    height, width = x.shape[-2:]
+    if not value.is_floating_point() or value.dim() not in (3, 4) or value.shape[0] != x.shape[0]:
+        return None
+    if value.dim() == 3:
+        return _prefix_tokens(value.shape[1], model, height, width)
+    _, a, b, c = value.shape
+    if b * c > 1 and _convolves_to(model, site, channels=a):
+        return "NCHW"
+    channels_first, channels_last = _same_aspect(b, c, height, width), _same_aspect(a, b, height, width)
+    if channels_last and (not channels_first or _output_is_nhwc(model)) and a * b > 1:
+        return "NHWC"
+    return "NCHW" if channels_first and b * c > 1 else None
+
+
+def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Tensor:
+    """A layer's output, or a gradient there, as a map `(N, C, h, w)`; prefix tokens are dropped.
 
     Raises:
         ValueError: the layer has no spatial map.
     """
-    height, width = x.shape[-2:]
-    if value.dim() == 4 and max(value.shape[1:]) > 1:
-        _, a, b, c = value.shape
-        channels_first, channels_last = _same_aspect(b, c, height, width), _same_aspect(a, b, height, width)
-        if channels_last and (not channels_first or _output_is_nhwc(model)) and a * b > 1:
-            return value.permute(0, 3, 1, 2), 0
-        if b * c > 1:
-            return value, 0
-    if value.dim() == 3 and value.shape[0] == x.shape[0]:
-        prefix = _prefix_tokens(value.shape[1], model, height, width)
-        if prefix is not None:
-            h, w = _grid(value.shape[1] - prefix, model, height, width) or (0, 0)
-            tokens = value[:, prefix:]
-            return tokens.transpose(1, 2).reshape(value.shape[0], value.shape[2], h, w), prefix
+    found = layout(value, model, x, site)
+    if found == "NCHW":
+        return value
+    if found == "NHWC":
+        return value.permute(0, 3, 1, 2)
+    if isinstance(found, int):
+        tokens = value[:, found:]
+        h, w = _grid(tokens.shape[1], model, x.shape[-2], x.shape[-1]) or (0, 0)
+        return tokens.transpose(1, 2).reshape(value.shape[0], value.shape[2], h, w)
     raise ValueError(
         f"layer {site!r} gives {tuple(value.shape)} for images {tuple(x.shape)}, which is not a spatial map. Name a layer "
         "before pooling, whose output is (N, C, h, w), (N, h, w, C) or (N, tokens, C)."
     )
+
+
+def _convolves_to(model: nn.Module, site: str, channels: int) -> bool:
+    # A stride may differ between the axes, so that the shape alone would not tell.
+    layers = [layer for layer in model.get_submodule(site).modules() if isinstance(layer, NCHW)]
+    return any(getattr(layer, "out_channels", getattr(layer, "num_features", None)) == channels for layer in layers)
 
 
 def _same_aspect(h: int, w: int, height: int, width: int) -> bool:
@@ -79,7 +102,7 @@ def _grid(count: int, model: nn.Module, height: int, width: int) -> tuple[int, i
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is not None and len(grid) == 2 and grid[0] * grid[1] == count:
         return int(grid[0]), int(grid[1])
-    if count < 2:
+    if count < 4:
         return None
     h = max(1, round(math.sqrt(count * height / width)))
     if count % h == 0 and _same_aspect(h, count // h, height, width):

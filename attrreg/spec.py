@@ -18,6 +18,8 @@ def source(value: Any) -> str:
     """Python source of a setting: `repr`, but with functions written as the path that imports them."""
     if not isinstance(value, Spec) and callable(value) and hasattr(value, "__qualname__"):
         return public_path(value)
+    if isinstance(value, float):
+        return float.__repr__(value)  # NumPy's floats name themselves
     if isinstance(value, tuple):
         return "(" + "".join(f"{source(item)}, " for item in value).rstrip() + ")"
     return repr(value)

@@ -41,30 +41,37 @@ class Buffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._places: list[tuple[nn.Module, str, Tensor, Tensor]] = []
-        copies: dict[int, Tensor] = {}  # a buffer shared by two modules stays shared
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    copy = copies.setdefault(id(buffer), buffer.detach().clone())
-                    self._places.append((module, name, buffer, copy))
+        self._originals = [(module, dict(module._buffers)) for module in model.modules()]
+        self._copies: dict[int, Tensor] = {}  # a buffer shared by two modules stays shared
+        for _, buffers in self._originals:
+            for buffer in buffers.values():
+                if buffer is not None and id(buffer) not in self._copies:
+                    self._copies[id(buffer)] = buffer.detach().clone()
+        self._after: list[dict[str, Tensor | None]] = []
 
     def stand_in(self) -> None:
         """Put the copies in place."""
-        for module, name, _, copy in self._places:
-            module._buffers[name] = copy
+        for module, buffers in self._originals:
+            module._buffers.update({name: self._copies[id(buffer)] for name, buffer in buffers.items() if buffer is not None})
 
     def put_back(self) -> None:
-        """Put the originals in place, as they were."""
-        for module, name, original, _ in self._places:
-            module._buffers[name] = original
+        """Put the originals in place, as they were, and remember what the pass left in theirs."""
+        self._after = [dict(module._buffers) for module, _ in self._originals]
+        for module, buffers in self._originals:
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
     def commit(self) -> None:
-        """Write what the pass did to the copies into the originals (which are in place again)."""
-        for _, _, original, copy in self._places:
-            # .data, as a forward writes its own statistics: without telling autograd, which would refuse an earlier
-            # graph that saved the buffer.
-            original.data.copy_(copy)
+        """Make what the pass did final (the originals are in place again)."""
+        for (module, buffers), after in zip(self._originals, self._after, strict=True):
+            for name, left in after.items():
+                original = buffers.get(name)
+                if original is not None and left is self._copies[id(original)]:
+                    # .data, as a forward writes its own statistics: without telling autograd, which would refuse an
+                    # earlier graph that saved the buffer.
+                    original.data.copy_(left)
+                else:  # the forward assigned a new tensor
+                    module._buffers[name] = left
 
 
 @contextmanager

@@ -82,7 +82,8 @@ class Trace:
         self._recordings: dict[Point, hooks.Recording] = {}
         self._grads: dict[tuple[str, Score, Point], Tensor] = {}
         self._score_seeds: dict[Score, int] = {}
-        self._own_forward: tuple[Buffers, Rng] | None = None
+        self._own_forward: Buffers | None = None
+        self._map = ""  # the layer that layer="auto" is
 
     # What terms read
 
@@ -102,7 +103,7 @@ class Trace:
         Raises:
             ValueError: the layer has no spatial map.
         """
-        return sites.to_grid(value, self.call.model, self.call.x, site)[0]
+        return sites.to_grid(value, self.call.model, self.call.x, self._map if site == sites.SPATIAL else site)
 
     @property
     def mask(self) -> Tensor:
@@ -115,11 +116,6 @@ class Trace:
         """What the model returned for the clean images."""
         return self._recordings[CLEAN].output
 
-    @property
-    def leaves(self) -> list[Tensor]:
-        """Tensors made to be differentiated, behind which no parameter lies."""
-        return [leaf for recording in self._recordings.values() for leaf in recording.leaves]
-
     # Running
 
     def run(self, as_users_forward: bool = False) -> None:
@@ -129,9 +125,7 @@ class Trace:
             as_users_forward: the clean pass stands in for the user's own forward, so it moves BatchNorm's statistics and
                 the random number generators as that would; `commit` makes the former final.
         """
-        clean = sites_at(CLEAN, self._needs)
-        if clean.keys() - {sites.INPUT} or any(clean.values()) or as_users_forward:
-            self._recordings[CLEAN] = self._clean_pass(clean, as_users_forward)
+        self._clean_pass(sites_at(CLEAN, self._needs), as_users_forward)
         replay = self._recordings[CLEAN].rng if CLEAN in self._recordings else Rng.of(self.call.x.device)
         # Draws come after the clean pass, as they do in a loop whose own forward is reused.
         seeds = self._draw()
@@ -148,20 +142,25 @@ class Trace:
     def commit(self) -> None:
         """Make what the clean pass did to the model's buffers final, where it stood in for the user's forward."""
         if self._own_forward is not None:
-            self._own_forward[0].commit()
+            self._own_forward.commit()
 
-    def _clean_pass(self, wanted: dict[str, bool], as_users_forward: bool) -> hooks.Recording:
+    def _clean_pass(self, wanted: dict[str, bool], as_users_forward: bool) -> None:
         call = self.call
-        attachment = hooks.attached(call.model)
-        recording = attachment.take(call.model, call.x, wanted) if attachment is not None and self._differentiable else None
-        if recording is None:
+        attachment = hooks.attached(call.model) if self._differentiable else None
+        recording = attachment.take(call.model, call.x, wanted) if attachment is not None else None
+        # The images themselves need no pass. One that was recorded is taken all the same: others replay its draws.
+        needed = as_users_forward or any(wanted.values()) or bool(wanted.keys() - {sites.INPUT})
+        if recording is None and needed:
             with isolated(call.model, device=call.x.device) as buffers:
                 recording = self._forward(call.x, wanted)
                 after = Rng.of(call.x.device)
             if as_users_forward:
-                self._own_forward = (buffers, after)
+                self._own_forward = buffers
                 after.restore()
-        return recording
+        if recording is not None:
+            self._recordings[CLEAN] = recording
+            if sites.SPATIAL in recording.values:
+                self._map = recording.maps[-1][0]
 
     def _forward(self, image: Tensor, wanted: dict[str, bool]) -> hooks.Recording:
         for counter in self._counters:
@@ -211,10 +210,11 @@ class Trace:
                 f"{score!r} gave {tuple(per_image.shape)}, but a score is ({self.call.x.shape[0]},), one number an image. Do not "
                 "reduce over the batch: a loss, for example, takes reduction='none'."
             )
+        total = per_image.sum()
+        if sites.SPATIAL in wanted and sites.SPATIAL not in recording.values:
+            self._find_map(recording, total, score)
         inputs = [self._at(recording, site) for site in wanted]
-        for counter in self._counters:
-            counter.backward += 1
-        grads = torch.autograd.grad(per_image.sum(), inputs, create_graph=create_graph, retain_graph=True, allow_unused=True)
+        grads = self._gradients(total, inputs, create_graph)
         for site, grad in zip(wanted, grads, strict=True):
             if grad is None:
                 raise RuntimeError(
@@ -222,18 +222,52 @@ class Trace:
                     "the images and the score."
                 )
             self._check_patches(site, grad)
-        return list(grads)
+        return [grad for grad in grads if grad is not None]
+
+    def _gradients(self, total: Tensor, inputs: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
+        for counter in self._counters:
+            counter.backward += 1
+        try:
+            return torch.autograd.grad(total, inputs, create_graph=create_graph, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant=True" not in str(error):
+                raise
+            raise RuntimeError(
+                "The model checkpoints activations with use_reentrant=True, through which PyTorch cannot take a gradient of a gradient. "
+                "Use torch.utils.checkpoint with use_reentrant=False."
+            ) from error
 
     def _check_patches(self, site: str, grad: Tensor) -> None:
         # Class-token pooling: the score reads the class token alone, so at the last layers patches have no gradient at all.
         if site in sites.SPECIAL or grad.dim() != 3 or grad.shape[0] != self.call.x.shape[0]:
             return
-        patches, prefix = sites.to_grid(grad, self.call.model, self.call.x, site)
-        if prefix and not patches.any() and grad.any():
+        prefix = sites.layout(grad, self.call.model, self.call.x, site)
+        if isinstance(prefix, int) and prefix and not grad[:, prefix:].any() and grad.any():
             raise RuntimeError(
                 f"At layer {site!r} the gradient of every patch token is zero, because the score reads the class token alone from "
                 "here on. Name an earlier layer, such as the norm before the last block's attention."
             )
+
+    def _find_map(self, recording: hooks.Recording, total: Tensor, score: Score) -> None:
+        """Choose the layer for `layer="auto"`: the last map that the score depends on."""
+        if not recording.maps:
+            raise ValueError("layer='auto' found no layer with a spatial map. Name a layer whose output is (N, C, h, w).")
+        # Layers inside a block (queries and keys, hidden features) may have maps of another width: rather not those.
+        width = getattr(self.call.model, "num_features", None)
+        usual = [(name, map) for name, map in recording.maps if width in map.shape[1:]] or recording.maps
+        chosen = last, value = usual[-1]
+        decided = isinstance(sites.layout(value, self.call.model, self.call.x, last), str)
+        if not decided:
+            # Tokens. Where a class token is pooled, the last layers' patches are read by nobody.
+            alike = [(name, map) for name, map in usual if map.shape[1:] == value.shape[1:]]
+            grads = self._gradients(total, [map for _, map in alike], create_graph=False)
+            for (name, map), grad in zip(alike, grads, strict=True):
+                if grad is not None and sites.to_grid(grad, self.call.model, self.call.x, name).any():
+                    chosen, decided = (name, map), True
+        self._map, recording.values[sites.SPATIAL] = chosen
+        attachment = hooks.attached(self.call.model)
+        if decided and attachment is not None:
+            attachment.found_map(self._map)
 
     def _at(self, recording: hooks.Recording, site: str) -> Tensor:
         if site == sites.OUTPUT:
@@ -273,7 +307,7 @@ def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:
         if isinstance(need.at, Path) and (isinstance(need, Value) or need.site != sites.INPUT):
             raise ValueError(f"{name}: on a path only the gradient at the input can be taken. Ask for Grad(INPUT, score, path).")
         if need.at.needs_mask and call.mask is None:
-            raise ValueError(f"{name}: {need.at!r} needs a mask. Pass `mask=`.")
+            raise ValueError(f"{name}: its baseline is made from the mask, and there is none. Pass `mask=`.")
         for site in used:
             try:
                 sites.check_layer(call.model, site)

@@ -279,6 +279,22 @@ SETTINGS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: attrreg.IntegratedGradients(chunk=0), ValueError, "chunk"),
     (lambda: attrreg.IntegratedGradients(rule="simpson"), ValueError, "gausslegendre"),
     (lambda: attrreg.IntegratedGradients(baseline="zero"), TypeError, "baseline"),  # type: ignore[arg-type]
+    (lambda: attrreg.ExpectedGradients(baseline=baselines.Masked(), objective=objectives.OutsideFraction()), ValueError, "the share"),
+    (lambda: attrreg.IntegratedGradients(baseline=baselines.Shuffle(), objective=objectives.Energy()), ValueError, "the share"),
+    (lambda: attrreg.IntegratedGradients(baseline=torch.tensor(float("nan"))), ValueError, "finite"),
+    (lambda: attrreg.ExpectedGradients()(SmoothNet().double(), x[:1], mask[:1]), ValueError, "batch of one"),
+    (lambda: attrreg.InputGradient("TargetLogit"), TypeError, "score must be"),  # type: ignore[arg-type]
+    (lambda: attrreg.InputGradient(scores.TargetLogit), TypeError, "score must be"),  # type: ignore[arg-type]
+    (lambda: attrreg.GradCAM(objective=objectives.Energy), TypeError, "objective must be"),  # type: ignore[arg-type]
+    (lambda: attrreg.IntegratedGradients(objective=None), TypeError, "objective must be"),  # type: ignore[arg-type]
+    (lambda: IG(SmoothNet().double(), x, mask, generator=3), TypeError, "generator"),  # type: ignore[arg-type]
+    (lambda: IG(SmoothNet().double(), x, mask, output=True), TypeError, "output"),
+    (lambda: IG(SmoothNet().double(), x, mask, output=1.5), TypeError, "output"),  # type: ignore[arg-type]
+    (lambda: IG(SmoothNet().double(), x, mask, output="logits"), TypeError, "does not fit a Tensor"),
+    (lambda: 1e300 * (1e300 * IG), ValueError, "weight of InputGradient"),
+    (lambda: scores.RandomProjection(None), TypeError, "layer"),  # type: ignore[arg-type]
+    (lambda: masks.from_boxes([[(0, 0, 4)]], (8, 8)), ValueError, r"boxes\[0\].*\(K, 4\)"),
+    (lambda: masks.from_boxes([[(0, 0, 4, 4)]], 8), ValueError, "size"),  # type: ignore[arg-type]
     (lambda: attrreg.ExpectedGradients(samples=0), ValueError, "samples"),
     (lambda: attrreg.ExpectedGradients(chunk=-1), ValueError, "chunk"),
     (lambda: attrreg.GradCAM(layer=nn.Linear(1, 1)), TypeError, "layer"),  # type: ignore[arg-type]
@@ -346,8 +362,11 @@ def test_class_token_pooling_leaves_no_patch_gradient() -> None:
     images, where = torch.randn(2, 3, 32, 32), torch.ones(2, 32, 32)
     with pytest.raises(RuntimeError, match=r"'norm'.*every patch token is zero.*earlier layer"):
         attrreg.GradCAM(layer="norm")(model, images, where, torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match=r"found tokens.*Name the layer"):
-        attrreg.GradCAM()(model, images, where, torch.tensor([0, 1]))
+    # Left to itself, it finds the last layer whose patches the class token still reads.
+    found = attrreg.GradCAM().attribute(model, images, torch.tensor([0, 1]))
+    last = len(model.blocks) - 1
+    torch.testing.assert_close(found, attrreg.GradCAM(f"blocks.{last}.norm1").attribute(model, images, torch.tensor([0, 1])))
+    assert float(found.std()) > 0
 
 
 @pytest.mark.parametrize(

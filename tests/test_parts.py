@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,23 +135,34 @@ def test_expected_gradients_average_to_integrated_gradients() -> None:
 )
 def test_grids(shape: tuple[int, ...], images: tuple[int, int], grid: tuple[int, ...]) -> None:
     value = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
-    got, prefix = sites.to_grid(value, nn.Identity(), torch.zeros(2, 3, *images), "layer")
+    got = sites.to_grid(value, nn.Sequential(nn.Identity()), torch.zeros(2, 3, *images), "0")
     assert got.shape == grid
-    tokens = value[:, prefix:] if len(shape) == 3 else value.flatten(1, 2) if shape[3] == grid[1] != shape[1] else None
+    length = grid[2] * grid[3]
+    tokens = value[:, -length:] if len(shape) == 3 else value.flatten(1, 2) if shape[3] == grid[1] != shape[1] else None
     if tokens is not None:
         assert torch.equal(got.flatten(2), tokens.transpose(1, 2))
+
+
+def test_a_convolutions_output_is_no_guess() -> None:
+    """With a stride for each axis the shape alone would be read as (N, h, w, C)."""
+    model = nn.Sequential(nn.Conv2d(3, 16, (4, 8), (4, 8)), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 16 * 8, 3))
+    x, target = torch.randn(2, 3, 64, 64), torch.tensor([0, 2])
+    got = attrreg.GradCAM("0").attribute(model, x, target)
+    torch.testing.assert_close(got, oracles.grad_cam(model, x, target, oracles.score_target_logit, "0").detach())
 
 
 @pytest.mark.parametrize("shape", [(2, 7), (2, 7, 1, 1), (2, 1, 7), (2, 12, 7), (4, 16, 7)])
 def test_no_grid(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"layer 'here' gives .*not a spatial map"):
-        sites.to_grid(torch.zeros(shape), nn.Identity(), torch.zeros(2, 3, 32, 32), "here")
+        sites.to_grid(torch.zeros(shape), nn.ModuleDict({"here": nn.Identity()}), torch.zeros(2, 3, 32, 32), "here")
 
 
 def test_the_models_own_word_on_its_layout_decides_a_square() -> None:
     value, x = torch.randn(2, 7, 7, 7), torch.zeros(2, 3, 224, 224)
-    model: Any = SimpleNamespace(output_fmt="NHWC")
-    torch.testing.assert_close(sites.to_grid(value, model, x, "layer")[0], value.permute(0, 3, 1, 2))
+    model = nn.Sequential(nn.Identity())
+    torch.testing.assert_close(sites.to_grid(value, model, x, "0"), value)
+    model.output_fmt = "NHWC"  # type: ignore[assignment]
+    torch.testing.assert_close(sites.to_grid(value, model, x, "0"), value.permute(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("function", [F.hardsigmoid, F.hardswish])

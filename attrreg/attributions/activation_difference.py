@@ -47,7 +47,8 @@ class ActivationDifference(SingleRegularizer):
     detach: Side | None = None
 
     def __post_init__(self) -> None:
-        layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
+        listed = (self.layers,) if isinstance(self.layers, str) else self.layers
+        layers = tuple(listed) if isinstance(listed, (tuple, list)) else ()
         if not layers or not all(isinstance(layer, str) and layer for layer in layers):
             raise TypeError(f"layers must be dotted names of layers, got {self.layers!r}. Find them with model.named_modules().")
         object.__setattr__(self, "layers", "auto" if layers == ("auto",) else layers)

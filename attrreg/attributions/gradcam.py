@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attrreg.needs import Grad, Need, Value
 from attrreg.objectives import Objective, SquaredOutside
-from attrreg.regularizer import MapRegularizer
+from attrreg.regularizer import MapRegularizer, check_score_and_objective
 from attrreg.scores import ByTarget, Score
 from attrreg.sites import SPATIAL
 from attrreg.trace import Trace
@@ -22,7 +22,7 @@ class GradCAM(MapRegularizer):
 
     Args:
         layer: dotted name of a layer with a spatial map: `(N, C, h, w)`, `(N, h, w, C)` or tokens `(N, L, C)`. "auto": the
-            last layer that has one.
+            last layer that has one on which the score depends, taken as it is when the forward ends.
         relu: clip the map at zero, as the paper does for display. Off by default, as in Captum: a map that is negative
             everywhere would be clipped to nothing, and its penalty would have no gradient.
         semi: treat the weights w as constants when the penalty is differentiated. A different method, not an
@@ -34,7 +34,8 @@ class GradCAM(MapRegularizer):
         TypeError: `layer` is not a name.
 
     Cost:
-        One backward from the score down to the layer (and its double backward); no forward when attached.
+        One backward from the score down to the layer (and its double backward); no forward when attached. Finding an
+            automatic layer among tokens takes one backward more, once for each attachment.
 
     Source:
         Selvaraju et al. 2017, arXiv 1610.02391; semi: RES (Gao et al. 2022, arXiv 2206.13413). Equals Captum's `LayerGradCam`
@@ -48,6 +49,7 @@ class GradCAM(MapRegularizer):
     objective: Objective = SquaredOutside()
 
     def __post_init__(self) -> None:
+        check_score_and_objective(self)
         if not isinstance(self.layer, str) or not self.layer:
             raise TypeError(f"layer must be the dotted name of a layer, got {self.layer!r}. Find it with model.named_modules().")
 

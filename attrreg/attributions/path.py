@@ -8,9 +8,9 @@ from torch import Tensor
 
 from attrreg.baselines import Baseline, OtherImage, Zero, as_baseline
 from attrreg.needs import Grad, Need
-from attrreg.objectives import Objective, SquaredOutside
+from attrreg.objectives import Objective, SquaredOutside, requires_region
 from attrreg.points import RULES, Path, Quadrature, RandomPlaces
-from attrreg.regularizer import MapRegularizer
+from attrreg.regularizer import MapRegularizer, check_score_and_objective
 from attrreg.scores import ByTarget, Score
 from attrreg.sites import INPUT
 from attrreg.trace import Trace
@@ -25,7 +25,7 @@ class IntegratedGradients(MapRegularizer):
 
     Args:
         steps: number of places on the path; at least 1, and 2 for the Riemann rules.
-        baseline: where the path starts: a tensor that broadcasts to `x`, or one of `attrreg.baselines`.
+        baseline: where the path starts: a number, a tensor that broadcasts to `x`, or one of `attrreg.baselines`.
         rule: Captum's name of the quadrature rule.
         chunk: how many steps' graphs are held in memory at a time. With fewer than `steps`, the memory is that of `chunk`
             steps, and each step costs one forward and one inner backward more. None: all at once.
@@ -45,14 +45,15 @@ class IntegratedGradients(MapRegularizer):
     """
 
     steps: int = 16
-    baseline: Baseline | Tensor = Zero()
+    baseline: Baseline | Tensor | float = Zero()
     rule: str = "gausslegendre"
     chunk: int | None = 1
     score: Score = ByTarget()
     objective: Objective = SquaredOutside()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "baseline", as_baseline(self.baseline))
+        check_score_and_objective(self)
+        object.__setattr__(self, "baseline", _baseline(self))
         if self.rule not in RULES:
             raise ValueError(f"rule {self.rule!r} is unknown. Use one of {', '.join(map(repr, RULES))}.")
         _check_count("steps", self.steps, 1 if self.rule == "gausslegendre" else 2)
@@ -98,13 +99,14 @@ class ExpectedGradients(MapRegularizer):
     """
 
     samples: int = 1
-    baseline: Baseline | Tensor = OtherImage()
+    baseline: Baseline | Tensor | float = OtherImage()
     chunk: int | None = 1
     score: Score = ByTarget()
     objective: Objective = SquaredOutside()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "baseline", as_baseline(self.baseline))
+        check_score_and_objective(self)
+        object.__setattr__(self, "baseline", _baseline(self))
         _check_count("samples", self.samples, 1)
         if self.chunk is not None:
             _check_count("chunk", self.chunk, 1)
@@ -120,6 +122,17 @@ class ExpectedGradients(MapRegularizer):
     def attribution(self, trace: Trace) -> Tensor:
         """The weighted sum."""
         return trace.grad(INPUT, self.score, self._path)
+
+
+def _baseline(regularizer: IntegratedGradients | ExpectedGradients) -> Baseline:
+    """The baseline as an object, refused where it makes the objective constant."""
+    baseline = as_baseline(regularizer.baseline)
+    if baseline.needs_mask and requires_region(regularizer.objective):
+        raise ValueError(
+            f"{type(regularizer).__name__}: from {baseline!r} to the image only irrelevant pixels change, so the share of attribution "
+            "outside is 1 whatever the model does. Use objectives.SquaredOutside() or AbsoluteOutside(), or another baseline."
+        )
+    return baseline
 
 
 def _check_count(name: str, value: int, least: int) -> None:

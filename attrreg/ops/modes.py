@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -28,7 +30,29 @@ class _Replace(TorchFunctionMode):
 def twice_differentiable() -> Iterator[None]:
     """Compute with operators that have a second derivative. The user's settings are back at the end.
 
-    Attention takes PyTorch's math path: its fused kernels have no double backward (pytorch#116350).
+    Attention takes PyTorch's math path: its fused kernels have no double backward (pytorch#116350). A checkpointed
+    block (`use_reentrant=False`) that runs inside is recomputed with the same operators, whenever that happens.
     """
-    with sdpa_kernel(SDPBackend.MATH), _Replace():
+    with sdpa_kernel(SDPBackend.MATH), _Replace(), _checkpoints_recompute_alike():
         yield
+
+
+@contextmanager
+def _checkpoints_recompute_alike() -> Iterator[None]:
+    # PyTorch captures autocast and generators for the recomputation, but not function modes or attention kernels, and has
+    # no public way to add them from outside the checkpointed code.
+    frame = torch.utils.checkpoint._CheckpointFrame
+
+    class Frame(frame):  # type: ignore[misc, valid-type]
+        def __init__(self, recompute_fn: Callable[..., None], *rest: Any) -> None:
+            def recompute(*args: Any) -> None:
+                with twice_differentiable():
+                    recompute_fn(*args)
+
+            super().__init__(recompute, *rest)
+
+    torch.utils.checkpoint._CheckpointFrame = Frame  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        torch.utils.checkpoint._CheckpointFrame = frame  # type: ignore[misc]

@@ -1,0 +1,274 @@
+"""Models and loops that are not textbook: in-place work, checkpointing, frozen parts, parameters elsewhere."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import attrreg
+from attrreg.regularizer import AttributionRegularizer
+from attrreg.trace import passes
+from tests.models import SmoothNet, assert_close, batch, gradients, smooth_batch
+
+TERMS: dict[str, AttributionRegularizer] = {
+    "input_gradient": attrreg.InputGradient(),
+    "input_x_gradient": attrreg.InputXGradient(),
+    "integrated_gradients": attrreg.IntegratedGradients(steps=3),
+    "integrated_gradients_unchunked": attrreg.IntegratedGradients(steps=3, chunk=None),
+    "grad_cam": attrreg.GradCAM("body"),
+    "grad_cam_auto": attrreg.GradCAM(),
+    "activation_difference": attrreg.ActivationDifference(fill=attrreg.baselines.Zero()),
+}
+
+
+class WorksOnItsInput(nn.Module):
+    """Scales its input, in place or not."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.net = SmoothNet()
+        self.inplace = inplace
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x.mul_(2) if self.inplace else x * 2)
+
+
+@pytest.mark.parametrize("kind", ["plain", "non-leaf"])
+@pytest.mark.parametrize("name", TERMS)
+def test_a_model_that_works_on_its_input_in_place(name: str, kind: str) -> None:
+    if name == "grad_cam":
+        regularizer: AttributionRegularizer = attrreg.GradCAM("net.body")
+    else:
+        regularizer = TERMS[name]
+    x, mask, target = smooth_batch()
+    inplace, plain = WorksOnItsInput(True).double(), WorksOnItsInput(False).double()
+    plain.load_state_dict(inplace.state_dict())
+    found = []
+    for model in (inplace, plain):
+        gain = torch.ones((), dtype=torch.float64, requires_grad=True)
+        images = x * gain if kind == "non-leaf" else x
+        before = images.detach().clone()
+        value = regularizer(model, images, mask, target)
+        slopes = torch.autograd.grad(value, [*model.parameters(), gain], allow_unused=True, materialize_grads=True)
+        found.append([value.detach(), *slopes])
+        assert torch.equal(images.detach(), before), "the caller's images"
+    assert_close(found[0], found[1], 1e-12)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, net: SmoothNet, use_reentrant: bool) -> None:
+        super().__init__()
+        self.net = net
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Any:
+        stem = checkpoint(lambda x: self.net.act(self.net.stem(x)), x, use_reentrant=self.use_reentrant)
+        return self.net.head(F.silu(checkpoint(self.net.body, stem, use_reentrant=self.use_reentrant)).mean(dim=(2, 3)))
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    model, (x, mask, target) = Checkpointed(SmoothNet().double(), True), smooth_batch()
+    with pytest.raises(RuntimeError, match=r"use_reentrant=True.*Use torch.utils.checkpoint with use_reentrant=False"):
+        attrreg.InputGradient()(model, x, mask, target)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_checkpointing_changes_nothing(name: str) -> None:
+    plain, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    model = Checkpointed(plain, False)
+    regularizer = attrreg.GradCAM("net.body") if name == "grad_cam" else TERMS[name]
+    want = gradients(plain, TERMS[name](plain, x, mask, target))
+    assert_close(gradients(plain, regularizer(model, x, mask, target)), want, 1e-12)
+    with regularizer.attach(model):
+        logits = model(x)
+        value = F.cross_entropy(logits, target) + regularizer(model, x, mask, target)
+    task = gradients(plain, F.cross_entropy(plain(x), target))
+    assert_close(gradients(plain, value), [a + b for a, b in zip(task, want, strict=True)], 1e-12)
+
+
+@pytest.mark.parametrize("family", ["test_vit", "test_resnet", "mobilenetv3_small_050"])
+def test_timms_checkpointing_changes_nothing(family: str) -> None:
+    settings = {"img_size": 64} if "vit" in family else {}
+    model = timm.create_model(family, num_classes=4, **settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    x, mask, target = batch(2, size=64, classes=4)
+    regularizer = (
+        attrreg.InputGradient() + attrreg.IntegratedGradients(steps=2) + attrreg.ActivationDifference(fill=attrreg.baselines.Zero())
+    )
+    results = []
+    for enabled in (False, True):
+        model.set_grad_checkpointing(enabled)
+        with regularizer.attach(model):
+            value = F.cross_entropy(model(x), target) + regularizer(model, x, mask, target)
+        results.append(gradients(model, value))
+    assert_close(results[1], results[0], 1e-4)
+
+
+def test_frozen_backbone_with_an_automatic_layer() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    want = attrreg.GradCAM("body").attribute(model, x, target)
+    for layer in (model.stem, model.body):
+        layer.requires_grad_(False)
+    by_name = gradients(model, attrreg.GradCAM("body")(model, x, mask, target))
+    assert_close(gradients(model, attrreg.GradCAM()(model, x, mask, target)), by_name, 1e-12)
+    model.requires_grad_(False)
+    torch.testing.assert_close(attrreg.GradCAM().attribute(model, x, target), want)
+
+
+@pytest.mark.parametrize("name", ["input_gradient", "integrated_gradients", "integrated_gradients_unchunked"])
+def test_parameters_outside_the_model_are_trained(name: str) -> None:
+    (x, mask, target), head = smooth_batch(), nn.Linear(3, 4).double()
+    model = SmoothNet().double().requires_grad_(False)
+    value = TERMS[name](model, x, mask, target, output=head)
+    value.backward()
+    assert head.weight.grad is not None and head.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", ["input_gradient", "integrated_gradients", "integrated_gradients_unchunked"])
+def test_a_parameter_that_the_map_does_not_depend_on_is_no_path(name: str) -> None:
+    model, (x, mask, target) = SmoothNet().double().requires_grad_(False), smooth_batch()
+    model.head.bias.requires_grad_(True)  # the gradient of a logit knows nothing of the bias
+    for images in (x, x.clone().requires_grad_()):
+        with pytest.raises(RuntimeError, match="no path to any trainable parameter"):
+            TERMS[name](model, images, mask, target)
+
+
+def test_a_leaf_x_is_no_parameter() -> None:
+    model, (x, mask, target) = SmoothNet().double().requires_grad_(False), smooth_batch()
+    with pytest.raises(RuntimeError, match="frozen"):
+        attrreg.InputGradient()(model, x.requires_grad_(), mask, target)
+
+
+def test_x_that_requires_grad_gets_the_gradient_of_an_attached_loss() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    x.requires_grad_()
+    with attrreg.InputGradient().attach(model):
+        (F.cross_entropy(model(x), target) + attrreg.InputGradient()(model, x, mask, target)).backward()
+    leaf = x.detach().requires_grad_()
+    (F.cross_entropy(model(leaf), target) + attrreg.InputGradient()(model, leaf, mask, target)).backward()
+    assert x.grad is not None and leaf.grad is not None
+    torch.testing.assert_close(x.grad, leaf.grad)
+
+
+def test_another_regularizer_than_the_one_attached() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    model.stem.requires_grad_(False)
+    for attached, other in (
+        (attrreg.ActivationDifference(), attrreg.InputGradient()),
+        (attrreg.GradCAM("body"), attrreg.InputXGradient()),
+        (attrreg.ActivationDifference("stem"), attrreg.GradCAM("stem")),
+        (attrreg.GradCAM("stem"), attrreg.GradCAM()),
+        (attrreg.InputGradient(), attrreg.IntegratedGradients(2)),
+    ):
+        want = other(model, x, mask, target)
+        with attached.attach(model):
+            model(x)
+            torch.testing.assert_close(other(model, x, mask, target), want)
+
+
+def test_a_recording_outlived_by_its_model_or_graph() -> None:
+    model, (x, mask, target) = SmoothNet(norm=True).double(), smooth_batch()
+    regularizer = attrreg.InputGradient()
+    with regularizer.attach(model):
+        model(x)
+        model.eval()
+        want = regularizer(copy.deepcopy(model), x, mask, target)
+        torch.testing.assert_close(regularizer(model, x, mask, target), want)
+        F.cross_entropy(model(x), target).backward()
+        torch.testing.assert_close(regularizer(model, x, mask, target), want)
+
+
+def test_dropout_is_replayed_alike_by_every_term() -> None:
+    model, (x, mask, target) = SmoothNet(dropout=0.5).double(), smooth_batch()
+    for regularizer in (attrreg.IntegratedGradients(2), attrreg.IntegratedGradients(2) + attrreg.InputGradient()):
+        values = []
+        for way in ("attached", "evaluate"):
+            torch.manual_seed(5)
+            if way == "evaluate":
+                values.append(regularizer.evaluate(model, x, mask, target).terms["IntegratedGradients"])
+            else:
+                with regularizer.attach(model):
+                    model(x)
+                    values.append(regularizer.evaluate(model, x, mask, target).terms["IntegratedGradients"])
+        torch.testing.assert_close(values[0], values[1])
+    torch.manual_seed(5)
+    with passes() as counted, attrreg.IntegratedGradients(2).attach(model):
+        model(x)
+        torch.testing.assert_close(attrreg.IntegratedGradients(2)(model, x, mask, target).detach(), values[0])
+    assert counted.forward == 2
+
+
+def test_images_given_by_keyword_are_recorded() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    with passes() as counted, attrreg.InputGradient().attach(model):
+        model(x=x)
+        attrreg.InputGradient()(model, x, mask, target)
+    assert counted.forward == 0
+
+
+def test_buffers_that_a_forward_assigns() -> None:
+    class Assigns(SmoothNet):
+        average: Tensor
+        cache: Tensor | None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("average", torch.zeros((), dtype=torch.float64))
+            self.register_buffer("cache", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.average = 0.9 * self.average + 0.1 * x.mean().detach()
+            self.cache = x.detach().sum()
+            return super().forward(x)
+
+    model, (x, mask, target) = Assigns().double(), smooth_batch()
+    attrreg.InputGradient()(model, x, mask, target)
+    assert model.average == 0 and model.cache is None
+    twin = copy.deepcopy(model)
+    twin(x)
+    attrreg.InputGradient().evaluate(model, x, mask, target)
+    torch.testing.assert_close(model.average, twin.average)
+    torch.testing.assert_close(model.cache, twin.cache)
+
+
+def test_a_layer_under_its_other_name() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    model.alias = model.body
+    torch.testing.assert_close(attrreg.GradCAM("alias")(model, x, mask, target), attrreg.GradCAM("body")(model, x, mask, target))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "layer"),
+    [
+        ("test_vit", {"img_size": 64}, "norm1"),
+        ("test_vit3", {"img_size": 64}, "norm"),  # attention pooling over patches
+        ("test_resnet", {}, "layer4"),
+        ("test_convnext", {}, "norm_pre"),  # an identity behind the stages
+        ("test_mambaout", {}, "stages"),  # (N, h, w, C)
+    ],
+)
+def test_the_automatic_layer(name: str, settings: dict[str, Any], layer: str) -> None:
+    model = timm.create_model(name, num_classes=4, **settings).eval()
+    x, mask, target = batch(2, size=64, classes=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    map = attrreg.GradCAM().attribute(model, x, target)
+    assert map.dim() == 4 and map.shape[1] == 1 and map.shape[2] == map.shape[3] > 1
+    assert float(map.flatten(1).std(dim=1).min()) > 0
+    regularizer = attrreg.GradCAM()
+    with passes() as counted, regularizer.attach(model) as handle:
+        for _ in range(3):
+            model(x)
+            regularizer(model, x, mask, target)
+    assert handle._map is not None and layer in handle._map
+    assert counted.forward == 0 and counted.backward <= 4  # looked for at most once

@@ -1,0 +1,87 @@
+"""The documentation runs: every Python block of every page, in order, and every link leads somewhere."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if page.exists()]
+LANGUAGES = {"python", "text", "console", ""}  # what is Python runs; there is no mark for Python that does not
+
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+NAVIGATION = re.compile(r":\s*(\S+\.md)\s*$", re.MULTILINE)
+
+
+class Block(NamedTuple):
+    language: str
+    line: int  # of its first line of code
+    code: str
+
+
+def blocks(page: Path) -> list[Block]:
+    """The fenced blocks of a page; a fence inside a list item is indented, and so is its code."""
+    found: list[Block] = []
+    lines: list[str] | None = None
+    language, first, indent = "", 0, 0
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+        fence = line.lstrip().startswith("```")
+        if lines is None and fence:
+            lines, language, first = [], line.strip().removeprefix("```"), number + 1
+            indent = len(line) - len(line.lstrip())
+        elif lines is not None and fence:
+            found.append(Block(language, first, "\n".join(lines)))
+            lines = None
+        elif lines is not None:
+            lines.append(line[indent:])
+    assert lines is None, f"{page.name}: the block that starts at line {first} is never closed"
+    return found
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks."""
+    return re.sub(r"^[ ]*```.*?^[ ]*```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page are called in links."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = ModuleType(f"docs_{page.stem}")  # registered, because dataclasses and pickle look their module up
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for block in blocks(page):
+        assert block.language in LANGUAGES, f"{page.name}, line {block.line}: {block.language!r} is not one of {sorted(LANGUAGES)}"
+        if block.language == "python":
+            code = "\n" * (block.line - 1) + block.code  # so that a traceback shows the page's own lines
+            exec(compile(code, str(page), "exec", dont_inherit=True), vars(module))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_resolve(page: Path) -> None:
+    for link in LINK.findall(prose(page)):
+        if link.startswith(("https://", "http://", "mailto:")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name} links to {link}, which does not exist"
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target), f"{page.name} links to {link}, but {target.name} has only {sorted(anchors(target))}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(NAVIGATION.findall((ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}
