@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from attrreg.ops import twice_differentiable
-from attrreg.sites import FEATURES, INPUT, OUTPUT, SPATIAL, SPECIAL, check_layer, layout
+from attrreg.sites import FEATURES, INPUT, OUTPUT, SPATIAL, SPECIAL, check_layer, varies
 from attrreg.state import Rng
 
 LEAF = "_attrreg_leaf"  # marks tensors that we made to be differentiated
@@ -149,7 +149,7 @@ class Tap:
 
     def _take_map(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
-            if not isinstance(output, Tensor) or layout(output, self._model, self._x, name) is None:
+            if not isinstance(output, Tensor) or not varies(output, self._model, self._x, name):
                 return None
             # Behind frozen layers the first map becomes the leaf that later ones hang on.
             value = _differentiable(output)

@@ -205,7 +205,8 @@ def check_output(score: Score, value: object, target_max: int | None) -> None:
     classes = value.shape[1]
     if classes < score.classes:
         raise ValueError(
-            f"{name} needs at least {score.classes} classes, but the model has {classes}. Use scores.PredictedLogit(), or give it two logits with `output=`."
+            f"{name} needs at least {score.classes} classes, but the model has {classes}. Use scores.PredictedLogit(), or "
+            "give it two logits with `output=`."
         )
     if score.needs_target and target_max is not None and target_max >= classes:
         raise ValueError(f"target has the class {target_max}, but the model has {classes} classes. Pass class indices in [0, {classes}).")

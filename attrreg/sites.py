@@ -52,12 +52,18 @@ def layout(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Layout | No
     if value.dim() == 3:
         return _prefix_tokens(value.shape[1], model, height, width)
     _, a, b, c = value.shape
-    if b * c > 1 and _convolves_to(model, site, channels=a):
-        return "NCHW"
+    if _convolves_to(model, site, channels=a):
+        return "NCHW"  # even a single position, for small images; what pooling leaves is no map
     channels_first, channels_last = _same_aspect(b, c, height, width), _same_aspect(a, b, height, width)
     if channels_last and (not channels_first or _output_is_nhwc(model)) and a * b > 1:
         return "NHWC"
     return "NCHW" if channels_first and b * c > 1 else None
+
+
+def varies(value: Tensor, model: nn.Module, x: Tensor, site: str) -> bool:
+    """Whether a layer's output is a map of more than one position."""
+    found = layout(value, model, x, site)
+    return found is not None and (found != "NCHW" or value.shape[-2] * value.shape[-1] > 1)
 
 
 def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Tensor:

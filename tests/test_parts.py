@@ -213,3 +213,14 @@ def test_presets_are_the_papers_formulas() -> None:
     other = attrreg.ActivationDifference()(model, x, mask, annotated=annotated, generator=torch.Generator().manual_seed(4))
     torch.testing.assert_close(got, other * 2 / 3)
     assert [term.name for term in (presets.rrr_ross2017() + regularizer).terms] == ["rrr_ross2017", "actdiff_viviano2019"]
+
+
+def test_a_single_position_is_a_map_where_a_convolution_made_it_and_none_where_pooling_did() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 8), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).double()
+    x, mask, target = smooth_batch()
+    got = attrreg.GradCAM("0").attribute(model, x, target)
+    torch.testing.assert_close(got, oracles.grad_cam(model, x, target, oracles.score_target_logit, "0").detach())
+    with pytest.raises(ValueError, match="'2' gives .* not a spatial map"):
+        attrreg.GradCAM("2")(model, x, mask, target)
+    with pytest.raises(ValueError, match="'auto' found no layer"):
+        attrreg.GradCAM()(model, x, mask, target)
