@@ -1,4 +1,4 @@
-"""Objectives, scores, baselines, sites and operators by themselves."""
+"""Objectives, scores, baselines and sites by themselves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import attrreg
 from attrreg import baselines, objectives, presets, scores, sites
-from attrreg.ops import twice_differentiable
 from tests import oracles
 from tests.models import SmoothNet, smooth_batch
 
@@ -163,31 +162,6 @@ def test_the_models_own_word_on_its_layout_decides_a_square() -> None:
     torch.testing.assert_close(sites.to_grid(value, model, x, "0"), value)
     model.output_fmt = "NHWC"  # type: ignore[assignment]
     torch.testing.assert_close(sites.to_grid(value, model, x, "0"), value.permute(0, 3, 1, 2))
-
-
-@pytest.mark.parametrize("function", [F.hardsigmoid, F.hardswish])
-def test_replaced_activations(function: Any) -> None:
-    x = torch.linspace(-4.1, 4.1, 40, dtype=torch.float64, requires_grad=True)  # on no kink
-    with pytest.raises(RuntimeError, match="derivative"):  # if PyTorch learns it, the replacement can go
-        (slope,) = torch.autograd.grad(F.hardsigmoid(x).sum(), x, create_graph=True)
-        torch.autograd.grad((slope * x).sum(), x)
-    with twice_differentiable():
-        value = function(x)
-        assert torch.autograd.gradcheck(function, x, atol=1e-6)
-        assert torch.autograd.gradgradcheck(function, x, atol=1e-6)
-        in_place = function(x * 1, inplace=True)
-    torch.testing.assert_close(value, function(x), rtol=0, atol=1e-15)
-    torch.testing.assert_close(in_place, value)
-    (slope,), (plain,) = torch.autograd.grad(value.sum(), x), torch.autograd.grad(function(x).sum(), x)
-    torch.testing.assert_close(slope, plain, rtol=1e-14, atol=1e-15)
-
-
-def test_attention_can_be_differentiated_twice_and_settings_return() -> None:
-    q = torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
-    enabled = torch.backends.cuda.flash_sdp_enabled()
-    with twice_differentiable():
-        assert torch.autograd.gradgradcheck(lambda q: F.scaled_dot_product_attention(q, q, q), q)
-    assert torch.backends.cuda.flash_sdp_enabled() == enabled
 
 
 def test_presets_are_the_papers_formulas() -> None:

@@ -13,9 +13,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from attrreg.ops.activation import hardsigmoid, hardswish
+from attrreg.ops import activation, norm
 
-REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {F.hardsigmoid: hardsigmoid, F.hardswish: hardswish}
+REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    F.hardsigmoid: activation.hardsigmoid,
+    F.hardswish: activation.hardswish,
+    F.normalize: norm.normalize,
+    torch.norm: norm.norm,
+    Tensor.norm: norm.norm,
+    torch.linalg.norm: norm.linalg_norm,
+    torch.linalg.vector_norm: norm.vector_norm,
+    torch.cdist: norm.cdist,
+}
 
 
 class _Replace(TorchFunctionMode):
