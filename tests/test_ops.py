@@ -42,7 +42,7 @@ NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "normalize": lambda x: F.normalize(x, dim=-1),
     "normalize p=3": lambda x: F.normalize(x, p=3, dim=1),
     "norm": lambda x: x.norm(),
-    "norm of all, kept": lambda x: x.norm(2, dim=None, keepdim=True),  # type: ignore[arg-type]
+    "norm of all, kept": lambda x: x.norm(2, dim=None, keepdim=True),
     "norm of axes": lambda x: x.norm(p=2, dim=(1, 2), keepdim=True),
     "norm p=3": lambda x: x.norm(p=3, dim=1),
     "torch.norm": lambda x: torch.norm(x, dim=-1),

@@ -194,7 +194,7 @@ def test_a_single_position_is_a_map_where_a_convolution_made_it_and_none_where_p
     x, mask, target = smooth_batch()
     got = attrreg.GradCAM("0").attribute(model, x, target)
     torch.testing.assert_close(got, oracles.grad_cam(model, x, target, oracles.score_target_logit, "0").detach())
-    with pytest.raises(ValueError, match="'2' gives .* not a spatial map"):
+    with pytest.raises(ValueError, match=r"'2' gives .* not a spatial map"):
         attrreg.GradCAM("2")(model, x, mask, target)
     with pytest.raises(ValueError, match="'auto' found no layer"):
         attrreg.GradCAM()(model, x, mask, target)
