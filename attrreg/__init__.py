@@ -12,6 +12,7 @@ from attrreg.attributions import (
     InputXGradient,
     IntegratedGradients,
 )
+from attrreg.layers import layers
 from attrreg.penalty import Penalty
 from attrreg.regularizer import AttributionRegularizer, MapRegularizer, SingleRegularizer
 
@@ -29,6 +30,7 @@ __all__ = [
     "Penalty",
     "SingleRegularizer",
     "baselines",
+    "layers",
     "masks",
     "objectives",
     "presets",

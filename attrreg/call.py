@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from attrreg import masks
+from attrreg.wrappers import eager, unwrap
 
 Select = Callable[[Any], Tensor] | str | int | None
+Inputs = tuple[Any, ...] | Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -19,18 +21,36 @@ class Call:
     """The arguments of `reg(model, x, mask, ...)`, checked.
 
     Attributes:
+        entry: what the user calls; `model` is the module inside its wrappers, whose layers have the names.
         annotation: the mask; None where none was given (`attribute` without a mask).
         target: `(N,)` int64 on the device of `x`, or None; `target_max` is its largest class.
         output: picks the logits out of what the model returns.
+        inputs: all that the model is called with, `x` among it; None: `x` alone.
     """
 
-    model: nn.Module
+    entry: nn.Module
     x: Tensor
     annotation: masks.Annotation | None
     target: Tensor | None
     target_max: int | None
     generator: torch.Generator | None
-    output: Select
+    output: Select = None
+    inputs: Inputs = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The module inside the wrappers."""
+        return unwrap(self.entry)
+
+    def run(self, image: Tensor, as_users_forward: bool) -> Any:
+        """Run the model on an image in place of `x`; through its wrappers where that is the user's own forward."""
+        module = self.entry if as_users_forward else self.model
+        with eager(module):
+            if self.inputs is None:
+                return module(image)
+            if isinstance(self.inputs, Mapping):
+                return module(**{name: image if value is self.x else value for name, value in self.inputs.items()})
+            return module(*(image if value is self.x else value for value in self.inputs))
 
     @property
     def mask(self) -> Tensor | None:
@@ -77,12 +97,17 @@ def _described(output: Any) -> str:
     return f"a {type(output).__name__}{keys}"
 
 
-def check_generator_and_output(generator: torch.Generator | None, output: Select) -> None:
-    """Check the two optional arguments of every call.
+def check_options(x: Tensor, generator: torch.Generator | None, output: Select, inputs: Inputs) -> None:
+    """Check the optional arguments of every call.
 
     Raises:
-        TypeError: naming the argument.
+        TypeError, ValueError: naming the argument.
     """
+    if inputs is not None:
+        if not isinstance(inputs, (tuple, Mapping)):
+            raise TypeError(f"inputs must be a tuple of arguments or a mapping of keywords, got {type(inputs).__name__}. Pass it as one.")
+        if sum(value is x for value in (inputs.values() if isinstance(inputs, Mapping) else inputs)) != 1:
+            raise ValueError("inputs must hold x itself, once: the tensor that is attributed. Pass the same object as x and in inputs.")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}. Write torch.Generator().manual_seed(0).")
     if isinstance(output, bool) or not (output is None or isinstance(output, (int, str)) or callable(output)):

@@ -6,8 +6,9 @@ one around each of the loop's own forwards.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from attrreg.ops import twice_differentiable
 from attrreg.sites import FEATURES, INPUT, OUTPUT, SPATIAL, SPECIAL, check_layer, varies
 from attrreg.state import Rng
+from attrreg.wrappers import compiled, unwrap
 
 LEAF = "_attrreg_leaf"  # marks tensors that we made to be differentiated
 MAPS = 32  # how many of the last maps are kept for layer="auto": more than the last block of any model known to us has
@@ -170,15 +172,31 @@ def _differentiable(value: Tensor) -> Tensor:
     return leaf
 
 
-def forward(model: nn.Module, x: Tensor, sites: Mapping[str, bool]) -> Recording:
-    """Run the model once on `x`, recording the sites."""
+def forward(model: nn.Module, x: Tensor, sites: Mapping[str, bool], run: Callable[[Tensor], Any]) -> Recording:
+    """Run the model once on `x` by `run`, recording the sites."""
     tap = Tap(model, sites, own=True)
     with _suspended(model):  # an attachment must not take this pass for the loop's
         try:
-            output = model(tap.open(x))
+            output = run(tap.open(x))
         finally:
             tap.close()
     return tap.recording(output)
+
+
+@contextmanager
+def observed(model: nn.Module, see: Callable[[str, nn.Module, Any], None]) -> Iterator[None]:
+    """Show every layer's output as it comes, by name, module and value."""
+
+    def watch(name: str) -> Any:
+        return lambda module, args, output: see(name, module, output)
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        with _suspended(model):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Attachment:
@@ -187,7 +205,8 @@ class Attachment:
     A context manager; `remove()` does the same as leaving it. Nothing is recorded while gradients are disabled.
     """
 
-    def __init__(self, model: nn.Module, sites: Mapping[str, bool]) -> None:
+    def __init__(self, entry: nn.Module, sites: Mapping[str, bool]) -> None:
+        model = unwrap(entry)
         for site in sites:
             check_layer(model, site)
         if attached(model) is not None:
@@ -202,6 +221,14 @@ class Attachment:
         self._map: str | None = None
         self.suspended = False
         self._watches: list[RemovableHandle] = []
+        self._hooks: list[RemovableHandle] = []
+        if compiled(entry):
+            warnings.warn(
+                "The model is compiled, and PyTorch cannot differentiate a compiled graph twice (pytorch#91469). Its forwards are left as "
+                "they are, and each penalty runs its own, uncompiled.",
+                stacklevel=3,
+            )
+            return
         self._hooks = [
             model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -259,8 +286,9 @@ class Attachment:
             return None
         self._discard()  # the last step's graph, and what an interrupted forward left
         arguments: dict[int | str, Any] = dict(enumerate(args)) | kwargs
-        images = next(((key, value) for key, value in arguments.items() if isinstance(value, Tensor)), None)
-        if not torch.is_grad_enabled() or images is None or not images[1].is_floating_point():
+        tensors = [(key, value) for key, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point()]
+        images = next((item for item in tensors if item[1].dim() == 4), None)
+        if not torch.is_grad_enabled() or images is None:
             return None
         self._tap = Tap(model, self._sites, own=False, map=self._map)
         arguments[images[0]] = self._tap.open(images[1])

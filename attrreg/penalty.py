@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attrreg import call as calls
 from attrreg import masks
-from attrreg.call import Call, Select
+from attrreg.call import Call, Inputs, Select
 from attrreg.needs import Need
 from attrreg.recompute import trainable_leaves
 from attrreg.state import undone_on_error
@@ -48,6 +48,7 @@ def check(
     annotated: Tensor | None,
     generator: torch.Generator | None,
     output: Select,
+    inputs: Inputs,
 ) -> Call:
     """Check the arguments of a call, before any pass.
 
@@ -56,10 +57,10 @@ def check(
     """
     calls.check_images(model, x)
     calls.check_differentiable(model, x, output)
-    calls.check_generator_and_output(generator, output)
+    calls.check_options(x, generator, output, inputs)
     needs_region = next((who for term in terms if (who := term.regularizer.needs_region)), None)
     annotation = masks.check(mask, x, annotated, needs_region)
-    call = Call(model, x, annotation, *calls.check_target(target, x), generator, output)
+    call = Call(model, x, annotation, *calls.check_target(target, x), generator, output, inputs)
     for term in terms:
         check_needs(term.regularizer.needs(), call, term.name)
     return call

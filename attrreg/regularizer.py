@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attrreg import call as calls
 from attrreg import masks, objectives, penalty
-from attrreg.call import Call, Select
+from attrreg.call import Call, Inputs, Select
 from attrreg.hooks import Attachment
 from attrreg.needs import Need
 from attrreg.objectives import Objective
@@ -51,6 +51,7 @@ class AttributionRegularizer(Spec, ABC):
         annotated: Tensor | None = None,
         generator: torch.Generator | None = None,
         output: Select = None,
+        inputs: Inputs = None,
     ) -> Tensor:
         """Compute the penalty, to be added to the loss.
 
@@ -63,6 +64,8 @@ class AttributionRegularizer(Spec, ABC):
             generator: where the terms' own random draws come from; None: PyTorch's default generator on the CPU.
             output: where the logits are in what the model returns, if that is not a tensor: an index, a key or attribute,
                 or a function.
+            inputs: all that the model is called with, if that is more than `x`: a tuple of arguments or a mapping of keywords,
+                with `x` itself among them. The others stay as they are in every pass.
 
         Returns:
             A 0-dim tensor: the weighted sum over terms of each term's mean over the annotated images. Exactly 0, with a
@@ -77,7 +80,7 @@ class AttributionRegularizer(Spec, ABC):
             One forward and one backward for each distinct point and score, and the double backward that the loss's
             own backward then contains; the clean forward is free when an attachment recorded it.
         """
-        call = penalty.check(self.terms, model, x, mask, target, annotated, generator, output)
+        call = penalty.check(self.terms, model, x, mask, target, annotated, generator, output, inputs)
         return penalty.compute(self.terms, call, as_users_forward=False).total
 
     def evaluate(
@@ -90,6 +93,7 @@ class AttributionRegularizer(Spec, ABC):
         annotated: Tensor | None = None,
         generator: torch.Generator | None = None,
         output: Select = None,
+        inputs: Inputs = None,
     ) -> Penalty:
         """Compute the penalty, its terms and the model's output, in place of the loop's own forward.
 
@@ -97,7 +101,7 @@ class AttributionRegularizer(Spec, ABC):
         random number generators exactly as that would, and its output is returned.
 
         Args:
-            model, x, mask, target, annotated, generator, output: as in calling the regularizer.
+            model, x, mask, target, annotated, generator, output, inputs: as in calling the regularizer.
 
         Returns:
             `Penalty(total, terms, output)`; `output` is what the model returned, before `output=` picks the logits.
@@ -105,7 +109,7 @@ class AttributionRegularizer(Spec, ABC):
         Raises:
             As calling the regularizer.
         """
-        call = penalty.check(self.terms, model, x, mask, target, annotated, generator, output)
+        call = penalty.check(self.terms, model, x, mask, target, annotated, generator, output, inputs)
         return penalty.compute(self.terms, call, as_users_forward=True)
 
     def attach(self, model: nn.Module) -> Attachment:
@@ -134,13 +138,14 @@ class AttributionRegularizer(Spec, ABC):
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         output: Select = None,
+        inputs: Inputs = None,
     ) -> Tensor:
         """Compute the attribution map itself, as Captum defines it.
 
         Works also under `no_grad` and on a frozen model.
 
         Args:
-            model, x, target, generator, output: as in calling the regularizer.
+            model, x, target, generator, output, inputs: as in calling the regularizer.
             mask: needed only by baselines made from it.
 
         Returns:
@@ -247,14 +252,15 @@ class MapRegularizer(SingleRegularizer):
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         output: Select = None,
+        inputs: Inputs = None,
     ) -> Tensor:
         """See `AttributionRegularizer.attribute`."""
         calls.check_images(model, x)
-        calls.check_generator_and_output(generator, output)
+        calls.check_options(x, generator, output, inputs)
         with torch.inference_mode(False), torch.enable_grad(), undone_on_error(x.device, generator):
             images = x.clone() if x.is_inference() else x
             annotation = None if mask is None else masks.check(mask, images, None)
-            call = Call(model, images, annotation, *calls.check_target(target, images), generator, output)
+            call = Call(model, images, annotation, *calls.check_target(target, images), generator, output, inputs)
             check_needs(self.needs(), call, type(self).__name__)
             trace = Trace(call, self.needs(), differentiable=False)
             trace.run()

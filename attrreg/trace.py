@@ -152,7 +152,7 @@ class Trace:
         needed = as_users_forward or any(wanted.values()) or bool(wanted.keys() - {sites.INPUT})
         if recording is None and needed:
             with isolated(call.model, device=call.x.device) as buffers:
-                recording = self._forward(call.x, wanted)
+                recording = self._forward(call.x, wanted, as_users_forward)
                 after = Rng.of(call.x.device)
             if as_users_forward:
                 self._own_forward = buffers
@@ -162,10 +162,10 @@ class Trace:
             if sites.SPATIAL in recording.values:
                 self._map = recording.maps[-1][0]
 
-    def _forward(self, image: Tensor, wanted: dict[str, bool]) -> hooks.Recording:
+    def _forward(self, image: Tensor, wanted: dict[str, bool], as_users_forward: bool = False) -> hooks.Recording:
         for counter in self._counters:
             counter.forward += 1
-        return hooks.forward(self.call.model, image, wanted)
+        return hooks.forward(self.call.model, image, wanted, lambda fed: self.call.run(fed, as_users_forward))
 
     def _points(self) -> list[Point]:
         return list(dict.fromkeys(need.at for need in self._needs))

@@ -272,3 +272,22 @@ def test_the_automatic_layer(name: str, settings: dict[str, Any], layer: str) ->
             regularizer(model, x, mask, target)
     assert handle._map is not None and layer in handle._map
     assert counted.forward == 0 and counted.backward <= 4  # looked for at most once
+
+
+def test_layers_lists_what_can_be_chosen() -> None:
+    model = timm.create_model("test_vit", img_size=64, num_classes=4)
+    x, mask, target = batch(2, size=64, classes=4)
+    with torch.no_grad():
+        model.head.weight.normal_()
+    before = torch.get_rng_state()
+    found = {info.name: info for info in attrreg.layers(model, x)}
+    assert torch.equal(torch.get_rng_state(), before) and not any(module._forward_hooks for module in model.modules())
+    patches = found["patch_embed.proj"]
+    assert (patches.layout, patches.kind, patches.shape[2:]) == ("NCHW", "Conv2d", patches.grid)
+    tokens = found["blocks.0.norm1"]
+    assert tokens.layout == "tokens" and tokens.grid == patches.grid
+    assert "head" not in found and "blocks.0.attn.q_norm" not in found
+    for name in ("patch_embed.proj", "blocks.0.norm1"):
+        assert attrreg.GradCAM(name)(model, x, mask, target).isfinite()
+    with pytest.raises(ValueError, match="x must be a batch of images"):
+        attrreg.layers(model, x[0])

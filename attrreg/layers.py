@@ -1,0 +1,66 @@
+"""Which layers of a model have a spatial map, so that a user can choose one by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attrreg import call as calls
+from attrreg import hooks, sites
+from attrreg.call import Call, Inputs
+from attrreg.state import isolated
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """A layer with a spatial map.
+
+    Attributes:
+        name: dotted name, for `GradCAM(layer=)` and `ActivationDifference(layers=)`.
+        kind: class of the module.
+        shape: of its output.
+        layout: "NCHW", "NHWC" or "tokens".
+        grid: height and width of the map.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    layout: str
+    grid: tuple[int, int]
+
+
+def layers(model: nn.Module, x: Tensor, *, inputs: Inputs = None) -> list[LayerInfo]:
+    """List the layers whose output is a map, in the order they run.
+
+    Args:
+        model: the model; it is left as it was.
+        x: images `(N, C, H, W)`.
+        inputs: all that the model is called with, as in calling a regularizer.
+
+    Returns:
+        One entry a layer. What holds several layers (a stage, say) comes after them.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Cost:
+        One forward.
+    """
+    calls.check_images(model, x)
+    calls.check_options(x, None, None, inputs)
+    call = Call(model, x, None, None, None, None, inputs=inputs)
+    found: list[LayerInfo] = []
+
+    def see(name: str, module: nn.Module, output: Any) -> None:
+        if isinstance(output, Tensor) and (layout := sites.layout(output, call.model, x, name)) is not None:
+            grid = sites.to_grid(output, call.model, x, name).shape[-2:]
+            text = layout if isinstance(layout, str) else "tokens"
+            found.append(LayerInfo(name, type(module).__name__, tuple(output.shape), text, (grid[0], grid[1])))
+
+    with torch.no_grad(), isolated(call.model, device=x.device), hooks.observed(call.model, see):
+        call.run(x.clone(), as_users_forward=False)
+    return found

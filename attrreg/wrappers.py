@@ -1,0 +1,36 @@
+"""Wrapped models: compiled, data parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`: the one whose layers have the names."""
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):  # torch._dynamo.OptimizedModule
+            model = inner
+        else:
+            return model
+
+
+def compiled(model: nn.Module) -> bool:
+    """Whether any part of a model is compiled, by `torch.compile(module)` or by `module.compile()`."""
+    return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules())
+
+
+@contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """Run compiled parts as they are written: a compiled graph cannot be differentiated twice (pytorch#91469)."""
+    if not compiled(model):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):  # type: ignore[no-untyped-call, unused-ignore]
+        yield

@@ -1,0 +1,136 @@
+"""Compiled and data-parallel models, and models with several inputs."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import attrreg
+from attrreg.trace import passes
+from tests.models import SmoothNet, assert_close, gradients, smooth_batch
+
+TERMS = attrreg.InputGradient() + attrreg.GradCAM("body") + attrreg.ActivationDifference(fill=attrreg.baselines.Zero())
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dist.init_process_group("gloo", rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="aot_eager")
+    return model
+
+
+def compiled_part(model: nn.Module) -> nn.Module:
+    model.body.compile(backend="aot_eager")  # type: ignore[union-attr]
+    return model
+
+
+COMPILED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "compiled": lambda model: torch.compile(model, backend="aot_eager"),  # type: ignore[return-value]
+    "compiled in place": compiled_in_place,
+    "a part compiled": compiled_part,
+}
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute")
+def test_compiled_models_are_run_uncompiled(kind: str) -> None:
+    plain, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    value = TERMS(plain, x, mask, target)
+    want = gradients(plain, value)
+    model = COMPILED[kind](plain)
+    logits = model(x)
+    got = TERMS(model, x, mask, target)
+    torch.testing.assert_close(got, value)
+    assert_close(gradients(plain, got), want, 1e-10)
+    penalty = TERMS.evaluate(model, x, mask, target)
+    torch.testing.assert_close(penalty.output, logits)
+    torch.testing.assert_close(attrreg.InputGradient().attribute(model, x, target), attrreg.InputGradient().attribute(plain, x, target))
+    with pytest.warns(UserWarning, match="compiled.*its own, uncompiled"):
+        handle = TERMS.attach(model)
+    with handle, passes() as counted:
+        loss = F.cross_entropy(model(x), target) + TERMS(model, x, mask, target)
+        loss.backward()
+    assert counted.forward == 2
+    task = gradients(plain, F.cross_entropy(SmoothNet.forward(plain, x) if kind == "compiled" else model(x), target))
+    assert_close([p.grad for p in plain.parameters() if p.grad is not None], [a + b for a, b in zip(task, want, strict=True)], 1e-10)
+
+
+def test_distributed_and_data_parallel_wrappers(process_group: None) -> None:
+    plain, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    want = gradients(plain, F.cross_entropy(plain(x), target) + TERMS(plain, x, mask, target))
+    for wrapper in (nn.parallel.DistributedDataParallel, nn.DataParallel):
+        model = wrapper(plain)
+        for way in ("attached", "unattached", "evaluate"):
+            plain.zero_grad()
+            if way == "attached":
+                with TERMS.attach(model), passes() as counted:
+                    loss = F.cross_entropy(model(x), target) + TERMS(model, x, mask, target)
+                    loss.backward()
+                assert counted.forward == 1
+            elif way == "evaluate":
+                penalty = TERMS.evaluate(model, x, mask, target)
+                (F.cross_entropy(penalty.output, target) + penalty.total).backward()
+            else:
+                (F.cross_entropy(model(x), target) + TERMS(model, x, mask, target)).backward()
+            assert_close([p.grad for p in plain.parameters() if p.grad is not None], want, 1e-10)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = SmoothNet()
+        self.embed = nn.Embedding(4, 2)
+
+    def forward(self, index: Tensor, image: Tensor, scale: float = 1.0) -> Any:
+        return self.net(image * scale + self.embed(index)[:, :, None, None])
+
+
+@pytest.mark.parametrize("keywords", [False, True])
+def test_several_inputs(keywords: bool) -> None:
+    model, (x, mask, target) = TwoInputs().double(), smooth_batch()
+    index = torch.tensor([0, 3, 1])
+    inputs: Any = {"index": index, "image": x, "scale": 2.0} if keywords else (index, x, 2.0)
+    regularizer = attrreg.InputXGradient() + attrreg.IntegratedGradients(2) + attrreg.ActivationDifference(fill=attrreg.baselines.Zero())
+
+    class Bound(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return model(index, x, 2.0)
+
+        net = model.net
+
+    bound = Bound()
+    bound.model = model
+    want = regularizer(bound, x, mask, target)
+    got = regularizer(model, x, mask, target, inputs=inputs)
+    torch.testing.assert_close(got, want)
+    assert_close(gradients(model, got), gradients(model, want), 1e-10)
+    with regularizer.attach(model), passes() as counted:
+        model(**inputs) if keywords else model(*inputs)
+        torch.testing.assert_close(regularizer(model, x, mask, target, inputs=inputs), want)
+    assert counted.forward == 3  # the masked image and two steps: the clean pass was recorded
+    map = attrreg.InputGradient().attribute(model, x, target, inputs=inputs)
+    torch.testing.assert_close(map, attrreg.InputGradient().attribute(bound, x, target))
+
+
+def test_bad_inputs() -> None:
+    model, (x, mask, target) = TwoInputs().double(), smooth_batch()
+    with pytest.raises(ValueError, match="inputs must hold x itself"):
+        attrreg.InputGradient()(model, x, mask, target, inputs=(torch.tensor([0, 1, 2]), x.clone()))
+    with pytest.raises(TypeError, match="inputs must be a tuple"):
+        attrreg.InputGradient()(model, x, mask, target, inputs=[x])  # type: ignore[arg-type]
