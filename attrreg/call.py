@@ -23,7 +23,7 @@ class Call:
     Attributes:
         entry: what the user calls; `model` is the module inside its wrappers, whose layers have the names.
         annotation: the mask; None where none was given (`attribute` without a mask).
-        target: `(N,)` int64 on the device of `x`, or None; `target_max` is its largest class.
+        target: on the device of `x`, or None.
         output: picks the logits out of what the model returns.
         inputs: all that the model is called with, `x` among it; None: `x` alone.
     """
@@ -32,7 +32,6 @@ class Call:
     x: Tensor
     annotation: masks.Annotation | None
     target: Tensor | None
-    target_max: int | None
     generator: torch.Generator | None
     output: Select = None
     inputs: Inputs = None
@@ -151,23 +150,21 @@ def check_images(model: nn.Module, x: Tensor) -> None:
         raise ValueError(f"x must be a batch of images (N, C, H, W), got {tuple(x.shape)}. Add or keep the missing axes.")
 
 
-def check_target(target: Tensor | None, x: Tensor) -> tuple[Tensor | None, int | None]:
-    """Check the targets as far as can be done before the number of classes is known.
+def check_target(target: Tensor | None, x: Tensor) -> Tensor | None:
+    """Check a target as far as every task agrees; the rest is the score's to check.
 
     Returns:
-        The target as int64 on the device of `x`, and its largest class.
+        The target on the device of `x`, integers as int64.
 
     Raises:
         TypeError, ValueError: naming `target`.
     """
     if target is None:
-        return None, None
-    if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex() or target.dtype is torch.bool:
+        return None
+    if not isinstance(target, Tensor) or target.is_complex():
         kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"target must be a tensor of class indices, got {kind}. For one-hot labels write `target.argmax(1)`.")
-    if target.shape != (x.shape[0],):
+        raise TypeError(f"target must be a tensor of labels, got {kind}. Write torch.as_tensor(target).")
+    if target.dim() == 0 or target.shape[0] != x.shape[0]:
         raise ValueError(f"target must be ({x.shape[0]},), one class an image of x, got {tuple(target.shape)}. Reshape it.")
-    lowest, highest = (int(value) for value in target.aminmax())
-    if lowest < 0:
-        raise ValueError(f"target has the class {lowest}, which is negative. Pass class indices, and leave out images to be ignored.")
-    return target.to(device=x.device, dtype=torch.int64), highest
+    integral = not target.is_floating_point() and target.dtype is not torch.bool
+    return target.detach().to(device=x.device, dtype=torch.int64 if integral else target.dtype)

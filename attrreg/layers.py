@@ -52,7 +52,7 @@ def layers(model: nn.Module, x: Tensor, *, inputs: Inputs = None) -> list[LayerI
     """
     calls.check_images(model, x)
     calls.check_options(x, None, None, inputs)
-    call = Call(model, x, None, None, None, None, inputs=inputs)
+    call = Call(model, x, None, None, None, inputs=inputs)
     found: list[LayerInfo] = []
 
     def see(name: str, module: nn.Module, output: Any) -> None:

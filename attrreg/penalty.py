@@ -60,7 +60,7 @@ def check(
     calls.check_options(x, generator, output, inputs)
     needs_region = next((who for term in terms if (who := term.regularizer.needs_region)), None)
     annotation = masks.check(mask, x, annotated, needs_region)
-    call = Call(model, x, annotation, *calls.check_target(target, x), generator, output, inputs)
+    call = Call(model, x, annotation, calls.check_target(target, x), generator, output, inputs)
     for term in terms:
         check_needs(term.regularizer.needs(), call, term.name)
     return call

@@ -1,7 +1,7 @@
 """Scores: what is differentiated. Each maps what the model computes to one number an image.
 
-The attribution of a batch is the gradient of the sum of its images' scores. Logits are `(N, C)`; a target is `(N,)`
-integers in [0, C).
+The attribution of a batch is the gradient of the sum of its images' scores. For classification, logits are `(N, C)` and a
+target is `(N,)` integers in [0, C); the scores of other tasks say what theirs are.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from attrreg.spec import Spec
 class Score(Spec, ABC):
     """A number an image, to be differentiated.
 
-    Subclasses implement `__call__`; they set `needs_target` if they need labels, `classes` to the fewest classes for
-    which they mean something, and override `site` to read a layer instead of the logits.
+    Subclasses implement `__call__`. They set `needs_target` if they need labels, and `classes` to the fewest classes for
+    which they mean something; they override `site` to read a layer instead of the logits, and the two checks if their
+    task is not the classification of images.
     """
 
     needs_target: ClassVar[bool] = False
@@ -35,13 +36,45 @@ class Score(Spec, ABC):
         """Where the value passed to `__call__` is taken: the model's output by default."""
         return OUTPUT
 
-    def resolve(self, has_target: bool) -> Score:
-        """The score to use in a call with or without targets: itself."""
+    def resolve(self, target: Tensor | None) -> Score:
+        """The score to use in a call with this target: itself."""
         return self
 
     def drawn(self, seed: int) -> Score:
         """The score with its random draws fixed by a seed: itself where nothing is drawn."""
         return self
+
+    def check_target(self, target: Tensor) -> None:
+        """Check a target before any pass; by default, that it is `(N,)` class indices.
+
+        Raises:
+            TypeError, ValueError: naming `target`.
+        """
+        if self.needs_target:
+            _check_classes(target)
+
+    def check_value(self, value: Tensor, target: Tensor | None) -> None:
+        """Check what the score is about to read; by default, that it is logits `(N, C)` with enough classes.
+
+        Raises:
+            ValueError: naming the score or `target`.
+        """
+        name = type(self).__name__
+        if value.dim() != 2:
+            raise ValueError(
+                f"{name} needs logits (N, C), but the model returned {tuple(value.shape)}. Select or pool them with `output=`, a "
+                "function of what the model returns, or use the score of your task."
+            )
+        if value.shape[1] < self.classes:
+            raise ValueError(
+                f"{name} needs at least {self.classes} classes, but the model has {value.shape[1]}. Use scores.BinaryLogit() for one "
+                "logit, scores.RegressionOutput() for a number."
+            )
+        if self.needs_target and target is not None and bool((target >= value.shape[1]).any()):
+            raise ValueError(
+                f"target has the class {int(target.max())}, but the model has {value.shape[1]} classes. Pass class indices in "
+                f"[0, {value.shape[1]})."
+            )
 
     @abstractmethod
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
@@ -121,15 +154,22 @@ class TaskLoss(Score):
 
     function: Callable[[Tensor, Tensor], Tensor] | None = None
     needs_target: ClassVar[bool] = True
+    classes: ClassVar[int] = 2
+
+    def check_target(self, target: Tensor) -> None:
+        """A function of the user's may take any target."""
+        if self.function is None:
+            _check_classes(target)
+
+    def check_value(self, value: Tensor, target: Tensor | None) -> None:
+        """A function of the user's may take any output."""
+        if self.function is None:
+            Score.check_value(self, value, target)
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Loss `(N,)` of logits `(N, C)` for targets `(N,)`."""
         target = _required(target)
-        if self.function is not None:
-            return self.function(value, target)
-        if value.shape[1] < 2:
-            raise ValueError("TaskLoss is cross-entropy by default, which is constant for one class. Pass TaskLoss(function=...).")
-        return F.cross_entropy(value, target, reduction="none")
+        return F.cross_entropy(value, target, reduction="none") if self.function is None else self.function(value, target)
 
 
 @dataclass(frozen=True, repr=False)
@@ -167,6 +207,9 @@ class RandomProjection(Score):
         """The same projection with its direction fixed."""
         return replace(self, seed=seed) if self.seed is None else self
 
+    def check_value(self, value: Tensor, target: Tensor | None) -> None:
+        """Any features will do."""
+
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Score `(N,)` of features `(N, ...)`."""
         features = value.flatten(1)
@@ -176,40 +219,118 @@ class RandomProjection(Score):
 
 
 @dataclass(frozen=True, repr=False)
-class ByTarget(Score):
-    """`TargetLogit` in a call with `target=`, `SumLogProb` in a call without: the default of every regularizer."""
+class MultiLabelLogit(Score):
+    """sum_c t_c y_c: the logits of all labels that an image has. Logits `(N, C)`, targets `(N, C)` in [0, 1] (multi-hot)."""
 
-    def resolve(self, has_target: bool) -> Score:
-        """The score that the call uses."""
-        return TargetLogit() if has_target else SumLogProb()
+    needs_target: ClassVar[bool] = True
+
+    def check_target(self, target: Tensor) -> None:
+        """Check that the target is multi-hot."""
+        if target.dim() != 2 or not bool(((target >= 0) & (target <= 1)).all()):
+            raise ValueError(f"target must be (N, C) in [0, 1] for MultiLabelLogit, got {tuple(target.shape)}. Pass multi-hot labels.")
+
+    def check_value(self, value: Tensor, target: Tensor | None) -> None:
+        """Check that logits and target have one shape."""
+        if target is not None and value.shape != target.shape:
+            raise ValueError(f"target is {tuple(target.shape)}, but the logits are {tuple(value.shape)}. Pass one label a logit.")
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
-        """Score `(N,)` of logits `(N, C)`, for targets `(N,)` if given."""
-        return self.resolve(target is not None)(value, target)
+        """Score `(N,)` of logits `(N, C)` for targets `(N, C)`."""
+        return (value * _required(target).to(value.dtype)).sum(dim=1)
 
 
-def check_output(score: Score, value: object, target_max: int | None) -> None:
-    """Check what a score is about to read, once the model's output is known.
+@dataclass(frozen=True, repr=False)
+class BinaryLogit(Score):
+    """(2 t - 1) y: the one logit of a binary classifier, for the class that the image has. Logits `(N,)` or `(N, 1)`, t in {0, 1}."""
 
-    Raises:
-        ValueError: naming the score, for a shape or number of classes it cannot use, or a target out of range.
+    needs_target: ClassVar[bool] = True
+
+    def check_target(self, target: Tensor) -> None:
+        """Check that the target is 0 or 1."""
+        if target[0].numel() != 1 or not bool(((target == 0) | (target == 1)).all()):
+            raise ValueError(f"target must be (N,) of 0 and 1 for BinaryLogit, got {tuple(target.shape)}. Pass one label an image.")
+
+    def check_value(self, value: Tensor, target: Tensor | None) -> None:
+        """Check that there is one logit an image."""
+        if value.dim() == 0 or value[0].numel() != 1:
+            raise ValueError(
+                f"BinaryLogit needs one logit an image, but the model returned {tuple(value.shape)}. Select it with `output=`."
+            )
+
+    def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
+        """Score `(N,)` of logits `(N,)` or `(N, 1)` for targets `(N,)`."""
+        return value.flatten() * (2 * _required(target).flatten().to(value.dtype) - 1)
+
+
+@dataclass(frozen=True, repr=False)
+class SegmentationLogit(Score):
+    """Sum over pixels of the logit of the pixel's class. Logits `(N, C, H, W)`, targets `(N, H, W)` class indices.
+
+    Args:
+        ignore_index: the class of pixels that are left out, so that a region can be scored alone.
     """
-    if score.site != OUTPUT or not isinstance(value, Tensor):
-        return
-    name = type(score).__name__
-    if value.dim() != 2:
-        raise ValueError(
-            f"{name} needs logits (N, C), but the model returned {tuple(value.shape)}. Select or pool them with `output=`, a function of "
-            "what the model returns."
-        )
-    classes = value.shape[1]
-    if classes < score.classes:
-        raise ValueError(
-            f"{name} needs at least {score.classes} classes, but the model has {classes}. Use scores.PredictedLogit(), or "
-            "give it two logits with `output=`."
-        )
-    if score.needs_target and target_max is not None and target_max >= classes:
-        raise ValueError(f"target has the class {target_max}, but the model has {classes} classes. Pass class indices in [0, {classes}).")
+
+    ignore_index: int = -100
+    needs_target: ClassVar[bool] = True
+
+    def check_target(self, target: Tensor) -> None:
+        """Check that the target is a map of classes."""
+        if target.dim() != 3 or target.is_floating_point() or target.dtype is torch.bool:
+            raise ValueError(f"target must be (N, H, W) class indices for SegmentationLogit, got {tuple(target.shape)}. Pass a label map.")
+
+    def check_value(self, value: Tensor, target: Tensor | None) -> None:
+        """Check that logits and target are maps of one size, and that the classes are in range."""
+        if value.dim() != 4 or (target is not None and value.shape[2:] != target.shape[1:]):
+            sizes = f"{tuple(value.shape)} and {tuple(_required(target).shape)}"
+            raise ValueError(f"SegmentationLogit needs logits (N, C, H, W) and a target (N, H, W), got {sizes}. Resize one of them.")
+        kept = _required(target)[_required(target) != self.ignore_index]
+        if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < value.shape[1]:
+            raise ValueError(f"target has classes outside [0, {value.shape[1]}). Pass class indices, or set ignore_index.")
+
+    def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
+        """Score `(N,)` of logits `(N, C, H, W)` for targets `(N, H, W)`."""
+        kept = _required(target) != self.ignore_index
+        chosen = value.gather(1, torch.where(kept, _required(target), 0).unsqueeze(1)).squeeze(1)
+        return torch.where(kept, chosen, torch.zeros_like(chosen)).sum(dim=(1, 2))
+
+
+@dataclass(frozen=True, repr=False)
+class RegressionOutput(Score):
+    """The predicted number, or the sum of several. Outputs `(N,)` or `(N, K)`; needs no target.
+
+    Args:
+        index: which of several outputs; None: all, summed.
+    """
+
+    index: int | None = None
+
+    def check_value(self, value: Tensor, target: Tensor | None) -> None:
+        """Check that the outputs are numbers, and that there are enough."""
+        if value.dim() > 2 or (self.index is not None and not -1 < self.index < value[0].numel()):
+            raise ValueError(f"{self!r} does not fit outputs of shape {tuple(value.shape)}. Pass an index in range, or None.")
+
+    def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
+        """Score `(N,)` of outputs `(N,)` or `(N, K)`."""
+        outputs = value.reshape(value.shape[0], -1)
+        return outputs.sum(dim=1) if self.index is None else outputs[:, self.index]
+
+
+@dataclass(frozen=True, repr=False)
+class ByTarget(Score):
+    """The default of every regularizer: without `target=` it is `SumLogProb`; with it, what the target's shape says.
+
+    `(N,)` class indices: `TargetLogit`. `(N, C)`: `MultiLabelLogit`. `(N, H, W)`: `SegmentationLogit`.
+    """
+
+    def resolve(self, target: Tensor | None) -> Score:
+        """The score that the call uses."""
+        if target is None:
+            return SumLogProb()
+        return {2: MultiLabelLogit(), 3: SegmentationLogit()}.get(target.dim(), TargetLogit())
+
+    def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
+        """The score that the target's shape says."""
+        return self.resolve(target)(value, target)
 
 
 def _at(values: Tensor, target: Tensor) -> Tensor:
@@ -220,3 +341,14 @@ def _required(target: Tensor | None) -> Tensor:
     if target is None:
         raise ValueError("This score needs a target. Pass `target=`, (N,) class indices.")
     return target
+
+
+def _check_classes(target: Tensor) -> None:
+    if target.is_floating_point() or target.dtype is torch.bool:
+        raise TypeError(f"target must be class indices, got {target.dtype}. For one-hot labels write `target.argmax(1)`.")
+    if target.dim() != 1:
+        raise ValueError(f"target must be ({len(target)},), one class an image of x, got {tuple(target.shape)}. Reshape it.")
+    if bool((target < 0).any()):
+        raise ValueError(
+            f"target has the class {int(target.min())}, which is negative. Pass class indices, and leave out images to be ignored."
+        )

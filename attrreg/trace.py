@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attrreg import hooks, scores, sites
+from attrreg import hooks, sites
 from attrreg.call import Call
 from attrreg.needs import Grad, Need, Value
 from attrreg.points import CLEAN, At, Path, Point
@@ -186,7 +186,7 @@ class Trace:
         return torch.Generator(self.call.x.device).manual_seed(seed)
 
     def _concrete(self, score: Score) -> Score:
-        resolved = score.resolve(self.call.target is not None)
+        resolved = score.resolve(self.call.target)
         return resolved.drawn(self._score_seeds[score]) if score.draws else resolved
 
     def _differentiate(self, point: Point) -> None:
@@ -203,7 +203,7 @@ class Trace:
 
     def _backward(self, recording: hooks.Recording, score: Score, wanted: list[str], create_graph: bool) -> list[Tensor]:
         value = self._at(recording, score.site)
-        scores.check_output(score, value, self.call.target_max)
+        score.check_value(value, self.call.target)
         per_image = score(value, self.call.target)
         if per_image.shape != (self.call.x.shape[0],):
             raise ValueError(
@@ -302,8 +302,11 @@ def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:
         used = [need.site]
         if isinstance(need, Grad):
             used.append(need.score.site)
-            if need.score.needs_target and call.target is None:
-                raise ValueError(f"{name}: {type(need.score).__name__} needs a target. Pass `target=`, (N,) class indices.")
+            score = need.score.resolve(call.target)
+            if call.target is not None:
+                score.check_target(call.target)
+            elif score.needs_target:
+                raise ValueError(f"{name}: {type(score).__name__} needs a target. Pass `target=`, (N,) class indices.")
         if isinstance(need.at, Path) and (isinstance(need, Value) or need.site != sites.INPUT):
             raise ValueError(f"{name}: on a path only the gradient at the input can be taken. Ask for Grad(INPUT, score, path).")
         if need.at.needs_mask and call.mask is None:

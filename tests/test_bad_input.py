@@ -94,7 +94,11 @@ BEFORE_COMPUTE: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], lis
     ),
     "target negative": (call(target=torch.tensor([0, -1, 1])), ValueError, ["target", "-1"]),
     "target float": (call(target=target.double()), TypeError, ["target", "float64"]),
-    "target one-hot": (call(target=torch.eye(3).long()), ValueError, ["target", "(3,)", "(3, 3)"]),
+    "target one-hot": (
+        call(reg=attrreg.InputGradient(scores.TargetLogit()), target=torch.eye(3).long()),
+        ValueError,
+        ["target", "(3,)", "(3, 3)"],
+    ),
     "unknown layer": (call(reg=attrreg.GradCAM(layer="boddy")), ValueError, ["GradCAM", "'boddy'", "'body'"]),
     "unknown layer, far off": (call(reg=attrreg.GradCAM(layer="zzzz")), ValueError, ["'zzzz'", "stem"]),
     "unknown layer of a difference": (call(reg=attrreg.ActivationDifference("stm")), ValueError, ["ActivationDifference", "'stem'"]),

@@ -1,0 +1,110 @@
+"""Tasks other than one label an image: multi-label, one logit, segmentation, regression."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attrreg
+from attrreg import objectives, scores
+from tests import oracles
+from tests.models import SmoothNet, assert_close, gradients, smooth_batch
+from tests.test_gradients import check_numerically
+
+
+class Dense(nn.Module):
+    """Logits for every pixel, from a smooth net."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.head = nn.Conv2d(4, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.tanh(self.stem(x)))
+        return logits
+
+
+def multi_label(logits: Tensor, target: Tensor) -> Tensor:
+    return torch.stack([logits[i, c] * target[i, c] for i in range(3) for c in range(3)]).sum()
+
+
+def binary(logits: Tensor, target: Tensor) -> Tensor:
+    return torch.stack([logits[i, 0] if target[i] else -logits[i, 0] for i in range(3)]).sum()
+
+
+def segmentation(logits: Tensor, target: Tensor) -> Tensor:
+    pixels = [(i, r, c) for i in range(3) for r in range(8) for c in range(8) if target[i, r, c] != -100]
+    return torch.stack([logits[i, int(target[i, r, c]), r, c] for i, r, c in pixels]).sum()
+
+
+LABELS = torch.randint(0, 3, (3, 8, 8), generator=torch.Generator().manual_seed(0))
+LABELS[:, :2] = -100
+HOT = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 1, 1]])
+
+Case = tuple[nn.Module, scores.Score, Tensor | None, Callable[[Tensor, Tensor], Tensor]]
+CASES: dict[str, Callable[[], Case]] = {
+    "multi-label": lambda: (SmoothNet(), scores.MultiLabelLogit(), HOT, multi_label),
+    "multi-label, float": lambda: (SmoothNet(), scores.MultiLabelLogit(), HOT.float() * 0.5, multi_label),
+    "multi-label, by the target's shape": lambda: (SmoothNet(), scores.ByTarget(), HOT, multi_label),
+    "one logit": lambda: (SmoothNet(classes=1), scores.BinaryLogit(), torch.tensor([1, 0, 1]), binary),
+    "one logit, float": lambda: (SmoothNet(classes=1), scores.BinaryLogit(), torch.tensor([[1.0], [0.0], [1.0]]), binary),
+    "segmentation": lambda: (Dense(3), scores.SegmentationLogit(), LABELS, segmentation),
+    "segmentation, by the target's shape": lambda: (Dense(3), scores.ByTarget(), LABELS, segmentation),
+    "regression": lambda: (SmoothNet(), scores.RegressionOutput(), None, lambda outputs, target: outputs.sum()),
+    "regression, one of several": lambda: (SmoothNet(), scores.RegressionOutput(1), None, lambda outputs, target: outputs[:, 1].sum()),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scores_of_other_tasks(name: str) -> None:
+    model, score, target, oracle = CASES[name]()
+    model = model.double()
+    x, mask, _ = smooth_batch()
+    layer = "stem"
+    regularizer = attrreg.InputGradient(score) + attrreg.GradCAM(layer, score=score, objective=objectives.AbsoluteOutside())
+    value = regularizer(model, x, mask, target)
+    labels = torch.zeros(()) if target is None else target
+    map, cam = oracles.input_gradient(model, x, labels, oracle), oracles.grad_cam(model, x, labels, oracle, layer)
+    relevant = mask.unsqueeze(1).double()
+    want = oracles.squared_outside(map, relevant).mean() + oracles.absolute_outside(cam, relevant).mean()
+    torch.testing.assert_close(value, want)
+    assert_close(gradients(model, value), gradients(model, want), 1e-8)
+    check_numerically(model, lambda: attrreg.InputGradient(score)(model, x, mask, target))
+
+
+def test_the_task_loss_of_any_task() -> None:
+    x, mask, _ = smooth_batch()
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        each = nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        return each.sum(dim=1)
+
+    value = attrreg.InputGradient(scores.TaskLoss(loss))(SmoothNet().double(), x, mask, HOT.double())
+    assert float(value.detach()) > 0
+
+
+BAD: list[tuple[scores.Score, nn.Module, Tensor | None, str]] = [
+    (scores.MultiLabelLogit(), SmoothNet(), torch.tensor([0, 1, 2]), r"target must be \(N, C\)"),
+    (scores.MultiLabelLogit(), SmoothNet(), 2 * HOT, r"target must be \(N, C\)"),
+    (scores.MultiLabelLogit(), SmoothNet(), HOT[:, :2], r"target is \(3, 2\), but the logits are \(3, 3\)"),
+    (scores.MultiLabelLogit(), SmoothNet(), None, "MultiLabelLogit needs a target"),
+    (scores.BinaryLogit(), SmoothNet(classes=1), torch.tensor([0, 2, 1]), "of 0 and 1"),
+    (scores.BinaryLogit(), SmoothNet(), torch.tensor([0, 1, 1]), "one logit an image"),
+    (scores.SegmentationLogit(), Dense(3), LABELS.double(), r"target must be \(N, H, W\)"),
+    (scores.SegmentationLogit(), Dense(3), LABELS[:, :4], "Resize"),
+    (scores.SegmentationLogit(), SmoothNet(), LABELS, r"needs logits \(N, C, H, W\)"),
+    (scores.SegmentationLogit(), Dense(2), LABELS, r"outside \[0, 2\)"),
+    (scores.RegressionOutput(3), SmoothNet(), None, "index in range"),
+    (scores.TargetLogit(), SmoothNet(classes=1), torch.tensor([0, 1, 0]), "class 1"),
+]
+
+
+@pytest.mark.parametrize(("score", "model", "target", "message"), BAD)
+def test_bad_targets_and_outputs(score: scores.Score, model: nn.Module, target: Tensor | None, message: str) -> None:
+    x, mask, _ = smooth_batch()
+    with pytest.raises(ValueError, match=message):
+        attrreg.InputGradient(score)(model.double(), x, mask, target)
