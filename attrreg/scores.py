@@ -15,16 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrreg.sites import FEATURES, OUTPUT
+from attrreg.sites import FEATURES, OUTPUT, check_layer_name
 from attrreg.spec import Spec
 
 
 class Score(Spec, ABC):
     """A number an image, to be differentiated.
 
-    Subclasses implement `__call__`. They set `needs_target` if they need labels, and `classes` to the fewest classes for
-    which they mean something; they override `site` to read a layer instead of the logits, and the two checks if their
-    task is not the classification of images.
+    Subclasses implement `__call__`; set `needs_target` if they need labels, `classes` to the fewest classes they mean something
+    for; override `site` to read a layer instead of the logits, and the two checks if their task is another.
     """
 
     needs_target: ClassVar[bool] = False
@@ -182,16 +181,14 @@ class RandomProjection(Score):
         layer: dotted name of the layer, or "auto": the features that enter the classifier.
         seed: fixes the direction; None draws one each call.
 
-    Source: ours; at x only, the mean of its squared gradient is the Jacobian regularizer of Hoffman et al. 2019,
-        arXiv 1908.02729 (there of the logits).
+    Source: ours; at x alone it gives the Jacobian regularizer of Hoffman et al. 2019, arXiv 1908.02729 (there of the logits).
     """
 
     layer: str = "auto"
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layer, str) or not self.layer:
-            raise TypeError(f"layer must be the dotted name of a layer, got {self.layer!r}. Find it with model.named_modules().")
+        check_layer_name(self.layer)
 
     @property
     def draws(self) -> bool:  # type: ignore[override]

@@ -21,6 +21,16 @@ NCHW = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
 SPECIAL = (INPUT, OUTPUT, FEATURES, SPATIAL)
 
 
+def check_layer_name(name: object) -> None:
+    """Check that a layer is given by name.
+
+    Raises:
+        TypeError: it is something else, such as the module itself.
+    """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"layer must be the dotted name of a layer, got {name!r}. Find it with attrreg.layers(model, x).")
+
+
 def check_layer(model: nn.Module, name: str) -> None:
     """Check that a site exists in a model.
 

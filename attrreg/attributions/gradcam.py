@@ -10,7 +10,7 @@ from attrreg.needs import Grad, Need, Value
 from attrreg.objectives import Objective, SquaredOutside
 from attrreg.regularizer import MapRegularizer, check_score_and_objective
 from attrreg.scores import ByTarget, Score
-from attrreg.sites import SPATIAL
+from attrreg.sites import SPATIAL, check_layer_name
 from attrreg.trace import Trace
 
 
@@ -50,8 +50,7 @@ class GradCAM(MapRegularizer):
 
     def __post_init__(self) -> None:
         check_score_and_objective(self)
-        if not isinstance(self.layer, str) or not self.layer:
-            raise TypeError(f"layer must be the dotted name of a layer, got {self.layer!r}. Find it with model.named_modules().")
+        check_layer_name(self.layer)
 
     @property
     def _site(self) -> str:
