@@ -1,7 +1,7 @@
 """Scores: what is differentiated. Each maps what the model computes to one number an image.
 
-The attribution of a batch is the gradient of the sum of its images' scores. For classification, logits are `(N, C)` and a
-target is `(N,)` integers in [0, C); the scores of other tasks say what theirs are.
+The attribution of a batch is the gradient of the sum of its images' scores. Logits are `(N, C)` and a target is `(N,)`
+integers in [0, C), where a score does not say otherwise.
 """
 
 from __future__ import annotations
@@ -82,10 +82,7 @@ class Score(Spec, ABC):
 
 @dataclass(frozen=True, repr=False)
 class SumLogProb(Score):
-    """sum_k log p_k: needs no label.
-
-    Source: Ross, Hughes and Doshi-Velez 2017, arXiv 1703.03717.
-    """
+    """sum_k log p_k: needs no label. Source: Ross, Hughes and Doshi-Velez 2017, arXiv 1703.03717."""
 
     classes: ClassVar[int] = 2
 
