@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from attrreg.ops import twice_differentiable
+from attrreg.ops import Phase, twice_differentiable
 from attrreg.sites import FEATURES, INPUT, OUTPUT, SPATIAL, SPECIAL, check_layer, varies
 from attrreg.state import Rng
 from attrreg.wrappers import compiled, unwrap
@@ -41,6 +41,7 @@ class Recording:
         output: what the model returned.
         rng: the state from which the forward drew, to replay it.
         state: of the model, to tell whether it is the same still.
+        phase: shared with the operators of the forward, to be told what a backward is for.
     """
 
     x: Tensor
@@ -51,6 +52,7 @@ class Recording:
     output: Any
     rng: Rng
     state: tuple[int, ...]
+    phase: Phase
 
     def serves(self, model: nn.Module, x: Tensor, sites: Mapping[str, bool]) -> bool:
         """Whether this is the pass that a call on `x` would run itself."""
@@ -85,13 +87,14 @@ class Tap:
         self._maps: deque[tuple[str, Tensor]] = deque(maxlen=MAPS)
         self._hooks: list[RemovableHandle] = []
         self._operators = ExitStack()
+        self._phase = Phase()
 
     def open(self, x: Tensor) -> Tensor:
         """Put the hooks in place, for a forward on `x`; returns the tensor to call the model with."""
         self._x, self._version, self._rng = x, x._version, Rng.of(x.device)
         try:
             self._register()
-            self._operators.enter_context(twice_differentiable())
+            self._operators.enter_context(twice_differentiable(self._phase))
         except BaseException:
             self.close()
             raise
@@ -114,7 +117,7 @@ class Tap:
         if self._map is not None and self._maps:
             self._values[SPATIAL] = self._maps[-1][1]
         state = _state(self._model)
-        return Recording(self._x, self._version, self._values, self._problems, tuple(self._maps), output, self._rng, state)
+        return Recording(self._x, self._version, self._values, self._problems, tuple(self._maps), output, self._rng, state, self._phase)
 
     def _register(self) -> None:
         for site in self._sites:

@@ -214,7 +214,7 @@ class Trace:
         if sites.SPATIAL in wanted and sites.SPATIAL not in recording.values:
             self._find_map(recording, total, score)
         inputs = [self._at(recording, site) for site in wanted]
-        grads = self._gradients(total, inputs, create_graph)
+        grads = self._gradients(recording, total, inputs, create_graph)
         for site, grad in zip(wanted, grads, strict=True):
             if grad is None:
                 raise RuntimeError(
@@ -224,11 +224,12 @@ class Trace:
             self._check_patches(site, grad)
         return [grad for grad in grads if grad is not None]
 
-    def _gradients(self, total: Tensor, inputs: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
+    def _gradients(self, recording: hooks.Recording, total: Tensor, inputs: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
         for counter in self._counters:
             counter.backward += 1
         try:
-            return torch.autograd.grad(total, inputs, create_graph=create_graph, retain_graph=True, allow_unused=True)
+            with recording.phase.attributing():
+                return torch.autograd.grad(total, inputs, create_graph=create_graph, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant=True" not in str(error):
                 raise
@@ -260,7 +261,7 @@ class Trace:
         if not decided:
             # Tokens. Where a class token is pooled, the last layers' patches are read by nobody.
             alike = [(name, map) for name, map in usual if map.shape[1:] == value.shape[1:]]
-            grads = self._gradients(total, [map for _, map in alike], create_graph=False)
+            grads = self._gradients(recording, total, [map for _, map in alike], create_graph=False)
             for (name, map), grad in zip(alike, grads, strict=True):
                 if grad is not None and sites.to_grid(grad, self.call.model, self.call.x, name).any():
                     chosen, decided = (name, map), True

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from attrreg.ops import twice_differentiable
+from attrreg.ops import Phase, twice_differentiable
 
 
 @pytest.mark.parametrize("function", [F.hardsigmoid, F.hardswish])
@@ -19,7 +22,7 @@ def test_replaced_activations(function: Any) -> None:
     with pytest.raises(RuntimeError, match="derivative"):  # if PyTorch learns it, the replacement can go
         (slope,) = torch.autograd.grad(F.hardsigmoid(x).sum(), x, create_graph=True)
         torch.autograd.grad((slope * x).sum(), x)
-    with twice_differentiable():
+    with twice_differentiable(Phase()):
         value = function(x)
         assert torch.autograd.gradcheck(function, x, atol=1e-6)
         assert torch.autograd.gradgradcheck(function, x, atol=1e-6)
@@ -33,7 +36,7 @@ def test_replaced_activations(function: Any) -> None:
 def test_attention_can_be_differentiated_twice_and_settings_return() -> None:
     q = torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
     enabled = torch.backends.cuda.flash_sdp_enabled()
-    with twice_differentiable():
+    with twice_differentiable(Phase()):
         assert torch.autograd.gradgradcheck(lambda q: F.scaled_dot_product_attention(q, q, q), q)
     assert torch.backends.cuda.flash_sdp_enabled() == enabled
 
@@ -65,7 +68,7 @@ def test_norms(name: str) -> None:
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     want = function(x)
     (slope,) = torch.autograd.grad(want.sum(), x)
-    with twice_differentiable():
+    with twice_differentiable(Phase()):
         got = function(x)
         torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
         torch.testing.assert_close(torch.autograd.grad(got.sum(), x)[0], slope)
@@ -78,9 +81,86 @@ def test_norms(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_norms_at_zero(name: str, dtype: torch.dtype) -> None:
     x = torch.zeros(2, 3, 4, dtype=dtype, requires_grad=True)
-    with twice_differentiable():
+    with twice_differentiable(Phase()):
         value = NORMS[name](x)
     assert not value.any()
     (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
     (second,) = torch.autograd.grad((slope * torch.randn_like(slope)).sum(), x)
     assert slope.isfinite().all() and second.isfinite().all()
+
+
+@st.composite
+def convolutions(draw: Any) -> tuple[bool, tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]:
+    axes, transposed, groups = draw(st.integers(1, 3)), draw(st.booleans()), draw(st.sampled_from([1, 1, 2, 4]))
+    channels, filters = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 3))
+    kernel = [draw(st.integers(1, 3)) for _ in range(axes)]
+    an_axis = st.lists(st.integers(1, 3), min_size=axes, max_size=axes)
+    settings: dict[str, Any] = {"stride": draw(st.integers(1, 3) | an_axis), "dilation": draw(st.integers(1, 2)), "groups": groups}
+    if transposed:
+        settings["padding"] = draw(st.integers(0, (min(kernel) - 1) // 2))
+        smallest = min([settings["stride"]] if isinstance(settings["stride"], int) else settings["stride"])
+        settings["output_padding"] = draw(st.integers(0, max(smallest, settings["dilation"]) - 1))
+    else:
+        settings["padding"] = draw(st.sampled_from([0, 1, "valid", "same"]) | an_axis)
+        if settings["padding"] == "same":
+            settings["stride"] = 1
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    batch = [2] if draw(st.integers(0, 4)) else []
+    x = torch.randn(*batch, channels, *[draw(st.integers(5, 7)) for _ in range(axes)], dtype=torch.float64)
+    if axes == 2 and batch and draw(st.booleans()):
+        x = x.to(memory_format=torch.channels_last)
+    shape = (channels, filters // groups) if transposed else (filters, channels // groups)
+    bias = torch.randn(filters, dtype=torch.float64) if draw(st.booleans()) else None
+    return transposed, (x, torch.randn(*shape, *kernel, dtype=torch.float64), bias), settings
+
+
+@given(convolutions())
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_convolutions(case: tuple[bool, tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]) -> None:
+    transposed, tensors, settings = case
+    function = getattr(F, f"conv{'_transpose' if transposed else ''}{tensors[1].dim() - 2}d")
+    inputs = [tensor.requires_grad_() for tensor in tensors if tensor is not None]
+    found = []
+    for context in (nullcontext(), twice_differentiable(Phase())):
+        with context:
+            y = function(*tensors, **settings)
+        weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+        first = torch.autograd.grad((torch.tanh(y) * weight).sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(torch.stack([gradient.square().sum() for gradient in first]).sum(), inputs)
+        found.append([y, *first, *second])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10 * float(want.detach().abs().max()))
+
+
+def test_a_gradient_of_the_input_alone_does_no_work_for_the_weights() -> None:
+    x, w = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(4, 1, 3, 3, requires_grad=True)
+    phase = Phase()
+    with twice_differentiable(phase):
+        y = F.conv2d(x, w, groups=4)
+    with phase.attributing():
+        (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    names, pending = set(), [slope.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in names:
+            names.add(node)
+            pending.extend(parent for parent, _ in node.next_functions)
+    assert "_InputGradientBackward" in {node.name() for node in names}
+    assert "_WeightGradientBackward" not in {node.name() for node in names}
+    (by_weight,) = torch.autograd.grad(slope.sum(), w)  # which the phase does not forbid afterwards
+    assert by_weight.any()
+
+
+@pytest.mark.parametrize("function", [F.conv2d, F.conv_transpose2d])
+def test_convolutions_under_autocast(function: Any) -> None:
+    x, w = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(4, 4, 3, 3, requires_grad=True)
+    found = []
+    for context in (nullcontext(), twice_differentiable(Phase())):
+        with torch.autocast("cpu", dtype=torch.bfloat16), context:
+            y = function(x, w)
+        (slope,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+        found.append([y, slope, *torch.autograd.grad(slope.square().sum(), (x, w))])
+    for want, got in zip(*found, strict=True):
+        assert got.dtype is want.dtype
+        assert float(((got - want).norm() / want.norm()).detach()) < 0.02  # bfloat16 keeps 8 bits

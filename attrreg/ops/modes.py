@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from attrreg.ops import activation, norm
+from attrreg.ops import activation, conv, norm
+from attrreg.ops.phase import Phase
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.hardsigmoid: activation.hardsigmoid,
@@ -27,27 +28,42 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
 }
 
 
+CONVOLUTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), conv.convolve),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), conv.convolve_transposed),
+}
+
+
 class _Replace(TorchFunctionMode):
+    def __init__(self, phase: Phase) -> None:
+        super().__init__()
+        self._phase = phase
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in CONVOLUTIONS:
+            return CONVOLUTIONS[func](self._phase, *args, **(kwargs or {}))
         chosen: Callable[..., Any] = REPLACEMENTS.get(func, func)
         return chosen(*args, **(kwargs or {}))
 
 
 @contextmanager
-def twice_differentiable() -> Iterator[None]:
+def twice_differentiable(phase: Phase) -> Iterator[None]:
     """Compute with operators that have a second derivative. The user's settings are back at the end.
 
     Attention takes PyTorch's math path: its fused kernels have no double backward (pytorch#116350). A checkpointed
     block (`use_reentrant=False`) that runs inside is recomputed with the same operators, whenever that happens.
+
+    Args:
+        phase: tells the operators what the backward through them is for.
     """
-    with sdpa_kernel(SDPBackend.MATH), _Replace(), _checkpoints_recompute_alike():
+    with sdpa_kernel(SDPBackend.MATH), _Replace(phase), _checkpoints_recompute_alike(phase):
         yield
 
 
 @contextmanager
-def _checkpoints_recompute_alike() -> Iterator[None]:
+def _checkpoints_recompute_alike(phase: Phase) -> Iterator[None]:
     # PyTorch captures autocast and generators for the recomputation, but not function modes or attention kernels, and has
     # no public way to add them from outside the checkpointed code.
     frame = torch.utils.checkpoint._CheckpointFrame
@@ -55,7 +71,7 @@ def _checkpoints_recompute_alike() -> Iterator[None]:
     class Frame(frame):  # type: ignore[misc, valid-type]
         def __init__(self, recompute_fn: Callable[..., None], *rest: Any) -> None:
             def recompute(*args: Any) -> None:
-                with twice_differentiable():
+                with twice_differentiable(phase):
                     recompute_fn(*args)
 
             super().__init__(recompute, *rest)
