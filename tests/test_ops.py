@@ -164,3 +164,64 @@ def test_convolutions_under_autocast(function: Any) -> None:
     for want, got in zip(*found, strict=True):
         assert got.dtype is want.dtype
         assert float(((got - want).norm() / want.norm()).detach()) < 0.02  # bfloat16 keeps 8 bits
+
+
+MEAN, VARIANCE = torch.linspace(-1, 1, 6, dtype=torch.float64), torch.linspace(0.5, 2, 6, dtype=torch.float64)
+# name -> (the layer of its inputs, the shapes of the inputs)
+LAYERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    "batch norm": (
+        lambda x, w, b: F.batch_norm(x, MEAN.to(x.dtype, copy=True), VARIANCE.to(x.dtype, copy=True), w, b, training=True),
+        [(4, 6, 3, 5), (6,), (6,)],
+    ),
+    "batch norm without weight": (lambda x: F.batch_norm(x, None, None, training=True), [(4, 6, 3, 5)]),
+    "batch norm of vectors": (lambda x, w: F.batch_norm(x, None, None, w, training=True, eps=0.1), [(7, 6), (6,)]),
+    "batch norm of volumes": (lambda x, w: F.batch_norm(x, None, None, w, training=True), [(2, 6, 2, 3, 2), (6,)]),
+    "batch norm, channels last": (
+        lambda x, w: F.batch_norm(x.to(memory_format=torch.channels_last), None, None, w, training=True),
+        [(4, 6, 3, 5), (6,)],
+    ),
+    "batch norm, eval": (lambda x, w, b: F.batch_norm(x, MEAN.to(x.dtype), VARIANCE.to(x.dtype), w, b), [(4, 6, 3, 5), (6,), (6,)]),
+    "batch norm, eval, without weight": (lambda x: F.batch_norm(x, MEAN.to(x.dtype), VARIANCE.to(x.dtype)), [(4, 6, 3)]),
+    "layer norm": (lambda x, w, b: F.layer_norm(x, (5,), w, b), [(4, 6, 5), (5,), (5,)]),
+    "layer norm of two axes": (lambda x, w: F.layer_norm(x, (6, 5), w, eps=0.1), [(4, 6, 5), (6, 5)]),
+    "layer norm without weight": (lambda x: F.layer_norm(x, (5,)), [(2, 3, 6, 5)]),
+    "layer norm, strided": (lambda x, w, b: F.layer_norm(x.transpose(1, 2), (5,), w, b), [(4, 5, 6), (5,), (5,)]),
+    "group norm": (lambda x, w, b: F.group_norm(x, 3, w, b), [(4, 6, 3, 5), (6,), (6,)]),
+    "group norm without weight": (lambda x: F.group_norm(x, 1), [(4, 6, 3)]),
+    "silu": (F.silu, [(4, 6)]),
+    "silu in place": (lambda x: F.silu(x * 1, inplace=True), [(4, 6)]),
+    "gelu": (F.gelu, [(4, 6)]),
+    "gelu by tanh": (lambda x: F.gelu(x, approximate="tanh"), [(4, 6)]),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_layers_equal_pytorchs_double_backward(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    function, shapes = LAYERS[name]
+    inputs = [(2 * torch.randn(shape, dtype=torch.float64)).to(dtype).requires_grad_() for shape in shapes]
+    found = []
+    for context in (nullcontext(), twice_differentiable(Phase())):
+        with context:
+            y = function(*inputs)
+        weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+        first = torch.autograd.grad((torch.tanh(y) * weight).sum(), inputs, create_graph=True)
+        by_input = torch.autograd.grad(first[0].square().sum(), inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
+        by_all = torch.autograd.grad(torch.stack([gradient.square().sum() for gradient in first]).sum(), inputs)
+        found.append([y, *first, *by_input, *by_all])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.detach().abs().max()))
+
+
+def test_batch_norm_moves_its_statistics_as_pytorchs() -> None:
+    x, found = torch.randn(4, 6, 3, 3), []
+    for context in (nullcontext(), twice_differentiable(Phase())):
+        layer = torch.nn.BatchNorm2d(6, momentum=0.3)
+        with context:
+            layer(x)
+            layer(x + 1)
+        found.append(list(layer.buffers()))
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+    with twice_differentiable(Phase()), pytest.raises(ValueError, match="more than 1 value per channel"):
+        torch.nn.BatchNorm2d(6)(torch.randn(1, 6, 1, 1))

@@ -13,24 +13,29 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from attrreg.ops import activation, conv, norm
+from attrreg.ops import activation, conv, distance, norm
 from attrreg.ops.phase import Phase
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.hardsigmoid: activation.hardsigmoid,
     F.hardswish: activation.hardswish,
-    F.normalize: norm.normalize,
-    torch.norm: norm.norm,
-    Tensor.norm: norm.norm,
-    torch.linalg.norm: norm.linalg_norm,
-    torch.linalg.vector_norm: norm.vector_norm,
-    torch.cdist: norm.cdist,
+    F.silu: activation.silu,
+    F.gelu: activation.gelu,
+    F.normalize: distance.normalize,
+    torch.norm: distance.norm,
+    Tensor.norm: distance.norm,
+    torch.linalg.norm: distance.linalg_norm,
+    torch.linalg.vector_norm: distance.vector_norm,
+    torch.cdist: distance.cdist,
 }
 
 
-CONVOLUTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+WITH_PHASE: dict[Callable[..., Any], Callable[..., Tensor]] = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), conv.convolve),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), conv.convolve_transposed),
+    F.batch_norm: norm.batch_norm,
+    F.layer_norm: norm.layer_norm,
+    F.group_norm: norm.group_norm,
 }
 
 
@@ -42,8 +47,8 @@ class _Replace(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in CONVOLUTIONS:
-            return CONVOLUTIONS[func](self._phase, *args, **(kwargs or {}))
+        if func in WITH_PHASE:
+            return WITH_PHASE[func](self._phase, *args, **(kwargs or {}))
         chosen: Callable[..., Any] = REPLACEMENTS.get(func, func)
         return chosen(*args, **(kwargs or {}))
 

@@ -1,72 +1,197 @@
-"""Norms and distances that can be differentiated twice, at zero too.
+"""Normalisation layers whose double backward is a closed form of few passes over memory.
 
-PyTorch's second derivative of a 2-norm at zero is NaN, and `cdist` has none at all. Here both derivatives at zero are zero.
+PyTorch composes these second derivatives from many pointwise operations and saves what each of them needs. With
+xhat = (x - mu) r, r = 1 / sqrt(var + eps), and P(u) = u - mean(u) - xhat mean(u xhat), which is its own adjoint (means run
+over the M values that are normalised together, g is the weight):
+
+    gx = r P(g gy)                                      the first order
+    for v, the gradient with respect to gx, with a = mean(g gy xhat), b = mean(v xhat), phi = sum(v gx):
+    d_gy = g r P(v)                                     the first-order kernel again
+    d_x  = -r (a r P(v) + b gx) - (r phi / M) xhat
+    d_g  = sum(gy r P(v))
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
-TWO = (2, 2.0, None, "fro")
+from attrreg.ops.conv import wanted
+from attrreg.ops.phase import Phase
 
-
-def two_norm(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
-    """sqrt(sum x^2)."""
-    squared = x.square().sum(dim=tuple(range(x.dim())) if dim is None else dim, keepdim=keepdim)
-    zero = squared == 0
-    return torch.where(zero, torch.zeros_like(squared), torch.where(zero, torch.ones_like(squared), squared).sqrt())
+aten = torch.ops.aten
 
 
-def vector_norm(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
-    """`torch.linalg.vector_norm`."""
-    if ord not in TWO or not x.is_floating_point():
-        result: Tensor = torch.linalg.vector_norm(x, ord, dim, keepdim, dtype=dtype)
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    """One value a channel, to be broadcast over `(N, C, ...)`."""
+    return values.view(1, -1, *[1] * (like.dim() - 2))
+
+
+class _BatchNorm(Function):
+    """Train-mode batch normalisation: by the batch's own statistics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, g: Tensor, b: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float, eps: float, phase: Phase
+    ) -> Tensor:
+        y, mu, r = aten.native_batch_norm(x, g, b, mean, var, True, momentum, eps)
+        ctx.save_for_backward(x, g, mu, r)
+        ctx.eps, ctx.phase = eps, phase
+        result: Tensor = y
         return result
-    return two_norm(x if dtype is None else x.to(dtype), dim, keepdim)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        x, g, mu, r = ctx.saved_tensors
+        mask = [wanted(ctx, index) for index in range(3)]
+        if not torch.is_grad_enabled():
+            gradients = aten.native_batch_norm_backward(gy, x, g, None, None, mu, r, True, ctx.eps, mask)
+            return *(gradient if asked else None for gradient, asked in zip(gradients, mask, strict=True)), *[None] * 5
+        axes = [0, *range(2, x.dim())]
+        gx = _BatchNormInputGradient.apply(gy, x, g, mu, r, ctx.eps) if mask[0] else None
+        gg = None
+        if mask[1]:  # not in an attribution; by operations that can be differentiated, mean and variance included
+            var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+            gg = (gy * (x - mean) * (var + ctx.eps).rsqrt()).sum(axes)
+        return gx, gg, gy.sum(axes) if mask[2] else None, *[None] * 5
 
 
-def norm(input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Tensor | None = None, dtype: Any = None) -> Tensor:
-    """`torch.norm`."""
-    if p not in TWO or out is not None or not input.is_floating_point():
-        result: Tensor = torch.norm(input, p, dim, keepdim, out, dtype)
-        return result
-    return two_norm(input if dtype is None else input.to(dtype), dim, keepdim)
+class _BatchNormInputGradient(Function):
+    @staticmethod
+    def forward(ctx: Any, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, eps: float) -> Tensor:
+        plain = aten.native_batch_norm_backward(gy, x, None, None, None, mu, r, True, eps, [True, False, False])[0]
+        ctx.save_for_backward(gy, x, g, mu, r, plain)  # plain = r P(gy): g is constant where the means run
+        ctx.eps = eps
+        gx: Tensor = plain * _column(g, x)
+        return gx
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        gy, x, g, mu, r, plain = ctx.saved_tensors
+        axes, count = [0, *range(2, x.dim())], x.numel() // x.shape[1]
+        rpv = aten.native_batch_norm_backward(v, x, None, None, None, mu, r, True, ctx.eps, [True, False, False])[0]
+        for_g = (v * plain).sum(axes)
+        centred = x - _column(mu, x)
+        a = g * (gy * centred).sum(axes) * r / count
+        b = (v * centred).sum(axes) * r / count
+        for_x = centred.mul_(_column(-r * r * g * for_g / count, x))
+        for_x.addcmul_(rpv, _column(-r * a, x)).addcmul_(plain, _column(-r * b * g, x))
+        return rpv.mul_(_column(g, x)), for_x, for_g, None, None, None
 
 
-def linalg_norm(
-    A: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, out: Tensor | None = None, dtype: Any = None
+def batch_norm(
+    phase: Phase,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> Tensor:
-    """`torch.linalg.norm`, whose 2-norm of a matrix is another."""
-    axes = 1 if isinstance(dim, int) else len(dim) if dim is not None else 0 if ord is None else A.dim()
-    if ord not in TWO or (ord == 2 and axes != 1) or out is not None or not A.is_floating_point():
-        result: Tensor = torch.linalg.norm(A, ord, dim, keepdim, out=out, dtype=dtype)
+    """`F.batch_norm`."""
+    if input.dtype != torch.promote_types(input.dtype, torch.float32) or not (training or running_mean is not None):
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    channels = input.shape[1]
+    g = weight if weight is not None else input.new_ones(channels)
+    b = bias if bias is not None else input.new_zeros(channels)
+    if training:
+        if input.numel() == channels:
+            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)  # which refuses it
+        result: Tensor = _BatchNorm.apply(input, g, b, running_mean, running_var, momentum, eps, phase)
         return result
-    return two_norm(A if dtype is None else A.to(dtype), dim, keepdim)
+    assert running_mean is not None and running_var is not None
+    scale = g * (running_var + eps).rsqrt()
+    return torch.addcmul(_column(b - running_mean * scale, input), input, _column(scale, input))
 
 
-def normalize(input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None) -> Tensor:
-    """`F.normalize`: x / max(||x||, eps)."""
-    if p not in TWO or out is not None:
-        return F.normalize(input, p, dim, eps, out)
-    # Clamped before the root, whose derivative at zero is infinite. Half types have no room for eps squared.
-    wide = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-    floor = max(eps**2, float(torch.finfo(wide.dtype).tiny))
-    return (wide / wide.square().sum(dim=dim, keepdim=True).clamp_min(floor).sqrt()).to(input.dtype)
+class _LayerNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, g: Tensor, b: Tensor, shape: list[int], eps: float, phase: Phase) -> Tensor:
+        y, mu, r = aten.native_layer_norm(x, shape, g, b, eps)
+        ctx.save_for_backward(x, g, b, mu, r)
+        ctx.shape, ctx.eps, ctx.phase = shape, eps, phase
+        result: Tensor = y
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        x, g, b, mu, r = ctx.saved_tensors
+        mask = [wanted(ctx, index) for index in range(3)]
+        gy = gy.contiguous()
+        if not torch.is_grad_enabled():
+            gradients = aten.native_layer_norm_backward(gy, x, ctx.shape, mu, r, g, b, mask)
+            return *(gradient if asked else None for gradient, asked in zip(gradients, mask, strict=True)), *[None] * 3
+        rows = list(range(x.dim() - len(ctx.shape)))
+        gx = _LayerNormInputGradient.apply(gy, x, g, mu, r, ctx.shape) if mask[0] else None
+        gg = (gy * F.layer_norm(x, ctx.shape, eps=ctx.eps)).sum(rows) if mask[1] else None
+        return gx, gg, gy.sum(rows) if mask[2] else None, *[None] * 3
 
 
-def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "") -> Tensor:
-    """`torch.cdist`: the distance of each row of `x1` `(..., P, M)` to each row of `x2` `(..., R, M)`."""
-    difference = x1.unsqueeze(-2) - x2.unsqueeze(-3)
-    if p == 2:
-        return two_norm(difference, dim=-1)
-    if p == 1:
-        return difference.abs().sum(dim=-1)
-    if math.isinf(p):
-        return difference.abs().amax(dim=-1)
-    result: Tensor = torch.linalg.vector_norm(difference, p, dim=-1)
+class _LayerNormInputGradient(Function):
+    @staticmethod
+    def forward(ctx: Any, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, shape: list[int]) -> Tensor:
+        gx = aten.native_layer_norm_backward(gy, x, shape, mu, r, g, None, [True, False, False])[0]
+        ctx.save_for_backward(gy, x, g, mu, r, gx)
+        ctx.shape = shape
+        result: Tensor = gx
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        gy, x, g, mu, r, gx = ctx.saved_tensors
+        axes, count = list(range(-len(ctx.shape), 0)), math.prod(ctx.shape)
+        rpv = aten.native_layer_norm_backward(v.contiguous(), x, ctx.shape, mu, r, None, None, [True, False, False])[0]
+        for_g = (gy * rpv).sum(list(range(x.dim() - len(ctx.shape)))) if ctx.needs_input_grad[2] else None
+        centred = x - mu
+        a = (gy * g * centred).mean(axes, keepdim=True) * r
+        b = (v * centred).mean(axes, keepdim=True) * r
+        phi = (v * gx).sum(axes, keepdim=True)
+        for_x = centred.mul_(-r * r * phi / count).addcmul_(rpv, -r * a).addcmul_(gx, -r * b)
+        return rpv.mul_(g), for_x, for_g, None, None, None
+
+
+def layer_norm(
+    phase: Phase,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.layer_norm`."""
+    if input.dtype != torch.promote_types(input.dtype, torch.float32):
+        return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
+    shape = list(normalized_shape)
+    g = weight if weight is not None else input.new_ones(shape)
+    b = bias if bias is not None else input.new_zeros(shape)
+    result: Tensor = _LayerNorm.apply(input.contiguous(), g, b, shape, eps, phase)
     return result
+
+
+def group_norm(
+    phase: Phase,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.group_norm`: a layer norm over each group, and a scale and shift a channel."""
+    n, channels = input.shape[:2]
+    grouped = input.reshape(n, num_groups, channels // num_groups * math.prod(input.shape[2:]))
+    y = layer_norm(phase, grouped, grouped.shape[-1:], None, None, eps).reshape(input.shape)
+    if weight is None:
+        return y
+    shift = _column(bias, y) if bias is not None else y.new_zeros(())
+    return torch.addcmul(shift, y, _column(weight, y))
