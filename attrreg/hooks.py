@@ -7,6 +7,7 @@ one around each of the loop's own forwards.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -308,10 +309,19 @@ class Attachment:
         for leaf in tree_leaves(output):
             # A backward that reaches the output frees the graph: from then on a call must run its own forward.
             if isinstance(leaf, Tensor) and leaf.requires_grad:
-                self._watches.append(leaf.register_hook(self._used))
+                self._watches.append(leaf.register_hook(_Forget(self)))
 
-    def _used(self, gradient: Tensor) -> None:
-        self._recording = None
+
+class _Forget:
+    """Drops a recording; holds its owner weakly, because the output that it watches is part of the recording."""
+
+    def __init__(self, owner: Attachment) -> None:
+        self._owner = weakref.ref(owner)
+
+    def __call__(self, gradient: Tensor) -> None:
+        owner = self._owner()
+        if owner is not None:
+            owner._recording = None
 
 
 def attached(model: nn.Module) -> Attachment | None:

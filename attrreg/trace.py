@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,22 +18,9 @@ from attrreg.call import Call
 from attrreg.needs import Grad, Need, Value
 from attrreg.points import CLEAN, At, Path, Point
 from attrreg.recompute import along
+from attrreg.runner import Passes, Runner
 from attrreg.scores import Score
 from attrreg.state import Buffers, Rng, isolated
-
-
-@dataclass
-class Passes:
-    """Passes that attrreg itself ran. The loop's own forward, when it is reused, is not among them.
-
-    Attributes:
-        forward: forwards through the model.
-        backward: inner backwards, those that make attributions.
-    """
-
-    forward: int = 0
-    backward: int = 0
-
 
 _counting: ContextVar[tuple[Passes, ...]] = ContextVar("attrreg_passes", default=())
 
@@ -65,6 +51,9 @@ def sites_at(point: Point, needs: Iterable[Need]) -> dict[str, bool]:
     return result
 
 
+__all__ = ["Passes", "Trace", "check_needs", "passes", "sites_at"]
+
+
 class Trace:
     """The passes of one call. A term reads what it declared from here.
 
@@ -78,12 +67,11 @@ class Trace:
         self.call = call
         self._differentiable = differentiable
         self._needs = list(dict.fromkeys(needs))
-        self._counters = _counting.get()
+        self._runner = Runner(call, _counting.get())
         self._recordings: dict[Point, hooks.Recording] = {}
         self._grads: dict[tuple[str, Score, Point], Tensor] = {}
         self._score_seeds: dict[Score, int] = {}
         self._own_forward: Buffers | None = None
-        self._map = ""  # the layer that layer="auto" is
 
     # What terms read
 
@@ -91,7 +79,7 @@ class Trace:
         """The value at a site; images `(N, C, H, W)` at `INPUT`, logits at `OUTPUT`."""
         if site == sites.INPUT and at == CLEAN:
             return self._recordings[CLEAN].values.get(site, self.call.x) if CLEAN in self._recordings else self.call.x
-        return self._at(self._recordings[at], site)
+        return self._runner.at(self._recordings[at], site)
 
     def grad(self, site: str, score: Score, at: Point = CLEAN) -> Tensor:
         """The gradient of a score at a site, of the shape of its value; on a path, the weighted sum along it."""
@@ -103,7 +91,7 @@ class Trace:
         Raises:
             ValueError: the layer has no spatial map.
         """
-        return sites.to_grid(value, self.call.model, self.call.x, self._map if site == sites.SPATIAL else site)
+        return sites.to_grid(value, self.call.model, self.call.x, self._runner.map if site == sites.SPATIAL else site)
 
     @property
     def mask(self) -> Tensor:
@@ -136,7 +124,7 @@ class Trace:
             if isinstance(point, At):
                 image = point.image(self.call.x.detach(), self.call.mask, self._generator(seeds[point]))
                 with isolated(self.call.model, replay):
-                    self._recordings[point] = self._forward(image, sites_at(point, self._needs))
+                    self._recordings[point] = self._runner.forward(image, sites_at(point, self._needs))
             self._differentiate(point)
 
     def commit(self) -> None:
@@ -152,7 +140,7 @@ class Trace:
         needed = as_users_forward or any(wanted.values()) or bool(wanted.keys() - {sites.INPUT})
         if recording is None and needed:
             with isolated(call.model, device=call.x.device) as buffers:
-                recording = self._forward(call.x, wanted, as_users_forward)
+                recording = self._runner.forward(call.x, wanted, as_users_forward)
                 after = Rng.of(call.x.device)
             if as_users_forward:
                 self._own_forward = buffers
@@ -160,12 +148,7 @@ class Trace:
         if recording is not None:
             self._recordings[CLEAN] = recording
             if sites.SPATIAL in recording.values:
-                self._map = recording.maps[-1][0]
-
-    def _forward(self, image: Tensor, wanted: dict[str, bool], as_users_forward: bool = False) -> hooks.Recording:
-        for counter in self._counters:
-            counter.forward += 1
-        return hooks.forward(self.call.model, image, wanted, lambda fed: self.call.run(fed, as_users_forward))
+                self._runner.map = recording.maps[-1][0]
 
     def _points(self) -> list[Point]:
         return list(dict.fromkeys(need.at for need in self._needs))
@@ -197,85 +180,9 @@ class Trace:
                 groups.setdefault(self._concrete(need.score), []).append(need)
         for score, needs in groups.items():
             wanted = list(dict.fromkeys(need.site for need in needs))
-            found = dict(zip(wanted, self._backward(self._recordings[point], score, wanted, self._differentiable), strict=True))
+            found = dict(zip(wanted, self._runner.backward(self._recordings[point], score, wanted, self._differentiable), strict=True))
             for need in needs:
                 self._grads[need.site, need.score, point] = found[need.site]
-
-    def _backward(self, recording: hooks.Recording, score: Score, wanted: list[str], create_graph: bool) -> list[Tensor]:
-        value = self._at(recording, score.site)
-        score.check_value(value, self.call.target)
-        per_image = score(value, self.call.target)
-        if per_image.shape != (self.call.x.shape[0],):
-            raise ValueError(
-                f"{score!r} gave {tuple(per_image.shape)}, but a score is ({self.call.x.shape[0]},), one number an image. Do not "
-                "reduce over the batch: a loss, for example, takes reduction='none'."
-            )
-        total = per_image.sum()
-        if sites.SPATIAL in wanted and sites.SPATIAL not in recording.values:
-            self._find_map(recording, total, score)
-        inputs = [self._at(recording, site) for site in wanted]
-        grads = self._gradients(recording, total, inputs, create_graph)
-        for site, grad in zip(wanted, grads, strict=True):
-            if grad is None:
-                raise RuntimeError(
-                    f"{score!r} does not depend on layer {site!r}, so its gradient there is zero for every input. Name a layer between "
-                    "the images and the score."
-                )
-            self._check_patches(site, grad)
-        return [grad for grad in grads if grad is not None]
-
-    def _gradients(self, recording: hooks.Recording, total: Tensor, inputs: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
-        for counter in self._counters:
-            counter.backward += 1
-        try:
-            with recording.phase.attributing():
-                return torch.autograd.grad(total, inputs, create_graph=create_graph, retain_graph=True, allow_unused=True)
-        except RuntimeError as error:
-            if "use_reentrant=True" not in str(error):
-                raise
-            raise RuntimeError(
-                "The model checkpoints activations with use_reentrant=True, through which PyTorch cannot take a gradient of a gradient. "
-                "Use torch.utils.checkpoint with use_reentrant=False."
-            ) from error
-
-    def _check_patches(self, site: str, grad: Tensor) -> None:
-        # Class-token pooling: the score reads the class token alone, so at the last layers patches have no gradient at all.
-        if site in sites.SPECIAL or grad.dim() != 3 or grad.shape[0] != self.call.x.shape[0]:
-            return
-        prefix = sites.layout(grad, self.call.model, self.call.x, site)
-        if isinstance(prefix, int) and prefix and not grad[:, prefix:].any() and grad.any():
-            raise RuntimeError(
-                f"At layer {site!r} the gradient of every patch token is zero, because the score reads the class token alone from "
-                "here on. Name an earlier layer, such as the norm before the last block's attention."
-            )
-
-    def _find_map(self, recording: hooks.Recording, total: Tensor, score: Score) -> None:
-        """Choose the layer for `layer="auto"`: the last map that the score depends on."""
-        if not recording.maps:
-            raise ValueError("layer='auto' found no layer with a spatial map. Name a layer whose output is (N, C, h, w).")
-        # Layers inside a block (queries and keys, hidden features) may have maps of another width: rather not those.
-        width = getattr(self.call.model, "num_features", None)
-        usual = [(name, map) for name, map in recording.maps if width in map.shape[1:]] or recording.maps
-        chosen = last, value = usual[-1]
-        decided = isinstance(sites.layout(value, self.call.model, self.call.x, last), str)
-        if not decided:
-            # Tokens. Where a class token is pooled, the last layers' patches are read by nobody.
-            alike = [(name, map) for name, map in usual if map.shape[1:] == value.shape[1:]]
-            grads = self._gradients(recording, total, [map for _, map in alike], create_graph=False)
-            for (name, map), grad in zip(alike, grads, strict=True):
-                if grad is not None and sites.to_grid(grad, self.call.model, self.call.x, name).any():
-                    chosen, decided = (name, map), True
-        self._map, recording.values[sites.SPATIAL] = chosen
-        attachment = hooks.attached(self.call.model)
-        if decided and attachment is not None:
-            attachment.found_map(self._map)
-
-    def _at(self, recording: hooks.Recording, site: str) -> Tensor:
-        if site == sites.OUTPUT:
-            return self.call.logits(recording.output)
-        if site in recording.problems or site not in recording.values:
-            raise ValueError(recording.problems.get(site, f"The model has nothing that could be {site}. Name a layer."))
-        return recording.values[site]
 
     def _run_path(self, path: Path, seed: int, replay: Rng) -> None:
         needs = [need for need in self._needs if isinstance(need, Grad) and need.at == path]
@@ -283,10 +190,12 @@ class Trace:
         wanted = {sites.INPUT: True} | {score.site: False for score in concrete}
         stops = path.stops(self.call.x.detach(), self.call.mask, self._generator(seed))
 
+        runner = self._runner  # not self: the backward keeps this function
+
         def gradients(image: Tensor, create_graph: bool) -> list[Tensor]:
-            with isolated(self.call.model, replay):
-                recording = self._forward(image, wanted)
-            return [self._backward(recording, score, [sites.INPUT], create_graph)[0] for score in concrete]
+            with isolated(runner.call.model, replay):
+                recording = runner.forward(image, wanted)
+            return [runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in concrete]
 
         sums = along(stops, self.call.model, self.call.x, gradients, path.chunk, self._differentiable)
         for need in needs:

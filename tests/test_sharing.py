@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import attrreg
 from attrreg import baselines, scores
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.trace import Passes, passes
+from benchmarks.memory import LiveStorage
 from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
 
 FOUR = attrreg.InputGradient() + attrreg.InputXGradient() + attrreg.GradCAM(layer="body") + attrreg.ActivationDifference()
@@ -162,8 +164,6 @@ def test_terms_are_reported_by_name_and_sum_to_the_total(attach: bool) -> None:
 
 
 def test_memory_of_a_chunked_path_does_not_grow_with_steps() -> None:
-    from benchmarks.memory import LiveStorage
-
     model, (x, mask, target) = SmoothNet(), batch(4, channels=2, size=64, classes=3)
     peaks = {}
     for steps, chunk in ((2, 1), (16, 1), (16, None)):
@@ -182,3 +182,26 @@ def test_every_regularizer_is_held_to_these_tests() -> None:
     }
     leaves -= {attrreg.SingleRegularizer, attrreg.MapRegularizer}
     assert leaves == {type(term.regularizer) for regularizer in REGULARIZERS.values() for term in regularizer.terms}
+
+
+@pytest.mark.parametrize("attach", [False, True])
+@pytest.mark.parametrize("name", [*REGULARIZERS, "with a path"])
+def test_a_step_leaves_no_memory_behind(name: str, attach: bool) -> None:
+    """Without waiting for the garbage collector, which cannot see through a graph that leads back to itself."""
+    regularizer = REGULARIZERS.get(name, attrreg.InputGradient() + attrreg.IntegratedGradients(steps=3))
+    model, (x, mask, target) = SmoothNet(), batch(3, channels=2, size=8, classes=3)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    gc.disable()
+    try:
+        with LiveStorage() as meter:
+            meter.ignore(*model.parameters(), *[p.grad for p in model.parameters() if p.grad is not None], x, mask, target)
+            for _ in range(2):
+                if attach:
+                    with regularizer.attach(model):
+                        (model(x).sum() + regularizer(model, x, mask, target)).backward()
+                else:
+                    regularizer(model, x, mask, target).backward()
+            assert meter.current == 0
+    finally:
+        gc.enable()

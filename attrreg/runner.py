@@ -1,0 +1,127 @@
+"""Single passes: one forward on an image, one backward from a score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attrreg import hooks, sites
+from attrreg.call import Call
+from attrreg.scores import Score
+
+
+@dataclass
+class Passes:
+    """Passes that attrreg itself ran. The loop's own forward, when it is reused, is not among them.
+
+    Attributes:
+        forward: forwards through the model.
+        backward: inner backwards, those that make attributions.
+    """
+
+    forward: int = 0
+    backward: int = 0
+
+
+class Runner:
+    """Runs and counts the passes of one call.
+
+    It holds nothing that passes computed: a chunked path keeps it for its backward, and a graph that led back to itself
+    would never be freed.
+
+    Attributes:
+        call: the checked arguments.
+        map: the layer that `layer="auto"` turned out to be.
+    """
+
+    def __init__(self, call: Call, counters: Sequence[Passes]) -> None:
+        self.call = call
+        self.map = ""
+        self._counters = counters
+
+    def forward(self, image: Tensor, wanted: dict[str, bool], as_users_forward: bool = False) -> hooks.Recording:
+        """Run the model once on an image in place of `x`, recording the wanted sites."""
+        for counter in self._counters:
+            counter.forward += 1
+        return hooks.forward(self.call.model, image, wanted, lambda fed: self.call.run(fed, as_users_forward))
+
+    def backward(self, recording: hooks.Recording, score: Score, wanted: list[str], create_graph: bool) -> list[Tensor]:
+        """The gradients of a score at the wanted sites, all from one backward."""
+        value = self.at(recording, score.site)
+        score.check_value(value, self.call.target)
+        per_image = score(value, self.call.target)
+        if per_image.shape != (self.call.x.shape[0],):
+            raise ValueError(
+                f"{score!r} gave {tuple(per_image.shape)}, but a score is ({self.call.x.shape[0]},), one number an image. Do not "
+                "reduce over the batch: a loss, for example, takes reduction='none'."
+            )
+        total = per_image.sum()
+        if sites.SPATIAL in wanted and sites.SPATIAL not in recording.values:
+            self._find_map(recording, total, score)
+        inputs = [self.at(recording, site) for site in wanted]
+        grads = self._gradients(recording, total, inputs, create_graph)
+        for site, grad in zip(wanted, grads, strict=True):
+            if grad is None:
+                raise RuntimeError(
+                    f"{score!r} does not depend on layer {site!r}, so its gradient there is zero for every input. Name a layer between "
+                    "the images and the score."
+                )
+            self._check_patches(site, grad)
+        return [grad for grad in grads if grad is not None]
+
+    def _gradients(self, recording: hooks.Recording, total: Tensor, inputs: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
+        for counter in self._counters:
+            counter.backward += 1
+        try:
+            with recording.phase.attributing():
+                return torch.autograd.grad(total, inputs, create_graph=create_graph, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant=True" not in str(error):
+                raise
+            raise RuntimeError(
+                "The model checkpoints activations with use_reentrant=True, through which PyTorch cannot take a gradient of a gradient. "
+                "Use torch.utils.checkpoint with use_reentrant=False."
+            ) from error
+
+    def _check_patches(self, site: str, grad: Tensor) -> None:
+        # Class-token pooling: the score reads the class token alone, so at the last layers patches have no gradient at all.
+        if site in sites.SPECIAL or grad.dim() != 3 or grad.shape[0] != self.call.x.shape[0]:
+            return
+        prefix = sites.layout(grad, self.call.model, self.call.x, site)
+        if isinstance(prefix, int) and prefix and not grad[:, prefix:].any() and grad.any():
+            raise RuntimeError(
+                f"At layer {site!r} the gradient of every patch token is zero, because the score reads the class token alone from "
+                "here on. Name an earlier layer, such as the norm before the last block's attention."
+            )
+
+    def _find_map(self, recording: hooks.Recording, total: Tensor, score: Score) -> None:
+        """Choose the layer for `layer="auto"`: the last map that the score depends on."""
+        if not recording.maps:
+            raise ValueError("layer='auto' found no layer with a spatial map. Name a layer whose output is (N, C, h, w).")
+        # Layers inside a block (queries and keys, hidden features) may have maps of another width: rather not those.
+        width = getattr(self.call.model, "num_features", None)
+        usual = [(name, map) for name, map in recording.maps if width in map.shape[1:]] or recording.maps
+        chosen = last, value = usual[-1]
+        decided = isinstance(sites.layout(value, self.call.model, self.call.x, last), str)
+        if not decided:
+            # Tokens. Where a class token is pooled, the last layers' patches are read by nobody.
+            alike = [(name, map) for name, map in usual if map.shape[1:] == value.shape[1:]]
+            grads = self._gradients(recording, total, [map for _, map in alike], create_graph=False)
+            for (name, map), grad in zip(alike, grads, strict=True):
+                if grad is not None and sites.to_grid(grad, self.call.model, self.call.x, name).any():
+                    chosen, decided = (name, map), True
+        self.map, recording.values[sites.SPATIAL] = chosen
+        attachment = hooks.attached(self.call.model)
+        if decided and attachment is not None:
+            attachment.found_map(self.map)
+
+    def at(self, recording: hooks.Recording, site: str) -> Tensor:
+        """What was recorded at a site."""
+        if site == sites.OUTPUT:
+            return self.call.logits(recording.output)
+        if site in recording.problems or site not in recording.values:
+            raise ValueError(recording.problems.get(site, f"The model has nothing that could be {site}. Name a layer."))
+        return recording.values[site]
