@@ -1,0 +1,111 @@
+"""Never a silent no-op: a penalty that could train nothing says so; one that is zero for a reason does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import attrreg
+from attrreg import objectives
+from tests.models import SmoothNet, smooth_batch
+
+x, mask, target = smooth_batch()
+N = len(x)
+IG = attrreg.InputGradient()
+
+
+def test_a_term_without_path_to_a_parameter() -> None:
+    model = SmoothNet().double()
+    model.stem.requires_grad_(False)
+    model.body.requires_grad_(False)
+    regularizer = IG + attrreg.ActivationDifference("stem").named("early")
+    with pytest.raises(RuntimeError, match=r"early: the penalty has no path to any trainable parameter.*Unfreeze"):
+        regularizer(model, x, mask, target)
+    IG(model, x, mask, target).backward()  # reaches the head
+    assert model.head.weight.grad is not None and model.head.weight.grad.any()
+
+
+def test_a_model_that_detaches() -> None:
+    class Detached(SmoothNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).detach()
+
+    with pytest.raises(RuntimeError, match=r"output carries no gradient.*\. "):
+        IG(Detached().double(), x, mask, target)
+
+
+def test_frozen_backbone_trains_the_head_through_its_cam() -> None:
+    model = SmoothNet().double()
+    for layer in (model.stem, model.body):
+        layer.requires_grad_(False)
+    attrreg.GradCAM("body")(model, x, mask, target).backward()
+    assert model.head.weight.grad is not None and model.head.weight.grad.any()
+    assert model.body.weight.grad is None
+
+
+def test_class_token_pooling_leaves_no_patch_gradient() -> None:
+    model = timm.create_model("test_vit", img_size=32, num_classes=3)
+    with torch.no_grad():
+        model.head.weight.normal_()
+    images, where = torch.randn(2, 3, 32, 32), torch.ones(2, 32, 32)
+    with pytest.raises(RuntimeError, match=r"'norm'.*every patch token is zero.*earlier layer"):
+        attrreg.GradCAM(layer="norm")(model, images, where, torch.tensor([0, 1]))
+    # Left to itself, it finds the last layer whose patches the class token still reads.
+    found = attrreg.GradCAM().attribute(model, images, torch.tensor([0, 1]))
+    last = len(model.blocks) - 1
+    torch.testing.assert_close(found, attrreg.GradCAM(f"blocks.{last}.norm1").attribute(model, images, torch.tensor([0, 1])))
+    assert float(found.std()) > 0
+
+
+@pytest.mark.parametrize(
+    "objective", [objectives.SquaredOutside(), objectives.AbsoluteOutside(), objectives.OutsideFraction(), objectives.Energy()]
+)
+def test_a_head_of_zeros_is_no_error_and_no_nan(objective: Any) -> None:
+    model = SmoothNet().double()
+    nn.init.zeros_(model.head.weight)
+    for build in (attrreg.InputGradient, attrreg.InputXGradient, lambda **s: attrreg.GradCAM("body", **s), attrreg.IntegratedGradients):
+        value = build(objective=objective)(model, x, mask, target)
+        model.zero_grad()
+        value.backward()
+        assert float(value.detach()) == 0
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_non_leaf_x_works() -> None:
+    brightness = torch.ones((), dtype=torch.float64, requires_grad=True)
+    augmented = x * brightness
+    IG(SmoothNet().double(), augmented, mask, target).backward()
+    assert brightness.grad is not None and brightness.grad != 0
+
+
+def test_a_batch_without_annotation_is_zero_and_connected() -> None:
+    model = SmoothNet().double()
+    nobody = torch.zeros(N, dtype=torch.bool)
+    for reduction in ("mean", "sum", "batchmean"):
+        regularizer = (IG + attrreg.GradCAM("body") + attrreg.ActivationDifference()).reduced(reduction)
+        value = regularizer(model, x, mask, target, annotated=nobody)
+        model.zero_grad()
+        value.backward()
+        assert float(value.detach()) == 0
+        for parameter in (model.stem.weight, model.body.weight, model.head.weight):
+            assert parameter.grad is not None and not parameter.grad.any()
+
+
+def test_layer_that_does_not_run_or_runs_twice() -> None:
+    class Odd(SmoothNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Conv2d(2, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.act(x))
+
+    model = Odd().double()
+    with pytest.raises(ValueError, match=r"'unused' did not run.*\. "):
+        attrreg.GradCAM("unused")(model, x, mask, target)
+    with pytest.raises(ValueError, match=r"'act' ran more than once.*\. "):
+        attrreg.GradCAM("act")(model, x, mask, target)
