@@ -1,0 +1,39 @@
+"""The command line: `attrreg demo`. A new command is a typed function and one line in `build_app`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import typer
+
+
+def build_app() -> typer.Typer:
+    """The app with all commands. Imports typer, which only the extras bring."""
+    import typer
+
+    from attrreg.demo.command import demo
+
+    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app.callback()(_attrreg)
+    app.command()(demo)
+    return app
+
+
+def main() -> None:
+    """The entry point `attrreg`."""
+    try:
+        app = build_app()
+    except ModuleNotFoundError as error:
+        if error.name != "typer":
+            raise
+        raise SystemExit("The attrreg command needs typer. Install with: pip install 'attrreg[demo]'") from None
+    app(prog_name="attrreg")
+
+
+def _attrreg() -> None:
+    """Attribution regularization for PyTorch."""
+
+
+if __name__ == "__main__":
+    main()

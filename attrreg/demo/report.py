@@ -1,0 +1,182 @@
+"""Showing a run: progress bar, table, sentences that follow from the numbers, picture, and the numbers as JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from attrreg.demo import train
+from attrreg.demo.settings import Settings
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROWS = 4
+TASKS = {
+    "decoy-mnist": "digits with a grey patch, whose corner and level spell the label in training and are random in the test",
+    "crosses": "one cross or two, with a block whose side tells the label in training and the other label in the test",
+}
+SENTENCES = {
+    "better": "Clearly better on the test than plain training",
+    "worse": "Clearly worse on the test than plain training",
+    "unclear": "Not clearly different from plain training on the test",
+}
+
+
+@contextmanager
+def progress_bar(console: Console, settings: Settings) -> Iterator[train.Progress]:
+    """A bar over all steps of a run, as the `progress` of `train.run`."""
+    columns = (TextColumn("{task.description:<30}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("starting", total=train.total_steps(settings))
+
+        def advance(doing: str, steps: int) -> None:
+            bar.update(task, description=doing, advance=steps)
+
+        yield advance
+        bar.update(task, description="done")
+
+
+def table(run: train.Run) -> Table:
+    """The measured numbers, in 80 columns."""
+    binary = run.results[0].test_auc is not None
+    made = Table(title=f"{run.settings.data}: {TASKS[run.settings.data]}", title_justify="left", box=SIMPLE_HEAD, padding=0)
+    made.add_column("method")
+    numbers = [
+        "test",
+        *(["test\nAUC"] if binary else []),
+        "clean\ntest",
+        "outside mask\nbefore→after",
+        "own penalty\nto plain's",
+        "step\ncost",
+    ]
+    for name in numbers:
+        made.add_column(name, justify="right")
+    made.add_column("against\nplain")
+    for result in run.results:
+        accuracies = [result.test, *([result.test_auc] if result.test_auc is not None else []), result.clean]
+        outside = f"{result.outside_before:.0%}→{result.outside_after:.0%}"
+        own = f"{result.own_after / result.own_plain:.0%}" if result.own_plain and result.own_after is not None else "-"
+        cells = [*(f"{value:.3f}" for value in accuracies), outside, own, f"{result.cost:.2f}x", result.verdict or "-"]
+        made.add_row(result.method, *cells)
+    return made
+
+
+def notes(run: train.Run) -> str:
+    """What the numbers mean and what they say, in sentences."""
+    plain, *others = run.results
+    count, setting = len(run.task.test), run.settings
+    lines = [
+        f"Test: accuracy on {count} images where the shortcut misleads; clean test: on the same images without it.",
+        "Outside mask: share of |d target logit / d image| outside the mask on the test, with the initial weights and after training. Own "
+        "penalty: what the method penalises, in its own model as a share of the same in the plain model.",
+        f"Step cost: median over {setting.rounds} interleaved rounds of the time of a training step, in plain steps.",
+        f"Every method has the same initial weights and {setting.steps} steps of {setting.batch} images. One seed ({setting.seed}); better "
+        "and worse mean a difference of more than three standard errors of the test.",
+        f"Plain training is {_fooled(plain.test, plain.clean, count)}.",
+    ]
+    for verdict, says in SENTENCES.items():
+        found = [f"{other.method} ({other.test:.3f})" for other in others if other.verdict == verdict]
+        if found:
+            lines.append(f"{says}: {', '.join(found)}.")
+    return "\n".join([*lines, *_red_herrings(plain, others)])
+
+
+def save_json(run: train.Run, path: Path) -> None:
+    """Write the settings and the numbers, with the versions they were measured with."""
+    methods = [
+        {"regularizer": repr(method.term), **asdict(result)} for method, result in zip(run.settings.methods, run.results, strict=True)
+    ]
+    setting = run.settings
+    content = {
+        "data": setting.data,
+        "seed": setting.seed,
+        "train_images": setting.train,
+        "test_images": len(run.task.test),
+        "steps": setting.steps,
+        "batch": setting.batch,
+        "device": str(setting.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "methods": methods,
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def save_picture(run: train.Run, path: Path) -> None:
+    """Draw test images with their masks, and where each model looks: a row an image, a column a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    from matplotlib import pyplot
+
+    chosen = _chosen(run.task.test.labels)
+    data = run.task.test.take(chosen)
+    width = 1 + len(run.models)
+    images, masks = data.images[:, 0].cpu().numpy(), data.masks.float().cpu().numpy()
+    figure, axes = pyplot.subplots(ROWS, width, figsize=(2.1 * width, 2.25 * ROWS + 1.5), squeeze=False, layout="constrained")
+    for row in range(ROWS):
+        axes[row, 0].imshow(images[row], cmap="gray", vmin=0, vmax=1)
+        _finish_panel(axes[row, 0], masks[row], f"label {int(data.labels[row])}")
+    axes[0, 0].set_title("test image\nand its mask (outline)", fontsize=10)
+    for column, (model, result) in enumerate(zip(run.models, run.results, strict=True), start=1):
+        maps = train.attribution(model, data).cpu().numpy()
+        says = train.predict(model, data.images).argmax(dim=1)
+        for row in range(ROWS):
+            # The brightest 1% would otherwise leave the rest of a gradient map black.
+            axes[row, column].imshow(maps[row], cmap="magma", vmin=0, vmax=max(float(numpy.quantile(maps[row], 0.99)), 1e-30))
+            wrong = bool(says[row] != data.labels[row])
+            _finish_panel(axes[row, column], masks[row], f"says {int(says[row])}: {'WRONG' if wrong else 'right'}", bold=wrong)
+        title = f"{result.method}\ntest accuracy {result.test:.0%}\noutside mask {result.outside_after:.0%}"
+        axes[0, column].set_title(title, fontsize=10)
+    figure.suptitle(f"{run.settings.data}: where each model looks (|d target logit / d image|; bright = much)", fontsize=12)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _finish_panel(axes: Axes, mask: NDArray[numpy.float32], text: str, bold: bool = False) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a mask that is True everywhere has no outline
+        axes.contour(mask, levels=[0.5], colors="white", linewidths=2.4)
+        axes.contour(mask, levels=[0.5], colors="#0072B2", linewidths=1.2)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_xlabel(text, fontsize=9, fontweight="bold" if bold else "normal")
+
+
+def _chosen(labels: Tensor) -> Tensor:
+    """Indices of test images of different classes, chosen by label and place alone: never by what a model says of them."""
+    by_label = labels.argsort(stable=True)
+    return by_label[torch.linspace(0, len(labels) - 1, 2 * ROWS + 1, device=labels.device).long()[1::2]]
+
+
+def _fooled(test: float, clean: float, count: int) -> str:
+    if train.compared(test, clean, count) == "worse":
+        return f"fooled by the shortcut: {test:.3f} on the test against {clean:.3f} without the shortcut"
+    return f"not clearly fooled here: {test:.3f} on the test, {clean:.3f} without the shortcut"
+
+
+def _red_herrings(plain: train.Result, others: list[train.Result]) -> Iterator[str]:
+    """The founding paper's finding, where this run shows it: looking elsewhere is not the same as being right."""
+    for other in others:
+        if other.outside_after < 0.75 * plain.outside_after and other.verdict != "better":
+            yield (
+                f"{other.method} moved attribution inside the mask ({plain.outside_after:.0%} to {other.outside_after:.0%} outside) "
+                "without being better on the test: control over attribution alone does not guarantee generalization."
+            )

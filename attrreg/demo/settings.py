@@ -1,0 +1,118 @@
+"""What the demo trains: budgets, and the regularizers with their weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from attrreg import ActivationDifference, AttributionRegularizer, GradCAM, InputGradient, IntegratedGradients
+from attrreg.baselines import Masked
+from attrreg.demo.data import Task, crosses, decoy_mnist
+from attrreg.objectives import AbsoluteOutside
+from attrreg.scores import Contrast, RandomProjection, Score, SumLogProb
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of training.
+
+    Attributes:
+        name: As tables and pictures call it.
+        regularizer: What is added to the loss; None: nothing.
+        weight: Its weight.
+    """
+
+    name: str
+    regularizer: AttributionRegularizer | None = None
+    weight: float = 1.0
+
+    @property
+    def term(self) -> AttributionRegularizer | None:
+        """The weighted regularizer."""
+        return None if self.regularizer is None else self.weight * self.regularizer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run of the demo.
+
+    Attributes:
+        data: "decoy-mnist" or "crosses".
+        methods: The ways of training; the first is the plain one that the others are compared with.
+        train: Number of training images.
+        epochs: Passes over them, the same for every method, as are the next two.
+        batch: Images a step.
+        rate: Peak learning rate of Adam under a one-cycle schedule.
+        rounds: Rounds in which the costs of a step are measured.
+        seed: Of the data, the initial weights, the order of the images and the regularizers' draws.
+        device: Where to train.
+    """
+
+    data: str
+    methods: tuple[Method, ...]
+    train: int
+    epochs: int
+    batch: int
+    rate: float
+    rounds: int = 15
+    seed: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def steps(self) -> int:
+        """Training steps a method."""
+        return self.epochs * (self.train // self.batch)
+
+    def task(self) -> Task:
+        """Make the data."""
+        if self.data == "crosses":
+            # The paper's dilation; without it the outline of a cross counts as irrelevant.
+            return crosses(self.train, seed=self.seed, dilation=3).to(self.device)
+        return decoy_mnist(self.train, seed=self.seed).to(self.device)
+
+
+def _methods(path: AttributionRegularizer, weight: float) -> tuple[Method, ...]:
+    """The four kinds. Scores, objectives and weights: the best on the *valid* split among four of each kind.
+
+    `benchmarks/tune_demo.py` has the candidates, the procedure and what it found; the test split played no part in it.
+    """
+    return (
+        Method("plain"),
+        Method("input gradient", InputGradient(score=Contrast(), objective=AbsoluteOutside()), weight=0.3),
+        Method("integrated gradients", path, weight),
+        Method("Grad-CAM", GradCAM(layer="layer4", score=SumLogProb(), objective=AbsoluteOutside()), weight=1.0),
+        Method("activation difference", ActivationDifference(), weight=0.3),
+    )
+
+
+def _path(score: Score) -> IntegratedGradients:
+    # From the image without its irrelevant part, so that the path asks what that part changes. From the usual black image
+    # the digit alone already explains the logit, and the term hardly helps.
+    return IntegratedGradients(steps=2, chunk=None, baseline=Masked(), score=score, objective=AbsoluteOutside())
+
+
+_DECOY = _methods(_path(Contrast()), weight=0.3)
+_CROSSES = _methods(_path(RandomProjection()), weight=10.0)
+_DEFAULT = {
+    "decoy-mnist": Settings("decoy-mnist", _DECOY, train=3000, epochs=3, batch=32, rate=1e-2),
+    "crosses": Settings("crosses", _CROSSES, train=500, epochs=20, batch=32, rate=2e-3),
+}
+_FAST = {
+    "decoy-mnist": replace(_DEFAULT["decoy-mnist"], train=1200, epochs=2, rounds=5),
+    "crosses": replace(_DEFAULT["crosses"], epochs=5, rounds=5),
+}
+DATA = tuple(_DEFAULT)
+
+
+def settings(data: str, fast: bool = False, seed: int = 0, device: torch.device | None = None) -> Settings:
+    """The settings of a run.
+
+    Args:
+        data: One of `DATA`.
+        fast: A budget of well under a minute on two cores.
+        seed: Of everything drawn.
+        device: Where to train; the CPU by default.
+    """
+    chosen = (_FAST if fast else _DEFAULT)[data]
+    return replace(chosen, seed=seed, device=device or torch.device("cpu"))

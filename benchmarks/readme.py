@@ -1,0 +1,66 @@
+"""Writes the demo's picture and table into the README.
+
+    python -m benchmarks.readme                     # runs `attrreg demo` first, about three minutes
+    python -m benchmarks.readme run.json            # from a run of `attrreg demo --out run.png`
+
+The date is that of the run, the machine and the versions are this one's.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- demo:begin (written by python -m benchmarks.readme) -->", "<!-- demo:end -->"
+
+
+def table(run: dict[str, Any]) -> list[str]:
+    """The methods as a Markdown table."""
+    lines = ["| trained with | test | test without decoy | attribution outside the mask | step cost |", "|---|---|---|---|---|"]
+    for row in run["methods"]:
+        share = f"{row['outside_before']:.0%} → {row['outside_after']:.0%}"
+        lines.append(f"| {row['method']} | {row['test']:.3f} | {row['clean']:.3f} | {share} | {row['cost']:.1f}x |")
+    return lines
+
+
+def section(run: dict[str, Any], day: datetime.date) -> str:
+    """What stands between the two marks."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "captum"))
+    where = f"{platform.machine()} CPU, {os.cpu_count()} cores, {run['threads']} thread(s), Python {platform.python_version()}, {packages}"
+    intro = (
+        f"Decoy-MNIST: {run['train_images']:,} real digits with a grey patch in a corner that spells the label in training and is random "
+        f"in the test; the mask says where the digit is. Every model has the same start and {run['steps']} steps. Accuracy on "
+        f"{run['test_images']:,} test images; the share of attribution outside the mask is that of the target logit's input gradient, "
+        "before and after training; the step cost is a multiple of a plain step."
+    )
+    note = f"Seed {run['seed']}, {day.isoformat()}, {where}; by `attrreg demo`."
+    return "\n".join([BEGIN, "", intro, "", *table(run), "", note, "", END])
+
+
+def main(numbers: Path | None) -> None:
+    """Write the section and copy the picture."""
+    with tempfile.TemporaryDirectory() as folder:
+        if numbers is None:
+            numbers = Path(folder) / "run.json"
+            subprocess.run([sys.executable, "-m", "attrreg.cli", "demo", "--out", str(numbers.with_suffix(".png"))], check=True)
+        run = json.loads(numbers.read_text())
+        day = datetime.date.fromtimestamp(numbers.stat().st_mtime)
+        shutil.copy(numbers.with_suffix(".png"), ROOT / "docs" / "demo.png")
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    before, after = text[: text.index("<!-- demo:begin")], text[text.index(END) + len(END) :]
+    readme.write_text(before + section(run, day) + after)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
