@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attrreg import call as calls
 from attrreg import hooks, sites
+from attrreg.attach import suspended
 from attrreg.call import Call, Inputs
 from attrreg.state import isolated
 
@@ -61,6 +62,6 @@ def layers(model: nn.Module, x: Tensor, *, inputs: Inputs = None) -> list[LayerI
             text = layout if isinstance(layout, str) else "tokens"
             found.append(LayerInfo(name, type(module).__name__, tuple(output.shape), text, (grid[0], grid[1])))
 
-    with torch.no_grad(), isolated(call.model, device=x.device), hooks.observed(call.model, see):
+    with torch.no_grad(), isolated(call.model, device=x.device), suspended(call.model), hooks.observed(call.model, see):
         call.run(x.clone(), as_users_forward=False)
     return found

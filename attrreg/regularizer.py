@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from attrreg import call as calls
 from attrreg import masks, objectives, penalty
+from attrreg.attach import Attachment
 from attrreg.call import Call, Inputs, Select
-from attrreg.hooks import Attachment
 from attrreg.needs import Need
 from attrreg.objectives import Objective
 from attrreg.penalty import Penalty

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attrreg import hooks, sites
+from attrreg.attach import attached, suspended
 from attrreg.call import Call
 from attrreg.scores import Score
 
@@ -46,7 +47,8 @@ class Runner:
         """Run the model once on an image in place of `x`, recording the wanted sites."""
         for counter in self._counters:
             counter.forward += 1
-        return hooks.forward(self.call.model, image, wanted, lambda fed: self.call.run(fed, as_users_forward))
+        with suspended(self.call.model):
+            return hooks.forward(self.call.model, image, wanted, lambda fed: self.call.run(fed, as_users_forward))
 
     def backward(self, recording: hooks.Recording, score: Score, wanted: list[str], create_graph: bool) -> list[Tensor]:
         """The gradients of a score at the wanted sites, all from one backward."""
@@ -101,9 +103,10 @@ class Runner:
         """Choose the layer for `layer="auto"`: the last map that the score depends on."""
         if not recording.maps:
             raise ValueError("layer='auto' found no layer with a spatial map. Name a layer whose output is (N, C, h, w).")
-        # Layers inside a block (queries and keys, hidden features) may have maps of another width: rather not those.
+        # Queries, keys and hidden features have maps too, but of another meaning or width: rather not those.
         width = getattr(self.call.model, "num_features", None)
-        usual = [(name, map) for name, map in recording.maps if width in map.shape[1:]] or recording.maps
+        outside = [(name, map) for name, map in recording.maps if not _inside_attention(self.call.model, name)]
+        usual = [(name, map) for name, map in outside if width in map.shape[1:]] or outside or list(recording.maps)
         chosen = last, value = usual[-1]
         decided = isinstance(sites.layout(value, self.call.model, self.call.x, last), str)
         if not decided:
@@ -113,8 +116,14 @@ class Runner:
             for (name, map), grad in zip(alike, grads, strict=True):
                 if grad is not None and sites.to_grid(grad, self.call.model, self.call.x, name).any():
                     chosen, decided = (name, map), True
+            # All zero is a head that starts at zero. A gradient at the class token alone is a model that never reads patches.
+            if not decided and any(grad is not None and grad.any() for grad in grads):
+                raise RuntimeError(
+                    "layer='auto' found no layer whose patches the score reads, only a class token. Name an earlier layer, from "
+                    "attrreg.layers(model, x)."
+                )
         self.map, recording.values[sites.SPATIAL] = chosen
-        attachment = hooks.attached(self.call.model)
+        attachment = attached(self.call.model)
         if decided and attachment is not None:
             attachment.found_map(self.map)
 
@@ -125,3 +134,11 @@ class Runner:
         if site in recording.problems or site not in recording.values:
             raise ValueError(recording.problems.get(site, f"The model has nothing that could be {site}. Name a layer."))
         return recording.values[site]
+
+
+def _inside_attention(model: nn.Module, name: str) -> bool:
+    parts = name.split(".")
+    holders = [model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts))]
+    return any("attn" in part.lower().replace("attn_block", "") for part in parts[:-1]) or any(
+        "attention" in type(holder).__name__.lower().replace("attentionblock", "") for holder in holders
+    )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attrreg import hooks, sites
+from attrreg.attach import attached
 from attrreg.call import Call
 from attrreg.needs import Grad, Need, Value
 from attrreg.points import CLEAN, At, Path, Point
@@ -134,7 +135,7 @@ class Trace:
 
     def _clean_pass(self, wanted: dict[str, bool], as_users_forward: bool) -> None:
         call = self.call
-        attachment = hooks.attached(call.model) if self._differentiable else None
+        attachment = attached(call.model) if self._differentiable else None
         recording = attachment.take(call.model, call.x, wanted) if attachment is not None else None
         # The images themselves need no pass. One that was recorded is taken all the same: others replay its draws.
         needed = as_users_forward or any(wanted.values()) or bool(wanted.keys() - {sites.INPUT})

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -252,7 +253,7 @@ def test_a_layer_under_its_other_name() -> None:
         ("test_vit", {"img_size": 64}, "norm1"),
         ("test_vit3", {"img_size": 64}, "norm"),  # attention pooling over patches
         ("test_resnet", {}, "layer4"),
-        ("test_convnext", {}, "norm_pre"),  # an identity behind the stages
+        ("test_convnext", {}, "stages"),  # not the identity behind them
         ("test_mambaout", {}, "stages"),  # (N, h, w, C)
     ],
 )
@@ -291,3 +292,51 @@ def test_layers_lists_what_can_be_chosen() -> None:
         assert attrreg.GradCAM(name)(model, x, mask, target).isfinite()
     with pytest.raises(ValueError, match="x must be a batch of images"):
         attrreg.layers(model, x[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "layer"),
+    [
+        ("coat_tiny", {"img_size": 64}, "norm14"),  # four branches; the last maps are read by nobody
+        ("cait_xxs24_224", {"img_size": 64, "depth": 1}, "norm1"),  # class attention: its inside has maps too
+        ("xcit_nano_12_p16_224", {"img_size": 64, "depth": 1}, "norm1"),
+        ("crossvit_tiny_240", {}, "norm1"),
+        ("volo_d1_224", {"img_size": 64}, "norm"),  # head_drop runs twice
+    ],
+)
+def test_the_automatic_layer_of_class_attention(name: str, settings: dict[str, Any], layer: str) -> None:
+    model = timm.create_model(name, num_classes=4, **settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    x = torch.randn(1, 3, *(model.img_size[0], model.img_size[0]) if "crossvit" in name else (64, 64))
+    target, mask = torch.tensor([1]), torch.ones(x.shape[-2:]).triu()
+    regularizer = attrreg.GradCAM() + attrreg.ActivationDifference()
+    want = regularizer(model, x, mask, target, generator=torch.Generator().manual_seed(0))
+    with regularizer.attach(model) as handle:
+        for _ in range(2):  # the second time by name
+            model(x)
+            got = regularizer(model, x, mask, target, generator=torch.Generator().manual_seed(0))
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
+    assert handle._map is not None and handle._map.rsplit(".", 1)[-1].startswith(layer)
+    assert float(attrreg.GradCAM(handle._map).attribute(model, x, target).std()) > 0
+
+
+def test_features_are_what_enters_the_classifier() -> None:
+    model = timm.create_model("volo_d1_224", img_size=64, num_classes=4).eval()  # an auxiliary head runs after the head
+    x = torch.randn(1, 3, 64, 64)
+    with attrreg.ActivationDifference().attach(model) as handle:
+        model(x)
+        assert handle._recording is not None
+        features = handle._recording.values["<features>"]
+    torch.testing.assert_close(features, model.forward_head(model.forward_features(x), pre_logits=True))
+
+
+def test_a_pool_that_enlarges_is_no_map() -> None:
+    model = torchvision.models.alexnet(num_classes=4).eval()
+    x = torch.randn(1, 3, 64, 64)  # features.12 leaves one position, avgpool makes it 6 x 6
+    with attrreg.GradCAM().attach(model) as handle:
+        model(x)
+        attrreg.GradCAM()(model, x, torch.ones(64, 64), torch.tensor([1]))
+        model(x)
+    assert handle._map == "features.11"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 import attrreg
-from attrreg.hooks import attached
+from attrreg.attach import attached
 from attrreg.trace import Passes, passes
 from tests.models import SmoothNet, assert_close, gradients, smooth_batch
 from tests.test_sharing import REGULARIZERS

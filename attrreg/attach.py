@@ -1,0 +1,168 @@
+"""Attachment: record the forwards of the user's own loop."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from attrreg.hooks import Recording, Tap
+from attrreg.sites import check_layer
+from attrreg.wrappers import compiled, unwrap
+
+
+class Attachment:
+    """Handle of `reg.attach(model)`: records the loop's own forwards until it is removed.
+
+    A context manager; `remove()` does the same as leaving it. Nothing is recorded while gradients are disabled.
+    """
+
+    def __init__(self, entry: nn.Module, sites: Mapping[str, bool]) -> None:
+        model = unwrap(entry)
+        for site in sites:
+            check_layer(model, site)
+        if attached(model) is not None:
+            raise RuntimeError(
+                "attach: this model already has an attachment. Remove it first (`handle.remove()`, or leave its `with` block), and "
+                "attach the sum of the regularizers."
+            )
+        self._model = model
+        self._sites = dict(sites)
+        self._tap: Tap | None = None
+        self._recording: Recording | None = None
+        self._map: str | None = None
+        self.suspended = False
+        self._watches: list[RemovableHandle] = []
+        self._hooks: list[RemovableHandle] = []
+        if compiled(entry):
+            warnings.warn(
+                "The model is compiled, and PyTorch cannot differentiate a compiled graph twice (pytorch#91469). Its forwards are left as "
+                "they are, and each penalty runs its own, uncompiled.",
+                stacklevel=3,
+            )
+            return
+        self._hooks = [
+            model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
+            model.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Take all hooks away and drop what was recorded; safe to call twice."""
+        self._discard()
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        # A copy of the model (an average of its weights, say) carries the hooks along; there they do nothing.
+        return _inert()
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return _inert, ()
+
+    def take(self, model: nn.Module, x: Tensor, sites: Mapping[str, bool]) -> Recording | None:
+        """The recorded pass, if it is the one a call on `x` needs. It is given out once: its graph may be freed after."""
+        recording = self._recording
+        if recording is None or not recording.serves(model, x, sites):
+            return None
+        self._forget()
+        return recording
+
+    def found_map(self, name: str) -> None:
+        """Say which layer `layer="auto"` turned out to be, so that later forwards record that one alone."""
+        self._map = name
+
+    @property
+    def live(self) -> bool:
+        """False once removed, and on a copy."""
+        return bool(self._hooks)
+
+    def _forget(self) -> None:
+        self._recording = None
+        while self._watches:
+            self._watches.pop().remove()
+
+    def _discard(self) -> None:
+        self._forget()
+        if self._tap is not None:
+            self._tap.close()
+            self._tap = None
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if self.suspended or not self.live:
+            return None
+        self._discard()  # the last step's graph, and what an interrupted forward left
+        arguments: dict[int | str, Any] = dict(enumerate(args)) | kwargs
+        tensors = [(key, value) for key, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point()]
+        images = next((item for item in tensors if item[1].dim() == 4), None)
+        if not torch.is_grad_enabled() or images is None:
+            return None
+        self._tap = Tap(model, self._sites, own=False, map=self._map)
+        arguments[images[0]] = self._tap.open(images[1])
+        return tuple(arguments[i] for i in range(len(args))), {name: arguments[name] for name in kwargs}
+
+    def _after(self, model: nn.Module, args: Any, output: Any) -> None:
+        if self.suspended or self._tap is None:
+            return
+        tap, self._tap = self._tap, None
+        tap.close()
+        if output is None:  # the forward raised
+            return
+        self._recording = tap.recording(output)
+        for leaf in tree_leaves(output):
+            # A backward that reaches the output frees the graph: from then on a call must run its own forward.
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                self._watches.append(leaf.register_hook(_Forget(self)))
+
+
+class _Forget:
+    """Drops a recording; holds its owner weakly, because the output that it watches is part of the recording."""
+
+    def __init__(self, owner: Attachment) -> None:
+        self._owner = weakref.ref(owner)
+
+    def __call__(self, gradient: Tensor) -> None:
+        owner = self._owner()
+        if owner is not None:
+            owner._recording = None
+
+
+def attached(model: nn.Module) -> Attachment | None:
+    """The attachment of a model, found among its hooks: the library keeps no list of its own."""
+    for hook in model._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Attachment) and owner.live:
+            return owner
+    return None
+
+
+def _inert() -> Attachment:
+    copy = object.__new__(Attachment)
+    copy._hooks, copy._watches, copy._tap, copy._recording, copy.suspended = [], [], None, None, True
+    return copy
+
+
+@contextmanager
+def suspended(model: nn.Module) -> Iterator[None]:
+    """Run passes of our own, which an attachment must not take for the loop's."""
+    attachment = attached(model)
+    if attachment is None:
+        yield
+        return
+    attachment.suspended = True
+    try:
+        yield
+    finally:
+        attachment.suspended = False
