@@ -1,10 +1,22 @@
-"""How the demo's regularizers were chosen: four settings for each kind, the demo's own budget, judged on the valid split.
+"""How the demo's regularizers were chosen: four settings of each kind, the demo's own budget, judged on the valid split.
 
-    python -m benchmarks.tune_demo decoy-mnist  [seed]
+    python -m benchmarks.tune_demo decoy-mnist [seed]
 
-The valid split misleads as the test split does. That is the protocol of the founding paper, and it presumes a few labelled
-images without the shortcut's correlation; no choice was made on the test split. The lists below are what was left after an
-earlier look, also on the valid split, at about ten settings for each kind with three epochs and seed 0.
+The valid split misleads as the test split does. That is the protocol of the founding paper, and it presumes some labelled
+images in which the shortcut does not hold. The four are what an earlier look at some fifteen settings of each kind, mostly
+on the valid split, had left; that look also fixed the task (a patch that fools the plain model), budget and learning rate.
+
+Accuracy on the valid split of seed 0, in the order of `CANDIDATES` (torch 2.15, one thread); plain has .190 on decoy-mnist
+and .000 on crosses. The same digits in another order than `decoy_mnist` has them now, so a new run differs a little:
+
+| kind | decoy-mnist | crosses |
+|---|---|---|
+| activation difference | .930, **.968**, .974, .974 | .984, **.992**, .984, .992 |
+| Grad-CAM | .216, .214, .220, **.332** | .000, .000, .000, **.008** |
+| input gradient | .822, .956, **.972**, .930 | .000, .000, **.000**, .000 |
+| integrated gradients | **.962**, .956, .796, .622 | .000, .070, **.125**, .078 |
+
+Bold: what the demo uses. Activation difference at 1.0 is not told from 0.3 by 500 images; one weight serves both tasks.
 """
 
 from __future__ import annotations

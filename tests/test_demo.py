@@ -103,13 +103,14 @@ def test_clean_test_is_the_test_without_the_shortcut(digits: Task, cross: Task) 
         assert (task.test.labels == task.clean_test.labels).all()
 
 
-def test_decoy_splits_are_disjoint_and_the_same_for_every_seed(digits: Task) -> None:
+def test_decoy_splits_are_disjoint_and_the_same_for_every_seed_and_train_size(digits: Task) -> None:
     other = decoy_mnist(train=200, valid=100, test=100, seed=4)
     assert (other.clean_test.images == digits.clean_test.images).all()
     assert (other.test.images != digits.test.images).any()
     whole = decoy_mnist()
     centre = [split.images[:, 0, 4:24, 4:24].flatten(1) for split in (whole.train, whole.valid, whole.test)]
-    assert len(torch.cat(centre).unique(dim=0)) == 5000
+    assert len(torch.cat(centre).unique(dim=0)) == 4500
+    assert (decoy_mnist(train=10).clean_test.images == whole.clean_test.images).all()
 
 
 @pytest.mark.parametrize("sizes", [(0, 10, 10), (15, 10, 10), (4000, 500, 1000)])
@@ -239,14 +240,16 @@ def test_notes_follow_from_the_numbers(small_run: train.Run) -> None:
     plain, *others = small_run.results
     plain = replace(plain, test=0.3, clean=0.9, outside_after=0.6)
     changed = [replace(other, test=0.3, verdict="unclear", outside_after=0.6) for other in others]
-    changed[0] = replace(changed[0], test=0.8, verdict="better")
-    changed[1] = replace(changed[1], test=0.1, verdict="worse", outside_after=0.1)
+    changed = [replace(other, clean=other.test) for other in changed]
+    changed[0] = replace(changed[0], test=0.8, clean=0.8, verdict="better")
+    changed[1] = replace(changed[1], test=0.1, clean=0.7, verdict="worse", outside_after=0.1)
     text = report.notes(replace(small_run, results=(plain, *changed)))
     assert "fooled by the shortcut: 0.300 on the test against 0.900" in text
     assert f"Clearly better on the test than plain training: {changed[0].method} (0.800)." in text
     assert f"Clearly worse on the test than plain training: {changed[1].method} (0.100)." in text
     assert f"Not clearly different from plain training on the test: {changed[2].method} (0.300), {changed[3].method} (0.300)." in text
     assert f"{changed[1].method} moved attribution inside the mask (60% to 10% outside)" in text
+    assert f"clearly below their own accuracy on the clean test: {changed[1].method}.\n" in text
     unmoved = report.notes(replace(small_run, results=(replace(plain, test=0.9), *changed)))
     assert "not clearly fooled here" in unmoved
 

@@ -94,6 +94,9 @@ def notes(run: train.Run) -> str:
         found = [f"{other.method} ({other.test:.3f})" for other in others if other.verdict == verdict]
         if found:
             lines.append(f"{says}: {', '.join(found)}.")
+    fooled = [other.method for other in others if train.compared(other.test, other.clean, count) == "worse"]
+    if fooled:
+        lines.append(f"Still fooled, clearly below their own accuracy on the clean test: {', '.join(fooled)}.")
     return "\n".join([*lines, *_red_herrings(plain, others)])
 
 

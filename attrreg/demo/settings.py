@@ -99,7 +99,7 @@ _DEFAULT = {
     "crosses": Settings("crosses", _CROSSES, train=500, epochs=20, batch=32, rate=2e-3),
 }
 _FAST = {
-    "decoy-mnist": replace(_DEFAULT["decoy-mnist"], train=1200, epochs=2, rounds=5),
+    "decoy-mnist": replace(_DEFAULT["decoy-mnist"], train=1000, epochs=2, rounds=5),
     "crosses": replace(_DEFAULT["crosses"], epochs=5, rounds=5),
 }
 DATA = tuple(_DEFAULT)

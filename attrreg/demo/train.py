@@ -163,26 +163,27 @@ def attribution(model: nn.Module, data: Split) -> Tensor:
 
 
 def share_outside(model: nn.Module, data: Split) -> float:
-    """Mean over about `SAMPLE` images, evenly spread, of the share of |attribution| outside the mask.
+    """Mean over a sample of images of the share of |attribution| outside the mask.
 
     Images without any attribution are left out.
     """
-    sample = spread(data)
-    maps = attribution(model, sample)
+    some = sample(data)
+    maps = attribution(model, some)
     total = maps.sum(dim=(1, 2))
-    share = (maps * ~sample.masks).sum(dim=(1, 2))[total > 0] / total[total > 0]
+    share = (maps * ~some.masks).sum(dim=(1, 2))[total > 0] / total[total > 0]
     return share.mean().item()
 
 
 def penalty(model: nn.Module, regularizer: AttributionRegularizer, data: Split) -> float:
-    """A regularizer's value on about `SAMPLE` images, evenly spread."""
-    sample, draws = spread(data), torch.Generator().manual_seed(0)
-    return float(regularizer(model, sample.images, sample.masks, target=sample.labels, generator=draws).detach())
+    """A regularizer's value on a sample of images."""
+    some, draws = sample(data), torch.Generator().manual_seed(0)
+    return float(regularizer(model, some.images, some.masks, target=some.labels, generator=draws).detach())
 
 
-def spread(data: Split) -> Split:
-    """About `SAMPLE` images, evenly spread over a split that may be sorted by label."""
-    return data.take(torch.arange(0, len(data), max(1, len(data) // SAMPLE), device=data.labels.device))
+def sample(data: Split) -> Split:
+    """At most `SAMPLE` images, drawn once and for all."""
+    index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:SAMPLE]
+    return data.take(index.to(data.labels.device))
 
 
 def step_costs(initial: nn.Module, data: Split, settings: Settings, progress: Progress) -> list[float]:
