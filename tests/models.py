@@ -104,6 +104,7 @@ def gradients(model: nn.Module, value: Tensor) -> list[Tensor]:
 
 def assert_close(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:
     """Compare lists of tensors, relative to the largest value of all."""
+    got, want = [tensor.detach() for tensor in got], [tensor.detach() for tensor in want]
     scale = max(float(tensor.abs().max()) for tensor in want)
     assert scale > 0, "nothing to compare: all values are zero"
     for one, other in zip(got, want, strict=True):
