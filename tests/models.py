@@ -99,7 +99,8 @@ def smooth_batch(n: int = 3) -> Batch:
 def gradients(model: nn.Module, value: Tensor) -> list[Tensor]:
     """Parameter gradients of a scalar, zeros where it does not depend on one."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return list(torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True))
+    found = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+    return [gradient.detach() for gradient in found]  # older versions of PyTorch leave a graph
 
 
 def assert_close(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:
