@@ -55,7 +55,7 @@ class Recording:
             return False
         for site, differentiated in sites.items():
             value = self.values.get(site)
-            if site in (OUTPUT, SPATIAL) and (site == OUTPUT or self.maps):
+            if site == OUTPUT or (site == SPATIAL and self.maps):
                 continue
             if site not in self.problems and (value is None or (differentiated and not value.requires_grad)):
                 return False

@@ -62,7 +62,7 @@ class Runner:
             )
         total = per_image.sum()
         if sites.SPATIAL in wanted and sites.SPATIAL not in recording.values:
-            self._find_map(recording, total, score)
+            self._find_map(recording, total)
         inputs = [self.at(recording, site) for site in wanted]
         grads = self._gradients(recording, total, inputs, create_graph)
         for site, grad in zip(wanted, grads, strict=True):
@@ -99,7 +99,7 @@ class Runner:
                 "here on. Name an earlier layer, such as the norm before the last block's attention."
             )
 
-    def _find_map(self, recording: hooks.Recording, total: Tensor, score: Score) -> None:
+    def _find_map(self, recording: hooks.Recording, total: Tensor) -> None:
         """Choose the layer for `layer="auto"`: the last map that the score depends on."""
         if not recording.maps:
             raise ValueError("layer='auto' found no layer with a spatial map. Name a layer whose output is (N, C, h, w).")

@@ -39,9 +39,11 @@ def check_layer(model: nn.Module, name: str) -> None:
     """
     if name in SPECIAL:
         return
-    names = [known for known, _ in model.named_modules(remove_duplicate=False) if known]
-    if name in names:
+    try:
+        model.get_submodule(name)
         return
+    except AttributeError:
+        names = [known for known, _ in model.named_modules() if known]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Its outermost layers are {[n for n in names if '.' not in n]}."
     raise ValueError(f"layer {name!r} is not in {type(model).__name__}. {hint}")

@@ -23,6 +23,8 @@ from attrreg.runner import Passes, Runner
 from attrreg.scores import Score
 from attrreg.state import Buffers, Rng, isolated
 
+__all__ = ["Passes", "Trace", "check_needs", "passes", "sites_at"]
+
 _counting: ContextVar[tuple[Passes, ...]] = ContextVar("attrreg_passes", default=())
 
 
@@ -50,9 +52,6 @@ def sites_at(point: Point, needs: Iterable[Need]) -> dict[str, bool]:
             if isinstance(need, Grad):
                 result.setdefault(need.score.site, False)
     return result
-
-
-__all__ = ["Passes", "Trace", "check_needs", "passes", "sites_at"]
 
 
 class Trace:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from attrreg.ops.phase import Phase
+from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
 
@@ -44,16 +44,6 @@ class Geometry:
         sizes = (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
         gradients: tuple[Tensor, Tensor, Tensor] = aten.convolution_backward(gy, x, w, channels if mask[2] else None, *sizes, mask)
         return gradients
-
-
-def wanted(ctx: Any, index: int) -> bool:
-    """Whether the running backward asks for the gradient of an input."""
-    if not ctx.needs_input_grad[index]:  # also the bias that is None, which has no entry below
-        return False
-    try:
-        return torch._C._will_engine_execute_node(ctx.next_functions[index][0])
-    except RuntimeError:  # a leaf under autograd.grad, of which PyTorch will not tell
-        return index == 0 or not ctx.phase.inner
 
 
 class _Convolve(Function):

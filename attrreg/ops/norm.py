@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from attrreg.ops.conv import wanted
-from attrreg.ops.phase import Phase
+from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
 

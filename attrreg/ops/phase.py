@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 
 @dataclass
@@ -28,3 +31,13 @@ class Phase:
             yield
         finally:
             self.inner = False
+
+
+def wanted(ctx: Any, index: int) -> bool:
+    """Whether the running backward asks for the gradient of an input."""
+    if not ctx.needs_input_grad[index]:  # also the bias that is None, which has no entry below
+        return False
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[index][0])
+    except RuntimeError:  # a leaf under autograd.grad, of which PyTorch will not tell
+        return index == 0 or not ctx.phase.inner
