@@ -72,7 +72,7 @@ def _measure(
 ) -> dict[str, Record]:
     """Check the models that the file does not have yet; returns all records by key."""
     records = _read(file, again)
-    todo = [entry for entry in chosen if entry.key not in records]
+    todo = sorted((entry for entry in chosen if entry.key not in records), key=lambda entry: entry.params)
     with _progress(console) as progress, file.open("a") as lines:
         task = progress.add_task("models", total=len(chosen), completed=len(chosen) - len(todo))
         for record in _run(todo, jobs, limit, memory, quick):

@@ -113,8 +113,9 @@ def build(entry: Entry, seed: int = 0) -> Subject:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-    # Normalised over two images, pooled features are one and minus one whatever the images are.
-    batch = 3 if any(isinstance(module, nn.BatchNorm1d) for module in model.modules()) else 2
+    # Normalised over two images, small maps are plus and minus one almost whatever the images are: ill-conditioned.
+    normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    batch = 4 if normalised and size <= max(SIZES) else 2
     return Subject(model, size, _logits_in(output), batch)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attrreg.ops import Phase, twice_differentiable
 
@@ -39,6 +40,51 @@ def test_attention_can_be_differentiated_twice_and_settings_return() -> None:
     with twice_differentiable(Phase()):
         assert torch.autograd.gradgradcheck(lambda q: F.scaled_dot_product_attention(q, q, q), q)
     assert torch.backends.cuda.flash_sdp_enabled() == enabled
+
+
+def _from_one_projection(joint: Tensor) -> Tensor:
+    q, k, v = joint.transpose(1, 2).contiguous().transpose(1, 2).chunk(3, -1)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+ATTENTION: dict[str, Callable[..., Tensor]] = {
+    "plain": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v) + m.sum(),
+    "scaled": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, scale=0.3) + m.sum(),
+    "with a bias": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m),
+    "with a constant bias": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m.detach()) + m.sum(),
+    "masked": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, (m > -0.5)[:1]) + m.sum(),
+    "causal": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, is_causal=True) + m.sum(),
+    "of one head": lambda q, k, v, m: F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0]) + m.sum(),
+    "values of another width": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v[..., :2]) + m.sum(),
+    "shapes that broadcast": lambda q, k, v, m: F.scaled_dot_product_attention(q, k[:1], v[:1]) + m.sum(),
+    "in views of one projection": lambda q, k, v, m: _from_one_projection(torch.cat([k, v, k], -1)) + q.sum() + m.sum(),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_attention_equals_the_math_path(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    shapes = [(2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 6), (2, 1, 4, 5)]
+    inputs = [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+    found = []
+    for context in (sdpa_kernel(SDPBackend.MATH), twice_differentiable(Phase())):
+        with context:
+            y = ATTENTION[name](*inputs)
+            weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+            first = torch.autograd.grad((torch.tanh(y) * weight).sum(), inputs, create_graph=True)
+            second = torch.autograd.grad(torch.stack([gradient.square().sum() for gradient in first]).sum(), inputs)
+        found.append([y, *first, *second])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.detach().abs().max()))
+
+
+def test_attention_with_dropout_draws_as_pytorchs() -> None:
+    q, found = torch.randn(1, 2, 5, 4), []
+    for context in (sdpa_kernel(SDPBackend.MATH), twice_differentiable(Phase())):
+        torch.manual_seed(0)
+        with context:
+            found.append(F.scaled_dot_product_attention(q, q, q, dropout_p=0.5))
+    torch.testing.assert_close(*found)
 
 
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -94,6 +140,9 @@ def convolutions(draw: Any) -> tuple[bool, tuple[Tensor, Tensor, Tensor | None],
     axes, transposed, groups = draw(st.integers(1, 3)), draw(st.booleans()), draw(st.sampled_from([1, 1, 2, 4]))
     channels, filters = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 3))
     kernel = [draw(st.integers(1, 3)) for _ in range(axes)]
+    special = draw(st.sampled_from(["", "", "pointwise", "patches"]))  # which have code of their own
+    if special == "pointwise":
+        kernel = [1] * axes
     an_axis = st.lists(st.integers(1, 3), min_size=axes, max_size=axes)
     settings: dict[str, Any] = {"stride": draw(st.integers(1, 3) | an_axis), "dilation": draw(st.integers(1, 2)), "groups": groups}
     if transposed:
@@ -104,9 +153,12 @@ def convolutions(draw: Any) -> tuple[bool, tuple[Tensor, Tensor, Tensor | None],
         settings["padding"] = draw(st.sampled_from([0, 1, "valid", "same"]) | an_axis)
         if settings["padding"] == "same":
             settings["stride"] = 1
+        if special:
+            settings |= {"padding": 0, "dilation": 1, "stride": 1 if special == "pointwise" else tuple(kernel)}
     torch.manual_seed(draw(st.integers(0, 2**31)))
     batch = [2] if draw(st.integers(0, 4)) else []
-    x = torch.randn(*batch, channels, *[draw(st.integers(5, 7)) for _ in range(axes)], dtype=torch.float64)
+    sides = [draw(st.integers(1 if special == "pointwise" else 5, 7)) for _ in range(axes)]
+    x = torch.randn(*batch, channels, *sides, dtype=torch.float64)
     if axes == 2 and batch and draw(st.booleans()):
         x = x.to(memory_format=torch.channels_last)
     shape = (channels, filters // groups) if transposed else (filters, channels // groups)
@@ -131,6 +183,7 @@ def test_convolutions(case: tuple[bool, tuple[Tensor, Tensor, Tensor | None], di
         found.append([y, *first, *second])
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10 * float(want.detach().abs().max()))
+    assert found[1][0].is_contiguous() or not found[0][0].is_contiguous()  # code that follows may take a view
 
 
 def test_a_gradient_of_the_input_alone_does_no_work_for_the_weights() -> None:
@@ -188,6 +241,22 @@ LAYERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "layer norm, strided": (lambda x, w, b: F.layer_norm(x.transpose(1, 2), (5,), w, b), [(4, 5, 6), (5,), (5,)]),
     "group norm": (lambda x, w, b: F.group_norm(x, 3, w, b), [(4, 6, 3, 5), (6,), (6,)]),
     "group norm without weight": (lambda x: F.group_norm(x, 1), [(4, 6, 3)]),
+    "relu": (F.relu, [(4, 6)]),
+    "relu in place": (lambda x: (x * 1).relu_(), [(4, 6)]),
+    "relu in place of a view": (lambda x: F.relu((x * 1)[1:], inplace=True), [(4, 6)]),
+    "relu in place, read again": (lambda x: (base := x * 1) + F.relu(base, inplace=True), [(4, 6)]),
+    "relu6": (lambda x: F.relu6(3 * x), [(4, 6)]),
+    "hardtanh in place": (lambda x: F.hardtanh(x * 1, -0.5, 2.0, inplace=True), [(4, 6)]),
+    "leaky relu": (lambda x: F.leaky_relu(x, 0.3), [(4, 6)]),
+    "leaky relu, steeper below": (lambda x: F.leaky_relu(x, -0.3), [(4, 6)]),
+    "hardswish": (F.hardswish, [(4, 6)]),
+    "linear": (F.linear, [(4, 6), (3, 6), (3,)]),
+    "linear of tokens": (F.linear, [(2, 4, 6), (3, 6)]),
+    "linear of tokens, in place after": (lambda x, w: F.relu(F.linear(x, w), inplace=True), [(2, 4, 6), (3, 6)]),
+    "linear of a vector": (F.linear, [(6,), (3, 6), (3,)]),
+    "cat": (lambda x, z: torch.cat([x, z, 2 * x], 1), [(2, 3, 4), (2, 1, 4)]),
+    "cat, last axis": (lambda x, z: torch.cat((x, z), dim=-1), [(2, 3), (2, 5)]),
+    "cat with an empty placeholder": (lambda x: torch.cat([x.new_empty(0), x]), [(2, 3)]),
     "silu": (F.silu, [(4, 6)]),
     "silu in place": (lambda x: F.silu(x * 1, inplace=True), [(4, 6)]),
     "gelu": (F.gelu, [(4, 6)]),

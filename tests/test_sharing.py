@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import attrreg
 from attrreg import baselines, scores
+from attrreg.bench.memory import LiveStorage
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.trace import Passes, passes
-from benchmarks.memory import LiveStorage
 from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
 
 FOUR = attrreg.InputGradient() + attrreg.InputXGradient() + attrreg.GradCAM(layer="body") + attrreg.ActivationDifference()

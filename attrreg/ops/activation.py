@@ -1,8 +1,14 @@
-"""Activations whose second derivative PyTorch has not, or composes of many operations."""
+"""Activations whose double backward is one or few passes over memory.
+
+PyTorch lacks some of these second derivatives, and composes the others of many operations. Where the slope is constant by parts, the
+second derivative is zero, yet PyTorch makes a tensor of zeros of it and sends that back through the network.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,94 +19,209 @@ from torch.autograd.function import once_differentiable
 
 aten = torch.ops.aten
 
-# PyTorch's backward has this constant in float32 whatever the dtype. Kept, so that gradients agree to the last bit.
-SIXTH = float(torch.tensor(1 / 6, dtype=torch.float32))
+
+@dataclass(frozen=True)
+class Piecewise:
+    """An activation whose slope is constant by parts.
+
+    Attributes:
+        value: f(x).
+        inplace: f(x) in place of x; None: never, the slope needs x.
+        slope: (gradient, y) to gradient times f', from the output y; from x where never in place.
+    """
+
+    value: Callable[[Tensor], Tensor]
+    inplace: Callable[[Tensor], Tensor] | None
+    slope: Callable[[Tensor, Tensor], Tensor]
 
 
-class _HardSigmoid(Function):
+class _Piecewise(Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor) -> Tensor:
-        ctx.save_for_backward(input)
-        return F.hardsigmoid(input)
+    def forward(ctx: Any, x: Tensor, kind: Piecewise, inplace: bool) -> Tensor:
+        if inplace and kind.inplace is not None:
+            ctx.mark_dirty(x)
+            y = kind.inplace(x)
+        else:
+            y = kind.value(x)
+        ctx.save_for_backward(x if kind.inplace is None else y)
+        ctx.kind = kind
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (input,) = ctx.saved_tensors
-        # Linear in grad and piecewise constant in the input: autograd's own second derivative of this line is right.
-        result: Tensor = grad * ((input > -3) & (input < 3)) * SIXTH
-        return result
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        (seen,) = ctx.saved_tensors
+        if not torch.is_grad_enabled():  # nobody differentiates again
+            return ctx.kind.slope(gy, seen), None, None
+        return _PiecewiseGradient.apply(gy, seen.detach(), ctx.kind), None, None
 
 
-def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    """relu6(x + 3) / 6. Never in place: what was given may be needed by another derivative."""
-    result: Tensor = _HardSigmoid.apply(input)
+class _PiecewiseGradient(Function):
+    """gx = gy f': linear in gy, and its own adjoint."""
+
+    @staticmethod
+    def forward(ctx: Any, gy: Tensor, seen: Tensor, kind: Piecewise) -> Tensor:
+        ctx.save_for_backward(seen)
+        ctx.kind = kind
+        return kind.slope(gy, seen)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        (seen,) = ctx.saved_tensors
+        return _PiecewiseGradient.apply(v, seen, ctx.kind) if torch.is_grad_enabled() else ctx.kind.slope(v, seen), None, None
+
+
+RELU = Piecewise(torch.relu, torch.relu_, lambda gy, y: aten.threshold_backward(gy, y, 0))
+HARDSIGMOID = Piecewise(F.hardsigmoid, None, lambda gy, x: aten.hardsigmoid_backward(gy, x))
+
+
+def _apply(input: Tensor, kind: Piecewise, inplace: bool) -> Tensor:
+    if inplace and input._is_view() and kind.inplace is not None:
+        return kind.inplace(input)  # PyTorch then rebuilds the history of what it is a view of
+    result: Tensor = _Piecewise.apply(input, kind, inplace)
     return result
 
 
-def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
-    """x relu6(x + 3) / 6. Never in place: the product rule needs the input."""
-    return input * F.relu6(input + 3) / 6
+def relu(input: Tensor, inplace: bool = False) -> Tensor:
+    """`F.relu`, `torch.relu`."""
+    return _apply(input, RELU, inplace)
+
+
+def relu_(input: Tensor) -> Tensor:
+    """`torch.relu_`."""
+    return _apply(input, RELU, True)
+
+
+def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+    """`F.hardtanh`."""
+    kind = Piecewise(
+        lambda x: F.hardtanh(x, min_val, max_val),
+        lambda x: F.hardtanh(x, min_val, max_val, inplace=True),
+        lambda gy, y: aten.hardtanh_backward(gy, y, min_val, max_val),
+    )
+    return _apply(input, kind, inplace)
+
+
+def relu6(input: Tensor, inplace: bool = False) -> Tensor:
+    """`F.relu6`."""
+    return hardtanh(input, 0.0, 6.0, inplace)
+
+
+def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """`F.leaky_relu`."""
+    if negative_slope < 0:  # the sign of the output tells nothing
+        return F.leaky_relu(input, negative_slope, inplace)
+    kind = Piecewise(
+        lambda x: F.leaky_relu(x, negative_slope),
+        lambda x: F.leaky_relu(x, negative_slope, inplace=True),
+        lambda gy, y: aten.leaky_relu_backward(gy, y, negative_slope, True),
+    )
+    return _apply(input, kind, inplace)
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """`F.hardsigmoid`. Never in place: its slope needs the input."""
+    return _apply(input, HARDSIGMOID, False)
+
+
+@dataclass(frozen=True)
+class Smooth:
+    """An activation with a second derivative.
+
+    Attributes:
+        value: f(x).
+        slope: (gradient, x) to gradient times f'.
+        curvature: (one, other, x) to one times other times f'', a new tensor.
+    """
+
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor, Tensor], Tensor]
+    curvature: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class _Smooth(Function):
-    """An activation f by PyTorch's kernels for f and f'."""
-
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kind: Smooth) -> Tensor:
         ctx.save_for_backward(x)
         ctx.kind = kind
-        return F.silu(x) if kind == "silu" else F.gelu(x, approximate=kind)
+        return kind.value(x)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        return _SmoothInputGradient.apply(gy, x, ctx.kind), None
+        return _SmoothGradient.apply(gy, x, ctx.kind) if torch.is_grad_enabled() else ctx.kind.slope(gy, x), None
 
 
-class _SmoothInputGradient(Function):
+class _SmoothGradient(Function):
     """gx = gy f'(x): for v, the gradient with respect to gx, d_gy = v f'(x) and d_x = v gy f''(x)."""
 
     @staticmethod
-    def forward(ctx: Any, gy: Tensor, x: Tensor, kind: str) -> Tensor:
+    def forward(ctx: Any, gy: Tensor, x: Tensor, kind: Smooth) -> Tensor:
         ctx.save_for_backward(gy, x)
         ctx.kind = kind
-        return _slope(gy, x, kind)
+        return kind.slope(gy, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gy, x = ctx.saved_tensors
-        for_x = _curvature(x, ctx.kind).mul_(gy).mul_(v) if ctx.needs_input_grad[1] else None
-        return _slope(v, x, ctx.kind), for_x, None
+        for_x = ctx.kind.curvature(gy, v, x) if ctx.needs_input_grad[1] else None
+        return ctx.kind.slope(v, x), for_x, None
 
 
-def _slope(gy: Tensor, x: Tensor, kind: str) -> Tensor:
-    slope: Tensor = aten.silu_backward(gy, x) if kind == "silu" else aten.gelu_backward(gy, x, approximate=kind)
-    return slope
+# Below, new tensors are few: to get one of these sizes costs as much as a pass over it.
 
 
-def _curvature(x: Tensor, kind: str) -> Tensor:
-    """The second derivative f''(x), a new tensor."""
-    if kind == "silu":  # s (1 - s) (2 + x (1 - 2 s))
-        s = torch.sigmoid(x)
-        return (1 - 2 * s).mul_(x).add_(2).mul_(s).mul_(1 - s)
-    if kind == "none":  # pdf(x) (2 - x^2)
-        square = x * x
-        return (square * -0.5).exp_().mul_(1 / math.sqrt(2 * math.pi)).mul_(square.neg_().add_(2))
+def _silu_curvature(one: Tensor, other: Tensor, x: Tensor) -> Tensor:
+    # s (1 - s) (2 + x (1 - 2 s)), s the sigmoid
+    s = torch.sigmoid(x)
+    factor = torch.addcmul(x, x, s, value=-2).add_(2)
+    aten.sigmoid_backward.grad_input(one, s, grad_input=s)
+    return factor.mul_(s).mul_(other)
+
+
+def _gelu_curvature(one: Tensor, other: Tensor, x: Tensor) -> Tensor:
+    # pdf(x) (2 - x^2)
+    factor = torch.addcmul(x.new_tensor(2.0), x, x, value=-1)
+    density = torch.add(x.new_tensor(-1 - 0.5 * math.log(2 * math.pi)), factor, alpha=0.5).exp_()
+    return density.mul_(factor).mul_(one).mul_(other)
+
+
+def _tanh_gelu_curvature(one: Tensor, other: Tensor, x: Tensor) -> Tensor:
     # y = x (1 + t) / 2, t = tanh(u), u = k (x + c x^3): y'' = t' + x t'' / 2 with t' = (1 - t^2) u', t'' = (1 - t^2)(u'' - 2 t u'^2)
     k, c = math.sqrt(2 / math.pi), 0.044715
     t = torch.tanh(k * (x + c * x**3))
     first, second = k * (1 + 3 * c * x * x), 6 * k * c * x
-    return (1 - t * t) * (first + 0.5 * x * (second - 2 * t * first * first))
+    return ((1 - t * t) * (first + 0.5 * x * (second - 2 * t * first * first))).mul_(one).mul_(other)
+
+
+def _hardswish_curvature(one: Tensor, other: Tensor, x: Tensor) -> Tensor:
+    inside: Tensor = aten.hardtanh_backward(one, x, -3.0, 3.0)
+    return inside.mul_(other).div_(3)
+
+
+SILU = Smooth(F.silu, lambda gy, x: aten.silu_backward(gy, x), _silu_curvature)
+GELU = {
+    "none": Smooth(F.gelu, lambda gy, x: aten.gelu_backward(gy, x), _gelu_curvature),
+    "tanh": Smooth(
+        lambda x: F.gelu(x, approximate="tanh"), lambda gy, x: aten.gelu_backward(gy, x, approximate="tanh"), _tanh_gelu_curvature
+    ),
+}
+HARDSWISH = Smooth(F.hardswish, lambda gy, x: aten.hardswish_backward(gy, x), _hardswish_curvature)
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """`F.silu`. Never in place: its derivatives need the input."""
-    result: Tensor = _Smooth.apply(input, "silu")
+    result: Tensor = _Smooth.apply(input, SILU)
     return result
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """`F.gelu`."""
-    result: Tensor = _Smooth.apply(input, approximate)
+    result: Tensor = _Smooth.apply(input, GELU[approximate])
+    return result
+
+
+def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
+    """`F.hardswish`. Never in place: its derivatives need the input."""
+    result: Tensor = _Smooth.apply(input, HARDSWISH)
     return result

@@ -13,14 +13,21 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from attrreg.ops import activation, conv, distance, norm
+from attrreg.ops import activation, attention, concatenate, conv, distance, linear, norm
 from attrreg.ops.phase import Phase
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), activation.relu),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), activation.relu_),
+    F.relu6: activation.relu6,
+    F.hardtanh: activation.hardtanh,
+    F.leaky_relu: activation.leaky_relu,
+    F.scaled_dot_product_attention: attention.attention,
     F.hardsigmoid: activation.hardsigmoid,
     F.hardswish: activation.hardswish,
     F.silu: activation.silu,
     F.gelu: activation.gelu,
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), concatenate.concatenate),
     F.normalize: distance.normalize,
     torch.norm: distance.norm,
     Tensor.norm: distance.norm,
@@ -33,6 +40,7 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
 WITH_PHASE: dict[Callable[..., Any], Callable[..., Tensor]] = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), conv.convolve),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), conv.convolve_transposed),
+    F.linear: linear.linear,
     F.batch_norm: norm.batch_norm,
     F.layer_norm: norm.layer_norm,
     F.group_norm: norm.group_norm,

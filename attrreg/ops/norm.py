@@ -8,7 +8,7 @@ over the M values that are normalised together, g is the weight):
     for v, the gradient with respect to gx, with a = mean(g gy xhat), b = mean(v xhat), phi = sum(v gx):
     d_gy = g r P(v)                                     the first-order kernel again
     d_x  = -r (a r P(v) + b gx) - (r phi / M) xhat
-    d_g  = sum(gy r P(v))
+    d_g  = sum(gy r P(v)) = r (sum(v (gy - mean(gy))) - M mean(v xhat) mean(gy xhat))
 """
 
 from __future__ import annotations
@@ -65,25 +65,29 @@ class _BatchNorm(Function):
 class _BatchNormInputGradient(Function):
     @staticmethod
     def forward(ctx: Any, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, eps: float) -> Tensor:
-        plain = aten.native_batch_norm_backward(gy, x, None, None, None, mu, r, True, eps, [True, False, False])[0]
-        ctx.save_for_backward(gy, x, g, mu, r, plain)  # plain = r P(gy): g is constant where the means run
+        # The native kernel sums gy xhat and gy on its way, so it gives these for nothing.
+        gx, gy_xhat, gy_sum = aten.native_batch_norm_backward(gy, x, g, None, None, mu, r, True, eps, [True] * 3)
+        ctx.save_for_backward(gy, x, g, mu, r, gx, gy_xhat, gy_sum)
         ctx.eps = eps
-        gx: Tensor = plain * _column(g, x)
-        return gx
+        result: Tensor = gx
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        gy, x, g, mu, r, plain = ctx.saved_tensors
-        axes, count = [0, *range(2, x.dim())], x.numel() // x.shape[1]
-        rpv = aten.native_batch_norm_backward(v, x, None, None, None, mu, r, True, ctx.eps, [True, False, False])[0]
-        for_g = (v * plain).sum(axes)
-        centred = x - _column(mu, x)
-        a = g * (gy * centred).sum(axes) * r / count
-        b = (v * centred).sum(axes) * r / count
-        for_x = centred.mul_(_column(-r * r * g * for_g / count, x))
-        for_x.addcmul_(rpv, _column(-r * a, x)).addcmul_(plain, _column(-r * b * g, x))
-        return rpv.mul_(_column(g, x)), for_x, for_g, None, None, None
+        gy, x, g, mu, r, gx, gy_xhat, gy_sum = ctx.saved_tensors
+        count = x.numel() // x.shape[1]
+        for_gy, v_xhat, _ = aten.native_batch_norm_backward(v, x, g, None, None, mu, r, True, ctx.eps, [True] * 3)
+        # sum(v (gy - mean(gy))): what the kernel sums for a tensor with this mean and a deviation of one.
+        ones = torch.ones_like(r)
+        v_gy = aten.native_batch_norm_backward(v, gy, None, None, None, gy_sum / count, ones, True, ctx.eps, [False, True, False])[1]
+        q = r / count
+        b = q * v_xhat
+        for_g = torch.addcmul(r * v_gy, b, gy_xhat, value=-1)
+        # Of the operators that could compute -k (x - mu), the one in a single vectorised pass.
+        for_x = torch.native_batch_norm(x, q * r * (g * for_g).neg_(), None, mu, ones, False, 0.0, 0.0)[0]
+        for_x.addcmul_(for_gy, _column(q * gy_xhat, x), value=-1).addcmul_(gx, _column(b, x), value=-1)
+        return for_gy, for_x, for_g, None, None, None
 
 
 def batch_norm(

@@ -1,0 +1,1 @@
+"""The command `attrreg bench`: what each way to compute a penalty costs."""

@@ -1,0 +1,79 @@
+"""What is measured on: models with a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import Tensor, nn
+
+CLASSES = 10
+MODELS = (
+    "resnet18",
+    "resnet50",
+    "convnext_atto",
+    "efficientnet_b0",
+    "mobilenetv3_small_100",
+    "vit_tiny_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "regnety_002",
+    "densenet121",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with a batch of images, labels and masks.
+
+    Attributes:
+        name: timm's.
+        autocast: the type to compute in, or None.
+    """
+
+    name: str
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    mask: Tensor
+    autocast: torch.dtype | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.x.device
+
+
+def build(name: str, batch: int, size: int, device: torch.device, autocast: torch.dtype | None = None) -> Case:
+    """A timm model with random weights, in train mode, and random images, of which the upper left quarter is relevant.
+
+    Raises:
+        ValueError: there is no such model, or it does not take images of this size.
+    """
+    torch.manual_seed(0)
+    model = _create(name, size).to(device).train()
+    # Zero-initialised layers off zero: otherwise there is less to compute.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    x = torch.randn(batch, 3, size, size).to(device)
+    mask = torch.zeros(batch, size, size, dtype=torch.bool)
+    mask[:, : size // 2, : size // 2] = True
+    case = Case(name, model, x, torch.arange(batch, device=device) % CLASSES, mask.to(device), autocast)
+    try:
+        with torch.no_grad():
+            model(x)
+    except Exception as error:  # a size that does not fit fails in as many ways as there are models
+        raise ValueError(f"{name} does not run on images of {size} pixels: {error}") from error
+    return case
+
+
+def _create(name: str, size: int) -> nn.Module:
+    if name not in timm.list_models():
+        raise ValueError(f"timm has no model {name!r}. Choose one of timm.list_models().")
+    try:
+        model = timm.create_model(name, num_classes=CLASSES, img_size=size)
+    except (TypeError, AssertionError):  # most models take any size and have no such setting
+        model = timm.create_model(name, num_classes=CLASSES)
+    assert isinstance(model, nn.Module)
+    return model

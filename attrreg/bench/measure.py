@@ -1,0 +1,154 @@
+"""How it is measured: time by interleaved rounds and paired ratios, memory and operations in passes of their own.
+
+Shared machines are slow by turns, so a time means little and the ratio of two times of the same round means much.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from attrreg.bench.cases import Case
+from attrreg.bench.memory import LiveStorage
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is timed.
+
+    Attributes:
+        run: does the step, `count` times over.
+        case: what it runs on, its own copy of the model included.
+    """
+
+    run: Callable[[], None]
+    case: Case
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step costs as a multiple of the plain step.
+
+    Attributes:
+        ratio: the median over rounds of the time, over that of the same round's plain step; `low` and `high`: its quartiles.
+        seconds: the median time, `fastest` the least.
+        memory: peak bytes above the parameters, over those of the plain step; `bytes` themselves.
+        operations: floating-point operations of convolutions, products and attention, over those of the plain step.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    seconds: float
+    fastest: float
+    memory: float
+    bytes: int
+    operations: float
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the quartiles are more than a tenth of the median apart."""
+        return self.high - self.low > 0.1 * self.ratio
+
+
+def costs(steps: Mapping[str, Step], plain: str, rounds: int, warmup: int, note: Callable[[], None]) -> dict[str, Cost]:
+    """Measure all steps against one of them.
+
+    Args:
+        steps: by name.
+        plain: the name of the step that the others are compared with.
+        rounds: in each, every step runs once.
+        warmup: rounds before those, not counted.
+        note: called after each round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(warmup + rounds):
+        gc.collect()  # here rather than in the middle of a step
+        for name, step in steps.items():
+            seconds = _timed(step) / step.count
+            if index >= warmup:
+                times[name].append(seconds)
+        note()
+    memory = {name: peak(step) for name, step in steps.items()}
+    operations = {name: _operations(step) for name, step in steps.items()}
+    result = {}
+    for name in steps:
+        ratios = [own / base for own, base in zip(times[name], times[plain], strict=True)]
+        low, middle, high = _quartiles(ratios)
+        result[name] = Cost(
+            ratio=middle,
+            low=low,
+            high=high,
+            seconds=statistics.median(times[name]),
+            fastest=min(times[name]),
+            memory=memory[name] / memory[plain],
+            bytes=memory[name],
+            operations=operations[name] / operations[plain] if operations[plain] else math.nan,
+        )
+    return result
+
+
+def _timed(step: Step) -> float:
+    _wait(step.case.device)
+    start = time.perf_counter()
+    step.run()
+    _wait(step.case.device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def peak(step: Step) -> int:
+    """Peak bytes that a step holds above what is there before it."""
+    case = step.case
+    gc.collect()
+    if case.device.type == "cuda":
+        _wait(case.device)
+        torch.cuda.reset_peak_memory_stats(case.device)
+        before = torch.cuda.memory_allocated(case.device)
+        step.run()
+        _wait(case.device)
+        return int(torch.cuda.max_memory_allocated(case.device) - before)
+    with LiveStorage() as meter:
+        meter.ignore(*case.model.parameters(), *case.model.buffers(), case.x, case.y, case.mask)
+        step.run()
+    return int(meter.peak)
+
+
+def _operations(step: Step) -> float:
+    with _Operations() as counter:
+        step.run()
+    return float(counter.total / step.count)
+
+
+class _Operations(TorchDispatchMode):
+    """Counts by PyTorch's own formulas, whose FlopCounterMode also hooks into autograd, and fails there on a graph like ours."""
+
+    total: float = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out

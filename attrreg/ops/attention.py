@@ -1,0 +1,134 @@
+"""Attention whose double backward is a closed form that saves nothing quadratic in the number of tokens.
+
+PyTorch's fused kernels have no double backward (pytorch#116350), and its math path keeps several matrices of weights a layer. Here the
+forward is fused, and the derivatives recompute the weights. With S = s q k^T + mask, P = softmax(S), o = P v:
+
+    gv = P^T go,  dP = go v^T,  dS = P (dP - D),  D = sum_j P dP,  gq = s dS k,  gk = s dS^T q,  gmask = dS
+
+for uq, uk, uv, um, the gradients with respect to those, with A = s (uq k^T + q uk^T) + um, E = sum_j P A, C = P (A - E),
+G = (dP - D)(A - E) + go uv^T and H = P (G - sum_j P G):
+
+    d_go = C v + P uv,  d_v = C^T go,  d_q = s (H k + dS uk),  d_k = s (H^T q + dS^T uq),  d_mask = H
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+aten = torch.ops.aten
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """P."""
+    scores = (q * scale) @ k.transpose(-2, -1)
+    if mask is None:
+        return scores.softmax(-1)
+    scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
+    result: Tensor = aten._safe_softmax(scores, -1)  # a token that may see none gets nothing
+    return result
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        ctx.scale = scale
+        # The CPU's kernel is called by name for what its backward needs.
+        ctx.flash = mask is None and q.device.type == "cpu" and q.dim() == 4 and q.shape[-1] == v.shape[-1]
+        if ctx.flash:
+            o, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=None, scale=scale)
+            ctx.save_for_backward(q, k, v, mask, o, log_sum)
+        else:
+            with sdpa_kernel(FUSED):
+                o = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+            ctx.save_for_backward(q, k, v, mask, o)
+        result: Tensor = o
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, go: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, o, *log_sum = ctx.saved_tensors
+        for_mask = ctx.needs_input_grad[3]
+        return *_AttentionGradients.apply(go, q, k, v, mask, o.detach(), *log_sum or (None,), ctx.scale, for_mask), None
+
+
+class _AttentionGradients(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        go: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        o: Tensor,
+        log_sum: Tensor | None,
+        scale: float,
+        for_mask: bool,
+    ) -> tuple[Tensor | None, ...]:
+        ctx.save_for_backward(go, q, k, v, mask, o)
+        ctx.scale = scale
+        if log_sum is not None:
+            kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
+            return *kernel(go, q, k, v, o, log_sum, 0.0, False, attn_mask=None, scale=scale), None
+        weights = _weights(q, k, mask, scale)
+        gv = weights.transpose(-2, -1) @ go
+        inner = aten._softmax_backward_data(go @ v.transpose(-2, -1), weights, -1, q.dtype)
+        gmask = inner.sum_to_size(mask.shape) if for_mask and mask is not None else None
+        return (inner @ k).mul_(scale), (inner.transpose(-2, -1) @ q).mul_(scale), gv, gmask
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        *originals, mask, o = ctx.saved_tensors
+        shapes, s = [tensor.shape for tensor in originals], ctx.scale
+        # One copy of what comes as views of a projection; then every product is one call, with its sum and scale.
+        go, q, k, v, uq, uk, uv, o = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (*originals, *outer[:3], o))
+        weights = _weights(originals[1], originals[2], mask, s)
+        full, p = weights.shape, weights.view(-1, *weights.shape[-2:])
+        a = torch.bmm(uq, k.mT).baddbmm_(q, uk.mT, beta=s, alpha=s)
+        if outer[3] is not None:
+            a.view(full).add_(outer[3])
+        a -= (p * a).sum(-1, keepdim=True)
+        inner = torch.bmm(go, v.mT).sub_((go * o).sum(-1, keepdim=True))
+        slope = p * inner
+        mixed = inner.mul_(a).baddbmm_(go, uv.mT)
+        h = aten._softmax_backward_data(mixed, p, -1, q.dtype)
+        c = a.mul_(p)
+        d_go = torch.bmm(c, v).baddbmm_(p, uv)
+        d_q = torch.bmm(h, k).baddbmm_(slope, uk, beta=s, alpha=s)
+        d_k = torch.bmm(h.mT, q).baddbmm_(slope.mT, uq, beta=s, alpha=s)
+        d_v = torch.bmm(c.mT, go)
+        d_mask = h.view(full).sum_to_size(mask.shape) if ctx.needs_input_grad[4] else None
+        found = (gradient.view(shape) for gradient, shape in zip((d_go, d_q, d_k, d_v), shapes, strict=True))
+        return *found, d_mask, None, None, None, None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`F.scaled_dot_product_attention`; PyTorch's math path with dropout, grouped heads, half precision or shapes that broadcast."""
+    same = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+    precise = query.dtype == key.dtype == value.dtype and query.dtype in (torch.float32, torch.float64)
+    device = query.device.type
+    if not same or not precise or dropout_p or enable_gqa or torch.is_autocast_enabled(device):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    result: Tensor = _Attention.apply(query, key, value, attn_mask, scale or 1 / math.sqrt(query.shape[-1]))
+    return result

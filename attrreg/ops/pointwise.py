@@ -1,0 +1,68 @@
+"""1x1 convolutions as matrix products.
+
+On the CPU they are up to three times as fast as PyTorch's convolutions of one pixel, of which each derivative calls one more.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+FEW = 8  # positions: products of so few columns are slow, so that all images are put into one
+
+
+def _rows(x: Tensor) -> bool:
+    """Whether to take all images as rows of channels, in one product; else one product an image."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):  # also of one position
+        return True
+    return x[0, 0].numel() <= FEW
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def _like(x: Tensor, channels: int) -> Tensor:
+    """A new tensor for the result, laid out as `x`. Written into, because an autograd function must not return a view."""
+    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return x.new_empty(shape).to(memory_format=torch.channels_last) if channels_last else x.new_empty(shape)
+
+
+def convolve(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """y(x, w) + b."""
+    return _times(w.flatten(1), x, b)
+
+
+def _times(matrix: Tensor, x: Tensor, b: Tensor | None) -> Tensor:
+    """A matrix `(out, in)` times each position of `(N, in, ...)`."""
+    y = _like(x, matrix.shape[0])
+    if _rows(x):
+        rows = F.linear(_as_rows(x), matrix, b)
+        return y.copy_(rows.view(x.shape[0], *x.shape[2:], -1).movedim(-1, 1))
+    matrices, flat = matrix.expand(x.shape[0], -1, -1), y.view(x.shape[0], matrix.shape[0], -1)
+    if b is None:
+        torch.bmm(matrices, x.flatten(2), out=flat)
+    else:
+        torch.baddbmm(b[:, None], matrices, x.flatten(2), out=flat)
+    return y
+
+
+def input_gradient(gy: Tensor, w: Tensor) -> Tensor:
+    """gx(gy, w)."""
+    return _times(w.flatten(1).t(), gy, None)
+
+
+def weight_gradient(gy: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """gw(gy, x), of the shape of w."""
+    (n, channels), out = x.shape[:2], gy.shape[1]
+    if _rows(x):
+        product = _as_rows(gy).t() @ _as_rows(x)
+    elif out * channels <= 2 * (out + channels) * x[0, 0].numel():
+        product = torch.bmm(gy.flatten(2), x.flatten(2).mT).sum(0) if n > 1 else gy[0].flatten(1) @ x[0].flatten(1).t()
+    else:  # a matrix for each image would be larger than the images
+        product = gy.transpose(0, 1).reshape(out, -1) @ x.transpose(0, 1).reshape(channels, -1).t()
+    result: Tensor = aten._unsafe_view(product, w.shape)
+    return result
