@@ -91,7 +91,8 @@ class Tap:
         self._x, self._version, self._rng = x, x._version, Rng.of(x.device)
         try:
             self._register()
-            self._operators.enter_context(twice_differentiable(self._phase))
+            if any(self._sites.values()):  # else no gradient is taken that could be differentiated again
+                self._operators.enter_context(twice_differentiable(self._phase))
         except BaseException:
             self.close()
             raise

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from attrreg.ops import pointwise
-from attrreg.ops.linear import linear
 from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
@@ -47,6 +46,9 @@ class Geometry:
         if self._is_pointwise(x, w):
             gx = pointwise.input_gradient(gy, w) if mask[0] else None
             return gx, pointwise.weight_gradient(gy, x, w) if mask[1] else None, _bias_gradient(gy) if mask[2] else None
+        if mask[1] and self._is_heavy(gy, x, w):
+            gx, _, gb = self.backward(gy, x, w, [mask[0], False, mask[2]]) if mask[0] or mask[2] else (None, None, None)
+            return gx, self._product_of_columns(gy, x, w), gb
         channels = [w.shape[1] * self.groups if self.transposed else w.shape[0]]
         sizes = (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
         gradients: tuple[Tensor, Tensor, Tensor] = aten.convolution_backward(gy, x, w, channels if mask[2] else None, *sizes, mask)
@@ -62,6 +64,20 @@ class Geometry:
         """gw(gy, x), of the shape of a weight."""
         gw = self.backward(gy, x, like, [False, True, False])[1]
         assert gw is not None
+        return gw
+
+    def _is_heavy(self, gy: Tensor, x: Tensor, w: Tensor) -> bool:
+        """Whether weights are many and positions few, as in the last stage of a network on small images.
+
+        Then a library's weight gradient is slower than the product that it is, mostly by laying out the weights.
+        """
+        few = gy.shape[0] * gy[0, 0].numel() <= w.shape[0] // 2
+        usual = x.dim() == 4 and self.groups == 1 and not self.transposed and x.device.type == "cpu"
+        return few and usual and x.dtype in (torch.float32, torch.float64) and x.numel() > 0
+
+    def _product_of_columns(self, gy: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        columns = F.unfold(x, tuple(w.shape[2:]), tuple(self.dilation), tuple(self.padding), tuple(self.stride)).transpose(0, 1).flatten(1)
+        gw: Tensor = aten._unsafe_view(gy.transpose(0, 1).flatten(1) @ columns.t(), w.shape)
         return gw
 
     def _is_pointwise(self, x: Tensor, w: Tensor) -> bool:
@@ -178,7 +194,7 @@ def convolve(
     """`F.conv1d`, `F.conv2d`, `F.conv3d`."""
     stride, padding, dilation = _hashable(stride), _hashable(padding), _hashable(dilation)
     if _is_patches(input.dim(), tuple(weight.shape), stride, padding, dilation, groups):
-        return _patches(phase, input, weight, bias)
+        return _patches(input, weight, bias)
     axes = weight.dim() - 2
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(_each(dilation, axes), weight.shape[2:], strict=True)]
@@ -200,14 +216,14 @@ def _is_patches(dim: int, weight: tuple[int, ...], stride: Any, padding: Any, di
     return kernel == _each(stride, 2) and min(kernel) > 1 and not padded and _each(dilation, 2) == [1, 1]
 
 
-def _patches(phase: Phase, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+def _patches(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     # A matrix product: the input gradient of such a convolution, an ordinary training step's never, is slow on the CPU.
     n, channels, height, width = x.shape
     high, wide = w.shape[2:]
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     rows, columns = height // high, width // wide
     x = x[:, :, : rows * high, : columns * wide].reshape(n, channels, rows, high, columns, wide)
-    y = linear(phase, x.permute(0, 2, 4, 1, 3, 5).reshape(n, rows, columns, channels * high * wide), w.flatten(1), b)
+    y = F.linear(x.permute(0, 2, 4, 1, 3, 5).reshape(n, rows, columns, channels * high * wide), w.flatten(1), b)
     # Laid out as a convolution would: code that follows may take a `view`.
     return y.permute(0, 3, 1, 2) if channels_last else y.permute(0, 3, 1, 2).contiguous()
 

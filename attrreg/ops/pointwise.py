@@ -13,22 +13,17 @@ aten = torch.ops.aten
 FEW = 8  # positions: products of so few columns are slow, so that all images are put into one
 
 
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
 def _rows(x: Tensor) -> bool:
     """Whether to take all images as rows of channels, in one product; else one product an image."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):  # also of one position
-        return True
-    return x[0, 0].numel() <= FEW
+    return _is_channels_last(x) or x[0, 0].numel() <= FEW
 
 
 def _as_rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).reshape(-1, x.shape[1])
-
-
-def _like(x: Tensor, channels: int) -> Tensor:
-    """A new tensor for the result, laid out as `x`. Written into, because an autograd function must not return a view."""
-    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    shape = (x.shape[0], channels, *x.shape[2:])
-    return x.new_empty(shape).to(memory_format=torch.channels_last) if channels_last else x.new_empty(shape)
 
 
 def convolve(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -37,16 +32,25 @@ def convolve(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 
 
 def _times(matrix: Tensor, x: Tensor, b: Tensor | None) -> Tensor:
-    """A matrix `(out, in)` times each position of `(N, in, ...)`."""
-    y = _like(x, matrix.shape[0])
-    if _rows(x):
-        rows = F.linear(_as_rows(x), matrix, b)
-        return y.copy_(rows.view(x.shape[0], *x.shape[2:], -1).movedim(-1, 1))
-    matrices, flat = matrix.expand(x.shape[0], -1, -1), y.view(x.shape[0], matrix.shape[0], -1)
+    """A matrix `(out, in)` times each position of `(N, in, ...)`, laid out as that."""
+    n, out, places = x.shape[0], matrix.shape[0], x.shape[2:]
+    # Written into, because an autograd function must not return a view.
+    format = torch.channels_last if _is_channels_last(x) and not x.is_contiguous() else torch.contiguous_format
+    y = torch.empty((n, out, *places), dtype=x.dtype, device=x.device, memory_format=format)
+    if not _rows(x):
+        matrices, flat = matrix.expand(n, -1, -1), y.view(n, out, -1)
+        if b is None:
+            torch.bmm(matrices, x.flatten(2), out=flat)
+        else:
+            torch.baddbmm(b[:, None], matrices, x.flatten(2), out=flat)
+        return y
+    rows = y.movedim(1, -1)
+    if not rows.is_contiguous():
+        return y.copy_(F.linear(_as_rows(x), matrix, b).view(n, *places, out).movedim(-1, 1))
     if b is None:
-        torch.bmm(matrices, x.flatten(2), out=flat)
+        torch.mm(_as_rows(x), matrix.t(), out=rows.view(-1, out))
     else:
-        torch.baddbmm(b[:, None], matrices, x.flatten(2), out=flat)
+        torch.addmm(b, _as_rows(x), matrix.t(), out=rows.view(-1, out))
     return y
 
 
