@@ -1,4 +1,4 @@
-"""The command line: `attrreg demo`. A new command is a typed function and one line in `build_app`."""
+"""The command line: `attrreg demo`, `attrreg bench`. A new command is a typed function and one line in `build_app`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ def build_app() -> typer.Typer:
     """The app with all commands. Imports typer, which only the extras bring."""
     import typer
 
+    from attrreg.bench.command import bench
     from attrreg.demo.command import demo
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     app.callback()(_attrreg)
     app.command()(demo)
+    app.command()(bench)
     return app
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import timm
@@ -20,6 +21,7 @@ MODELS = (
     "regnety_002",
     "densenet121",
 )
+SMALL = ("resnet18", "mobilenetv3_small_100", "vit_tiny_patch16_224")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class Case:
     y: Tensor
     mask: Tensor
     autocast: torch.dtype | None = None
+
+    def precision(self) -> AbstractContextManager[object]:
+        """What forwards and penalties run under."""
+        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
 
     @property
     def device(self) -> torch.device:

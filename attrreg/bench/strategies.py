@@ -1,4 +1,4 @@
-"""The ways to compute a penalty that are compared: what people write today, and attrreg's."""
+"""The ways to train with a penalty that are compared: what people write today, and attrreg's."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import captum.attr
 import torch
 import torch.nn.functional as F
+from captum._utils.common import _run_forward
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 import attrreg
-from attrreg import AttributionRegularizer
+from attrreg import AttributionRegularizer, sites
+from attrreg.baselines import Shuffle
 from attrreg.bench.cases import Case
 from attrreg.bench.measure import Step
 
@@ -23,14 +26,21 @@ Loss = Callable[[Case], Tensor]
 
 IG_STEPS = 8
 INPUT_GRADIENT, GRAD_CAM, ACTIVATION_DIFFERENCE = "InputGradient", "GradCAM", "ActivationDifference"
-INTEGRATED_GRADIENTS, SUM = f"IntegratedGradients({IG_STEPS})", "InputGradient + GradCAM + ActivationDifference"
+SUM, INTEGRATED_GRADIENTS = "all three", f"IntegratedGradients({IG_STEPS})"
+PENALTIES = (INPUT_GRADIENT, GRAD_CAM, ACTIVATION_DIFFERENCE, SUM, INTEGRATED_GRADIENTS)
 REGULARIZERS: dict[str, AttributionRegularizer] = {
     INPUT_GRADIENT: attrreg.InputGradient(),
     GRAD_CAM: attrreg.GradCAM(),
     ACTIVATION_DIFFERENCE: attrreg.ActivationDifference(),
     SUM: attrreg.InputGradient() + attrreg.GradCAM() + attrreg.ActivationDifference(),
-    INTEGRATED_GRADIENTS: attrreg.IntegratedGradients(steps=IG_STEPS),
+    INTEGRATED_GRADIENTS: attrreg.IntegratedGradients(steps=IG_STEPS, chunk=None),
 }
+# Of convolutions and products, in plain steps: one forward, one gradient of the input and one of the weights are a third each.
+FLOORS = {INPUT_GRADIENT: 2.0, GRAD_CAM: 1.0, ACTIVATION_DIFFERENCE: 2.0, SUM: 3.0, INTEGRATED_GRADIENTS: 1 + 2.0 * IG_STEPS}
+
+PLAIN, DETACHED, TODAY = "plain step", "detached", "own forward + create_graph"
+CAPTUM, PAPER = "Captum, made differentiable", "paper's formula, shared forward"
+UNATTACHED, ATTACHED, CHUNKED = "attrreg, unattached", "attrreg, attached", "attrreg, attached, chunk=1"
 
 
 @dataclass(frozen=True)
@@ -38,23 +48,14 @@ class Strategy:
     """One way to train with a penalty.
 
     Attributes:
-        penalty: the regularizer that it computes.
         name: of the way.
         loss: the loss of one step.
         attach: what is attached to the model throughout.
-        ours: computed by attrreg.
     """
 
-    penalty: str
     name: str
     loss: Loss
     attach: AttributionRegularizer | None = None
-    ours: bool = True
-
-    @property
-    def key(self) -> str:
-        """Both names."""
-        return f"{self.penalty}: {self.name}"
 
     def prepare(self, case: Case) -> Step:
         """A training step without the optimizer, on a copy of the model."""
@@ -63,29 +64,62 @@ class Strategy:
             self.attach.attach(case.model)
 
         def run() -> None:
-            self.loss(case).backward()
+            with case.precision():
+                loss = self.loss(case)
+            loss.backward()
             case.model.zero_grad(set_to_none=True)
 
         return Step(run, case)
 
 
-PLAIN = Strategy("no penalty", "plain step", lambda case: _cross_entropy(case, case.model(case.x)), ours=False)
+def strategies(penalty: str, case: Case) -> list[Strategy]:
+    """All ways to train with one of the penalties, the plain step first."""
+    plain = Strategy(PLAIN, lambda case: _cross_entropy(case, case.model(case.x)))
+    return [plain, *TODAYS[penalty](case), *_ours(REGULARIZERS[penalty])]
 
 
-def _cross_entropy(case: Case, logits: Tensor) -> Tensor:
-    return F.cross_entropy(logits, case.y)
+def of_curve(varied: str, value: int, case: Case) -> list[Strategy]:
+    """What is compared where one number varies: the plain step, today's way and attrreg's."""
+    plain = Strategy(PLAIN, lambda case: _cross_entropy(case, case.model(case.x)))
+    if varied == "steps":
+        whole = attrreg.IntegratedGradients(steps=value, chunk=None)
+        chunked = replace(whole, chunk=1)
+        today = _added(_integrated_gradients(value))
+        return [plain, Strategy(TODAY, today), Strategy(ATTACHED, _with(whole), whole), Strategy(CHUNKED, _with(chunked), chunked)]
+    if varied == "terms":
+        layer = _layer(case)
+        written = [_input_gradient, _grad_cam(layer), _activation_difference, _input_gradient][:value]
+        terms = [attrreg.InputGradient(), attrreg.GradCAM(), attrreg.ActivationDifference(), attrreg.InputXGradient()][:value]
+        regularizer = sum(terms[1:], start=1.0 * terms[0])
+        return [plain, Strategy(TODAY, _added(*written)), Strategy(ATTACHED, _with(regularizer), regularizer)]
+    return [
+        plain,
+        Strategy(TODAY, _added(_input_gradient)),
+        Strategy(ATTACHED, _with(REGULARIZERS[INPUT_GRADIENT]), attrreg.InputGradient()),
+    ]
 
 
-def _ours(name: str, regularizer: AttributionRegularizer) -> list[Strategy]:
+def _ours(regularizer: AttributionRegularizer) -> list[Strategy]:
+    found = [Strategy(UNATTACHED, _with(regularizer)), Strategy(ATTACHED, _with(regularizer), regularizer)]
+    if isinstance(regularizer, attrreg.IntegratedGradients):
+        chunked = replace(regularizer, chunk=1)
+        found.append(Strategy(CHUNKED, _with(chunked), chunked))
+    return found
+
+
+def _with(regularizer: AttributionRegularizer) -> Loss:
     def loss(case: Case) -> Tensor:
         logits = case.model(case.x)
         return _cross_entropy(case, logits) + regularizer(case.model, case.x, case.mask, case.y)
 
-    return [Strategy(name, "attrreg, own forward", loss), Strategy(name, "attrreg, attached", loss, attach=regularizer)]
+    return loss
+
+
+# What people write today
 
 
 class _Differentiable(TorchFunctionMode):
-    """What people have to put in place of operators without a second derivative."""
+    """What they have to put in place of operators without a second derivative."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.hardsigmoid:
@@ -95,45 +129,162 @@ class _Differentiable(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def workaround(model: nn.Module) -> AbstractContextManager[Any]:
+def _workaround(model: nn.Module) -> AbstractContextManager[Any]:
     """What it takes to differentiate this model twice without attrreg; nothing where nothing is needed."""
-    names = {type(module).__name__ for module in model.modules()}
-    if any("Hardswish" in name or "HardS" in name or "Hardsigmoid" in name for name in names):
+    names = {type(module).__name__.lower() for module in model.modules()}
+    if any("hardswish" in name or "hardsigmoid" in name for name in names):
         return _Differentiable()
-    if any("Attention" in name for name in names):
+    if any("attention" in name for name in names):
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
 
 
-def _logit_sum(logits: Tensor, y: Tensor) -> Tensor:
+def _cross_entropy(case: Case, logits: Tensor) -> Tensor:
+    return F.cross_entropy(logits, case.y)
+
+
+def _score(logits: Tensor, y: Tensor) -> Tensor:
     return logits.gather(1, y[:, None]).sum()
 
 
 def _outside(map: Tensor, mask: Tensor) -> Tensor:
     """The squared map outside the mask, as `objectives.SquaredOutside`."""
-    irrelevant = 1 - F.interpolate(mask[:, None].float(), map.shape[-2:], mode="area")
-    return (irrelevant * map).square().flatten(1).sum(1).mean()
+    irrelevant = 1 - F.adaptive_avg_pool2d(mask[:, None].float(), (map.shape[-2], map.shape[-1]))
+    return (irrelevant * map.float()).square().flatten(1).sum(1).mean()
+
+
+def _added(*penalties: Loss) -> Loss:
+    """Penalties with forwards of their own, added to the loss."""
+    return lambda case: torch.stack([_cross_entropy(case, case.model(case.x)), *(penalty(case) for penalty in penalties)]).sum()
+
+
+def _detached(case: Case) -> Tensor:
+    x = case.x.clone().requires_grad_()
+    logits = case.model(x)
+    (gradient,) = torch.autograd.grad(_score(logits, case.y), x, retain_graph=True)
+    return _cross_entropy(case, logits) + _outside(gradient, case.mask)
 
 
 def _input_gradient(case: Case) -> Tensor:
     x = case.x.clone().requires_grad_()
-    with workaround(case.model):
-        score = _logit_sum(case.model(x), case.y)
+    with _workaround(case.model):
+        score = _score(case.model(x), case.y)
     (gradient,) = torch.autograd.grad(score, x, create_graph=True)
     return _outside(gradient, case.mask)
 
 
-def _today(penalty: Loss) -> Loss:
-    """A penalty with forwards of its own, added to the loss."""
-    return lambda case: _cross_entropy(case, case.model(case.x)) + penalty(case)
+def _contrast(case: Case) -> Tensor:
+    # As the code of arXiv 1910.00199 computes it, with the best other class for its second class.
+    x = case.x.clone().requires_grad_()
+    with _workaround(case.model):
+        logits = case.model(x)
+    true = logits.gather(1, case.y[:, None]).squeeze(1)
+    other = logits.scatter(1, case.y[:, None], -torch.inf).amax(1)
+    (gradient,) = torch.autograd.grad((true - other).abs().sum(), x, create_graph=True)
+    return _cross_entropy(case, logits) + (gradient * ~case.mask[:, None]).abs().sum()
 
 
-def strategies(penalties: list[str]) -> list[Strategy]:
-    """All strategies for some penalties, the plain step first."""
-    today: dict[str, list[Strategy]] = {
-        INPUT_GRADIENT: [Strategy(INPUT_GRADIENT, "own forward + create_graph", _today(_input_gradient), ours=False)],
-    }
-    result = [PLAIN]
-    for name in penalties:
-        result += today.get(name, []) + _ours(name, REGULARIZERS[name])
-    return result
+def _gradients(forward_fn: Any, inputs: Any, target_ind: Any = None, additional_forward_args: Any = None) -> Any:
+    """Captum's `gradient_func`, with `create_graph`."""
+    with torch.enable_grad():
+        outputs = _run_forward(forward_fn, inputs, target_ind, additional_forward_args)
+        return torch.autograd.grad(torch.unbind(outputs), inputs, create_graph=True)
+
+
+def _captum(method: Any, **settings: Any) -> Loss:
+    def penalty(case: Case) -> Tensor:
+        attribution = method(case.model)
+        attribution.gradient_func = _gradients
+        with _workaround(case.model):
+            return _outside(attribution.attribute(case.x.clone().requires_grad_(), target=case.y, **settings), case.mask)
+
+    return penalty
+
+
+def _grad_cam(layer: str) -> Loss:
+    def penalty(case: Case) -> Tensor:
+        seen: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            seen.append(output)
+            return output.clone()  # what follows may work in place
+
+        with case.model.get_submodule(layer).register_forward_hook(keep), _workaround(case.model):
+            score = _score(case.model(case.x), case.y)
+        (gradient,) = torch.autograd.grad(score, seen[0], create_graph=True)
+        weights, values = (sites.to_grid(value, case.model, case.x, layer) for value in (gradient, seen[0]))
+        return _outside((weights.mean((2, 3), keepdim=True) * values).sum(1, keepdim=True), case.mask)
+
+    return penalty
+
+
+def _captum_grad_cam(layer: str) -> Loss:
+    def penalty(case: Case) -> Tensor:
+        method = captum.attr.LayerGradCam(case.model, case.model.get_submodule(layer))
+        with _workaround(case.model):
+            return _outside(method.attribute(case.x, target=case.y, grad_kwargs={"create_graph": True}), case.mask)
+
+    return penalty
+
+
+def _activation_difference(case: Case) -> Tensor:
+    model: Any = case.model
+    masked = Shuffle()(case.x, case.mask[:, None].float(), torch.Generator(case.device).manual_seed(0))
+    masked = torch.where(case.mask[:, None], case.x, masked)
+    clean, other = (model.forward_head(model.forward_features(x), pre_logits=True) for x in (case.x, masked))
+    distance: Tensor = (clean - other).flatten(1).norm(dim=1).mean()
+    return distance
+
+
+def _integrated_gradients(steps: int) -> Loss:
+    def penalty(case: Case) -> Tensor:
+        total = torch.zeros_like(case.x)
+        for step in range(steps):
+            x = (case.x * (step + 0.5) / steps).requires_grad_()
+            with _workaround(case.model):
+                score = _score(case.model(x), case.y)
+            total = total + torch.autograd.grad(score, x, create_graph=True)[0] / steps
+        return _outside(total * case.x, case.mask)
+
+    return penalty
+
+
+def _layer(case: Case) -> str:
+    """The layer that `GradCAM()` takes, from the one place that keeps its name."""
+    regularizer, model = attrreg.GradCAM(), copy.deepcopy(case.model)
+    with regularizer.attach(model) as handle:
+        model(case.x)
+        regularizer(model, case.x, case.mask, case.y)
+        assert handle._map is not None
+        return handle._map
+
+
+def _grad_cams(case: Case) -> list[Strategy]:
+    layer = _layer(case)
+    captums = [Strategy(CAPTUM, _added(_captum_grad_cam(layer)))] if _is_nchw(case, layer) else []
+    return [Strategy(TODAY, _added(_grad_cam(layer))), *captums]
+
+
+def _is_nchw(case: Case, layer: str) -> bool:
+    """Whether Captum reads this layer as it is: it takes the second axis for channels."""
+    shapes: list[tuple[int, ...]] = []
+    with case.model.get_submodule(layer).register_forward_hook(lambda module, args, out: shapes.append(out.shape)):
+        case.model(case.x)
+    return len(shapes[0]) == 4 and shapes[0][1] > shapes[0][-1]
+
+
+TODAYS: dict[str, Callable[[Case], list[Strategy]]] = {
+    INPUT_GRADIENT: lambda case: [
+        Strategy(DETACHED, _detached),
+        Strategy(TODAY, _added(_input_gradient)),
+        Strategy(CAPTUM, _added(_captum(captum.attr.Saliency, abs=False))),
+        Strategy(PAPER, _contrast),
+    ],
+    GRAD_CAM: _grad_cams,
+    ACTIVATION_DIFFERENCE: lambda case: [Strategy(TODAY, _added(_activation_difference))],
+    SUM: lambda case: [Strategy(TODAY, _added(_input_gradient, _grad_cam(_layer(case)), _activation_difference))],
+    INTEGRATED_GRADIENTS: lambda case: [
+        Strategy(TODAY, _added(_integrated_gradients(IG_STEPS))),
+        Strategy(CAPTUM, _added(_captum(captum.attr.IntegratedGradients, n_steps=IG_STEPS))),
+    ],
+}

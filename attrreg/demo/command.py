@@ -50,9 +50,10 @@ def demo(
         torch.set_num_threads(threads)
         from attrreg.demo import report, train
         from attrreg.demo.settings import settings
+        from attrreg.progress import bar
 
         chosen = settings(data.value, fast, seed, target)
-    with report.progress_bar(console, chosen) as progress:
+    with bar(console, train.total_steps(chosen)) as progress:
         run = train.run(chosen, progress)
     report.save_picture(run, out)
     report.save_json(run, out.with_suffix(".json"))

@@ -6,7 +6,6 @@ import json
 import platform
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,13 +14,10 @@ import numpy
 import torch
 from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
 from attrreg.demo import train
-from attrreg.demo.settings import Settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,20 +32,6 @@ SENTENCES = {
     "worse": "Clearly worse on the test than plain training",
     "unclear": "Not clearly different from plain training on the test",
 }
-
-
-@contextmanager
-def progress_bar(console: Console, settings: Settings) -> Iterator[train.Progress]:
-    """A bar over all steps of a run, as the `progress` of `train.run`."""
-    columns = (TextColumn("{task.description:<30}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("starting", total=train.total_steps(settings))
-
-        def advance(doing: str, steps: int) -> None:
-            bar.update(task, description=doing, advance=steps)
-
-        yield advance
-        bar.update(task, description="done")
 
 
 def table(run: train.Run) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -54,6 +54,9 @@ class _Replace(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if not self._phase.active:
+            with sdpa_kernel(attention.FUSED) if func is F.scaled_dot_product_attention else nullcontext():
+                return func(*args, **(kwargs or {}))
         if func in WITH_PHASE:
             return WITH_PHASE[func](self._phase, *args, **(kwargs or {}))
         chosen: Callable[..., Any] = REPLACEMENTS.get(func, func)
@@ -82,6 +85,8 @@ def _checkpoints_recompute_alike(phase: Phase) -> Iterator[None]:
 
     class Frame(frame):  # type: ignore[misc, valid-type]
         def __init__(self, recompute_fn: Callable[..., None], *rest: Any) -> None:
+            phase.active = True  # the recomputation must not change operators midway, where the first run did
+
             def recompute(*args: Any) -> None:
                 with twice_differentiable(phase):
                     recompute_fn(*args)

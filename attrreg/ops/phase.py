@@ -19,9 +19,11 @@ class Phase:
 
     Attributes:
         inner: the running backward makes an attribution: nobody asks for the gradients of weights.
+        active: what runs now will be differentiated twice. False before the first layer at which a gradient is taken.
     """
 
     inner: bool = False
+    active: bool = True
 
     @contextmanager
     def attributing(self) -> Iterator[None]:

@@ -1,0 +1,75 @@
+"""The command `attrreg bench`. Light: what needs torch is imported inside."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+NEEDED = ("matplotlib", "rich")
+
+
+def bench(
+    model: Annotated[list[str] | None, typer.Option(help="timm models; again for each. Default: nine of different kinds.")] = None,
+    penalty: Annotated[list[str] | None, typer.Option(help="Penalties by name; again for each. Default: all.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 16,
+    size: Annotated[int, typer.Option(min=16, help="Pixels a side.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds that count.")] = 15,
+    device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
+    autocast: Annotated[str | None, typer.Option(help="Compute under autocast, for example in bfloat16.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's own choice.")] = None,
+    curves: Annotated[bool, typer.Option(help="Also cost against batch, resolution, steps and terms, on the first model.")] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="Under two minutes: three small models, two penalties, few rounds.")] = False,
+    out: Annotated[Path, typer.Option(help="The numbers to write (.json); tables (.md) and pictures (.png) go beside it.")] = Path(
+        "attrreg-bench.json"
+    ),
+) -> None:
+    """Measure what each way to train with an attribution penalty costs here, as multiples of a plain training step."""
+    absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if absent:
+        typer.echo(f"attrreg bench needs {', '.join(absent)}. Install with: pip install 'attrreg[bench]'", err=True)
+        raise typer.Exit(1)
+    if out.suffix != ".json" or not out.parent.is_dir():
+        raise typer.BadParameter(f"{out} must end in .json, in a folder that exists.", param_hint="--out")
+
+    from rich.console import Console
+
+    console = Console()
+    with console.status("loading torch"):
+        import torch
+
+        from attrreg.bench import cases, report, run, strategies
+        from attrreg.progress import bar
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if autocast is not None and not isinstance(getattr(torch, autocast, None), torch.dtype):
+        raise typer.BadParameter(f"torch has no type {autocast!r}. Write bfloat16, for example.", param_hint="--autocast")
+    unknown = set(penalty or ()) - set(strategies.PENALTIES)
+    if unknown:
+        raise typer.BadParameter(f"{sorted(unknown)} unknown. Choose from {list(strategies.PENALTIES)}.", param_hint="--penalty")
+    plan = run.Plan(
+        models=tuple(model or (cases.SMALL if quick else cases.MODELS)),
+        penalties=tuple(penalty or (strategies.PENALTIES[:2] if quick else strategies.PENALTIES)),
+        batch=batch,
+        size=size,
+        rounds=min(rounds, 5) if quick else rounds,
+        warmup=1 if quick else 3,
+        curves=curves and not quick,
+        device=device,
+        autocast=autocast,
+    )
+    try:
+        with bar(console, plan.total()) as advance:
+            record = run.measure(plan, lambda doing: advance(doing, 1), lambda record: report.save(record, out))
+    except ValueError as error:  # a model that there is not, or that does not take such images
+        raise typer.BadParameter(str(error)) from None
+    report.save(record, out)
+    out.with_suffix(".md").write_text(report.markdown(record) + "\n")
+    report.plot(record, out.with_suffix(".png"))
+    if record.curves:
+        report.plot_curves(record, out.with_name(out.stem + "-curves.png"))
+    console.print(report.summary(record))
+    console.print(f"Written: {out}, .md and .png beside it", highlight=False, soft_wrap=True)

@@ -1,0 +1,155 @@
+"""Showing a record: on the screen, as Markdown, as pictures."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from attrreg.bench.measure import Cost
+from attrreg.bench.run import Record, names, ratios
+from attrreg.bench.strategies import ATTACHED, FLOORS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+AXES = {"batch": "images a batch", "resolution": "pixels a side", "steps": "steps of the path", "terms": "number of terms"}
+
+
+def save(record: Record, path: Path) -> None:
+    """As JSON."""
+    path.write_text(json.dumps(record.as_dict(), indent=1) + "\n")
+
+
+def load(path: Path) -> Record:
+    """From JSON."""
+    return Record.from_dict(json.loads(path.read_text()))
+
+
+def summary(record: Record) -> Table:
+    """Medians over models, for the screen."""
+    made = Table(title="times and peak memory as multiples of a plain training step's, median over models", box=SIMPLE_HEAD, padding=0)
+    for name in ("penalty", "way", "time", "memory", "operations", "noisy"):
+        made.add_column(name, justify="left" if name in ("penalty", "way") else "right")
+    for penalty in record.plan.penalties:
+        for index, name in enumerate(names(record, penalty)):
+            found = [cost for _, cost in ratios(record, penalty, name)]
+            cells = [f"{statistics.median(values):.2f}x" for values in _columns(found)]
+            noisy = sum(cost.noisy for cost in found)
+            made.add_row(penalty if index == 0 else "", name, *cells, f"{noisy}/{len(found)}" if noisy else "")
+    return made
+
+
+def _columns(found: list[Cost]) -> list[list[float]]:
+    return [[cost.ratio for cost in found], [cost.memory for cost in found], [cost.operations for cost in found]]
+
+
+def markdown(record: Record) -> str:
+    """Every figure, a table a penalty, and where attrreg does not win."""
+    return "\n\n".join([_conditions(record), *(_table(record, penalty) for penalty in record.plan.penalties), _losses(record)])
+
+
+def _conditions(record: Record) -> str:
+    plan, where = record.plan, record.environment
+    packages = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+    machine = where["accelerator"] or f"{where['machine']} CPU, {where['cores']} cores, {where['threads']} thread(s), load {where['load']}"
+    return (
+        f"Measured {where['date']} on {machine}; attrreg {where['attrreg']}, {packages}, Python {where['python']}; batches of {plan.batch} "
+        f"images of {plan.size} px, {plan.autocast or 'float32'}, {plan.rounds} rounds after {plan.warmup} of warm-up (the path method: "
+        f"{plan.rounds_of('IntegratedGradients(8)')[0] if any('Integrated' in p for p in plan.penalties) else plan.rounds})."
+    )
+
+
+def _table(record: Record, penalty: str) -> str:
+    ways = names(record, penalty)
+    lines = [f"### {penalty}", "", f"By operation count an exact penalty costs {FLOORS[penalty]:g} plain steps when attached.", ""]
+    lines += ["| model | " + " | ".join(ways) + " |", "|---" * (len(ways) + 1) + "|"]
+    for model, by_penalty in record.costs.items():
+        found = [by_penalty[penalty].get(way) for way in ways]
+        lines.append(f"| {model} | " + " | ".join(_cell(cost) for cost in found) + " |")
+    columns = [[cost for _, cost in ratios(record, penalty, way)] for way in ways]
+    medians = (
+        f"**{statistics.median(c.ratio for c in column):.2f}** / {statistics.median(c.memory for c in column):.2f}" for column in columns
+    )
+    lines.append("| median | " + " | ".join(medians) + " |")
+    return "\n".join(lines)
+
+
+def _cell(cost: Cost | None) -> str:
+    if cost is None:
+        return "-"
+    return f"{cost.ratio:.2f}{'?' * cost.noisy} ({cost.low:.2f} to {cost.high:.2f}) / {cost.memory:.2f}"
+
+
+def _losses(record: Record) -> str:
+    lines = []
+    for penalty in record.plan.penalties:
+        for way in names(record, penalty):
+            if way.startswith("attrreg"):
+                continue
+            for model, theirs in ratios(record, penalty, way):
+                ours = record.costs[model][penalty][ATTACHED]
+                what = [word for word, a, b in (("slower", ours.ratio, theirs.ratio), ("larger", ours.memory, theirs.memory)) if a >= b]
+                if what and way != "detached":  # which is not a penalty that trains anything
+                    lines.append(f"- {penalty}, {model}: {' and '.join(what)} than *{way}*")
+    return "\n".join(["### Where attrreg, attached, does not win", "", *(lines or ["Nowhere in this run."])])
+
+
+def plot(record: Record, path: Path) -> None:
+    """Cost of each way, a panel a penalty, time above and memory below; a point a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    penalties = record.plan.penalties
+    figure, axes = pyplot.subplots(
+        2, len(penalties), figsize=(3.4 * len(penalties), 6.4), squeeze=False, sharey=False, layout="constrained"
+    )
+    for column, penalty in enumerate(penalties):
+        for row, what in enumerate(("time", "memory")):
+            _bars(axes[row][column], record, penalty, what)
+    figure.suptitle("Multiples of a plain training step: medians over models, a point a model")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _bars(axis: Axes, record: Record, penalty: str, what: str) -> None:
+    ways = names(record, penalty)
+    for place, way in enumerate(ways):
+        values = [cost.ratio if what == "time" else cost.memory for _, cost in ratios(record, penalty, way)]
+        axis.bar(place, statistics.median(values), color="#0072B2" if way.startswith("attrreg") else "#999999")
+        axis.plot([place] * len(values), values, ".", color="black", markersize=4, alpha=0.5)
+    if what == "time":
+        axis.axhline(FLOORS[penalty], color="#D55E00", linestyle="--", linewidth=1)
+        axis.set_title(penalty, fontsize=10)
+    axis.set_xticks(range(len(ways)), ways if what == "memory" else [""] * len(ways), rotation=60, ha="right", fontsize=8)
+    axis.set_ylabel(f"{what}, x plain", fontsize=8)
+
+
+def plot_curves(record: Record, path: Path) -> None:
+    """Cost against batch, resolution, steps and number of terms."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(record.curves), figsize=(3.2 * len(record.curves), 5.4), squeeze=False, layout="constrained")
+    for column, (varied, lines) in enumerate(record.curves.items()):
+        for row, what in enumerate(("time", "memory")):
+            axis = axes[row][column]
+            for index, (way, points) in enumerate(lines.items()):
+                values = [cost.ratio if what == "time" else cost.memory for _, cost in points]
+                color, dash = ("#000000", "#D55E00", "#0072B2", "#56B4E9")[index], (":", "--", "-", "-.")[index]
+                axis.plot([value for value, _ in points], values, color=color, linestyle=dash, marker=".", label=way)
+            axis.set_ylabel(f"{what}, x plain", fontsize=8)
+            axis.set_xlabel(AXES[varied], fontsize=8)
+            if row == 0:
+                axis.legend(fontsize=6)
+    figure.suptitle(f"{record.plan.models[0]}: multiples of a plain training step")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

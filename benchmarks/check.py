@@ -1,0 +1,116 @@
+"""Fails when the benchmark misses what attrreg promises.
+
+python -m benchmarks.check                  # of benchmarks/results/cpu.json
+python -m benchmarks.check other.json
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from attrreg.bench import report
+from attrreg.bench import strategies as ways
+from attrreg.bench.run import Record, ratios
+from benchmarks.__main__ import results
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A bound and what was measured.
+
+    Attributes:
+        least: the value has to be at least the bound, not at most.
+        where: the model that decides, or the median.
+    """
+
+    text: str
+    value: float
+    bound: float
+    where: str
+    least: bool = False
+
+    @property
+    def kept(self) -> bool:
+        """Whether it holds."""
+        return self.value >= self.bound if self.least else self.value <= self.bound
+
+
+def promises(record: Record) -> Iterator[Promise]:
+    """All that can be told from a record."""
+    measured = set(record.plan.penalties)
+    if ways.INPUT_GRADIENT in measured:
+        yield from _input_gradient(record)
+    for penalty, bound in ((ways.GRAD_CAM, 1.2), (ways.ACTIVATION_DIFFERENCE, 2.1), (ways.SUM, 3.3)):
+        if penalty in measured:
+            yield _worst(f"{penalty}: time", {m: c.ratio for m, c in ratios(record, penalty, ways.ATTACHED)}, bound)
+    if ways.SUM in measured:
+        yield _least("all three written separately: time", {m: c.ratio for m, c in ratios(record, ways.SUM, ways.TODAY)}, 6.0)
+    if ways.INTEGRATED_GRADIENTS in measured:
+        yield from _integrated_gradients(record)
+
+
+def _input_gradient(record: Record) -> Iterator[Promise]:
+    name = ways.INPUT_GRADIENT
+    ours, today = dict(ratios(record, name, ways.ATTACHED)), dict(ratios(record, name, ways.TODAY))
+    time, memory = {m: c.ratio for m, c in ours.items()}, {m: c.memory for m, c in ours.items()}
+    yield Promise(f"{name}: time", statistics.median(time.values()), 2.2, "median")
+    yield _worst(f"{name}: time", time, 2.7)
+    gain = {m: today[m].ratio / c.ratio for m, c in ours.items()}
+    yield _least(f"{name}: times as fast as own forward + create_graph", gain, 1.45)
+    depthwise = {m: value for m, value in gain.items() if _has_depthwise(m)}
+    if depthwise:
+        yield _least(f"{name}: the same, with depthwise convolution", depthwise, 1.9)
+    yield Promise(f"{name}: memory", statistics.median(memory.values()), 2.3, "median")
+    yield _worst(f"{name}: memory", memory, 2.8)
+    yield _worst(f"{name}: memory, of own forward + create_graph's", {m: c.memory / today[m].memory for m, c in ours.items()}, 0.75)
+
+
+def _integrated_gradients(record: Record) -> Iterator[Promise]:
+    name = ways.INTEGRATED_GRADIENTS
+    ours, chunked = dict(ratios(record, name, ways.ATTACHED)), dict(ratios(record, name, ways.CHUNKED))
+    captum = dict(ratios(record, name, ways.CAPTUM))
+    gain = {m: captum[m].ratio / c.ratio for m, c in ours.items()}
+    yield _least(f"{name}: times as fast as Captum's made differentiable", gain, 1.0)
+    depthwise = {m: value for m, value in gain.items() if _has_depthwise(m)}
+    if depthwise:
+        yield _least(f"{name}: the same, with depthwise convolution", depthwise, 1.5)
+    yield _worst(f"{name}: chunked, memory of Captum's", {m: c.memory / captum[m].memory for m, c in chunked.items()}, 0.5)
+
+
+def _worst(text: str, values: dict[str, float], bound: float) -> Promise:
+    where = max(values, key=lambda model: values[model])
+    return Promise(text, values[where], bound, where)
+
+
+def _least(text: str, values: dict[str, float], bound: float) -> Promise:
+    where = min(values, key=lambda model: values[model])
+    return Promise(text, values[where], bound, where, least=True)
+
+
+def _has_depthwise(name: str) -> bool:
+    model = timm.create_model(name)
+    return any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels and m.groups > 1 for m in model.modules())
+
+
+def main(numbers: Path) -> int:
+    """Print the table; 1 where a promise is broken."""
+    table = Table("promise", "measured", "bound", "where", "")
+    found = list(promises(report.load(numbers)))
+    for promise in found:
+        bound = f"{'>=' if promise.least else '<='} {promise.bound:g}"
+        table.add_row(promise.text, f"{promise.value:.2f}", bound, promise.where, "ok" if promise.kept else "MISSED")
+    Console().print(table)
+    return int(not all(promise.kept for promise in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else results("cpu")))
