@@ -3,7 +3,7 @@
 loss += reg(model, x, mask)
 """
 
-from attrreg import baselines, masks, objectives, presets, scores, trace
+from attrreg import baselines, masks, objectives, presets, schedules, scores, trace
 from attrreg.attributions import (
     ActivationDifference,
     ExpectedGradients,
@@ -15,6 +15,7 @@ from attrreg.attributions import (
 from attrreg.layers import layers
 from attrreg.penalty import Penalty
 from attrreg.regularizer import AttributionRegularizer, MapRegularizer, SingleRegularizer
+from attrreg.schedules import Scheduled
 
 __version__ = "0.1.0"
 
@@ -28,12 +29,14 @@ __all__ = [
     "IntegratedGradients",
     "MapRegularizer",
     "Penalty",
+    "Scheduled",
     "SingleRegularizer",
     "baselines",
     "layers",
     "masks",
     "objectives",
     "presets",
+    "schedules",
     "scores",
     "trace",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,10 +21,11 @@ from attrreg.wrappers import compiled, unwrap
 class Attachment:
     """Handle of `reg.attach(model)`: records the loop's own forwards until it is removed.
 
-    A context manager; `remove()` does the same as leaving it. Nothing is recorded while gradients are disabled.
+    A context manager; `remove()` does the same as leaving it. Nothing is recorded while gradients are disabled, nor when it
+    is not `due`: a schedule skips the step.
     """
 
-    def __init__(self, entry: nn.Module, sites: Mapping[str, bool]) -> None:
+    def __init__(self, entry: nn.Module, sites: Mapping[str, bool], due: Callable[[], bool] = lambda: True) -> None:
         model = unwrap(entry)
         for site in sites:
             check_layer(model, site)
@@ -35,6 +36,7 @@ class Attachment:
             )
         self._model = model
         self._sites = dict(sites)
+        self._due = due
         self._tap: Tap | None = None
         self._recording: Recording | None = None
         self._map: str | None = None
@@ -107,7 +109,7 @@ class Attachment:
         arguments: dict[int | str, Any] = dict(enumerate(args)) | kwargs
         tensors = [(key, value) for key, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point()]
         images = next((item for item in tensors if item[1].dim() == 4), None)
-        if not torch.is_grad_enabled() or images is None:
+        if not torch.is_grad_enabled() or images is None or not self._due():
             return None
         self._tap = Tap(model, self._sites, own=False, map=self._map)
         arguments[images[0]] = self._tap.open(images[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from attrreg import call as calls
 from attrreg import masks
+from attrreg.attach import Attachment
 from attrreg.call import Call, Inputs, Select
 from attrreg.needs import Need
+from attrreg.points import CLEAN
 from attrreg.recompute import trainable_leaves
 from attrreg.state import undone_on_error
-from attrreg.trace import Trace, check_needs
+from attrreg.trace import Trace, check_needs, sites_at
 
 if TYPE_CHECKING:
     from attrreg.regularizer import Term
@@ -37,6 +39,17 @@ class Penalty(NamedTuple):
 def needs_of(terms: Sequence[Term]) -> list[Need]:
     """What all terms together ask of a trace."""
     return [need for term in terms for need in term.regularizer.needs()]
+
+
+def attach(terms: Sequence[Term], model: nn.Module, due: Callable[[], bool] = lambda: True) -> Attachment:
+    """Attach a sum of terms to a model; its forwards are recorded where `due`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `AttributionRegularizer.attach`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}. Pass the model itself.")
+    return Attachment(model, sites_at(CLEAN, needs_of(terms)), due)
 
 
 def check(

@@ -18,11 +18,10 @@ from attrreg.call import Call, Inputs, Select
 from attrreg.needs import Need
 from attrreg.objectives import Objective
 from attrreg.penalty import Penalty
-from attrreg.points import CLEAN
 from attrreg.scores import Score
 from attrreg.spec import Spec, source
 from attrreg.state import undone_on_error
-from attrreg.trace import Trace, check_needs, sites_at
+from attrreg.trace import Trace, check_needs
 
 Reduction = Literal["mean", "sum", "batchmean"]
 
@@ -125,9 +124,7 @@ class AttributionRegularizer(Spec, ABC):
             ValueError: a layer that the model does not have.
             RuntimeError: the model already has an attachment.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}. Pass the model itself.")
-        return Attachment(model, sites_at(CLEAN, penalty.needs_of(self.terms)))
+        return penalty.attach(self.terms, model)
 
     def attribute(
         self,

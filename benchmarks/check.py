@@ -69,6 +69,7 @@ def _input_gradient(record: Record) -> Iterator[Promise]:
     depthwise = {m: value for m, value in gain.items() if _has_depthwise(m)}
     if depthwise:
         yield _least(f"{name}: the same, with depthwise convolution", depthwise, 1.9)
+    yield _worst(f"{name}, every 4 steps: time", {m: c.ratio for m, c in ratios(record, name, ways.LAZY)}, 1.4)
     yield Promise(f"{name}: memory", statistics.median(memory.values()), 2.3, "median")
     yield _worst(f"{name}: memory", memory, 2.8)
     yield _worst(f"{name}: memory, of own forward + create_graph's", {m: c.memory / today[m].memory for m, c in ours.items()}, 0.75)

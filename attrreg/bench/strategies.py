@@ -17,10 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 import attrreg
-from attrreg import AttributionRegularizer, sites
+from attrreg import AttributionRegularizer, Scheduled, sites
 from attrreg.baselines import Shuffle
 from attrreg.bench.cases import Case
 from attrreg.bench.measure import Step
+from attrreg.schedules import Every
 
 Loss = Callable[[Case], Tensor]
 
@@ -41,6 +42,7 @@ FLOORS = {INPUT_GRADIENT: 2.0, GRAD_CAM: 1.0, ACTIVATION_DIFFERENCE: 2.0, SUM: 3
 PLAIN, DETACHED, TODAY = "plain step", "detached", "own forward + create_graph"
 CAPTUM, PAPER = "Captum, made differentiable", "paper's formula, shared forward"
 UNATTACHED, ATTACHED, CHUNKED = "attrreg, unattached", "attrreg, attached", "attrreg, attached, chunk=1"
+LAZY = "attrreg, attached, every 4 steps"
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,13 @@ class Strategy:
         name: of the way.
         loss: the loss of one step.
         attach: what is attached to the model throughout.
+        count: steps that are timed together, where they differ.
     """
 
     name: str
     loss: Loss
-    attach: AttributionRegularizer | None = None
+    attach: AttributionRegularizer | Scheduled | None = None
+    count: int = 1
 
     def prepare(self, case: Case) -> Step:
         """A training step without the optimizer, on a copy of the model."""
@@ -64,18 +68,21 @@ class Strategy:
             self.attach.attach(case.model)
 
         def run() -> None:
-            with case.precision():
-                loss = self.loss(case)
-            loss.backward()
-            case.model.zero_grad(set_to_none=True)
+            for _ in range(self.count):
+                with case.precision():
+                    loss = self.loss(case)
+                loss.backward()
+                case.model.zero_grad(set_to_none=True)
 
-        return Step(run, case)
+        return Step(run, case, self.count)
 
 
 def strategies(penalty: str, case: Case) -> list[Strategy]:
     """All ways to train with one of the penalties, the plain step first."""
     plain = Strategy(PLAIN, lambda case: _cross_entropy(case, case.model(case.x)))
-    return [plain, *TODAYS[penalty](case), *_ours(REGULARIZERS[penalty])]
+    lazy = Scheduled(REGULARIZERS[penalty], Every(4))
+    lazily = [Strategy(LAZY, _with(lazy), lazy, count=4)] if penalty == INPUT_GRADIENT else []
+    return [plain, *TODAYS[penalty](case), *_ours(REGULARIZERS[penalty]), *lazily]
 
 
 def of_curve(varied: str, value: int, case: Case) -> list[Strategy]:
@@ -107,7 +114,7 @@ def _ours(regularizer: AttributionRegularizer) -> list[Strategy]:
     return found
 
 
-def _with(regularizer: AttributionRegularizer) -> Loss:
+def _with(regularizer: AttributionRegularizer | Scheduled) -> Loss:
     def loss(case: Case) -> Tensor:
         logits = case.model(case.x)
         return _cross_entropy(case, logits) + regularizer(case.model, case.x, case.mask, case.y)

@@ -1,0 +1,118 @@
+"""Schedules: what is skipped costs nothing and leaves nothing."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import attrreg
+from attrreg import Scheduled, schedules
+from attrreg.trace import passes
+from tests.models import FAMILIES, batch
+
+
+def test_every_fourth_step_is_four_times_as_strong() -> None:
+    assert [schedules.Every(4)(step) for step in range(6)] == [4, 0, 0, 0, 4, 0]
+
+
+def case() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    x, mask, target = batch(size=64)
+    return FAMILIES["resnet"].build().train(), x, mask, target
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_skipped_steps_run_nothing(attached: bool) -> None:
+    model, x, mask, target = case()
+    term = attrreg.InputGradient()
+    regularizer, plain = Scheduled(term, schedules.Every(3)), float(term(model, x, mask, target).detach())
+    handle = regularizer.attach(model) if attached else None
+    found, counts = [], []
+    for _ in range(4):
+        output = model(x)
+        with passes() as counter:
+            value = regularizer(model, x, mask, target)
+        (F.cross_entropy(output, target) + value).backward()
+        found.append(float(value.detach()))
+        counts.append((counter.forward, counter.backward))
+    own = 0 if attached else 1
+    assert counts == [(own, 1), (0, 0), (0, 0), (own, 1)]
+    assert found[1:3] == [0, 0]
+    assert found[0] == pytest.approx(3 * plain, rel=1e-5)
+    if handle is not None:
+        handle.remove()
+
+
+def test_skipped_attached_forwards_are_left_alone() -> None:
+    model, x, mask, target = case()
+    regularizer = Scheduled(attrreg.InputGradient(), schedules.Every(2))
+    with regularizer.attach(model):
+        names = []
+        for _ in range(2):
+            graph, pending = set(), [model(x).grad_fn]
+            while pending:
+                node = pending.pop()
+                if node is not None and node not in graph:
+                    graph.add(node)
+                    pending.extend(parent for parent, _ in node.next_functions)
+            names.append({node.name() for node in graph})
+            regularizer(model, x, mask, target)
+    assert "_ConvolveBackward" in names[0]
+    assert "_ConvolveBackward" not in names[1]
+
+
+def test_evaluate_on_a_skipped_step_is_the_plain_forward() -> None:
+    model, x, mask, target = case()
+    regularizer = Scheduled(1.0 * attrreg.InputGradient() + attrreg.ActivationDifference(), schedules.Every(2))
+    first = regularizer.evaluate(model, x, mask, target)
+    assert float(first.total.detach()) == pytest.approx(float(sum(first.terms.values())), rel=1e-5)
+    second = regularizer.evaluate(model, x, mask, target)
+    assert second.terms.keys() == first.terms.keys()
+    assert not any(value.any() for value in second.terms.values())
+    (F.cross_entropy(second.output, target) + second.total).backward()
+
+
+def test_the_zero_of_a_skipped_step_has_a_graph_and_no_gradient() -> None:
+    model, x, mask, target = case()
+    regularizer = Scheduled(attrreg.InputGradient(), schedules.Every(2))
+    regularizer.step = 1
+    value = regularizer(model, x, mask, target)
+    value.backward()
+    assert float(value.detach()) == 0 and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_state_goes_through_a_checkpoint() -> None:
+    regularizer = Scheduled(attrreg.InputGradient(), schedules.Every(3))
+    regularizer.step = 5
+    other = Scheduled(attrreg.InputGradient(), schedules.Every(3))
+    other.load_state_dict(pickle.loads(pickle.dumps(regularizer.state_dict())))
+    assert other.step == 5
+    assert repr(eval(repr(regularizer))) == repr(regularizer)
+    assert pickle.loads(pickle.dumps(regularizer)).step == 5
+
+
+def test_a_step_that_raises_does_not_count() -> None:
+    model, x, mask, target = case()
+    regularizer = Scheduled(attrreg.InputGradient(), schedules.Every(3))
+    with pytest.raises(ValueError, match="mask"):
+        regularizer(model, x, mask[:1], target)
+    assert regularizer.step == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda: schedules.Every(0), ValueError, "steps"),
+        (lambda: schedules.Every(True), ValueError, "steps"),
+        (lambda: Scheduled(attrreg.InputGradient, schedules.Every(2)), TypeError, "regularizer"),  # type: ignore[arg-type]
+        (lambda: Scheduled(attrreg.InputGradient(), 4), TypeError, "schedule"),  # type: ignore[arg-type]
+    ],
+)
+def test_bad_settings(make: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        make()
