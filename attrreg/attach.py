@@ -25,7 +25,7 @@ class Attachment:
     is not `due`: a schedule skips the step.
     """
 
-    def __init__(self, entry: nn.Module, sites: Mapping[str, bool], due: Callable[[], bool] = lambda: True) -> None:
+    def __init__(self, entry: nn.Module, sites: Mapping[str, bool], due: Callable[[], bool] = lambda: True, twice: bool = True) -> None:
         model = unwrap(entry)
         for site in sites:
             check_layer(model, site)
@@ -37,6 +37,7 @@ class Attachment:
         self._model = model
         self._sites = dict(sites)
         self._due = due
+        self._twice = twice
         self._tap: Tap | None = None
         self._recording: Recording | None = None
         self._map: str | None = None
@@ -74,10 +75,10 @@ class Attachment:
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return _inert, ()
 
-    def take(self, model: nn.Module, x: Tensor, sites: Mapping[str, bool]) -> Recording | None:
+    def take(self, model: nn.Module, x: Tensor, sites: Mapping[str, bool], twice: bool) -> Recording | None:
         """The recorded pass, if it is the one a call on `x` needs. It is given out once: its graph may be freed after."""
         recording = self._recording
-        if recording is None or not recording.serves(model, x, sites):
+        if recording is None or not recording.serves(model, x, sites, twice):
             return None
         self._forget()
         return recording
@@ -111,7 +112,7 @@ class Attachment:
         images = next((item for item in tensors if item[1].dim() == 4), None)
         if not torch.is_grad_enabled() or images is None or not self._due():
             return None
-        self._tap = Tap(model, self._sites, own=False, map=self._map)
+        self._tap = Tap(model, self._sites, own=False, map=self._map, twice=self._twice)
         arguments[images[0]] = self._tap.open(images[1])
         return tuple(arguments[i] for i in range(len(args))), {name: arguments[name] for name in kwargs}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attrreg import masks
-from attrreg.wrappers import eager, unwrap
+from attrreg.wrappers import eager, undistributed, unwrap
 
 Select = Callable[[Any], Tensor] | str | int | None
 Inputs = tuple[Any, ...] | Mapping[str, Any] | None
@@ -26,6 +27,7 @@ class Call:
         target: on the device of `x`, or None.
         output: picks the logits out of what the model returns.
         inputs: all that the model is called with, `x` among it; None: `x` alone.
+        as_compiled: compiled parts of the model may run as that; otherwise as they are written.
     """
 
     entry: nn.Module
@@ -35,6 +37,7 @@ class Call:
     generator: torch.Generator | None
     output: Select = None
     inputs: Inputs = None
+    as_compiled: bool = False
 
     @property
     def model(self) -> nn.Module:
@@ -43,8 +46,8 @@ class Call:
 
     def run(self, image: Tensor, as_users_forward: bool) -> Any:
         """Run the model on an image in place of `x`; through its wrappers where that is the user's own forward."""
-        module = self.entry if as_users_forward else self.model
-        with eager(module):
+        module = self.entry if as_users_forward else undistributed(self.entry) if self.as_compiled else self.model
+        with nullcontext() if self.as_compiled else eager(module):
             if self.inputs is None:
                 return module(image)
             if isinstance(self.inputs, Mapping):

@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class Recording:
 
     Attributes:
         x: the tensor that the model was called with, and `version` its state then.
+        twice: whether it can be differentiated twice.
         values: at each recorded site, the tensor, with its graph.
         problems: for each site that could not be recorded, why.
         maps: for the site `SPATIAL`, the last layers whose output is a map, by name, in the order they ran; the known one
@@ -48,10 +50,11 @@ class Recording:
     rng: Rng
     state: tuple[int, ...]
     phase: Phase
+    twice: bool
 
-    def serves(self, model: nn.Module, x: Tensor, sites: Mapping[str, bool]) -> bool:
+    def serves(self, model: nn.Module, x: Tensor, sites: Mapping[str, bool], twice: bool) -> bool:
         """Whether this is the pass that a call on `x` would run itself."""
-        if self.x is not x or self.version != x._version or self.state != _state(model):
+        if (twice and not self.twice) or self.x is not x or self.version != x._version or self.state != _state(model):
             return False
         for site, differentiated in sites.items():
             value = self.values.get(site)
@@ -70,13 +73,25 @@ class Tap:
         sites: what to record; True where a gradient will be taken.
         own: the pass is the library's own, so the model works on a copy of the images.
         map: the layer that `SPATIAL` is known to be; None: keep the last few that it could be.
+        twice: gradients will be differentiated again.
+        moves: what is added to the outputs of layers.
     """
 
-    def __init__(self, model: nn.Module, sites: Mapping[str, bool], own: bool, map: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Mapping[str, bool],
+        own: bool,
+        map: str | None = None,
+        twice: bool = True,
+        moves: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
         self._model = model
         self._map = map
         self._sites = sites
         self._own = own
+        self._twice = twice
+        self._moves = moves
         self._values: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
         self._maps: deque[tuple[str, Tensor]] = deque(maxlen=MAPS)
@@ -92,7 +107,7 @@ class Tap:
         try:
             self._register()
             taken = {site for site, gradient in self._sites.items() if gradient}
-            if taken:  # else no gradient is taken that could be differentiated again
+            if taken and self._twice:  # else no gradient is taken that could be differentiated again
                 # What comes before the first of them is differentiated once, by PyTorch's own operators.
                 self._phase.active = INPUT in taken or (SPATIAL in taken and self._map is None)
                 self._operators.enter_context(twice_differentiable(self._phase))
@@ -119,7 +134,7 @@ class Tap:
         if self._map is not None and maps:
             self._values[SPATIAL] = maps[-1][1]
         state = _state(self._model)
-        return Recording(self._x, self._version, self._values, self._problems, maps, output, self._rng, state, self._phase)
+        return Recording(self._x, self._version, self._values, self._problems, maps, output, self._rng, state, self._phase, self._twice)
 
     def _register(self) -> None:
         for site in self._sites:
@@ -142,6 +157,8 @@ class Tap:
             if site in self._values:
                 self._problems[site] = f"layer {site!r} ran more than once in one forward. Name a layer that runs once."
                 return None
+            if site in self._moves:
+                output = output + self._moves[site]
             self._values[site] = value = _differentiable(output) if self._sites[site] else output
             self._phase.active |= self._sites[site]
             # A copy goes on, because what follows may work in place, and an in-place ReLU would silently turn what was
@@ -184,9 +201,16 @@ def _differentiable(value: Tensor) -> Tensor:
     return leaf
 
 
-def forward(model: nn.Module, x: Tensor, sites: Mapping[str, bool], run: Callable[[Tensor], Any]) -> Recording:
-    """Run the model once on `x` by `run`, recording the sites."""
-    tap = Tap(model, sites, own=True)
+def forward(
+    model: nn.Module,
+    x: Tensor,
+    sites: Mapping[str, bool],
+    run: Callable[[Tensor], Any],
+    twice: bool = True,
+    moves: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Recording:
+    """Run the model once on `x` by `run`, recording the sites, and moving those that `moves` names."""
+    tap = Tap(model, sites, own=True, twice=twice, moves=moves)
     try:
         output = run(tap.open(x))
     finally:

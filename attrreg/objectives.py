@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from attrreg.scores import Score
 from attrreg.spec import Spec
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -101,3 +102,18 @@ class Energy(Spec):
         nowhere = positive.sum(dim=(1, 2, 3), keepdim=True) <= 0
         size = torch.where(nowhere, map.abs(), positive)
         return (_outside(mask, map) * size).sum(dim=(1, 2, 3)) / (size.sum(dim=(1, 2, 3)) + self.eps)
+
+
+def check_score_and_objective(regularizer: Any) -> None:
+    """Check the two settings that every map regularizer has; for those with a `__post_init__` of their own.
+
+    Raises:
+        TypeError: naming the setting.
+    """
+    name, score, objective = type(regularizer).__name__, regularizer.score, regularizer.objective
+    if not isinstance(score, Score):
+        raise TypeError(f"{name}: score must be a scores.Score, got {score!r}. Write for example scores.TargetLogit().")
+    if isinstance(objective, type) or not callable(objective):
+        raise TypeError(
+            f"{name}: objective must be a function (map, mask) -> (N,), got {objective!r}. Write for example objectives.Energy()."
+        )

@@ -12,6 +12,7 @@ from attrreg import call as calls
 from attrreg import masks
 from attrreg.attach import Attachment
 from attrreg.call import Call, Inputs, Select
+from attrreg.engines import Engine
 from attrreg.needs import Need
 from attrreg.points import CLEAN
 from attrreg.recompute import trainable_leaves
@@ -41,7 +42,7 @@ def needs_of(terms: Sequence[Term]) -> list[Need]:
     return [need for term in terms for need in term.regularizer.needs()]
 
 
-def attach(terms: Sequence[Term], model: nn.Module, due: Callable[[], bool] = lambda: True) -> Attachment:
+def attach(terms: Sequence[Term], model: nn.Module, engine: Engine, due: Callable[[], bool] = lambda: True) -> Attachment:
     """Attach a sum of terms to a model; its forwards are recorded where `due`.
 
     Raises:
@@ -49,7 +50,7 @@ def attach(terms: Sequence[Term], model: nn.Module, due: Callable[[], bool] = la
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}. Pass the model itself.")
-    return Attachment(model, sites_at(CLEAN, needs_of(terms)), due)
+    return Attachment(model, sites_at(CLEAN, needs_of(terms)), due, engine.twice)
 
 
 def check(
@@ -79,11 +80,11 @@ def check(
     return call
 
 
-def compute(terms: Sequence[Term], call: Call, as_users_forward: bool) -> Penalty:
+def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward: bool) -> Penalty:
     """Compute the penalty of a sum of terms for checked arguments."""
     assert call.annotation is not None  # check requires a mask
     with undone_on_error(call.x.device, call.generator):
-        trace = Trace(call, needs_of(terms), differentiable=True)
+        trace = Trace(call, needs_of(terms), differentiable=True, engine=engine)
         trace.run(as_users_forward)
         parts: dict[str, Tensor] = {}
         for term in terms:
@@ -95,8 +96,8 @@ def compute(terms: Sequence[Term], call: Call, as_users_forward: bool) -> Penalt
                 )
             _check_trainable(term.name, per_image, trace)
             parts[term.name] = term.weight * call.annotation.mean(per_image, term.reduction)
+        total = trace.differentiated(torch.stack([part.to(next(iter(parts.values())).dtype) for part in parts.values()]).sum())
         trace.commit()
-    total = torch.stack([part.to(next(iter(parts.values())).dtype) for part in parts.values()]).sum()
     return Penalty(total, {name: part.detach() for name, part in parts.items()}, trace.output if as_users_forward else None)
 
 

@@ -15,6 +15,7 @@ from attrreg import call as calls
 from attrreg import masks, objectives, penalty
 from attrreg.attach import Attachment
 from attrreg.call import Call, Inputs, Select
+from attrreg.engines import DoubleBackward, Engine
 from attrreg.needs import Need
 from attrreg.objectives import Objective
 from attrreg.penalty import Penalty
@@ -39,6 +40,11 @@ class AttributionRegularizer(Spec, ABC):
     @abstractmethod
     def terms(self) -> tuple[Term, ...]:
         """The weighted terms of the sum; one for a single regularizer."""
+
+    @property
+    def engine(self) -> Engine:
+        """How the penalty's parameter gradient is obtained."""
+        return DoubleBackward()
 
     def __call__(
         self,
@@ -80,7 +86,7 @@ class AttributionRegularizer(Spec, ABC):
             own backward then contains; the clean forward is free when an attachment recorded it.
         """
         call = penalty.check(self.terms, model, x, mask, target, annotated, generator, output, inputs)
-        return penalty.compute(self.terms, call, as_users_forward=False).total
+        return penalty.compute(self.terms, call, self.engine, as_users_forward=False).total
 
     def evaluate(
         self,
@@ -109,7 +115,7 @@ class AttributionRegularizer(Spec, ABC):
             As calling the regularizer.
         """
         call = penalty.check(self.terms, model, x, mask, target, annotated, generator, output, inputs)
-        return penalty.compute(self.terms, call, as_users_forward=True)
+        return penalty.compute(self.terms, call, self.engine, as_users_forward=True)
 
     def attach(self, model: nn.Module) -> Attachment:
         """Record the loop's own forwards through hooks, so that a penalty on the same `x` needs no forward of its own.
@@ -124,7 +130,7 @@ class AttributionRegularizer(Spec, ABC):
             ValueError: a layer that the model does not have.
             RuntimeError: the model already has an attachment.
         """
-        return penalty.attach(self.terms, model)
+        return penalty.attach(self.terms, model, self.engine)
 
     def attribute(
         self,
@@ -159,7 +165,7 @@ class AttributionRegularizer(Spec, ABC):
             raise ValueError(f"named({name!r}): a sum of {len(self.terms)} terms has no single name. Name each term before adding.")
         if not isinstance(name, str) or not name:
             raise ValueError(f"named: a name must be a non-empty string, got {name!r}. Write for example .named('background').")
-        return Sum((replace(self.terms[0], name=name),))
+        return Sum((replace(self.terms[0], name=name),), self.engine)
 
     def reduced(self, reduction: Reduction) -> Sum:
         """The same terms, reduced over the batch in another way.
@@ -170,20 +176,30 @@ class AttributionRegularizer(Spec, ABC):
         """
         if reduction not in get_args(Reduction):
             raise ValueError(f"reduced: unknown reduction {reduction!r}. Use one of {', '.join(map(repr, get_args(Reduction)))}.")
-        return Sum(tuple(replace(term, reduction=reduction) for term in self.terms))
+        return Sum(tuple(replace(term, reduction=reduction) for term in self.terms), self.engine)
+
+    def using(self, engine: Engine) -> Sum:
+        """The same terms, with another engine. See `attrreg.engines`."""
+        if not isinstance(engine, Engine):
+            raise TypeError(
+                f"using: an engine is engines.DoubleBackward() or engines.FiniteDifference(), got {engine!r}. Pass one of them."
+            )
+        return Sum(self.terms, engine)
 
     def __mul__(self, weight: float) -> Sum:
         if isinstance(weight, bool) or not isinstance(weight, Real):
             raise TypeError(f"weight must be a number, got {type(weight).__name__}. Write for example 0.5 * reg, or weight.item() * reg.")
-        return Sum(tuple(replace(term, weight=term.weight * float(weight)) for term in self.terms))
+        return Sum(tuple(replace(term, weight=term.weight * float(weight)) for term in self.terms), self.engine)
 
     __rmul__ = __mul__
 
     def __add__(self, other: object) -> Sum:
         if isinstance(other, AttributionRegularizer):
-            return Sum(self.terms + other.terms)
+            if self.engine != other.engine:
+                raise ValueError(f"Terms of one sum share passes, and so an engine; these have {self.engine!r} and {other.engine!r}.")
+            return Sum(self.terms + other.terms, self.engine)
         if isinstance(other, int) and other == 0:  # where sum([...]) starts
-            return Sum(self.terms)
+            return Sum(self.terms, self.engine)
         return NotImplemented
 
     __radd__ = __add__
@@ -223,7 +239,7 @@ class MapRegularizer(SingleRegularizer):
     objective: Objective
 
     def __post_init__(self) -> None:
-        check_score_and_objective(self)
+        objectives.check_score_and_objective(self)
 
     @abstractmethod
     def attribution(self, trace: Trace) -> Tensor:
@@ -264,21 +280,6 @@ class MapRegularizer(SingleRegularizer):
             return self.attribution(trace).detach()
 
 
-def check_score_and_objective(regularizer: MapRegularizer) -> None:
-    """Check the two settings that every map regularizer has; for those with a `__post_init__` of their own.
-
-    Raises:
-        TypeError: naming the setting.
-    """
-    name, score, objective = type(regularizer).__name__, regularizer.score, regularizer.objective
-    if not isinstance(score, Score):
-        raise TypeError(f"{name}: score must be a scores.Score, got {score!r}. Write for example scores.TargetLogit().")
-    if isinstance(objective, type) or not callable(objective):
-        raise TypeError(
-            f"{name}: objective must be a function (map, mask) -> (N,), got {objective!r}. Write for example objectives.Energy()."
-        )
-
-
 @dataclass(frozen=True)
 class Term:
     """One term of a sum."""
@@ -298,11 +299,17 @@ class Sum(AttributionRegularizer):
     """
 
     parts: tuple[Term, ...]
+    shared_engine: Engine = DoubleBackward()
 
     @property
     def terms(self) -> tuple[Term, ...]:
         """The terms, in the order they were added."""
         return self.parts
+
+    @property
+    def engine(self) -> Engine:
+        """How the penalty's parameter gradient is obtained."""
+        return self.shared_engine
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
@@ -323,7 +330,8 @@ class Sum(AttributionRegularizer):
         return self.terms[0].regularizer.attribute(model, x, target, **settings)
 
     def __repr__(self) -> str:
-        return " + ".join(_written(term) for term in self.terms)
+        text = " + ".join(_written(term) for term in self.terms)
+        return text if self.engine == DoubleBackward() else f"({text}).using({self.engine!r})"
 
 
 def _written(term: Term) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -35,31 +36,32 @@ class Runner:
 
     Attributes:
         call: the checked arguments.
+        twice: gradients will be differentiated again.
         map: the layer that `layer="auto"` turned out to be.
     """
 
-    def __init__(self, call: Call, counters: Sequence[Passes]) -> None:
+    def __init__(self, call: Call, counters: Sequence[Passes], twice: bool = True) -> None:
         self.call = call
+        self.twice = twice
         self.map = ""
         self._counters = counters
 
-    def forward(self, image: Tensor, wanted: dict[str, bool], as_users_forward: bool = False) -> hooks.Recording:
-        """Run the model once on an image in place of `x`, recording the wanted sites."""
+    def forward(
+        self,
+        image: Tensor,
+        wanted: dict[str, bool],
+        as_users_forward: bool = False,
+        moves: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> hooks.Recording:
+        """Run the model once on an image in place of `x`, recording the wanted sites, and moving those that `moves` names."""
         for counter in self._counters:
             counter.forward += 1
         with suspended(self.call.model):
-            return hooks.forward(self.call.model, image, wanted, lambda fed: self.call.run(fed, as_users_forward))
+            return hooks.forward(self.call.model, image, wanted, lambda fed: self.call.run(fed, as_users_forward), self.twice, moves)
 
     def backward(self, recording: hooks.Recording, score: Score, wanted: list[str], create_graph: bool) -> list[Tensor]:
         """The gradients of a score at the wanted sites, all from one backward."""
-        value = self.at(recording, score.site)
-        score.check_value(value, self.call.target)
-        per_image = score(value, self.call.target)
-        if per_image.shape != (self.call.x.shape[0],):
-            raise ValueError(
-                f"{score!r} gave {tuple(per_image.shape)}, but a score is ({self.call.x.shape[0]},), one number an image. Do not "
-                "reduce over the batch: a loss, for example, takes reduction='none'."
-            )
+        per_image = self.scores(recording, score)
         total = per_image.sum()
         if sites.SPATIAL in wanted and sites.SPATIAL not in recording.values:
             self._find_map(recording, total)
@@ -73,6 +75,18 @@ class Runner:
                 )
             self._check_patches(site, grad)
         return [grad for grad in grads if grad is not None]
+
+    def scores(self, recording: hooks.Recording, score: Score) -> Tensor:
+        """The score of each image, `(N,)`."""
+        value = self.at(recording, score.site)
+        score.check_value(value, self.call.target)
+        per_image = score(value, self.call.target)
+        if per_image.shape != (self.call.x.shape[0],):
+            raise ValueError(
+                f"{score!r} gave {tuple(per_image.shape)}, but a score is ({self.call.x.shape[0]},), one number an image. Do not "
+                "reduce over the batch: a loss, for example, takes reduction='none'."
+            )
+        return per_image
 
     def _gradients(self, recording: hooks.Recording, total: Tensor, inputs: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
         for counter in self._counters:

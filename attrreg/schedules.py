@@ -112,7 +112,7 @@ class Scheduled:
 
     def attach(self, model: nn.Module) -> Attachment:
         """Record the loop's forwards at the steps that need one. See `AttributionRegularizer.attach`."""
-        return penalty.attach(self.regularizer.terms, model, due=lambda: bool(self.weight))
+        return penalty.attach(self.regularizer.terms, model, self.regularizer.engine, due=lambda: bool(self.weight))
 
     def state_dict(self) -> dict[str, int]:
         """The count, for a checkpoint of the training."""

@@ -5,9 +5,10 @@ One forward a point, one backward for each score at a point, whatever the number
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,14 +17,17 @@ from torch import Tensor
 from attrreg import hooks, sites
 from attrreg.attach import attached
 from attrreg.call import Call
+from attrreg.engines import DoubleBackward, Engine, FiniteDifference
 from attrreg.needs import Grad, Need, Value
 from attrreg.points import CLEAN, At, Path, Point
-from attrreg.recompute import along
+from attrreg.recompute import along, trainable_leaves
 from attrreg.runner import Passes, Runner
 from attrreg.scores import Score
 from attrreg.state import Buffers, Rng, isolated
 
 __all__ = ["Passes", "Trace", "check_needs", "passes", "sites_at"]
+
+DOUBLE_BACKWARD = DoubleBackward()
 
 _counting: ContextVar[tuple[Passes, ...]] = ContextVar("attrreg_passes", default=())
 
@@ -54,20 +58,43 @@ def sites_at(point: Point, needs: Iterable[Need]) -> dict[str, bool]:
     return result
 
 
+@dataclass(frozen=True)
+class Taken:
+    """A gradient that was taken, to be differentiated by moving the places where it was.
+
+    Attributes:
+        image: what the pass ran on.
+        places: the sites' values, by the names under which they can be moved.
+        leaves: the gradients there, in the same order.
+        replay: from where the pass drew.
+    """
+
+    image: Tensor
+    score: Score
+    places: Mapping[str, Tensor]
+    leaves: Sequence[Tensor]
+    replay: Rng
+
+
 class Trace:
     """The passes of one call. A term reads what it declared from here.
 
     Args:
         call: the checked arguments.
         needs: of all terms together.
-        differentiable: keep graphs, so that gradients can be differentiated again.
+        differentiable: what is read will be differentiated with respect to parameters.
+        engine: how gradients then are.
     """
 
-    def __init__(self, call: Call, needs: Iterable[Need], differentiable: bool) -> None:
-        self.call = call
+    def __init__(self, call: Call, needs: Iterable[Need], differentiable: bool, engine: Engine = DOUBLE_BACKWARD) -> None:
         self._differentiable = differentiable
         self._needs = list(dict.fromkeys(needs))
-        self._runner = Runner(call, _counting.get())
+        self._engine = engine
+        # Layers inside a compiled graph cannot be reached.
+        reached = {need.site for need in self._needs} | {need.score.site for need in self._needs if isinstance(need, Grad)}
+        self.call = call if engine.twice else replace(call, as_compiled=reached <= {sites.INPUT, sites.OUTPUT})
+        self._runner = Runner(self.call, _counting.get(), twice=engine.twice and differentiable)
+        self._taken: list[Taken] = []
         self._recordings: dict[Point, hooks.Recording] = {}
         self._grads: dict[tuple[str, Score, Point], Tensor] = {}
         self._score_seeds: dict[Score, int] = {}
@@ -125,7 +152,7 @@ class Trace:
                 image = point.image(self.call.x.detach(), self.call.mask, self._generator(seeds[point]))
                 with isolated(self.call.model, replay):
                     self._recordings[point] = self._runner.forward(image, sites_at(point, self._needs))
-            self._differentiate(point)
+            self._differentiate(point, replay)
 
     def commit(self) -> None:
         """Make what the clean pass did to the model's buffers final, where it stood in for the user's forward."""
@@ -135,7 +162,7 @@ class Trace:
     def _clean_pass(self, wanted: dict[str, bool], as_users_forward: bool) -> None:
         call = self.call
         attachment = attached(call.model) if self._differentiable else None
-        recording = attachment.take(call.model, call.x, wanted) if attachment is not None else None
+        recording = attachment.take(call.model, call.x, wanted, self._runner.twice) if attachment is not None else None
         # The images themselves need no pass. One that was recorded is taken all the same: others replay its draws.
         needed = as_users_forward or any(wanted.values()) or bool(wanted.keys() - {sites.INPUT})
         if recording is None and needed:
@@ -172,7 +199,7 @@ class Trace:
         resolved = score.resolve(self.call.target)
         return resolved.drawn(self._score_seeds[score]) if score.draws else resolved
 
-    def _differentiate(self, point: Point) -> None:
+    def _differentiate(self, point: Point, replay: Rng) -> None:
         """All gradients at one point: one backward for each distinct score."""
         groups: dict[Score, list[Grad]] = {}
         for need in self._needs:
@@ -180,15 +207,72 @@ class Trace:
                 groups.setdefault(self._concrete(need.score), []).append(need)
         for score, needs in groups.items():
             wanted = list(dict.fromkeys(need.site for need in needs))
-            found = dict(zip(wanted, self._runner.backward(self._recordings[point], score, wanted, self._differentiable), strict=True))
+            found = dict(zip(wanted, self._gradients(self._recordings[point], score, wanted, replay), strict=True))
             for need in needs:
                 self._grads[need.site, need.score, point] = found[need.site]
+
+    def _gradients(self, recording: hooks.Recording, score: Score, wanted: list[str], replay: Rng) -> list[Tensor]:
+        """The gradients at one pass, as the engine differentiates them: with their graph, or as leaves to be moved by."""
+        found = self._runner.backward(recording, score, wanted, self._runner.twice)
+        if self._runner.twice or not self._differentiable:
+            return found
+        leaves = [gradient.detach().requires_grad_() for gradient in found]
+        places = [self._runner.at(recording, site).detach() for site in wanted]
+        names = [self._runner.map if site == sites.SPATIAL else site for site in wanted]
+        self._taken.append(Taken(recording.x, score, dict(zip(names, places, strict=True)), leaves, replay))
+        return leaves
+
+    def differentiated(self, total: Tensor) -> Tensor:
+        """The penalty with the gradients that the engine gives it.
+
+        Raises:
+            RuntimeError: they reach no trainable parameter.
+        """
+        if not self._taken:
+            return total
+        assert isinstance(self._engine, FiniteDifference)
+        leaves = [leaf for taken in self._taken for leaf in taken.leaves]
+        found = iter(torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True, materialize_grads=True))
+        for taken in self._taken:
+            slope = self._slope(taken, [next(found) for _ in taken.leaves], self._engine)
+            if not any(leaf is not self.call.x for leaf in trainable_leaves(slope)):
+                raise RuntimeError("The score has no path to any trainable parameter, so the penalty could train nothing. Unfreeze some.")
+            total = total + (slope - slope.detach())
+        return total
+
+    def _slope(self, taken: Taken, directions: list[Tensor], engine: FiniteDifference) -> Tensor:
+        """The derivative of a score along a direction of its sites, by a difference."""
+        places = list(taken.places.values())
+        scale = engine.scale(places, directions)
+        moves = {name: scale * way for name, way in zip(taken.places, directions, strict=True)}
+        there, back = (self._moved_score(taken, {name: sign * move for name, move in moves.items()}) for sign in (1, -1))
+        return (there - back) / (2 * torch.where(scale > 0, scale, torch.ones_like(scale)))
+
+    def _moved_score(self, taken: Taken, moves: dict[str, Tensor]) -> Tensor:
+        layers = {name: move for name, move in moves.items() if name != sites.INPUT}
+        image = taken.image + moves[sites.INPUT] if sites.INPUT in moves else taken.image
+        wanted = dict.fromkeys([sites.INPUT, taken.score.site, *layers], False)
+        with isolated(self.call.model, taken.replay), torch.autocast(image.device.type, enabled=False):
+            recording = self._runner.forward(image, wanted, moves=layers)
+            return self._runner.scores(recording, taken.score).sum()
 
     def _run_path(self, path: Path, seed: int, replay: Rng) -> None:
         needs = [need for need in self._needs if isinstance(need, Grad) and need.at == path]
         concrete = list(dict.fromkeys(self._concrete(need.score) for need in needs))
         wanted = {sites.INPUT: True} | {score.site: False for score in concrete}
         stops = path.stops(self.call.x.detach(), self.call.mask, self._generator(seed))
+
+        if self._differentiable and not self._runner.twice:
+            totals: list[Tensor] = []
+            for stop in stops:
+                with isolated(self.call.model, replay):
+                    recording = self._runner.forward(stop.image(self.call.x), wanted)
+                found = [self._gradients(recording, score, [sites.INPUT], replay)[0] for score in concrete]
+                weighted = [stop.factor(self.call.x) * gradient for gradient in found]
+                totals = [a + b for a, b in zip(totals, weighted, strict=True)] if totals else weighted
+            for need in needs:
+                self._grads[need.site, need.score, path] = totals[concrete.index(self._concrete(need.score))]
+            return
 
         runner = self._runner  # not self: the backward keeps this function
 

@@ -21,6 +21,13 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def undistributed(model: nn.Module) -> nn.Module:
+    """The module inside data-parallel wrappers, compiled as it may be."""
+    while isinstance(model, (DataParallel, DistributedDataParallel)):
+        model = model.module
+    return model
+
+
 def compiled(model: nn.Module) -> bool:
     """Whether any part of a model is compiled, by `torch.compile(module)` or by `module.compile()`."""
     return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules())

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from attrreg.needs import Grad, Need, Value
-from attrreg.objectives import Objective, SquaredOutside
-from attrreg.regularizer import MapRegularizer, check_score_and_objective
+from attrreg.objectives import Objective, SquaredOutside, check_score_and_objective
+from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
 from attrreg.sites import SPATIAL, check_layer_name
 from attrreg.trace import Trace

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from attrreg.baselines import Baseline, OtherImage, Zero, as_baseline
 from attrreg.needs import Grad, Need
-from attrreg.objectives import Objective, SquaredOutside, requires_region
+from attrreg.objectives import Objective, SquaredOutside, check_score_and_objective, requires_region
 from attrreg.points import RULES, Path, Quadrature, RandomPlaces
-from attrreg.regularizer import MapRegularizer, check_score_and_objective
+from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
 from attrreg.sites import INPUT
 from attrreg.trace import Trace

@@ -1,0 +1,137 @@
+"""Finite differences: the gradients of the exact engine where the network is smooth, without a second derivative."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import attrreg
+from attrreg import baselines, engines, scores
+from attrreg.regularizer import AttributionRegularizer
+from attrreg.trace import passes
+from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
+
+FINE = engines.FiniteDifference(step=1e-4)
+REGULARIZERS: dict[str, AttributionRegularizer] = {
+    "input_gradient": attrreg.InputGradient(),
+    "input_x_gradient": attrreg.InputXGradient(score=scores.SumLogProb()),
+    "integrated_gradients": attrreg.IntegratedGradients(steps=3),
+    "expected_gradients": attrreg.ExpectedGradients(samples=2, baseline=baselines.Noise()),
+    "gradcam": attrreg.GradCAM(layer="body"),
+    "gradcam_auto": attrreg.GradCAM(),
+    "activation_difference": attrreg.ActivationDifference(),
+    "random_projection": attrreg.InputGradient(score=scores.RandomProjection()),
+    "sum": 1.0 * attrreg.InputGradient() + 0.5 * attrreg.GradCAM(layer="body") + 0.1 * attrreg.ActivationDifference(),
+}
+
+
+@pytest.mark.parametrize("name", REGULARIZERS)
+@pytest.mark.parametrize("attached", [False, True])
+def test_gradients_are_those_of_the_exact_engine(name: str, attached: bool) -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    found = []
+    for engine in (engines.DoubleBackward(), FINE):
+        regularizer = REGULARIZERS[name].using(engine)
+        generator = torch.Generator().manual_seed(3)
+        handle = regularizer.attach(model) if attached else None
+        model(x)
+        value = regularizer(model, x, mask, target, generator=generator)
+        if handle is not None:
+            handle.remove()
+        found.append([value, *gradients(model, value)])
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-12, atol=0)
+    assert_close(found[1][1:], found[0][1:], 1e-6)
+
+
+@pytest.mark.parametrize("name", ["input_gradient", "gradcam", "integrated_gradients"])
+def test_gradients_reach_what_made_the_images(name: str) -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    found = []
+    for engine in (engines.DoubleBackward(), FINE):
+        x.requires_grad_()
+        images = x.tanh()
+        found.append(torch.autograd.grad(REGULARIZERS[name].using(engine)(model, images, mask, target), x)[0])
+    assert_close([found[1]], [found[0]], 1e-6)
+
+
+def test_passes_are_counted() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    with passes() as counter:
+        REGULARIZERS["sum"].using(FINE)(model, x, mask, target)
+    assert (counter.forward, counter.backward) == (4, 1)  # clean, masked, there and back
+
+
+def test_a_transformer_keeps_its_fused_attention() -> None:
+    family = FAMILIES["vit"]
+    torch.manual_seed(0)
+    model, (x, mask, target) = family.build().eval(), batch(size=family.size)
+    exact = gradients(model, attrreg.InputGradient()(model, x, mask, target))
+    seen: list[Any] = []
+    kernel = F.scaled_dot_product_attention
+
+    def watched(*args: Any, **settings: Any) -> Tensor:
+        seen.append(torch.backends.cuda.flash_sdp_enabled())
+        return kernel(*args, **settings)
+
+    regularizer = attrreg.InputGradient().using(engines.FiniteDifference())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", watched)
+        value = regularizer(model, x, mask, target)
+    assert seen and all(seen)
+    one, other = (torch.cat([g.flatten() for g in found]) for found in (exact, gradients(model, value)))
+    assert float(F.cosine_similarity(one, other, dim=0)) > 0.99
+
+
+def test_draws_are_replayed_and_nothing_is_left() -> None:
+    model, (x, mask, target) = nn.Sequential(SmoothNet(), nn.Dropout(0.5)).double().train(), smooth_batch()
+    found = []
+    for engine in (engines.DoubleBackward(), FINE):
+        torch.manual_seed(5)
+        before = torch.get_rng_state()
+        value = attrreg.InputGradient().using(engine)(model, x, mask, target)
+        assert torch.equal(before, torch.get_rng_state())
+        found.append(gradients(model, value))
+    assert_close(found[1], found[0], 1e-6)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_buffers_move_once() -> None:
+    family = FAMILIES["resnet"]
+    model, (x, mask, target) = family.build().train(), batch(size=family.size)
+    before = [buffer.clone() for buffer in model.buffers()]
+    attrreg.InputGradient().using(engines.FiniteDifference())(model, x, mask, target)
+    for old, new in zip(before, model.buffers(), strict=True):
+        torch.testing.assert_close(old, new, rtol=0, atol=0)
+
+
+def test_a_recording_that_cannot_be_differentiated_twice_is_not_used() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    with attrreg.InputGradient().using(FINE).attach(model):
+        model(x)
+        with passes() as counter:
+            attrreg.InputGradient()(model, x, mask, target)
+    assert counter.forward == 1
+
+
+def test_zero_directions_give_zero() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    value = attrreg.InputGradient().using(FINE)(model, x, torch.ones_like(mask), target)
+    assert float(value.detach()) == 0
+    assert all(gradient.isfinite().all() and not gradient.any() for gradient in gradients(model, value))
+
+
+def test_engines_are_part_of_the_value() -> None:
+    regularizer = (2.0 * attrreg.InputGradient() + attrreg.GradCAM()).using(engines.FiniteDifference(step=0.1))
+    assert eval(repr(regularizer)) == regularizer
+    assert (3 * regularizer).engine == regularizer.engine == regularizer.reduced("sum").engine
+    assert attrreg.InputGradient().named("a").using(FINE).named("b").engine == FINE
+    with pytest.raises(ValueError, match="engine"):
+        regularizer + attrreg.ActivationDifference()
+    with pytest.raises(TypeError, match="engine"):
+        attrreg.InputGradient().using("fd")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="step"):
+        engines.FiniteDifference(step=0)
