@@ -21,6 +21,7 @@ from attrreg import AttributionRegularizer, Scheduled, sites
 from attrreg.baselines import Shuffle
 from attrreg.bench.cases import Case
 from attrreg.bench.measure import Step
+from attrreg.engines import FiniteDifference
 from attrreg.schedules import Every
 
 Loss = Callable[[Case], Tensor]
@@ -42,7 +43,7 @@ FLOORS = {INPUT_GRADIENT: 2.0, GRAD_CAM: 1.0, ACTIVATION_DIFFERENCE: 2.0, SUM: 3
 PLAIN, DETACHED, TODAY = "plain step", "detached", "own forward + create_graph"
 CAPTUM, PAPER = "Captum, made differentiable", "paper's formula, shared forward"
 UNATTACHED, ATTACHED, CHUNKED = "attrreg, unattached", "attrreg, attached", "attrreg, attached, chunk=1"
-LAZY = "attrreg, attached, every 4 steps"
+LAZY, MOVED = "attrreg, attached, every 4 steps", "attrreg, attached, finite difference"
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ def strategies(penalty: str, case: Case) -> list[Strategy]:
     """All ways to train with one of the penalties, the plain step first."""
     plain = Strategy(PLAIN, lambda case: _cross_entropy(case, case.model(case.x)))
     lazy = Scheduled(REGULARIZERS[penalty], Every(4))
-    lazily = [Strategy(LAZY, _with(lazy), lazy, count=4)] if penalty == INPUT_GRADIENT else []
-    return [plain, *TODAYS[penalty](case), *_ours(REGULARIZERS[penalty]), *lazily]
+    moved = REGULARIZERS[penalty].using(FiniteDifference())
+    others = [Strategy(LAZY, _with(lazy), lazy, count=4), Strategy(MOVED, _with(moved), moved)] if penalty == INPUT_GRADIENT else []
+    return [plain, *TODAYS[penalty](case), *_ours(REGULARIZERS[penalty]), *others]
 
 
 def of_curve(varied: str, value: int, case: Case) -> list[Strategy]:
