@@ -29,18 +29,22 @@ class Annotation:
     Attributes:
         relevant: `(N, 1, H, W)` in [0, 1], on the device of `x`; ones for the images without annotation.
         annotated: boolean `(N,)`.
+        count: how many are annotated, and `batch` how many images there are, of the whole batch where this is a part of it.
     """
 
     relevant: Tensor
     annotated: Tensor
+    count: int
+    batch: int
 
     def mean(self, per_image: Tensor, reduction: str) -> Tensor:
         """Reduce a penalty `(N,)` over the annotated images; exactly 0, still connected, when there are none."""
-        kept = torch.where(self.annotated, per_image, torch.zeros_like(per_image)).sum()
-        if reduction == "sum":
-            return kept
-        count = self.annotated.sum() if reduction == "mean" else per_image.shape[0]
-        return kept / torch.as_tensor(count, device=per_image.device).clamp(min=1)
+        mean = torch.where(self.annotated, per_image, torch.zeros_like(per_image)).sum() / self.annotated.sum().clamp(min=1)
+        return mean if reduction == "mean" else mean * (self.count if reduction == "sum" else self.count / self.batch)
+
+    def part(self, indices: Tensor) -> Annotation:
+        """Some of the annotated images, to stand for all of them."""
+        return Annotation(self.relevant[indices], self.annotated[indices], self.count, self.batch)
 
 
 def check(mask: Tensor, x: Tensor, annotated: Tensor | None, needs_region: str | None = None) -> Annotation:
@@ -61,7 +65,7 @@ def check(mask: Tensor, x: Tensor, annotated: Tensor | None, needs_region: str |
     # One transfer to the host for all checks of values: each would otherwise wait for the device by itself.
     bad = column & ~((relevant >= 0) & (relevant <= 1))
     empty = flags & (relevant.amax(dim=(1, 2, 3)) <= 0)
-    has_bad, has_empty = torch.stack([bad.any(), empty.any()]).tolist()
+    has_bad, has_empty, count = torch.stack([bad.any(), empty.any(), flags.sum()]).tolist()
     if has_bad:
         raise ValueError(
             "mask has values that are NaN or outside [0, 1]. Scale it (for example `mask / 255`), or say which images have "
@@ -73,7 +77,7 @@ def check(mask: Tensor, x: Tensor, annotated: Tensor | None, needs_region: str |
             f"mask of image {first} has no relevant pixel, and {needs_region} is undefined without one. Leave the image out "
             "with `annotated=`, or use objectives.SquaredOutside() or AbsoluteOutside(), which accept empty masks."
         )
-    return Annotation(torch.where(column, relevant, torch.ones_like(relevant)), flags)
+    return Annotation(torch.where(column, relevant, torch.ones_like(relevant)), flags, count, x.shape[0])
 
 
 def _canonical(mask: Tensor, x: Tensor) -> Tensor:

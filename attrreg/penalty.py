@@ -14,6 +14,7 @@ from attrreg.attach import Attachment
 from attrreg.call import Call, Inputs, Select
 from attrreg.engines import Engine
 from attrreg.needs import Need
+from attrreg.part import check_fraction, part_of
 from attrreg.points import CLEAN
 from attrreg.recompute import trainable_leaves
 from attrreg.state import undone_on_error
@@ -63,6 +64,7 @@ def check(
     generator: torch.Generator | None,
     output: Select,
     inputs: Inputs,
+    fraction: float = 1.0,
 ) -> Call:
     """Check the arguments of a call, before any pass.
 
@@ -75,16 +77,19 @@ def check(
     needs_region = next((who for term in terms if (who := term.regularizer.needs_region)), None)
     annotation = masks.check(mask, x, annotated, needs_region)
     call = Call(model, x, annotation, calls.check_target(target, x), generator, output, inputs)
+    check_fraction(fraction, call)
     for term in terms:
         check_needs(term.regularizer.needs(), call, term.name)
     return call
 
 
-def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward: bool) -> Penalty:
+def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward: bool, fraction: float = 1.0) -> Penalty:
     """Compute the penalty of a sum of terms for checked arguments."""
-    assert call.annotation is not None  # check requires a mask
     with undone_on_error(call.x.device, call.generator):
-        trace = Trace(call, needs_of(terms), differentiable=True, engine=engine)
+        given, needs = call.x, needs_of(terms)
+        call = call if as_users_forward else part_of(call, needs, fraction)
+        assert call.annotation is not None  # check requires a mask
+        trace = Trace(call, needs, differentiable=True, engine=engine)
         trace.run(as_users_forward)
         parts: dict[str, Tensor] = {}
         for term in terms:
@@ -94,16 +99,16 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
                     f"{term.name}: the penalty is {tuple(per_image.shape)}, but must be ({call.x.shape[0]},), one an image. Reduce the map "
                     "over channels and pixels only."
                 )
-            _check_trainable(term.name, per_image, trace)
+            _check_trainable(term.name, per_image, given)
             parts[term.name] = term.weight * call.annotation.mean(per_image, term.reduction)
         total = trace.differentiated(torch.stack([part.to(next(iter(parts.values())).dtype) for part in parts.values()]).sum())
         trace.commit()
     return Penalty(total, {name: part.detach() for name, part in parts.items()}, trace.output if as_users_forward else None)
 
 
-def _check_trainable(name: str, per_image: Tensor, trace: Trace) -> None:
+def _check_trainable(name: str, per_image: Tensor, x: Tensor) -> None:
     """Never a silent no-op: some parameter, or whatever made x, must lie behind the penalty."""
-    if any(leaf is not trace.call.x for leaf in trainable_leaves(per_image)):
+    if any(leaf is not x for leaf in trainable_leaves(per_image)):
         return
     raise RuntimeError(
         f"{name}: the penalty has no path to any trainable parameter, so it could train nothing. Unfreeze parameters that it "

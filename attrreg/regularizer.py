@@ -57,6 +57,7 @@ class AttributionRegularizer(Spec, ABC):
         generator: torch.Generator | None = None,
         output: Select = None,
         inputs: Inputs = None,
+        fraction: float = 1.0,
     ) -> Tensor:
         """Compute the penalty, to be added to the loss.
 
@@ -71,6 +72,8 @@ class AttributionRegularizer(Spec, ABC):
                 or a function.
             inputs: all that the model is called with, if that is more than `x`: a tuple of arguments or a mapping of keywords,
                 with `x` itself among them. The others stay as they are in every pass.
+            fraction: the share of the annotated images to compute the penalty on, drawn anew each call; in expectation the penalty
+                of all. It then runs a forward of its own, attached or not.
 
         Returns:
             A 0-dim tensor: the weighted sum over terms of each term's mean over the annotated images. Exactly 0, with a
@@ -83,10 +86,11 @@ class AttributionRegularizer(Spec, ABC):
 
         Cost:
             One forward and one backward for each distinct point and score, and the double backward that the loss's
-            own backward then contains; the clean forward is free when an attachment recorded it.
+            own backward then contains; the clean forward is free when an attachment recorded it. Unattached, images without
+            annotation are left out of the passes, unless BatchNorm in train mode couples the images.
         """
-        call = penalty.check(self.terms, model, x, mask, target, annotated, generator, output, inputs)
-        return penalty.compute(self.terms, call, self.engine, as_users_forward=False).total
+        call = penalty.check(self.terms, model, x, mask, target, annotated, generator, output, inputs, fraction)
+        return penalty.compute(self.terms, call, self.engine, as_users_forward=False, fraction=fraction).total
 
     def evaluate(
         self,

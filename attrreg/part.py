@@ -1,0 +1,57 @@
+"""A part of the batch: the images that a penalty's own pass has to see."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from attrreg.attach import attached
+from attrreg.call import Call
+from attrreg.needs import Need
+
+COUPLED = (nn.modules.batchnorm._BatchNorm,)
+
+
+def check_fraction(fraction: float, call: Call) -> None:
+    """Check the share of images to compute a penalty on.
+
+    Raises:
+        TypeError, ValueError: naming `fraction`.
+    """
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)):
+        raise TypeError(f"fraction must be a number, got {type(fraction).__name__}. Write for example fraction=0.25.")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}. Write for example fraction=0.25.")
+    if fraction < 1 and call.inputs is not None:
+        raise ValueError("fraction cannot be used with inputs=: which of them go by image is not known. Leave one of the two out.")
+
+
+def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
+    """The call on the images that need a pass: a random share of the annotated ones, or all of those.
+
+    Images without annotation are left out only where that changes nothing but dropout's draws: where the pass is the penalty's
+    own, no BatchNorm in train mode couples the images, and no image is made by draws over the batch.
+    """
+    annotation = call.annotation
+    assert annotation is not None
+    if annotation.count == 0 or call.inputs is not None:
+        return call
+    if fraction == 1:
+        whole = annotation.count == annotation.batch or attached(call.model) is not None
+        if whole or _couples(call.model) or any(need.at.draws for need in needs):
+            return call
+    indices = annotation.annotated.nonzero().squeeze(1)
+    if fraction < 1:
+        device = torch.device("cpu") if call.generator is None else call.generator.device
+        order = torch.randperm(annotation.count, generator=call.generator, device=device)
+        indices = indices[order[: math.ceil(fraction * annotation.count)].to(indices.device).sort().values]
+    target = None if call.target is None else call.target[indices]
+    return replace(call, x=call.x[indices], annotation=annotation.part(indices), target=target)
+
+
+def _couples(model: nn.Module) -> bool:
+    return any(isinstance(module, COUPLED) and (module.training or module.running_mean is None) for module in model.modules())

@@ -1,0 +1,72 @@
+"""How well finite differences agree with double backward: writes a table into docs/paying_less.md.
+
+python -m benchmarks.cosine
+"""
+
+from __future__ import annotations
+
+import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+import attrreg
+from attrreg.bench.cases import MODELS, Case, build
+from attrreg.engines import DoubleBackward, Engine, FiniteDifference
+
+PAGE = Path(__file__).parent.parent / "docs" / "paying_less.md"
+BEGIN, END = "<!-- cosine:begin (written by python -m benchmarks.cosine) -->", "<!-- cosine:end -->"
+STEPS = (1e-1, 1e-2, 1e-3)
+KINDS = {
+    "resnet18": "ReLU, BatchNorm",
+    "resnet50": "ReLU, BatchNorm",
+    "convnext_atto": "GELU, LayerNorm",
+    "efficientnet_b0": "SiLU, BatchNorm",
+    "mobilenetv3_small_100": "ReLU and hardswish, BatchNorm",
+    "vit_tiny_patch16_224": "GELU, LayerNorm",
+    "swin_tiny_patch4_window7_224": "GELU, LayerNorm",
+    "regnety_002": "ReLU, BatchNorm",
+    "densenet121": "ReLU, BatchNorm",
+}
+
+
+def gradient(case: Case, engine: Engine) -> Tensor:
+    """The penalty's gradient of all parameters, as one vector."""
+    torch.manual_seed(0)
+    value = attrreg.InputGradient().using(engine)(case.model, case.x, case.mask, case.y)
+    parameters = list(case.model.parameters())
+    found = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+    return torch.cat([part.flatten() for part in found])
+
+
+def cosines(name: str, train: bool) -> list[float]:
+    """One for each step."""
+    case = build(name, batch=8, size=64, device=torch.device("cpu"))
+    case.model.train(train)
+    exact = gradient(case, DoubleBackward())
+    return [float(F.cosine_similarity(exact, gradient(case, FiniteDifference(step)), dim=0)) for step in STEPS]
+
+
+def main() -> None:
+    """Measure and write."""
+    steps = [f"{step:g}" for step in STEPS]
+    lines = [
+        "| model | | " + " | ".join([*(f"train, step {step}" for step in steps), *(f"eval, {step}" for step in steps)]) + " |",
+        "|---" * (2 + 2 * len(STEPS)) + "|",
+    ]
+    for name in track(MODELS, "cosines", console=Console()):
+        values = [f"{value:.3f}" for train in (True, False) for value in cosines(name, train)]
+        lines.append(f"| {name} | {KINDS[name]} | " + " | ".join(values) + " |")
+    note = f"{datetime.date.today().isoformat()}, torch {version('torch')}, timm {version('timm')}; batches of 8, 64 px, on the CPU."
+    text = PAGE.read_text()
+    before, after = text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
+    PAGE.write_text(before + "\n\n".join([BEGIN, "\n".join(lines), note, END]) + after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The benchmark compares like with like, and says what it measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from attrreg.bench import measure, report, run, strategies
+from attrreg.bench.cases import Case, build
+from attrreg.bench.measure import Cost, Step
+from attrreg.cli import build_app
+from benchmarks import check
+from tests.models import assert_close
+
+CPU = torch.device("cpu")
+MODELS = ["test_resnet", "test_vit", "test_efficientnet", "mobilenetv3_small_050"]
+
+
+def gradients_by_way(case: Case, penalty: str) -> dict[str, list[torch.Tensor]]:
+    """The gradients of the whole loss, as each way leaves them."""
+    found = {}
+    for strategy in strategies.strategies(penalty, case):
+        torch.manual_seed(0)
+        model: nn.Module = case.model
+        handle = strategy.attach.attach(model) if strategy.attach is not None else None
+        strategy.loss(case).backward()
+        if handle is not None:
+            handle.remove()
+        parameters = list(model.parameters())
+        found[strategy.name] = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+        model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("penalty", [strategies.INPUT_GRADIENT, strategies.GRAD_CAM])
+def test_todays_ways_and_ours_train_with_the_same_gradients(name: str, penalty: str) -> None:
+    case = build(name, batch=2, size=160 if name == "test_vit" else 64, device=CPU)
+    case.model.eval()  # no draws
+    case = Case(case.name, case.model.double(), case.x.double(), case.y, case.mask)
+    found = gradients_by_way(case, penalty)
+    for way in (strategies.CAPTUM, strategies.UNATTACHED, strategies.ATTACHED):
+        if way in found:  # Captum reads tokens as channels
+            assert_close(found[way], found[strategies.TODAY], 1e-6)
+    assert found.keys() >= {strategies.PLAIN, strategies.TODAY, strategies.UNATTACHED, strategies.ATTACHED}
+
+
+@pytest.mark.parametrize("penalty", strategies.PENALTIES)
+def test_every_way_runs(penalty: str) -> None:
+    case = build("test_resnet", batch=2, size=64, device=CPU)
+    steps = {strategy.name: strategy.prepare(case) for strategy in strategies.strategies(penalty, case)}
+    notes: list[int] = []
+    found = measure.costs(steps, strategies.PLAIN, 2, 1, lambda: notes.append(1))
+    assert len(notes) == 3 and found[strategies.PLAIN].ratio == found[strategies.PLAIN].memory == 1
+    ours, today = (found[way].operations for way in (strategies.ATTACHED, strategies.TODAY))
+    assert ours <= found[strategies.UNATTACHED].operations <= 1.3 * today
+
+
+def test_memory_is_that_of_what_is_alive() -> None:
+    case = build("test_resnet", batch=2, size=64, device=CPU)
+
+    def keep_two() -> None:
+        one = torch.zeros(1000)
+        other = one + 1
+        del one, other
+        torch.zeros(500)
+
+    assert measure.peak(Step(keep_two, case)) == 8000
+
+
+@pytest.mark.parametrize("name", ["no_such_model", "vit_tiny_patch16_224"])
+def test_a_model_that_cannot_be_measured_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        build(name, batch=2, size=40, device=CPU)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    out = tmp_path / "x.json"
+    options = {"--model": "test_resnet", "--penalty": "InputGradient", "--rounds": "1", "--batch": "2", "--out": str(out)}
+    arguments = [part for option in options.items() for part in option]
+    result = CliRunner().invoke(build_app(), ["bench", "--no-curves", *arguments])
+    assert result.exit_code == 0, result.output
+    record = report.load(out)
+    assert list(record.costs) == ["test_resnet"] and record.environment["versions"]["torch"]
+    assert json.loads(json.dumps(record.as_dict())) == json.loads(out.read_text())
+    assert "attrreg, attached" in out.with_suffix(".md").read_text() and out.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--model", "no_such"], ["--penalty", "NoSuch"], ["--out", "x.txt"], ["--autocast", "float33"], ["--batch", "0"]]
+)
+def test_bad_options(arguments: list[str], tmp_path: Path) -> None:
+    before = ["bench", "--rounds", "1", *([] if "--out" in arguments else ["--out", str(tmp_path / "x.json")])]
+    result = CliRunner().invoke(build_app(), [*before, *arguments])
+    assert result.exit_code == 2 and arguments[0] in result.output.replace("│", "")
+
+
+def record_with(ratio: float, memory: float) -> run.Record:
+    plan = run.Plan(("resnet18",), (strategies.INPUT_GRADIENT,), 2, 64, 1, 0, False, "cpu", None)
+    ways = {strategies.TODAY: Cost(4.0, 4, 4, 1, 1, 4.0, 1, 3), strategies.LAZY: Cost(1.3, 1, 1, 1, 1, 1, 1, 1)}
+    ours = Cost(ratio, ratio, ratio, 1, 1, memory, 1, 2)
+    return run.Record(plan, run.environment("cpu"), {"resnet18": {strategies.INPUT_GRADIENT: {**ways, strategies.ATTACHED: ours}}})
+
+
+def test_promises_are_kept_or_missed(tmp_path: Path) -> None:
+    assert all(promise.kept for promise in check.promises(record_with(2.1, 2.0)))
+    slow = {promise.text for promise in check.promises(record_with(2.9, 2.0)) if not promise.kept}
+    assert "InputGradient: time" in slow and "InputGradient: memory" not in slow
+    report.save(record_with(2.1, 3.9), tmp_path / "large.json")
+    assert check.main(tmp_path / "large.json") == 1
+    report.save(record_with(2.1, 2.0), tmp_path / "kept.json")
+    assert check.main(tmp_path / "kept.json") == 0
+
+
+def test_losses_are_named() -> None:
+    assert "slower than *own forward" in report.markdown(record_with(4.5, 2.0))
+    assert "Nowhere in this run" in report.markdown(record_with(2.0, 2.0))

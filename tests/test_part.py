@@ -1,0 +1,97 @@
+"""A penalty's own pass sees the images that it needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attrreg
+from attrreg.regularizer import Reduction
+from attrreg.trace import passes
+from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
+
+TERM = attrreg.InputGradient()
+
+
+class Watched(nn.Module):
+    """Remembers how many images it saw."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Any:
+        self.seen.append(x.shape[0])
+        return self.model(x)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
+def test_images_without_annotation_are_left_out_and_nothing_else_changes(reduction: Reduction) -> None:
+    model, (x, mask, target) = Watched(SmoothNet().double()), smooth_batch(5)
+    annotated = torch.tensor([True, False, False, True, False])
+    regularizer = (TERM + attrreg.GradCAM(layer="model.body")).reduced(reduction)
+    value = regularizer(model, x, mask, target, annotated=annotated)
+    with regularizer.attach(model):
+        model(x)
+        whole = regularizer(model, x, mask, target, annotated=annotated)
+    assert model.seen == [2, 5]
+    torch.testing.assert_close(value, whole, rtol=1e-12, atol=0)
+    assert_close(gradients(model, value), gradients(model, whole), 1e-10)
+
+
+def test_coupled_images_all_take_part() -> None:
+    family = FAMILIES["resnet"]
+    model, (x, mask, target) = Watched(family.build()), batch(4, size=family.size)
+    annotated = torch.tensor([True, False, False, True])
+    TERM(model.train(), x, mask, target, annotated=annotated)
+    TERM(model.eval(), x, mask, target, annotated=annotated)
+    attrreg.ActivationDifference()(model, x, mask, target, annotated=annotated)  # shuffles: draws for each image
+    TERM(model, x, mask, target, annotated=torch.zeros(4, dtype=torch.bool))  # none: the same work as the other ranks of a run
+    assert model.seen == [4, 2, 4, 4, 4]
+
+
+def test_a_fraction_is_unbiased() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch(4)
+    generator = torch.Generator().manual_seed(0)
+    annotated = torch.tensor([True, True, False, True])
+    whole = TERM(model, x, mask, target, annotated=annotated)
+    each = [float(TERM(model, x[[i]], mask[[i]], target[[i]]).detach()) for i in (0, 1, 3)]
+    found = [TERM(model, x, mask, target, annotated=annotated, fraction=0.3, generator=generator) for _ in range(60)]
+    drawn = {round(float(value.detach()), 9) for value in found}
+    assert drawn == {round(value, 9) for value in each}  # one image each time, and each at some time
+    assert sum(each) / 3 == pytest.approx(float(whole.detach()))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
+def test_a_fraction_keeps_the_scale_of_a_reduction(reduction: Reduction) -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch(4)
+    x, mask, target = x[:1].expand(4, -1, -1, -1).contiguous(), mask[:1].expand(4, -1, -1), target[:1].expand(4)  # all alike
+    regularizer = TERM.reduced(reduction)
+    torch.testing.assert_close(regularizer(model, x, mask, target, fraction=0.5), regularizer(model, x, mask, target))
+
+
+def test_a_fraction_leaves_a_recorded_forward_alone() -> None:
+    model, (x, mask, target) = Watched(SmoothNet().double()), smooth_batch(4)
+    with TERM.attach(model):
+        model(x)
+        with passes() as counter:
+            TERM(model, x, mask, target, fraction=0.5)
+            TERM(model, x, mask, target)
+    assert model.seen == [4, 2] and counter.forward == 1
+
+
+@pytest.mark.parametrize(("fraction", "kind"), [(0, ValueError), (1.5, ValueError), ("half", TypeError), (True, TypeError)])
+def test_bad_fractions(fraction: Any, kind: type[Exception]) -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    with pytest.raises(kind, match="fraction"):
+        TERM(model, x, mask, target, fraction=fraction)
+
+
+def test_a_fraction_of_unknown_inputs_is_refused() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    with pytest.raises(ValueError, match="fraction"):
+        TERM(model, x, mask, target, fraction=0.5, inputs=(x,))
