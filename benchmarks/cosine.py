@@ -41,7 +41,7 @@ def gradient(case: Case, engine: Engine) -> Tensor:
     value = attrreg.InputGradient().using(engine)(case.model, case.x, case.mask, case.y)
     parameters = list(case.model.parameters())
     found = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
-    return torch.cat([part.flatten() for part in found])
+    return torch.cat([part.flatten() for part in found]).double()
 
 
 def cosines(name: str, train: bool) -> list[float]:
