@@ -262,18 +262,6 @@ class Trace:
         wanted = {sites.INPUT: True} | {score.site: False for score in concrete}
         stops = path.stops(self.call.x.detach(), self.call.mask, self._generator(seed))
 
-        if self._differentiable and not self._runner.twice:
-            totals: list[Tensor] = []
-            for stop in stops:
-                with isolated(self.call.model, replay):
-                    recording = self._runner.forward(stop.image(self.call.x), wanted)
-                found = [self._gradients(recording, score, [sites.INPUT], replay)[0] for score in concrete]
-                weighted = [stop.factor(self.call.x) * gradient for gradient in found]
-                totals = [a + b for a, b in zip(totals, weighted, strict=True)] if totals else weighted
-            for need in needs:
-                self._grads[need.site, need.score, path] = totals[concrete.index(self._concrete(need.score))]
-            return
-
         runner = self._runner  # not self: the backward keeps this function
 
         def gradients(image: Tensor, create_graph: bool) -> list[Tensor]:
@@ -281,7 +269,14 @@ class Trace:
                 recording = runner.forward(image, wanted)
             return [runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in concrete]
 
-        sums = along(stops, self.call.model, self.call.x, gradients, path.chunk, self._differentiable)
+        def leaves(image: Tensor, create_graph: bool) -> list[Tensor]:
+            with isolated(runner.call.model, replay):
+                recording = runner.forward(image, wanted)
+            return [self._gradients(recording, score, [sites.INPUT], replay)[0] for score in concrete]
+
+        # Leaves are moved by in passes of their own: there is no graph of theirs to recompute.
+        taken, chunk = (gradients, path.chunk) if runner.twice or not self._differentiable else (leaves, None)
+        sums = along(stops, self.call.model, self.call.x, taken, chunk, self._differentiable)
         for need in needs:
             self._grads[need.site, need.score, path] = sums[concrete.index(self._concrete(need.score))]
 

@@ -14,36 +14,26 @@ import typer
 
 from attrreg.bench import report
 from attrreg.bench.command import bench
+from benchmarks import check
+from benchmarks.page import ROOT, write_section
 
-ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
-
-
-def results(device: str) -> Path:
-    """Where the numbers of the page are kept."""
-    return ROOT / "benchmarks" / "results" / f"{device}.json"
 
 
 def write_page(numbers: Path) -> None:
     """Put a run's tables between the page's marks, and its pictures beside the page."""
     device = numbers.stem
-    begin, end = f"<!-- {device}:begin (written by python -m benchmarks) -->", f"<!-- {device}:end -->"
-    text = PAGE.read_text()
-    before, after = text[: text.index(begin)], text[text.index(end) + len(end) :]
     pictures = []
     for source, name, words in (
         (numbers.with_suffix(".png"), f"performance-{device}.png", "time and memory of each way"),
-        (
-            numbers.with_name(f"{device}-curves.png"),
-            f"performance-{device}-curves.png",
-            "time and memory against batch, size and steps",
-        ),
+        (numbers.with_name(f"{device}-curves.png"), f"performance-{device}-curves.png", "time and memory against batch, size and steps"),
     ):
         if source.exists():
             shutil.move(source, PAGE.with_name(name))
+        if PAGE.with_name(name).exists():
             pictures.append(f"![{words}]({name})")
-    section = "\n\n".join([begin, report.markdown(report.load(numbers)), *pictures, end])
-    PAGE.write_text(before + section + after)
+    record = report.load(numbers)
+    write_section(PAGE, device, "python -m benchmarks", report.markdown(record), check.missed(record), *pictures)
     numbers.with_suffix(".md").unlink(missing_ok=True)
 
 
@@ -53,7 +43,7 @@ def main() -> None:
     device = next((b for a, b in zip(sys.argv, sys.argv[1:], strict=False) if a == "--device"), "cpu").split(":")[0]
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(bench)
-    numbers = results(device)
+    numbers = check.results(device)
     numbers.parent.mkdir(exist_ok=True)
     app(args=[*sys.argv[1:], *(["--out", str(numbers)] if own else [])], standalone_mode=not own, prog_name="python -m benchmarks")
     if own:

@@ -20,7 +20,7 @@ from torch import nn
 from attrreg.bench import report
 from attrreg.bench import strategies as ways
 from attrreg.bench.run import Record, ratios
-from benchmarks.__main__ import results
+from benchmarks.page import ROOT
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,21 @@ def _least(text: str, values: dict[str, float], bound: float) -> Promise:
 def _has_depthwise(name: str) -> bool:
     model = timm.create_model(name)
     return any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels and m.groups > 1 for m in model.modules())
+
+
+def results(device: str) -> Path:
+    """Where the numbers of the page are kept."""
+    return ROOT / "benchmarks" / "results" / f"{device}.json"
+
+
+def missed(record: Record) -> str:
+    """The promises that a record breaks, for the page."""
+    lines = [
+        f"- {promise.text}: {promise.value:.3f} ({promise.where}), promised {'at least' if promise.least else 'at most'} {promise.bound:g}"
+        for promise in promises(record)
+        if not promise.kept
+    ]
+    return "\n".join(["### Promises of `python -m benchmarks.check` that this run misses", "", *(lines or ["None."])])
 
 
 def main(numbers: Path) -> int:

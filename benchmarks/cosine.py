@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,9 @@ from torch import Tensor
 import attrreg
 from attrreg.bench.cases import MODELS, Case, build
 from attrreg.engines import DoubleBackward, Engine, FiniteDifference
+from benchmarks.page import ROOT, write_section
 
-PAGE = Path(__file__).parent.parent / "docs" / "paying_less.md"
-BEGIN, END = "<!-- cosine:begin (written by python -m benchmarks.cosine) -->", "<!-- cosine:end -->"
+PAGE = ROOT / "docs" / "paying_less.md"
 STEPS = (1e-1, 1e-2, 1e-3)
 KINDS = {
     "resnet18": "ReLU, BatchNorm",
@@ -63,9 +62,7 @@ def main() -> None:
         values = [f"{value:.3f}" for train in (True, False) for value in cosines(name, train)]
         lines.append(f"| {name} | {KINDS[name]} | " + " | ".join(values) + " |")
     note = f"{datetime.date.today().isoformat()}, torch {version('torch')}, timm {version('timm')}; batches of 8, 64 px, on the CPU."
-    text = PAGE.read_text()
-    before, after = text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
-    PAGE.write_text(before + "\n\n".join([BEGIN, "\n".join(lines), note, END]) + after)
+    write_section(PAGE, "cosine", "python -m benchmarks.cosine", "\n".join(lines), note)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- demo:begin (written by python -m benchmarks.readme) -->", "<!-- demo:end -->"
+from benchmarks.page import ROOT, write_section
 
 
 def table(run: dict[str, Any]) -> list[str]:
@@ -33,7 +32,7 @@ def table(run: dict[str, Any]) -> list[str]:
     return lines
 
 
-def section(run: dict[str, Any], day: datetime.date) -> str:
+def section(run: dict[str, Any], day: datetime.date) -> list[str]:
     """What stands between the two marks."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "captum"))
     where = f"{platform.machine()} CPU, {os.cpu_count()} cores, {run['threads']} thread(s), Python {platform.python_version()}, {packages}"
@@ -44,7 +43,7 @@ def section(run: dict[str, Any], day: datetime.date) -> str:
         "before and after training; the step cost is a multiple of a plain step."
     )
     note = f"Seed {run['seed']}, {day.isoformat()}, {where}; by `attrreg demo`."
-    return "\n".join([BEGIN, "", intro, "", *table(run), "", note, "", END])
+    return [intro, "\n".join(table(run)), note]
 
 
 def main(numbers: Path | None) -> None:
@@ -56,10 +55,7 @@ def main(numbers: Path | None) -> None:
         run = json.loads(numbers.read_text())
         day = datetime.date.fromtimestamp(numbers.stat().st_mtime)
         shutil.copy(numbers.with_suffix(".png"), ROOT / "docs" / "demo.png")
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, after = text[: text.index("<!-- demo:begin")], text[text.index(END) + len(END) :]
-    readme.write_text(before + section(run, day) + after)
+    write_section(ROOT / "README.md", "demo", "python -m benchmarks.readme", *section(run, day))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from attrreg.progress import bar
 from benchmarks import zoo_report
 from benchmarks.zoo_check import TOLERANCE
 from benchmarks.zoo_models import Entry, catalog, ranked
@@ -73,13 +73,13 @@ def _measure(
     """Check the models that the file does not have yet; returns all records by key."""
     records = _read(file, again)
     todo = sorted((entry for entry in chosen if entry.key not in records), key=lambda entry: entry.params)
-    with _progress(console) as progress, file.open("a") as lines:
-        task = progress.add_task("models", total=len(chosen), completed=len(chosen) - len(todo))
+    with bar(console, len(chosen)) as advance, file.open("a") as lines:
+        advance("models", len(chosen) - len(todo))
         for record in _run(todo, jobs, limit, memory, quick):
             lines.write(json.dumps(record) + "\n")
             lines.flush()
             records[record["key"]] = record
-            progress.update(task, advance=1, description=record["key"])
+            advance(record["key"], 1)
     return records
 
 
@@ -148,17 +148,6 @@ def _child(sender: Connection, entry: Entry, memory: float, quick: bool) -> None
     sender.send({"size": subject.size})
     for result in check(subject, float64=not quick):
         sender.send({"results": [asdict(result)]})
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:40}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 if __name__ == "__main__":

@@ -66,7 +66,6 @@ def bench(
             record = run.measure(plan, lambda doing: advance(doing, 1), lambda record: report.save(record, out))
     except ValueError as error:  # a model that there is not, or that does not take such images
         raise typer.BadParameter(str(error), param_hint="--model") from None
-    report.save(record, out)
     out.with_suffix(".md").write_text(report.markdown(record) + "\n")
     report.plot(record, out.with_suffix(".png"))
     if record.curves:

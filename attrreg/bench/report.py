@@ -12,7 +12,7 @@ from rich.table import Table
 
 from attrreg.bench.measure import Cost
 from attrreg.bench.run import Record, names, ratios
-from attrreg.bench.strategies import ATTACHED, FLOORS
+from attrreg.bench.strategies import ATTACHED, DETACHED, FLOORS, INTEGRATED_GRADIENTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +60,7 @@ def _conditions(record: Record) -> str:
     return (
         f"Measured {where['date']} on {machine}; attrreg {where['attrreg']}, {packages}, Python {where['python']}; batches of {plan.batch} "
         f"images of {plan.size} px, {plan.autocast or 'float32'}, {plan.rounds} rounds after {plan.warmup} of warm-up (the path method: "
-        f"{plan.rounds_of('IntegratedGradients(8)')[0] if any('Integrated' in p for p in plan.penalties) else plan.rounds})."
+        f"{plan.rounds_of(INTEGRATED_GRADIENTS)[0]})."
     )
 
 
@@ -94,7 +94,7 @@ def _losses(record: Record) -> str:
             for model, theirs in ratios(record, penalty, way):
                 ours = record.costs[model][penalty][ATTACHED]
                 what = [word for word, a, b in (("slower", ours.ratio, theirs.ratio), ("larger", ours.memory, theirs.memory)) if a >= b]
-                if what and way != "detached":  # which is not a penalty that trains anything
+                if what and way != DETACHED:  # which is not a penalty that trains anything
                     lines.append(f"- {penalty}, {model}: {' and '.join(what)} than *{way}*")
     return "\n".join(["### Where attrreg, attached, does not win", "", *(lines or ["Nowhere in this run."])])
 

@@ -72,8 +72,7 @@ class Geometry:
         Then a library's weight gradient is slower than the product that it is, mostly by laying out the weights.
         """
         few = gy.shape[0] * gy[0, 0].numel() <= w.shape[0] // 2
-        usual = x.dim() == 4 and self.groups == 1 and not self.transposed and x.device.type == "cpu"
-        return few and usual and x.dtype in (torch.float32, torch.float64) and x.numel() > 0
+        return few and x.dim() == 4 and self.groups == 1 and not self.transposed and _by_products(x)
 
     def _product_of_columns(self, gy: Tensor, x: Tensor, w: Tensor) -> Tensor:
         columns = F.unfold(x, tuple(w.shape[2:]), tuple(self.dilation), tuple(self.padding), tuple(self.stride)).transpose(0, 1).flatten(1)
@@ -81,13 +80,17 @@ class Geometry:
         return gw
 
     def _is_pointwise(self, x: Tensor, w: Tensor) -> bool:
-        alone = w[0, 0].numel() == 1 and self.plain and x.device.type == "cpu"
-        return alone and x.dtype in (torch.float32, torch.float64) and x.numel() > 0
+        return w[0, 0].numel() == 1 and self.plain and _by_products(x)
 
     @cached_property
     def plain(self) -> bool:
         """Whether every position is looked at once, by all channels."""
         return not self.transposed and self.groups == 1 and set(self.stride) == {1} and not any(self.padding)
+
+
+def _by_products(x: Tensor) -> bool:
+    """Whether matrix products are worth considering: on the CPU, in the types that its kernels for convolutions are slow in."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.numel() > 0
 
 
 def _bias_gradient(gy: Tensor) -> Tensor:
