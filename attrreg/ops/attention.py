@@ -27,6 +27,11 @@ aten = torch.ops.aten
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    """With the last axis dense: the CPU's kernel reads past anything else without a word."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """P."""
     scores = (q * scale) @ k.transpose(-2, -1)
@@ -41,9 +46,9 @@ class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         ctx.scale = scale
-        # The CPU's kernel is called by name for what its backward needs.
-        ctx.flash = mask is None and q.device.type == "cpu" and q.dim() == 4 and q.shape[-1] == v.shape[-1]
-        if ctx.flash:
+        # The CPU's kernel is called by name for what its backward needs; it wants what PyTorch checks before it picks it.
+        if mask is None and q.device.type == "cpu" and q.dim() == 4 and q.shape[-1] == v.shape[-1] and q.numel() and k.numel():
+            q, k, v = map(_rows, (q, k, v))
             o, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=None, scale=scale)
             ctx.save_for_backward(q, k, v, mask, o, log_sum)
         else:
@@ -78,7 +83,7 @@ class _AttentionGradients(Function):
         ctx.scale = scale
         if log_sum is not None:
             kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
-            return *kernel(go, q, k, v, o, log_sum, 0.0, False, attn_mask=None, scale=scale), None
+            return *kernel(_rows(go), q, k, v, o, log_sum, 0.0, False, attn_mask=None, scale=scale), None
         weights = _weights(q, k, mask, scale)
         gv = weights.transpose(-2, -1) @ go
         inner = aten._softmax_backward_data(go @ v.transpose(-2, -1), weights, -1, q.dtype)
