@@ -85,6 +85,7 @@ class Tap:
         map: str | None = None,
         twice: bool = True,
         moves: Mapping[str, Tensor] = MappingProxyType({}),
+        places: int = 1,
     ) -> None:
         self._model = model
         self._map = map
@@ -99,7 +100,7 @@ class Tap:
         self._written = 0
         self._hooks: list[RemovableHandle] = []
         self._operators = ExitStack()
-        self._phase = Phase()
+        self._phase = Phase(places=places)
 
     def open(self, x: Tensor) -> Tensor:
         """Put the hooks in place, for a forward on `x`; returns the tensor to call the model with."""
@@ -208,9 +209,10 @@ def forward(
     run: Callable[[Tensor], Any],
     twice: bool = True,
     moves: Mapping[str, Tensor] = MappingProxyType({}),
+    places: int = 1,
 ) -> Recording:
-    """Run the model once on `x` by `run`, recording the sites, and moving those that `moves` names."""
-    tap = Tap(model, sites, own=True, twice=twice, moves=moves)
+    """Run the model once on `x`, so many places of a path, by `run`; record the sites, and move those that `moves` names."""
+    tap = Tap(model, sites, own=True, twice=twice, moves=moves, places=places)
     try:
         output = run(tap.open(x))
     finally:

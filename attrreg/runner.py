@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -46,18 +46,29 @@ class Runner:
         self.map = ""
         self._counters = counters
 
+    def repeated(self, times: int) -> Runner:
+        """A runner for so many copies of the images in one batch, that counts for the same blocks."""
+        if times == 1:
+            return self
+        x, target = self.call.x.detach(), self.call.target
+        repeated = None if target is None else target.repeat(times, *[1] * (target.dim() - 1))
+        return Runner(replace(self.call, x=x.repeat(times, 1, 1, 1), target=repeated), self._counters, self.twice)
+
     def forward(
         self,
         image: Tensor,
         wanted: dict[str, bool],
         as_users_forward: bool = False,
         moves: Mapping[str, Tensor] = MappingProxyType({}),
+        places: int = 1,
     ) -> hooks.Recording:
         """Run the model once on an image in place of `x`, recording the wanted sites, and moving those that `moves` names."""
         for counter in self._counters:
             counter.forward += 1
         with suspended(self.call.model):
-            return hooks.forward(self.call.model, image, wanted, lambda fed: self.call.run(fed, as_users_forward), self.twice, moves)
+            return hooks.forward(
+                self.call.model, image, wanted, lambda fed: self.call.run(fed, as_users_forward), self.twice, moves, places
+            )
 
     def backward(self, recording: hooks.Recording, score: Score, wanted: list[str], create_graph: bool) -> list[Tensor]:
         """The gradients of a score at the wanted sites, all from one backward."""

@@ -18,9 +18,10 @@ from attrreg import hooks, sites
 from attrreg.attach import attached
 from attrreg.call import Call
 from attrreg.engines import DoubleBackward, Engine, FiniteDifference
+from attrreg.folding import PathGradients
 from attrreg.needs import Grad, Need, Value
 from attrreg.points import CLEAN, At, Path, Point
-from attrreg.recompute import along, trainable_leaves
+from attrreg.recompute import Gradients, along, trainable_leaves
 from attrreg.runner import Passes, Runner
 from attrreg.scores import Score
 from attrreg.state import Buffers, Rng, isolated
@@ -262,23 +263,33 @@ class Trace:
         wanted = {sites.INPUT: True} | {score.site: False for score in concrete}
         stops = path.stops(self.call.x.detach(), self.call.mask, self._generator(seed))
 
-        runner = self._runner  # not self: the backward keeps this function
-
-        def gradients(image: Tensor, create_graph: bool) -> list[Tensor]:
-            with isolated(runner.call.model, replay):
-                recording = runner.forward(image, wanted)
-            return [runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in concrete]
-
-        def leaves(image: Tensor, create_graph: bool) -> list[Tensor]:
-            with isolated(runner.call.model, replay):
-                recording = runner.forward(image, wanted)
-            return [self._gradients(recording, score, [sites.INPUT], replay)[0] for score in concrete]
-
-        # Leaves are moved by in passes of their own: there is no graph of theirs to recompute.
-        taken, chunk = (gradients, path.chunk) if runner.twice or not self._differentiable else (leaves, None)
+        if self._engine.twice or not self._differentiable:
+            taken: Gradients = PathGradients(self._runner, wanted, concrete, replay)
+            chunk = path.chunk
+        else:  # leaves are moved by in passes of their own: there is no graph of theirs to recompute
+            taken, chunk = _PathLeaves(self, wanted, concrete, replay), None
         sums = along(stops, self.call.model, self.call.x, taken, chunk, self._differentiable)
         for need in needs:
             self._grads[need.site, need.score, path] = sums[concrete.index(self._concrete(need.score))]
+
+
+@dataclass(frozen=True)
+class _PathLeaves:
+    """Gradients at places of a path that finite differences will move by, one place at a time."""
+
+    trace: Trace
+    wanted: dict[str, bool]
+    scores: list[Score]
+    replay: Rng
+
+    def room(self, pending: int) -> int:
+        return 1
+
+    def __call__(self, images: Tensor, places: int, create_graph: bool) -> list[Tensor]:
+        trace = self.trace
+        with isolated(trace.call.model, self.replay):
+            recording = trace._runner.forward(images, self.wanted)
+        return [trace._gradients(recording, score, [sites.INPUT], self.replay)[0] for score in self.scores]
 
 
 def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:
