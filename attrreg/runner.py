@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attrreg import hooks, sites
 from attrreg.attach import attached, suspended
 from attrreg.call import Call
+from attrreg.ops.rectify import Rule
 from attrreg.scores import Score
 
 
@@ -52,12 +53,13 @@ class Runner:
         wanted: dict[str, bool],
         as_users_forward: bool = False,
         moves: Mapping[str, Tensor] = MappingProxyType({}),
+        rule: Rule | None = None,
     ) -> hooks.Recording:
-        """Run the model once on an image in place of `x`, recording the wanted sites, and moving those that `moves` names."""
+        """Run the model once on an image in place of `x`, recording the wanted sites. For `moves` and `rule` see `hooks.Tap`."""
         for counter in self._counters:
             counter.forward += 1
         with suspended(self.call.model):
-            return hooks.forward(self.call.model, image, wanted, lambda fed: self.call.run(fed, as_users_forward), self.twice, moves)
+            return hooks.forward(self.call.model, image, wanted, lambda fed: self.call.run(fed, as_users_forward), self.twice, moves, rule)
 
     def backward(self, recording: hooks.Recording, score: Score, wanted: list[str], create_graph: bool) -> list[Tensor]:
         """The gradients of a score at the wanted sites, all from one backward."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -53,12 +54,10 @@ class IntegratedGradients(MapRegularizer):
 
     def __post_init__(self) -> None:
         check_score_and_objective(self)
-        object.__setattr__(self, "baseline", _baseline(self))
-        if self.rule not in RULES:
-            raise ValueError(f"rule {self.rule!r} is unknown. Use one of {', '.join(map(repr, RULES))}.")
-        _check_count("steps", self.steps, 1 if self.rule == "gausslegendre" else 2)
+        object.__setattr__(self, "baseline", path_baseline(self))
+        check_rule(self.rule, self.steps)
         if self.chunk is not None:
-            _check_count("chunk", self.chunk, 1)
+            check_count("chunk", self.chunk, 1)
 
     @property
     def _path(self) -> Path:
@@ -106,10 +105,10 @@ class ExpectedGradients(MapRegularizer):
 
     def __post_init__(self) -> None:
         check_score_and_objective(self)
-        object.__setattr__(self, "baseline", _baseline(self))
-        _check_count("samples", self.samples, 1)
+        object.__setattr__(self, "baseline", path_baseline(self))
+        check_count("samples", self.samples, 1)
         if self.chunk is not None:
-            _check_count("chunk", self.chunk, 1)
+            check_count("chunk", self.chunk, 1)
 
     @property
     def _path(self) -> Path:
@@ -124,7 +123,7 @@ class ExpectedGradients(MapRegularizer):
         return trace.grad(INPUT, self.score, self._path)
 
 
-def _baseline(regularizer: IntegratedGradients | ExpectedGradients) -> Baseline:
+def path_baseline(regularizer: Any) -> Baseline:
     """The baseline as an object, refused where it makes the objective constant."""
     baseline = as_baseline(regularizer.baseline)
     if baseline.needs_mask and requires_region(regularizer.objective):
@@ -135,6 +134,22 @@ def _baseline(regularizer: IntegratedGradients | ExpectedGradients) -> Baseline:
     return baseline
 
 
-def _check_count(name: str, value: int, least: int) -> None:
+def check_rule(rule: str, steps: int) -> None:
+    """Check a quadrature rule and its number of places.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule {rule!r} is unknown. Use one of {', '.join(map(repr, RULES))}.")
+    check_count("steps", steps, 1 if rule == "gausslegendre" else 2)
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Check a setting that counts.
+
+    Raises:
+        ValueError: naming it.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}. Give a larger one.")

@@ -1,0 +1,23 @@
+"""Captum's attributions as regularizers: `from_captum`, and the kinds that attrreg itself does not have."""
+
+from attrreg.captum.bridge import from_captum
+from attrreg.captum.layer import InternalInfluence, LayerActivation, LayerConductance, LayerGradientXActivation
+from attrreg.captum.neuron import Neuron, NeuronConductance
+from attrreg.captum.noise import NoiseTunnel
+from attrreg.captum.perturbation import FeatureAblation
+from attrreg.captum.rectified import Deconvolution, GuidedBackprop, GuidedGradCam
+
+__all__ = [
+    "Deconvolution",
+    "FeatureAblation",
+    "GuidedBackprop",
+    "GuidedGradCam",
+    "InternalInfluence",
+    "LayerActivation",
+    "LayerConductance",
+    "LayerGradientXActivation",
+    "Neuron",
+    "NeuronConductance",
+    "NoiseTunnel",
+    "from_captum",
+]

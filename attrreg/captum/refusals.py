@@ -1,0 +1,61 @@
+"""Captum's attributions that cannot be trained through, each with its reason and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+_RESCALE = (
+    "Captum's DeepLift hooks hold the multipliers delta out / delta in constant (they detach both), so its parameter gradient is not "
+    "that of its map"
+)
+_RESCALE_OUT = "Use IntegratedGradients, which DeepLift approximates and which adds up to the same difference of scores"
+_LRP = (
+    "Captum's LRP writes activations and relevances through `.data`, and so cuts them off from the parameters; its parameter gradient is "
+    "not that of its map"
+)
+_LRP_OUT = "Use InputXGradient, which the epsilon rule equals on ReLU networks"
+_NO_GRAD = "Captum runs its forwards under torch.no_grad(), so no gradient reaches the parameters"
+_ABLATION_OUT = "Use FeatureAblation(feature_mask=...), which runs here with gradients"
+_LANGUAGE = "it attributes to the tokens of a language model's prompt, and not to images"
+
+# name in captum.attr -> (reason, way out)
+REFUSED: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "DeepLift": (_RESCALE, _RESCALE_OUT),
+        "DeepLiftShap": (_RESCALE, "Use GradientShap, which compares with a distribution of baselines too"),
+        "LayerDeepLift": (_RESCALE, "Use LayerConductance, which adds up to the same difference of scores"),
+        "LayerDeepLiftShap": (_RESCALE, "Use LayerConductance, which adds up to the difference of scores from one baseline"),
+        "NeuronDeepLift": (_RESCALE, "Use NeuronIntegratedGradients, which adds up to the same difference"),
+        "NeuronDeepLiftShap": (_RESCALE, "Use NeuronGradientShap, which compares with a distribution of baselines too"),
+        "LRP": (_LRP, _LRP_OUT),
+        "LayerLRP": (_LRP, "Use LayerGradientXActivation, which the epsilon rule equals on ReLU networks"),
+        "LayerIntegratedGradients": (
+            "Captum computes the layer's activations under torch.no_grad() and runs the rest of the model from detached copies, so nothing "
+            "reaches the layers before",
+            "Use LayerConductance, which adds up to the same difference of scores and is trained through at every layer",
+        ),
+        "LayerGradientShap": (
+            "Captum computes the layer's activations, and all of its samples, under torch.no_grad()",
+            "Use LayerConductance with a baseline, or GradientShap at the image",
+        ),
+        "Occlusion": (_NO_GRAD, _ABLATION_OUT + ", with windows that do not overlap"),
+        "FeaturePermutation": (_NO_GRAD, _ABLATION_OUT + "; permuted images explain one image by the others of the batch"),
+        "ShapleyValueSampling": (_NO_GRAD, _ABLATION_OUT),
+        "ShapleyValues": (_NO_GRAD, _ABLATION_OUT),
+        "Lime": ("Captum fits a linear model to forwards that run under torch.no_grad()", _ABLATION_OUT),
+        "LimeBase": ("Captum fits a linear model to forwards that run under torch.no_grad()", _ABLATION_OUT),
+        "KernelShap": ("Captum fits a linear model to forwards that run under torch.no_grad()", _ABLATION_OUT),
+        "LayerFeatureAblation": (_NO_GRAD, "Use LayerGradientXActivation or LayerConductance, or FeatureAblation at the image"),
+        "LayerFeaturePermutation": (_NO_GRAD, "Use LayerGradientXActivation or LayerConductance, or FeatureAblation at the image"),
+        "NeuronFeatureAblation": (
+            _NO_GRAD,
+            "Use FeatureAblation(feature_mask=..., score=attrreg.captum.Neuron(layer, index)), which is the same map with gradients",
+        ),
+        "DataLoaderAttribution": ("it attributes a statistic of a whole data loader, and not images of a batch", _ABLATION_OUT),
+        "LLMAttribution": (_LANGUAGE, "Use Saliency or IntegratedGradients on images"),
+        "LLMGradientAttribution": (_LANGUAGE, "Use Saliency or IntegratedGradients on images"),
+        "RemoteLLMAttribution": (_LANGUAGE, "Use Saliency or IntegratedGradients on images"),
+    }
+)
+ABSTRACT = ("Attribution", "GradientAttribution", "PerturbationAttribution", "LayerAttribution", "NeuronAttribution")
