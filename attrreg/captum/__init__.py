@@ -1,6 +1,7 @@
-"""Captum's attributions as regularizers: `from_captum`, and the kinds that attrreg itself does not have."""
+"""Captum's attributions as regularizers: `from_captum`, and the kinds that attrreg itself does not have; and the way back."""
 
 from attrreg.captum.bridge import from_captum
+from attrreg.captum.explanation import explanation_func
 from attrreg.captum.layer import InternalInfluence, LayerActivation, LayerConductance, LayerGradientXActivation
 from attrreg.captum.neuron import Neuron, NeuronConductance
 from attrreg.captum.noise import NoiseTunnel
@@ -19,5 +20,6 @@ __all__ = [
     "Neuron",
     "NeuronConductance",
     "NoiseTunnel",
+    "explanation_func",
     "from_captum",
 ]

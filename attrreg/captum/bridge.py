@@ -244,6 +244,12 @@ def _feature_ablation(score: Score, objective: Objective, feature_mask: Tensor, 
     return FeatureAblation(feature_mask, _start(baselines), score, objective)
 
 
+def _neuron_feature_ablation(
+    score: Score, objective: Objective, layer: str, neuron_selector: Index, feature_mask: Tensor, baselines: Images = None
+) -> MapRegularizer:
+    return FeatureAblation(feature_mask, _start(baselines), Neuron(layer, neuron_selector), objective)
+
+
 ACCEPTED: Mapping[str, Builder] = MappingProxyType(
     {
         "Saliency": _saliency,
@@ -266,5 +272,6 @@ ACCEPTED: Mapping[str, Builder] = MappingProxyType(
         "NeuronGuidedBackprop": _neuron_guided_backprop,
         "NeuronDeconvolution": _neuron_deconvolution,
         "NeuronConductance": _neuron_conductance,
+        "NeuronFeatureAblation": _neuron_feature_ablation,
     }
 )

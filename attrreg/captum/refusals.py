@@ -48,10 +48,6 @@ REFUSED: Mapping[str, tuple[str, str]] = MappingProxyType(
         "KernelShap": ("Captum fits a linear model to forwards that run under torch.no_grad()", _ABLATION_OUT),
         "LayerFeatureAblation": (_NO_GRAD, "Use LayerGradientXActivation or LayerConductance, or FeatureAblation at the image"),
         "LayerFeaturePermutation": (_NO_GRAD, "Use LayerGradientXActivation or LayerConductance, or FeatureAblation at the image"),
-        "NeuronFeatureAblation": (
-            _NO_GRAD,
-            "Use FeatureAblation(feature_mask=..., score=attrreg.captum.Neuron(layer, index)), which is the same map with gradients",
-        ),
         "DataLoaderAttribution": ("it attributes a statistic of a whole data loader, and not images of a batch", _ABLATION_OUT),
         "LLMAttribution": (_LANGUAGE, "Use Saliency or IntegratedGradients on images"),
         "LLMGradientAttribution": (_LANGUAGE, "Use Saliency or IntegratedGradients on images"),
