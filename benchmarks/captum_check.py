@@ -88,7 +88,7 @@ ABLATION = {"feature_mask": SEGMENTS, "baselines": OTHERS[:1]}
 SETTINGS: dict[str, dict[str, Any]] = {
     "IntegratedGradients": PATH,
     "GradientShap": {"baselines": OTHERS},
-    "NoiseTunnel": {"attribution_method": captum.attr.InputXGradient, "nt_type": "smoothgrad_sq", "nt_samples": 2, "stdevs": 0.0},
+    "NoiseTunnel": {"attribution_method": captum.attr.InputXGradient, "nt_type": "smoothgrad_sq", "nt_samples": 2, "stdevs": 0.3},
     "GuidedGradCam": {"layer": LAYER},
     "FeatureAblation": ABLATION,
     "LayerActivation": {"layer": LAYER},
@@ -122,7 +122,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "LayerFeaturePermutation": {"layer": LAYER},
 }
 RECTIFIED = ("GuidedBackprop", "Deconvolution", "GuidedGradCam", "NeuronGuidedBackprop", "NeuronDeconvolution")
-DRAWING = ("GradientShap", "NeuronGradientShap")
+DRAWING = ("GradientShap", "NeuronGradientShap", "NoiseTunnel")
 ELSEWHERE = ("LimeBase", "DataLoaderAttribution", "LLMAttribution", "LLMGradientAttribution", "RemoteLLMAttribution")
 WITHOUT_TARGET = ("LayerActivation", *(name for name in SETTINGS if name.startswith("Neuron") and name != "NeuronConductance"))
 

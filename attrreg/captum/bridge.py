@@ -38,7 +38,7 @@ AT_THE_CALL = MappingProxyType(
 )
 
 
-def from_captum(method: type, *, score: Score = BY_TARGET, objective: Objective = SQUARED, **settings: Any) -> MapRegularizer:
+def from_captum(attribution: type, /, *, score: Score = BY_TARGET, objective: Objective = SQUARED, **settings: Any) -> MapRegularizer:
     """A Captum attribution as a regularizer, trained through exactly.
 
         reg = attrreg.from_captum(captum.attr.IntegratedGradients, n_steps=8)
@@ -49,7 +49,7 @@ def from_captum(method: type, *, score: Score = BY_TARGET, objective: Objective 
     was measured.
 
     Args:
-        method: a class of `captum.attr`.
+        attribution: a class of `captum.attr`.
         score: what is differentiated; by default the target's logit, as in Captum, or the sum of log-probabilities without
             targets. Neuron attributions have a score of their own.
         objective: what is asked of the map.
@@ -60,11 +60,11 @@ def from_captum(method: type, *, score: Score = BY_TARGET, objective: Objective 
         A term; its `repr` says which.
 
     Raises:
-        TypeError: `method` is not an attribution of Captum's, or is one that cannot be trained through; the message has the reason
+        TypeError: it is not an attribution of Captum's, or is one that cannot be trained through; the message has the reason
             and the way out. A subclass of Captum's is refused too: nothing shows that its gradient is right.
         ValueError: a setting that there is not, or that has no equal here.
     """
-    name = _known_name(method)
+    name = _known_name(attribution)
     builder = ACCEPTED[name]
     known = {key: value for key, value in inspect.signature(builder).parameters.items() if key not in ("score", "objective")}
     _check_settings(name, known, settings)
@@ -73,15 +73,15 @@ def from_captum(method: type, *, score: Score = BY_TARGET, objective: Objective 
     return builder(score=score, objective=objective, **settings)
 
 
-def _known_name(method: Any) -> str:
+def _known_name(attribution: Any) -> str:
     import captum.attr  # slow to import
 
-    name = getattr(method, "__name__", type(method).__name__)
-    if not isinstance(method, type):
+    name = getattr(attribution, "__name__", "")
+    if not isinstance(attribution, type):
         raise TypeError(
-            f"from_captum: pass the class captum.attr.{type(method).__name__}, not an object of it: the model comes with the call."
+            f"from_captum: pass the class captum.attr.{type(attribution).__name__}, not an object of it: the model comes with the call."
         )
-    if not issubclass(method, captum.attr.Attribution) or vars(captum.attr).get(name) is not method:
+    if not issubclass(attribution, captum.attr.Attribution) or vars(captum.attr).get(name) is not attribution:
         raise TypeError(
             f"from_captum: {name} is not one of captum.attr's attributions, and nothing shows that its parameter gradient would be right. "
             "Write it as a MapRegularizer: see docs/extend.md."

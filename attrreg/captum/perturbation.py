@@ -84,6 +84,11 @@ class FeatureAblation(MapRegularizer):
         if not isinstance(segments, Tensor) or segments.is_floating_point() or segments.dtype is torch.bool:
             kind = segments.dtype if isinstance(segments, Tensor) else type(segments).__name__
             raise TypeError(f"FeatureAblation: segments must be a tensor of integers, got {kind}. Number the segments of the image.")
+        if segments.dim() == 4 and segments.shape[0] != 1:
+            raise ValueError(
+                f"FeatureAblation: segments are {tuple(segments.shape)}, but there is one set of segments for all images. Give (H, W), "
+                "(C, H, W) or (1, C, H, W)."
+            )
         baseline = as_baseline(self.baseline)
         if baseline.draws:
             raise ValueError(f"FeatureAblation: {baseline!r} would draw anew for each segment. Use a baseline that does not draw.")
