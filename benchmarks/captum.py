@@ -31,7 +31,7 @@ def accepted(results: list[Result]) -> str:
     """The table of what can be trained with."""
     lines = ["| `captum.attr` | becomes | map | gradient | Captum's own graph | with `create_graph` |", "|---" * 6 + "|"]
     for result in results:
-        value = "own draws" if result.value is None else f"{result.value:.0e}"
+        value = "own draws" if result.value is None else f"{result.value:.0e}" if result.value else "equal"
         assert result.gradient is not None
         cells = [f"`{result.case.name}`", f"`{type(ours(result.case)).__name__}`", value, f"{result.gradient:.0e}", *_graphs(result)]
         lines.append("| " + " | ".join(cells) + " |")
@@ -44,7 +44,7 @@ def refused(results: list[Result]) -> str:
     for result in results:
         reason, way_out = REFUSED[result.case.name]
         graphs = _graphs(result) if result.case.runs else ["-", "-"]
-        lines.append(f"| `{result.case.name}` | {reason} | {way_out} | {graphs[0]} | {graphs[1]} |")
+        lines.append(f"| `{result.case.name}` | {reason} | {way_out.removeprefix('Use ')} | {graphs[0]} | {graphs[1]} |")
     return "\n".join(lines)
 
 
@@ -57,7 +57,7 @@ def _graph(error: float | str | None) -> str:
         return "none"
     if isinstance(error, str):
         return "raises"
-    return f"right ({error:.0e})" if error < TOLERANCE else f"**wrong by {100 * error:.2g}%**"
+    return f"right ({error:.0e})" if error < TOLERANCE else f"**wrong by {100 * error:.{0 if error > 0.1 else 1}f}%**"
 
 
 def main() -> None:
@@ -66,6 +66,10 @@ def main() -> None:
     results = [check(case) for case in track(cases(), "attributions", console=console)]
     taken = [result for result in results if result.case.accepted]
     versions = ", ".join(f"{name} {version(name)}" for name in ("captum", "torch"))
+    words = (
+        "*equal*: to the last bit; *none*: a tensor without a graph; *raises*: its backward does; *wrong by*: the error of the parameter "
+        "gradient, 100% where it is zero; *right*: as the column *gradient*."
+    )
     note = (
         f"{datetime.date.today().isoformat()}, attrreg {attrreg.__version__}, {versions}, Python {platform.python_version()}, "
         f"{platform.machine()} CPU; float64, central differences of step {STEP:g} along one direction for each parameter tensor, errors "
@@ -73,7 +77,7 @@ def main() -> None:
     )
     left = [result for result in results if not result.case.accepted]
     counts = f"{len(taken)} of {len(results)} accepted."
-    write_section(PAGE, "table", COMMAND, counts, accepted(taken), "### Refused", refused(left), note)
+    write_section(PAGE, "table", COMMAND, counts, accepted(taken), "### Refused", refused(left), words, note)
     bad = [result.case.name for result in taken if wrong(result)]
     console.print(f"{counts} Wrong: {', '.join(bad) or 'none'}.")
     sys.exit(bool(bad))
