@@ -57,6 +57,7 @@ class Case:
         settings: Captum's, of the class and of `attribute`; also those of `from_captum`, where it is accepted.
         rectified: it is about ReLU layers.
         draws: Captum and attrreg draw differently.
+        single: Captum rounds its map to float32, too coarse for differences.
         runs: False where Captum's takes something else than a batch of images.
     """
 
@@ -64,6 +65,7 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
     rectified: bool = False
     draws: bool = False
+    single: bool = False
     runs: bool = True
 
     @property
@@ -115,14 +117,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Occlusion": {"sliding_window_shapes": (2, 4, 4), "strides": (2, 4, 4)},
     "FeaturePermutation": {"feature_mask": SEGMENTS},
     "ShapleyValueSampling": {"feature_mask": SEGMENTS, "n_samples": 2},
-    "ShapleyValues": {"feature_mask": SEGMENTS},
+    "ShapleyValues": ABLATION,
     "Lime": {"feature_mask": SEGMENTS, "n_samples": 5},
     "KernelShap": {"feature_mask": SEGMENTS, "n_samples": 5},
     "LayerFeatureAblation": {"layer": LAYER},
     "LayerFeaturePermutation": {"layer": LAYER},
 }
 RECTIFIED = ("GuidedBackprop", "Deconvolution", "GuidedGradCam", "NeuronGuidedBackprop", "NeuronDeconvolution")
-DRAWING = ("GradientShap", "NeuronGradientShap", "NoiseTunnel")
+DRAWING = ("GradientShap", "NeuronGradientShap", "NoiseTunnel", "FeaturePermutation")
+SINGLE = ("ShapleyValues",)
 ELSEWHERE = ("LimeBase", "DataLoaderAttribution", "LLMAttribution", "LLMGradientAttribution", "RemoteLLMAttribution")
 WITHOUT_TARGET = ("LayerActivation", *(name for name in SETTINGS if name.startswith("Neuron") and name != "NeuronConductance"))
 
@@ -132,7 +135,9 @@ def cases() -> list[Case]:
     classes = [value for value in vars(captum.attr).values() if isinstance(value, type) and issubclass(value, Attribution)]
     names = [kind.__name__ for kind in classes if kind.__name__ not in ABSTRACT]
     ordered = [*(name for name in ACCEPTED if name in names), *(name for name in names if name not in ACCEPTED)]
-    return [Case(name, SETTINGS.get(name, {}), name in RECTIFIED, name in DRAWING, name not in ELSEWHERE) for name in ordered]
+    return [
+        Case(name, SETTINGS.get(name, {}), name in RECTIFIED, name in DRAWING, name in SINGLE, name not in ELSEWHERE) for name in ordered
+    ]
 
 
 def network(case: Case) -> nn.Module:
@@ -255,7 +260,8 @@ def check(case: Case) -> Result:
         return Result(case, None, None, None, None)
     value = gradient = None
     if case.accepted:
-        function = (lambda: penalty(case, model)) if case.draws else (lambda: judged(captums(case, model)))
+        own = case.draws or case.single
+        function = (lambda: penalty(case, model)) if own else (lambda: judged(captums(case, model)))
         gradient = gradient_error(model, penalty(case, model), function)
     if case.accepted and not case.draws:
         want = captums(case, model).detach()

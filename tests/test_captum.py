@@ -115,6 +115,37 @@ def test_ablated_windows_are_occlusion() -> None:
     torch.testing.assert_close(got.float(), theirs)
 
 
+def test_shapley_values_are_what_their_estimators_estimate() -> None:
+    model, (x, _, target) = Net().eval().double(), batch()
+    torch.manual_seed(0)
+    got = attrreg.from_captum(captum.attr.ShapleyValues, feature_mask=SEGMENTS).attribute(model, x, target)
+    sampled = captum.attr.ShapleyValueSampling(model).attribute(x, target=target, feature_mask=SEGMENTS, n_samples=200)
+    torch.testing.assert_close(got, sampled.double(), rtol=0, atol=0.1 * float(got.abs().max()))
+
+
+def test_permuted_segments_come_from_other_images() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    seen: list[Tensor] = []
+    hook = model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+    term = attrreg.from_captum(captum.attr.FeaturePermutation, feature_mask=SEGMENTS)
+    value = term(model, x, mask, target)
+    hook.remove()
+    map, outside = torch.zeros_like(x), (~mask).unsqueeze(1).double()
+    before = oracles.score_target_logit
+    for number, image in enumerate(seen[1:]):
+        here = torch.eq(SEGMENTS, number).expand_as(x)
+        assert torch.equal(image[~here], x[~here])
+        sources = [[bool(torch.equal(image[i][here[i]], x[j][here[j]])) for j in range(3)] for i in range(3)]
+        assert all(sum(row) == 1 for row in sources) and all(sum(column) == 1 for column in zip(*sources, strict=True))
+        falls = torch.stack(
+            [before(model(x[i : i + 1]), target[i : i + 1]) - before(model(image[i : i + 1]), target[i : i + 1]) for i in range(3)]
+        )
+        map = map + here * falls.view(3, 1, 1, 1)
+    want = ((outside * map) ** 2).sum(dim=(1, 2, 3)).mean()
+    torch.testing.assert_close(value, want)
+    assert_close(gradients(model, value), gradients(model, want), 1e-10)
+
+
 def test_conductance_and_integrated_gradients_add_up_to_the_same() -> None:
     model, (x, _, target) = Net().eval().double(), batch()
     paths = (attrreg.IntegratedGradients(steps=40), attrreg.captum.LayerConductance("body", steps=400))
@@ -384,7 +415,8 @@ BAD: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
     (ValueError, "there would be no path", captum.attr.LayerConductance, {"layer": "body", "baselines": baselines.Noise()}),
     (TypeError, "segments must be a tensor of integers", captum.attr.FeatureAblation, {"feature_mask": torch.rand(8, 8)}),
     (ValueError, "one set of segments", captum.attr.FeatureAblation, {"feature_mask": SEGMENTS.repeat(3, 1, 1, 1)}),
-    (ValueError, "would draw anew", captum.attr.FeatureAblation, {"feature_mask": SEGMENTS, "baselines": baselines.Noise()}),
+    (ValueError, "would draw anew", captum.attr.ShapleyValues, {"feature_mask": SEGMENTS, "baselines": baselines.Noise()}),
+    (ValueError, "11 segments take 2048 forwards", captum.attr.ShapleyValues, {"feature_mask": torch.arange(11).view(1, 11)}),
     (TypeError, "GuidedBackprop", captum.attr.NoiseTunnel, {"attribution_method": captum.attr.GuidedBackprop}),
     (ValueError, "unknown kind 'x'", captum.attr.NoiseTunnel, {"attribution_method": captum.attr.Saliency, "nt_type": "x"}),
     (ValueError, "samples must be", captum.attr.NoiseTunnel, {"attribution_method": captum.attr.Saliency, "nt_samples": 0}),

@@ -37,6 +37,7 @@ REGULARIZERS: dict[str, AttributionRegularizer] = {
     "neuron_conductance": attrreg.captum.NeuronConductance(attrreg.captum.Neuron("body", (1, 2, 2)), steps=2),
     "noise_tunnel": attrreg.captum.NoiseTunnel(attrreg.InputXGradient(), samples=2),
     "feature_ablation": attrreg.captum.FeatureAblation(torch.arange(8) // 4),
+    "shapley_values": attrreg.captum.ShapleyValues(torch.arange(8) // 4),
 }
 
 

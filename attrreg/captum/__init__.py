@@ -5,7 +5,7 @@ from attrreg.captum.explanation import explanation_func
 from attrreg.captum.layer import InternalInfluence, LayerActivation, LayerConductance, LayerGradientXActivation
 from attrreg.captum.neuron import Neuron, NeuronConductance
 from attrreg.captum.noise import NoiseTunnel
-from attrreg.captum.perturbation import FeatureAblation
+from attrreg.captum.perturbation import FeatureAblation, ShapleyValues
 from attrreg.captum.rectified import Deconvolution, GuidedBackprop, GuidedGradCam
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Neuron",
     "NeuronConductance",
     "NoiseTunnel",
+    "ShapleyValues",
     "explanation_func",
     "from_captum",
 ]

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from attrreg.attributions import ExpectedGradients, GradCAM, InputGradient, InputXGradient, IntegratedGradients
-from attrreg.baselines import Baseline, OneOf, Zero
+from attrreg.baselines import Baseline, OneOf, OtherImage, Zero
 from attrreg.captum.layer import InternalInfluence, LayerActivation, LayerConductance, LayerGradientXActivation
 from attrreg.captum.neuron import Neuron, NeuronConductance
 from attrreg.captum.noise import Kind, NoiseTunnel
-from attrreg.captum.perturbation import FeatureAblation
+from attrreg.captum.perturbation import FeatureAblation, ShapleyValues
 from attrreg.captum.rectified import Deconvolution, GuidedBackprop, GuidedGradCam
 from attrreg.captum.refusals import ABSTRACT, REFUSED
 from attrreg.objectives import Objective, SquaredOutside
@@ -244,6 +244,14 @@ def _feature_ablation(score: Score, objective: Objective, feature_mask: Tensor, 
     return FeatureAblation(feature_mask, _start(baselines), score, objective)
 
 
+def _feature_permutation(score: Score, objective: Objective, feature_mask: Tensor) -> MapRegularizer:
+    return FeatureAblation(feature_mask, OtherImage(), score, objective)
+
+
+def _shapley_values(score: Score, objective: Objective, feature_mask: Tensor, baselines: Images = None) -> MapRegularizer:
+    return ShapleyValues(feature_mask, _start(baselines), score, objective)
+
+
 def _neuron_feature_ablation(
     score: Score, objective: Objective, layer: str, neuron_selector: Index, feature_mask: Tensor, baselines: Images = None
 ) -> MapRegularizer:
@@ -261,6 +269,8 @@ ACCEPTED: Mapping[str, Builder] = MappingProxyType(
         "Deconvolution": _deconvolution,
         "GuidedGradCam": _guided_grad_cam,
         "FeatureAblation": _feature_ablation,
+        "FeaturePermutation": _feature_permutation,
+        "ShapleyValues": _shapley_values,
         "LayerActivation": _layer_activation,
         "LayerGradientXActivation": _layer_gradient_x_activation,
         "LayerGradCam": _layer_grad_cam,

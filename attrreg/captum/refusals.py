@@ -16,6 +16,7 @@ _LRP = (
 )
 _LRP_OUT = "Use InputXGradient, which the epsilon rule equals on ReLU networks"
 _NO_GRAD = "Captum runs its forwards under torch.no_grad(), so no gradient reaches the parameters"
+_FIT = "Captum fits a linear model to forwards that run under torch.no_grad(), one image at a time"
 _ABLATION_OUT = "Use FeatureAblation(feature_mask=...), which runs here with gradients"
 _LANGUAGE = "it attributes to the tokens of a language model's prompt, and not to images"
 
@@ -39,13 +40,15 @@ REFUSED: Mapping[str, tuple[str, str]] = MappingProxyType(
             "Captum computes the layer's activations, and all of its samples, under torch.no_grad()",
             "Use LayerConductance with a baseline, or GradientShap at the image",
         ),
-        "Occlusion": (_NO_GRAD, _ABLATION_OUT + ", with windows that do not overlap"),
-        "FeaturePermutation": (_NO_GRAD, _ABLATION_OUT + "; permuted images explain one image by the others of the batch"),
-        "ShapleyValueSampling": (_NO_GRAD, _ABLATION_OUT),
-        "ShapleyValues": (_NO_GRAD, _ABLATION_OUT),
-        "Lime": ("Captum fits a linear model to forwards that run under torch.no_grad()", _ABLATION_OUT),
-        "LimeBase": ("Captum fits a linear model to forwards that run under torch.no_grad()", _ABLATION_OUT),
-        "KernelShap": ("Captum fits a linear model to forwards that run under torch.no_grad()", _ABLATION_OUT),
+        "Occlusion": (
+            "Captum runs its forwards under torch.no_grad(), and how many windows there are depends on the images, which a term does not "
+            "know before a call",
+            _ABLATION_OUT + ", with windows that do not overlap",
+        ),
+        "ShapleyValueSampling": (_NO_GRAD, "Use ShapleyValues, which it estimates"),
+        "Lime": (_FIT, _ABLATION_OUT),
+        "LimeBase": (_FIT, _ABLATION_OUT),
+        "KernelShap": (_FIT, "Use ShapleyValues, which it estimates"),
         "LayerFeatureAblation": (_NO_GRAD, "Use LayerGradientXActivation or LayerConductance, or FeatureAblation at the image"),
         "LayerFeaturePermutation": (_NO_GRAD, "Use LayerGradientXActivation or LayerConductance, or FeatureAblation at the image"),
         "DataLoaderAttribution": ("it attributes a statistic of a whole data loader, and not images of a batch", _ABLATION_OUT),
