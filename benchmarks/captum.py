@@ -41,10 +41,13 @@ def accepted(results: list[Result]) -> str:
 def refused(results: list[Result]) -> str:
     """The table of what cannot, and why."""
     lines = ["| `captum.attr` | why not | instead | Captum's own graph | with `create_graph` |", "|---" * 5 + "|"]
-    for result in results:
+    reasons = list(dict.fromkeys(reason for reason, _ in REFUSED.values()))
+    last = ""
+    for result in sorted(results, key=lambda result: reasons.index(REFUSED[result.case.name][0])):
         reason, way_out = REFUSED[result.case.name]
         graphs = _graphs(result) if result.case.runs else ["-", "-"]
-        lines.append(f"| `{result.case.name}` | {reason} | {way_out.removeprefix('Use ')} | {graphs[0]} | {graphs[1]} |")
+        why, last = "as above" if reason == last else reason, reason
+        lines.append(f"| `{result.case.name}` | {why} | {way_out.removeprefix('Use ')} | {graphs[0]} | {graphs[1]} |")
     return "\n".join(lines)
 
 

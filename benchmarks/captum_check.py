@@ -150,10 +150,11 @@ def network(case: Case) -> nn.Module:
 # Captum's
 
 
-def captums(case: Case, model: nn.Module, create_graph: bool = False) -> Tensor:
+def captums(case: Case, model: nn.Module, create_graph: bool = False, x: Tensor = X, target: Tensor = TARGET) -> Tensor:
     """Captum's map, with the graph that it has, from the same draws each time.
 
     Args:
+        case, model, x, target: of what.
         create_graph: its gradient functions are replaced by ones that keep a graph, where it has any to be replaced.
     """
     settings = dict(case.settings)
@@ -162,7 +163,7 @@ def captums(case: Case, model: nn.Module, create_graph: bool = False) -> Tensor:
         built = [settings.pop("attribution_method")(model)]
     attribution = getattr(captum.attr, case.name)(*built)
     if case.name not in WITHOUT_TARGET:
-        settings["target"] = TARGET
+        settings["target"] = target
     if create_graph:
         _keep_graph(attribution)
         if "grad_kwargs" in inspect.signature(attribution.attribute).parameters:
@@ -172,7 +173,7 @@ def captums(case: Case, model: nn.Module, create_graph: bool = False) -> Tensor:
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         np.random.seed(0)
-        found: Tensor = attribution.attribute(X.clone().requires_grad_(), **settings)
+        found: Tensor = attribution.attribute(x.clone().requires_grad_(), **settings)
     np.random.set_state(state)
     return found
 

@@ -26,7 +26,7 @@ from attrreg.trace import passes
 from benchmarks import captum_check
 from benchmarks.captum_check import TOLERANCE, Net, cases, check, ours
 from tests import oracles
-from tests.models import SmoothNet, assert_close, gradients, smooth_batch
+from tests.models import FAMILIES, SmoothNet, assert_close, gradients, smooth_batch
 from tests.test_gradients import check_numerically
 from tests.test_side_effects import CALLS, assert_same, snapshot
 
@@ -79,6 +79,35 @@ def test_captums_hooks_make_a_gradient_that_is_wrong_where_ours_is_right() -> No
     """Why its code is not run with another gradient function: the hooks fire again in the penalty's own backward."""
     mended = captum_check.graph(CASES["GuidedBackprop"], create_graph=True)
     assert isinstance(mended, float) and mended > 1e-3
+
+
+@pytest.mark.parametrize("family", ["inplace", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "inplace")])
+def test_maps_are_captums_on_real_models(family: str) -> None:
+    known = FAMILIES[family]
+    model, size = known.build().double().eval(), known.size
+    with torch.no_grad():
+        for parameter in model.parameters():  # some heads start at zero
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    x, target = torch.randn(2, 3, size, size, dtype=torch.float64), torch.tensor([1, 3])
+    half = torch.arange(size) // ((size + 1) // 2)
+    fitting = {
+        "layer": known.layer,
+        "baselines": torch.randn(1, 3, size, size, dtype=torch.float64),
+        "feature_mask": (half.view(-1, 1) * 2 + half).expand(1, 3, size, size).contiguous(),
+        "neuron_selector": (0, 0, 0),
+    }
+    rectified = any(isinstance(module, nn.ReLU) for module in model.modules())
+    compared = 0
+    for case in CASES.values():
+        if not case.accepted or case.draws or ("Guided" in case.name or "Deconv" in case.name) > rectified:
+            continue
+        case = dataclasses.replace(case, settings=dict(case.settings) | {k: v for k, v in fitting.items() if k in case.settings})
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            want = captum_check.captums(case, model, x=x, target=target).detach()
+        got = ours(case).attribute(model, x, target)
+        assert float((got - want).norm()) <= (1e-6 if case.single else 1e-9) * float(want.norm()), case.name
+        compared += 1
+    assert compared >= 14  # all but what draws and what is about ReLUs
 
 
 # What the ways out promise
