@@ -188,7 +188,7 @@ def test_every_regularizer_is_held_to_these_tests() -> None:
     public = [getattr(module, name) for module in (attrreg, attrreg.captum) for name in module.__all__]
     leaves = {kind for kind in public if isinstance(kind, type) and issubclass(kind, attrreg.SingleRegularizer)}
     leaves -= {attrreg.SingleRegularizer, attrreg.MapRegularizer}
-    # These need ReLU layers, which no smooth network has: tests/test_captum.py.
+    # These need ReLU layers, which no smooth network has: tests/test_captum_kinds.py.
     leaves -= {attrreg.captum.Deconvolution, attrreg.captum.GuidedBackprop, attrreg.captum.GuidedGradCam}
     assert leaves == {type(term.regularizer) for regularizer in REGULARIZERS.values() for term in regularizer.terms}
 
