@@ -187,6 +187,37 @@ def test_rules_equal_captum_on_a_resnet(kind: str) -> None:
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * float(want.abs().max()))
 
 
+class PreActivation(nn.Module):
+    """What enters the ReLU also goes past it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.relu = nn.ReLU()
+        self.body = nn.Conv2d(4, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        return (self.body(self.relu(h)) + h[:, :3]).mean(dim=(2, 3))  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:Setting backward hooks on ReLU:UserWarning")
+def test_a_rule_stays_at_the_relu_where_captums_reaches_past_it() -> None:
+    model, (x, _, target) = PreActivation().double(), smooth_batch()
+    got = attrreg.captum.GuidedBackprop().attribute(model, x, target)
+    image = x.clone().requires_grad_()
+    h = model.stem(image)
+    last = h.relu()
+    (at_last,) = torch.autograd.grad(oracles.score_target_logit(model.body(last).mean(dim=(2, 3)), target), last)
+    past = torch.zeros_like(h)
+    for i, t in enumerate(target.tolist()):
+        past[i, t] = 1 / 64
+    (want,) = torch.autograd.grad(h, image, at_last.clamp(min=0) * (h > 0) + past)
+    torch.testing.assert_close(got, want)
+    theirs = captum.attr.GuidedBackprop(model).attribute(x.clone().requires_grad_(), target=target)
+    assert float((theirs - want).norm()) > 0.01 * float(want.norm())
+
+
 def test_rules_share_a_sum_with_plain_gradients() -> None:
     model, (x, mask, target) = Residual().double(), smooth_batch()
     terms = [attrreg.InputGradient(), attrreg.captum.GuidedBackprop(), attrreg.captum.Deconvolution(), attrreg.GradCAM("body")]
