@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 
 import torch
 from torch import nn
 
 from attrreg.attach import attached
+from attrreg.baselines import Fixed, OneOf
 from attrreg.call import Call
 from attrreg.needs import Need
 
@@ -32,15 +33,23 @@ def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
     """The call on the images that need a pass: a random share of the annotated ones, or all of those.
 
     Images without annotation are left out only where that changes nothing but dropout's draws: where the pass is the penalty's
-    own, no BatchNorm in train mode couples the images, and no image is made by draws over the batch.
+    own, no BatchNorm in train mode couples the images, and no image is made by draws over the batch or given for each sample.
+
+    Raises:
+        ValueError: naming `fraction`.
     """
     annotation = call.annotation
     assert annotation is not None
     if annotation.count == 0 or call.inputs is not None:
         return call
+    by_row = any(_by_row(need.at) for need in needs)
+    if fraction < 1 and by_row:
+        raise ValueError(
+            "fraction cannot be used with a baseline that holds one image a sample. Give one image for all, or leave fraction out."
+        )
     if fraction == 1:
         whole = annotation.count == annotation.batch or attached(call.model) is not None
-        if whole or any(map(couples, call.model.modules())) or any(need.at.draws for need in needs):
+        if whole or by_row or any(map(couples, call.model.modules())) or any(need.at.draws for need in needs):
             return call
     indices = annotation.annotated.nonzero().squeeze(1)
     if fraction < 1:
@@ -49,6 +58,15 @@ def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
         indices = indices[order[: math.ceil(fraction * annotation.count)].to(indices.device).sort().values]
     target = None if call.target is None else call.target[indices]
     return replace(call, x=call.x[indices], annotation=annotation.part(indices), target=target)
+
+
+def _by_row(part: object) -> bool:
+    """Whether a point, or what it is made of, holds an image for each of the batch's."""
+    if isinstance(part, Fixed):
+        return part.image.dim() == 4 and part.image.shape[0] > 1
+    if isinstance(part, OneOf) or not is_dataclass(part):
+        return False
+    return any(_by_row(getattr(part, field.name)) for field in fields(part))
 
 
 def couples(module: nn.Module) -> bool:

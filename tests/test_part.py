@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import attrreg
+from attrreg import baselines
 from attrreg.regularizer import Reduction
 from attrreg.trace import passes
 from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
@@ -95,3 +96,19 @@ def test_a_fraction_of_unknown_inputs_is_refused() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     with pytest.raises(ValueError, match="fraction"):
         TERM(model, x, mask, target, fraction=0.5, inputs=(x,))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_baseline_of_one_image_a_sample(masked: bool) -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch(4)
+    annotated = torch.tensor([True, False, True, True])
+    given = torch.randn_like(x)
+    baseline = baselines.Masked(baselines.Fixed(given)) if masked else given
+    value = attrreg.IntegratedGradients(steps=2, baseline=baseline)(model, x, mask, target, annotated=annotated)
+    kept = baselines.Masked(baselines.Fixed(given[annotated])) if masked else given[annotated]
+    alone = attrreg.IntegratedGradients(steps=2, baseline=kept)(model, x[annotated], mask[annotated], target[annotated])
+    torch.testing.assert_close(value, alone, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match=r"one image a sample.*Give one image for all"):
+        attrreg.IntegratedGradients(steps=2, baseline=baseline)(model, x, mask, target, fraction=0.5)
+    one = attrreg.IntegratedGradients(steps=2, baseline=given[:1])
+    assert one(model, x, mask, target, annotated=annotated, fraction=0.5).isfinite()
