@@ -47,7 +47,7 @@ class Attachment:
         if compiled(entry):
             warnings.warn(
                 "The model is compiled, and PyTorch cannot differentiate a compiled graph twice (pytorch#91469). Its forwards are left as "
-                "they are, and each penalty runs its own, uncompiled.",
+                "they are, and each penalty runs its own: uncompiled, unless its engine is FiniteDifference.",
                 stacklevel=3,
             )
             return

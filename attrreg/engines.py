@@ -44,7 +44,7 @@ class FiniteDifference(Engine):
     penalty's value, and its gradient through activations, are exact.
 
     For models that cannot be differentiated twice: compiled, with fused attention, or sharded. On smooth networks without
-    BatchNorm the gradient's cosine with the exact one is above 0.99. On ReLU networks it is a smoothed estimator, not an
+    BatchNorm the gradient is close to the exact one (cosines: `docs/paying_less.md`). On ReLU networks it is a smoothed estimator, not an
     approximation of the exact gradient, because the kinks that a step crosses count at first order.
 
     Args:
