@@ -61,7 +61,7 @@ def test_compiled_models_are_run_uncompiled(kind: str) -> None:
     penalty = TERMS.evaluate(model, x, mask, target)
     torch.testing.assert_close(penalty.output, logits)
     torch.testing.assert_close(attrreg.InputGradient().attribute(model, x, target), attrreg.InputGradient().attribute(plain, x, target))
-    with pytest.warns(UserWarning, match="compiled.*its own, uncompiled"):
+    with pytest.warns(UserWarning, match="compiled.*its own: uncompiled"):
         handle = TERMS.attach(model)
     with handle, passes() as counted:
         loss = F.cross_entropy(model(x), target) + TERMS(model, x, mask, target)
