@@ -3,7 +3,7 @@
 loss += reg(model, x, mask)
 """
 
-from attrreg import baselines, engines, masks, objectives, presets, schedules, scores, trace
+from attrreg import baselines, data, engines, masks, objectives, presets, schedules, scores, trace
 from attrreg.attributions import (
     ActivationDifference,
     ExpectedGradients,
@@ -32,6 +32,7 @@ __all__ = [
     "Scheduled",
     "SingleRegularizer",
     "baselines",
+    "data",
     "engines",
     "layers",
     "masks",

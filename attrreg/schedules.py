@@ -146,7 +146,9 @@ def _check_steps(steps: int, example: str) -> None:
 def _check_weights(first: float, last: float) -> None:
     for name, weight in (("first", first), ("last", last)):
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not (0 <= weight < math.inf):
-            raise ValueError(f"{name} must be a finite weight of at least 0, got {weight!r}. Choose another; a negative one would be a reward.")
+            raise ValueError(
+                f"{name} must be a finite weight of at least 0, got {weight!r}. Choose another; a negative one would be a reward."
+            )
 
 
 class Scheduled:
