@@ -3,7 +3,7 @@
 loss += reg(model, x, mask)
 """
 
-from attrreg import baselines, data, engines, masks, objectives, presets, schedules, scores, trace
+from attrreg import baselines, data, engines, masks, objectives, plot, presets, schedules, scores, trace
 from attrreg.attributions import (
     ActivationDifference,
     ExpectedGradients,
@@ -37,6 +37,7 @@ __all__ = [
     "layers",
     "masks",
     "objectives",
+    "plot",
     "presets",
     "schedules",
     "scores",
