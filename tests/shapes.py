@@ -1,4 +1,4 @@
-"""A small image folder: discs and crosses on noise, with a coloured corner that tells the class, or is random."""
+"""A small image folder: discs and plus signs on noise, with a coloured corner that tells the class, or is random."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 SIZE = 32
-CLASSES = ("disc", "cross")
+CLASSES = ("disc", "plus")
 
 
 def draw(

@@ -135,7 +135,7 @@ def test_masks_by_suffix_and_value(tmp_path: Path) -> None:
 
 def coco(root: Path, **changes: Any) -> Path:
     content = {
-        "images": [{"id": 7, "file_name": "disc/000.jpg"}, {"id": 3, "file_name": "./square/001.jpg"}, {"id": 9, "file_name": "else.jpg"}],
+        "images": [{"id": 7, "file_name": "disc/000.jpg"}, {"id": 3, "file_name": "./plus/001.jpg"}, {"id": 9, "file_name": "else.jpg"}],
         "annotations": [{"image_id": 7, "bbox": [2, 3, 10, 5]}, {"image_id": 7, "bbox": [20.5, 20, 3, 4.5], "category_id": 1}],
     }
     path = root / "boxes.json"
@@ -150,8 +150,8 @@ def test_boxes(root: Path, tmp_path: Path) -> None:
     expected[20:25, 20:24] = True  # a pixel that a box touches
     assert torch.equal(data[0].mask, expected)
     listed = {str(name) for name, known in zip(data.names, data.annotated, strict=True) if known}
-    assert listed == {"disc/000.jpg", "square/001.jpg"}
-    without_box = data[data.names.index(PurePosixPath("square/001.jpg"))]
+    assert listed == {"disc/000.jpg", "plus/001.jpg"}
+    without_box = data[data.names.index(PurePosixPath("plus/001.jpg"))]
     assert without_box.annotated and not without_box.mask.any()
     assert pickle.loads(pickle.dumps(data))[0].mask.equal(expected)
 

@@ -89,7 +89,8 @@ def network() -> nn.Module:
 def vit() -> nn.Module:
     torch.manual_seed(3)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    return ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, num_labels=3, **sizes))
+    model: nn.Module = ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, num_labels=3, **sizes))
+    return model
 
 
 def by_hand(model: nn.Module, accumulate: int, epochs: int, rate: float, output: str | None = None) -> list[float]:

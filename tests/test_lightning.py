@@ -124,6 +124,15 @@ def test_other_images_than_the_step_used_cost_a_forward_of_their_own() -> None:
     assert_same(module, by_hand(attached=False)[0])  # and move neither BatchNorm nor the generators
 
 
+def test_a_compiled_network_costs_a_forward_of_its_own() -> None:
+    module = Module()
+    module.net.compile(backend="eager")
+    with passes() as counter, pytest.warns(UserWarning, match="The model is compiled"):
+        fit(module, AttributionPenalty(REGULARIZER, model="net"))
+    assert counter.forward == 8
+    assert_same(module, by_hand(attached=False)[0])
+
+
 @pytest.mark.parametrize(
     ("settings", "loop"), [({"accumulate_grad_batches": 2}, {"accumulate": 2}), ({"precision": "bf16-mixed"}, {"autocast": True})]
 )

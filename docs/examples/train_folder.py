@@ -1,6 +1,6 @@
 """Train a timm model on a folder of images with masks, check where it looks, and draw that.
 
-python train_folder.py DATA     # DATA/{train,valid}/images/CLASS/NAME.jpg and .../masks/CLASS/NAME.png; some masks may be missing
+It reads data/{train,valid}/images/CLASS/NAME.jpg and data/{train,valid}/masks/CLASS/NAME.png; some masks may be missing.
 """
 
 from collections import defaultdict
@@ -24,8 +24,8 @@ def loader(split, *augment):
     return DataLoader(data, batch_size=16, shuffle=split == "train")
 
 
-def check(model):
-    """Accuracy, and the share of the input gradient inside the mask."""
+@torch.no_grad()
+def check(model):  # accuracy, share of the input gradient inside the mask, and the last batch's gradients
     model.eval()
     right, inside = [], []
     for x, mask, y, annotated in (tuple(item.to(DEVICE) for item in batch) for batch in valid):
@@ -55,4 +55,4 @@ for epoch in range(EPOCHS):
     print(f"epoch {epoch}: accuracy {accuracy:.2f}, {shares[reg.step]:.0%} of the attribution inside the mask")
 x, mask, _, annotated = list(valid)[-1]  # the batch of `before` and `after`
 attrreg.plot.attributions(x[:4], mask[:4], {"before": before[:4], "after": after[:4]}, annotated=annotated[:4]).savefig("attributions.png")
-attrreg.plot.training(penalties, {"valid": shares}, area=mask.float().mean().item()).savefig("training.png")
+attrreg.plot.training(penalties, {"valid": shares}, area=mask[annotated].float().mean().item()).savefig("training.png")
