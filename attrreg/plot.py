@@ -43,8 +43,8 @@ def attributions(
     map. Each panel has a scale of its own, up to the 99th percentile of its values: panels tell where, not how much.
 
     Args:
-        images: `(N, C, H, W)` with one or three channels, or `(N, C, H, W)` of which the first is drawn. Values outside [0, 1],
-            as of normalised images, are stretched, each image by itself.
+        images: `(N, C, H, W)`. Three channels are drawn as colours, of any other number the first, in grey. An image with values
+            outside [0, 1], such as a normalised one, is stretched by itself.
         mask: `(N, H, W)`, `(N, 1, H, W)` or `(H, W)`, 1 = relevant.
         maps: title to map `(N, C, h, w)`, as `.attribute` returns it, of any size.
         annotated: boolean `(N,)`: the images that have a mask. None: all.

@@ -68,6 +68,7 @@ def test_an_empty_mask_is_not_a_missing_one(tmp_path: Path) -> None:
     assert sample.annotated is True and not sample.mask.any()
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # how loaders start workers on Linux, from Python 3.12 on
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_go_into_the_penalty(folder: MaskedImageFolder, workers: int) -> None:
     data = MaskedImageFolder(folder.root, folder.masks, v2.Compose([FLOAT, v2.Normalize([0.5] * 3, [0.2] * 3)]))
