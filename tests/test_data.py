@@ -184,6 +184,8 @@ def test_bad_files(root: Path, tmp_path: Path) -> None:
         MaskedImageFolder(tmp_path, MaskFolder(root / "masks"))
     with pytest.raises(ValueError, match=r"None of the 8 images of .*disc/000_m\.png\)\. Check the paths and the suffix"):
         MaskedImageFolder(root / "images", MaskFolder(root / "masks", "_m.png"))
+    with pytest.raises(ValueError, match=r"None of the 8 images .*boxes\.json.*say disc/000\.jpg"):
+        MaskedImageFolder(root / "images", BoxFile(coco(tmp_path, images=[{"id": 7, "file_name": "000.jpg"}])))
     with pytest.raises(ValueError, match=r"lie within the images.*Move them out"):
         MaskedImageFolder(root, MaskFolder(root / "masks"))
     with pytest.raises(TypeError, match=r"masks must be a data\.MaskSource.*Write MaskFolder"):

@@ -230,6 +230,12 @@ def test_what_cannot_work_is_refused_at_the_start(module: Any, name: str, kind: 
         fit(module(), AttributionPenalty(REGULARIZER, model=name))
 
 
+@pytest.mark.parametrize("mapping", [lambda batch: {"x": 1, "m": 2, "y": 3}, lambda batch: batch[:2]])
+def test_batches_that_need_a_function(mapping: Any) -> None:
+    with pytest.raises(TypeError, match=r"batch must give \(x, mask, target\).* of a Sample\. Pass a function"):
+        fit(Module(), AttributionPenalty(REGULARIZER, mapping))
+
+
 def test_bad_regularizer() -> None:
     with pytest.raises(TypeError, match=r"regularizer must be a regularizer.*Write attrreg\.InputGradient\(\)"):
         AttributionPenalty(attrreg.InputGradient)  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ class AttributionPenalty(Callback):
         output: where the logits are in what that returns, as in calling the regularizer.
 
     Raises:
-        TypeError: `regularizer` is none.
+        TypeError: `regularizer` is none; at the first step: `batch` gives something else.
         ValueError: at the start of `fit`: the model has no such submodule.
         RuntimeError: at the start of `fit`: optimization is manual, or the whole `LightningModule` is compiled.
     """
@@ -122,13 +122,23 @@ class AttributionPenalty(Callback):
         """What `training_step` returned, with the penalty added to the loss."""
         if result is None:  # the step is skipped
             return None
-        x, mask, target, *rest = self.batch(batch)
-        found = self._penalty(model, x, mask, target, rest[0] if rest else None)
+        x, mask, target, annotated = self._mapped(batch)
+        found = self._penalty(model, x, mask, target, annotated)
         logged = {f"penalty/{name}": value for name, value in found.terms.items()}
         pl_module.log_dict(logged, batch_size=x.shape[0])
         if isinstance(result, Mapping):
             return {**result, "loss": result["loss"] + found.total}
         return result + found.total
+
+    def _mapped(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        parts = tuple(self.batch(batch))
+        if len(parts) not in (3, 4) or not isinstance(parts[0], Tensor):
+            kinds = ", ".join(type(part).__name__ for part in parts)
+            raise TypeError(
+                f"batch must give (x, mask, target) or (x, mask, target, annotated), got ({kinds}) of a {type(batch).__name__}. Pass a "
+                "function that does, for example batch=lambda batch: (batch['image'], batch['mask'], batch['label'])."
+            )
+        return parts[0], parts[1], parts[2], parts[3] if len(parts) == 4 else None
 
     def _penalty(self, model: nn.Module, x: Tensor, mask: Tensor, target: Tensor | None, annotated: Tensor | None) -> Penalty:
         """The penalty with its terms. Unlike `evaluate`, without a forward in the user's place: that has run already."""
