@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import attrreg
@@ -52,6 +54,21 @@ def test_learning_rate_schedulers_agree() -> None:
     warm, cosine = schedules.Linear(5, first=0.2), schedules.Cosine(7, last=0.1)
     assert rates(lambda o: lr.LinearLR(o, 0.2, 1.0, 5)) == pytest.approx([warm(step) for step in range(8)])
     assert rates(lambda o: lr.CosineAnnealingLR(o, 7, eta_min=0.1)) == pytest.approx([cosine(step) for step in range(8)])
+
+
+WEIGHTS = st.floats(0, 1e6)
+
+
+@pytest.mark.parametrize("kind", [schedules.Linear, schedules.Cosine])
+@given(steps=st.integers(1, 10_000), first=WEIGHTS, last=WEIGHTS, step=st.integers(0, 20_000))
+def test_ramps_stay_between_their_ends(kind: Any, steps: int, first: float, last: float, step: int) -> None:
+    ramp = kind(steps, first=first, last=last)
+    slack = 1e-9 * max(first, last)
+    assert min(first, last) - slack <= ramp(step) <= max(first, last) + slack
+    assert ramp(0) == pytest.approx(first, abs=slack) and ramp(steps + step) == pytest.approx(last, abs=slack)
+    assert (ramp(step + 1) - ramp(step)) * (last - first) >= -slack * max(first, last)
+    assert ramp(step) + ramp(max(steps - step, 0)) == pytest.approx(first + last, abs=2 * slack)
+    assert (ramp * schedules.Every(3))(step) == pytest.approx(ramp(step) * (3 if step % 3 == 0 else 0))
 
 
 def test_products_are_flat_and_print_themselves() -> None:

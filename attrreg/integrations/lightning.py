@@ -131,7 +131,7 @@ class AttributionPenalty(Callback):
         return result + found.total
 
     def _mapped(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        parts = tuple(self.batch(batch))
+        parts: tuple[Any, ...] = tuple(self.batch(batch))
         if len(parts) not in (3, 4) or not isinstance(parts[0], Tensor):
             kinds = ", ".join(type(part).__name__ for part in parts)
             raise TypeError(
