@@ -3,7 +3,7 @@
 loss += reg(model, x, mask)
 """
 
-from attrreg import baselines, data, engines, masks, objectives, plot, presets, schedules, scores, trace
+from attrreg import baselines, captum, data, engines, masks, objectives, plot, presets, schedules, scores, trace
 from attrreg.attributions import (
     ActivationDifference,
     ExpectedGradients,
@@ -12,6 +12,7 @@ from attrreg.attributions import (
     InputXGradient,
     IntegratedGradients,
 )
+from attrreg.captum import from_captum
 from attrreg.layers import layers
 from attrreg.penalty import Penalty
 from attrreg.regularizer import AttributionRegularizer, MapRegularizer, SingleRegularizer
@@ -32,8 +33,10 @@ __all__ = [
     "Scheduled",
     "SingleRegularizer",
     "baselines",
+    "captum",
     "data",
     "engines",
+    "from_captum",
     "layers",
     "masks",
     "objectives",

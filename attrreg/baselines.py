@@ -79,6 +79,31 @@ class Fixed(Baseline):
 
 
 @dataclass(frozen=True, repr=False)
+class OneOf(Baseline):
+    """One of some given images, drawn for each image, with replacement.
+
+    Args:
+        images: `(K, C, H, W)`.
+    """
+
+    images: Fixed | Tensor
+    draws: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        images = self.images if isinstance(self.images, Fixed) else Fixed(self.images)
+        if images.image.dim() != 4:
+            raise ValueError(f"OneOf: images must be (K, C, H, W), got {tuple(images.image.shape)}. Stack the images to draw from.")
+        object.__setattr__(self, "images", images)
+
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        """An image for each one of `x`."""
+        assert isinstance(self.images, Fixed)
+        images = self.images.image.to(device=x.device, dtype=x.dtype)
+        chosen = images[torch.randint(images.shape[0], (x.shape[0],), generator=generator, device=x.device)]
+        return Fixed(chosen)(x, mask, generator)
+
+
+@dataclass(frozen=True, repr=False)
 class Mean(Baseline):
     """Each channel's mean over the image, everywhere."""
 

@@ -48,7 +48,7 @@ class FiniteDifference(Engine):
     approximation of the exact gradient, because the kinks that a step crosses count at first order.
 
     Args:
-        step: length of eps v relative to the site's activations; positive.
+        step: length of eps v relative to the site's activations (to units, where those are all zero); positive.
 
     Raises:
         ValueError: `step` is not positive.
@@ -71,7 +71,9 @@ class FiniteDifference(Engine):
     def scale(self, places: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
         """Eps: the least over sites of step |a| / |v|, 0-dim; 0 where no direction leads anywhere."""
         with torch.no_grad():
-            ratios = torch.stack([place.norm() / way.norm() for place, way in zip(places, directions, strict=True)])
+            # A place that is zero everywhere, such as the start of a path, has no length: there the step is that of units.
+            lengths = [torch.where(place.norm() > 0, place.norm(), math.sqrt(place.numel())) for place in places]
+            ratios = torch.stack([length / way.norm() for length, way in zip(lengths, directions, strict=True)])
             ratios = torch.where(ratios.isfinite() & (ratios > 0), ratios, torch.full_like(ratios, math.inf))
             least = self.step * ratios.amin()
             return torch.where(least.isfinite(), least, torch.zeros_like(least))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from attrreg.ops import Phase, twice_differentiable
+from attrreg.ops.rectify import Rule, rectify
 from attrreg.sites import FEATURES, INPUT, OUTPUT, SPATIAL, SPECIAL, varies
 from attrreg.state import Rng
 
@@ -75,6 +76,8 @@ class Tap:
         map: the layer that `SPATIAL` is known to be; None: keep the last few that it could be.
         twice: gradients will be differentiated again.
         moves: what is added to the outputs of layers.
+        places: how many places of a path share the batch.
+        rule: how gradients pass `nn.ReLU` layers; None: as they do.
     """
 
     def __init__(
@@ -85,6 +88,8 @@ class Tap:
         map: str | None = None,
         twice: bool = True,
         moves: Mapping[str, Tensor] = MappingProxyType({}),
+        places: int = 1,
+        rule: Rule | None = None,
     ) -> None:
         self._model = model
         self._map = map
@@ -92,6 +97,8 @@ class Tap:
         self._own = own
         self._twice = twice
         self._moves = moves
+        self._rule = rule
+        self._rectified = 0
         self._values: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
         self._maps: deque[tuple[str, Tensor]] = deque(maxlen=MAPS)
@@ -99,7 +106,7 @@ class Tap:
         self._written = 0
         self._hooks: list[RemovableHandle] = []
         self._operators = ExitStack()
-        self._phase = Phase()
+        self._phase = Phase(places=places)
 
     def open(self, x: Tensor) -> Tensor:
         """Put the hooks in place, for a forward on `x`; returns the tensor to call the model with."""
@@ -128,6 +135,11 @@ class Tap:
 
     def recording(self, output: Any) -> Recording:
         """What was recorded, for a forward that returned `output`."""
+        if self._rule is not None and not self._rectified:
+            raise ValueError(
+                "No nn.ReLU layer ran in the forward, so a rule for gradients through them changes nothing. Use InputGradient, or write "
+                "the model's ReLUs as layers."
+            )
         for site in self._sites.keys() - set(SPECIAL) - self._values.keys() - self._problems.keys():
             self._problems[site] = f"layer {site!r} did not run in the forward. Name a layer that the model uses."
         maps = tuple((name, value) for name, value in self._maps if self._runs[name] == 1)  # or the name would say too little
@@ -137,6 +149,10 @@ class Tap:
         return Recording(self._x, self._version, self._values, self._problems, maps, output, self._rng, state, self._phase, self._twice)
 
     def _register(self) -> None:
+        if self._rule is not None:
+            for module in self._model.modules():
+                if isinstance(module, nn.ReLU):
+                    self._hooks += self._replace_relu(module, self._rule)
         for site in self._sites:
             if site == FEATURES:
                 for module in _projections(self._model):
@@ -147,6 +163,19 @@ class Tap:
                         self._hooks.append(module.register_forward_hook(self._take_map(name)))
             elif site not in SPECIAL:
                 self._hooks.append(self._model.get_submodule(site).register_forward_hook(self._take(site)))
+
+    def _replace_relu(self, module: nn.ReLU, rule: Rule) -> list[RemovableHandle]:
+        entered: list[Tensor] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
+            entered.append(args[0] if args else kwargs["input"])
+            return (entered[-1].detach().clone(),), {}  # the layer may work in place; what it computes is dropped
+
+        def after(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            self._rectified += 1
+            return rectify(entered.pop(), rule, self._phase)
+
+        return [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
 
     def _take(self, site: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
@@ -208,9 +237,11 @@ def forward(
     run: Callable[[Tensor], Any],
     twice: bool = True,
     moves: Mapping[str, Tensor] = MappingProxyType({}),
+    places: int = 1,
+    rule: Rule | None = None,
 ) -> Recording:
-    """Run the model once on `x` by `run`, recording the sites, and moving those that `moves` names."""
-    tap = Tap(model, sites, own=True, twice=twice, moves=moves)
+    """Run the model once on `x` by `run`, recording the sites. For the other arguments see `Tap`."""
+    tap = Tap(model, sites, own=True, twice=twice, moves=moves, places=places, rule=rule)
     try:
         output = run(tap.open(x))
     finally:

@@ -25,4 +25,17 @@ class Grad:
     at: Point = CLEAN
 
 
-Need = Value | Grad
+@dataclass(frozen=True)
+class Scored:
+    """A score of each image."""
+
+    score: Score
+    at: Point = CLEAN
+
+    @property
+    def site(self) -> str:
+        """What the score reads."""
+        return self.score.site
+
+
+Need = Value | Grad | Scored

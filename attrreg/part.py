@@ -13,8 +13,6 @@ from attrreg.attach import attached
 from attrreg.call import Call
 from attrreg.needs import Need
 
-COUPLED = (nn.modules.batchnorm._BatchNorm,)
-
 
 def check_fraction(fraction: float, call: Call) -> None:
     """Check the share of images to compute a penalty on.
@@ -42,7 +40,7 @@ def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
         return call
     if fraction == 1:
         whole = annotation.count == annotation.batch or attached(call.model) is not None
-        if whole or _couples(call.model) or any(need.at.draws for need in needs):
+        if whole or any(map(couples, call.model.modules())) or any(need.at.draws for need in needs):
             return call
     indices = annotation.annotated.nonzero().squeeze(1)
     if fraction < 1:
@@ -53,5 +51,8 @@ def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
     return replace(call, x=call.x[indices], annotation=annotation.part(indices), target=target)
 
 
-def _couples(model: nn.Module) -> bool:
-    return any(isinstance(module, COUPLED) and (module.training or module.running_mean is None) for module in model.modules())
+def couples(module: nn.Module) -> bool:
+    """Whether what a layer itself gives for an image depends on the others of the batch: it normalises by their statistics."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.training or module.running_mean is None
+    return module.training and any(name.startswith("running_") for name in module._buffers)  # such as timm's EvoNorm

@@ -11,9 +11,20 @@ import torch
 from torch import Tensor
 
 from attrreg.baselines import Baseline
+from attrreg.ops.rectify import Rule
 from attrreg.spec import Spec
 
 RULES = ("gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid")
+
+
+def places(rule: str, steps: int) -> list[tuple[float, float]]:
+    """The places on [0, 1] of a quadrature rule, by Captum's name, each with its weight."""
+    # Captum's own tables, and its own rounding: it has the Riemann places and all weights in float32.
+    from captum.attr._utils.approximation_methods import approximation_parameters
+
+    sizes, alphas = approximation_parameters(rule)
+    weights = torch.tensor(sizes(steps), dtype=torch.float32).tolist()
+    return [(float(alpha), weight) for alpha, weight in zip(alphas(steps), weights, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +90,17 @@ class At(Point):
         return self.image.needs_mask
 
 
+@dataclass(frozen=True, repr=False)
+class Rectified(Point):
+    """The images as they are, with another rule for gradients through `nn.ReLU` layers.
+
+    Args:
+        rule: one of `attrreg.ops.rectify`.
+    """
+
+    rule: Rule
+
+
 class Path(Point, ABC):
     """Several places between a baseline and x, over which gradients are summed.
 
@@ -114,13 +136,8 @@ class Quadrature(Path):
 
     def stops(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Sequence[Stop]:
         """One place a step, all from the same baseline."""
-        # Captum's own tables, and its own rounding: it has the Riemann places and all weights in float32.
-        from captum.attr._utils.approximation_methods import approximation_parameters
-
-        sizes, alphas = approximation_parameters(self.rule)
-        weights = torch.tensor(sizes(self.steps), dtype=torch.float32).tolist()
         start = self.baseline(x, mask, generator)
-        return [Stop(start, alpha, weight) for alpha, weight in zip(alphas(self.steps), weights, strict=True)]
+        return [Stop(start, alpha, weight) for alpha, weight in places(self.rule, self.steps)]
 
 
 @dataclass(frozen=True, repr=False)

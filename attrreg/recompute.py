@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,15 @@ from torch.autograd.function import once_differentiable
 from attrreg.hooks import LEAF
 from attrreg.points import Stop
 
-# (image, create_graph) -> one gradient a score, each of the shape of the image
-Gradients = Callable[[Tensor, bool], list[Tensor]]
+
+class Gradients(Protocol):
+    """Gradients at places of a path."""
+
+    def room(self, pending: int) -> int:
+        """How many of the places that are left may come as one batch."""
+
+    def __call__(self, images: Tensor, places: int, create_graph: bool) -> list[Tensor]:
+        """One gradient a score, of the shape of `images`: those of so many places, one after the other."""
 
 
 def trainable_leaves(*values: Tensor) -> Iterator[Tensor]:
@@ -36,7 +43,7 @@ def along(
 ) -> list[Tensor]:
     """Sum weighted gradients over the places of a path, for each score.
 
-    With all graphs held (`chunk=None`, or no more places than `chunk`) this is one forward and backward a place. Otherwise
+    With all graphs held (`chunk=None`, or no more places than `chunk`) this is one forward and backward a batch of places. Otherwise
     the gradients of each chunk are computed without a graph, and once more with one when the penalty is
     differentiated; memory is then that of one chunk, and a place costs one forward and one inner backward more.
     """
@@ -61,9 +68,16 @@ def along(
 
 def _summed(stops: Sequence[Stop], x: Tensor, gradients: Gradients, create_graph: bool) -> list[Tensor]:
     total: list[Tensor] = []
-    for stop in stops:
-        factor = stop.factor(x)
-        total = _added(total, [factor * gradient for gradient in gradients(stop.image(x), create_graph)])
+    pending = list(stops)
+    while pending:
+        count = gradients.room(len(pending))
+        batch, pending = pending[:count], pending[count:]
+        images = [stop.image(x) for stop in batch]
+        found = gradients(torch.cat(images) if count > 1 else images[0], count, create_graph)
+        places = [gradient.chunk(count) for gradient in found]
+        for index, stop in enumerate(batch):
+            factor = stop.factor(x)
+            total = _added(total, [factor * place[index] for place in places])
     return total
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from attrreg import hooks, sites
 from attrreg.attach import attached, suspended
 from attrreg.call import Call
+from attrreg.ops.rectify import Rule
 from attrreg.scores import Score
 
 
@@ -46,18 +48,29 @@ class Runner:
         self.map = ""
         self._counters = counters
 
+    def repeated(self, times: int) -> Runner:
+        """A runner for so many copies of the images in one batch, that counts for the same blocks."""
+        if times == 1:
+            return self
+        x, target = self.call.x.detach(), self.call.target
+        repeated = None if target is None else target.repeat(times, *[1] * (target.dim() - 1))
+        return Runner(replace(self.call, x=x.repeat(times, 1, 1, 1), target=repeated), self._counters, self.twice)
+
     def forward(
         self,
         image: Tensor,
         wanted: dict[str, bool],
         as_users_forward: bool = False,
         moves: Mapping[str, Tensor] = MappingProxyType({}),
+        places: int = 1,
+        rule: Rule | None = None,
     ) -> hooks.Recording:
-        """Run the model once on an image in place of `x`, recording the wanted sites, and moving those that `moves` names."""
+        """Run the model once on an image in place of `x`, recording the wanted sites. For `moves` and `rule` see `hooks.Tap`."""
         for counter in self._counters:
             counter.forward += 1
         with suspended(self.call.model):
-            return hooks.forward(self.call.model, image, wanted, lambda fed: self.call.run(fed, as_users_forward), self.twice, moves)
+            run = partial(self.call.run, as_users_forward=as_users_forward)
+            return hooks.forward(self.call.model, image, wanted, run, self.twice, moves, places, rule)
 
     def backward(self, recording: hooks.Recording, score: Score, wanted: list[str], create_graph: bool) -> list[Tensor]:
         """The gradients of a score at the wanted sites, all from one backward."""

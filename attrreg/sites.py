@@ -62,6 +62,8 @@ def layout(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Layout | No
     if not value.is_floating_point() or value.dim() not in (3, 4) or value.shape[0] != x.shape[0]:
         return None
     if value.dim() == 3:
+        if _unrolled(value.shape[1], model):
+            return None
         return _prefix_tokens(value.shape[1], model, height, width)
     _, a, b, c = value.shape
     if _convolves_to(model, site, channels=a):
@@ -93,6 +95,11 @@ def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Tensor:
         tokens = value[:, found:]
         h, w = _grid(tokens.shape[1], model, x.shape[-2], x.shape[-1]) or (0, 0)
         return tokens.transpose(1, 2).reshape(value.shape[0], value.shape[2], h, w)
+    if value.dim() == 3 and _unrolled(value.shape[1], model):
+        raise ValueError(
+            f"layer {site!r} keeps its tokens in the order of {type(model).__name__}'s mask units, not of the image, so a mask cannot be "
+            "laid over them. Name a block of the last stage, or leave the choice to layer='auto'."
+        )
     raise ValueError(
         f"layer {site!r} gives {tuple(value.shape)} for images {tuple(x.shape)}, which is not a spatial map. Name a layer "
         "before pooling, whose output is (N, C, h, w), (N, h, w, C) or (N, tokens, C)."
@@ -126,6 +133,16 @@ def _grid(count: int, model: nn.Module, height: int, width: int) -> tuple[int, i
     if count % h == 0 and _same_aspect(h, count // h, height, width):
         return h, count // h
     return None
+
+
+def _unrolled(length: int, model: nn.Module) -> bool:
+    # Hiera lets the tokens of a mask unit lie one after the other until the last stage, where a unit is one token.
+    unroll = getattr(model, "unroll", None)
+    size: list[int] | None = getattr(unroll, "size", None)
+    strides: list[tuple[int, ...]] | None = getattr(unroll, "schedule", None)
+    if not size or strides is None:
+        return False
+    return length > math.prod(size) // math.prod(math.prod(stride) for stride in strides)
 
 
 def _prefix_tokens(length: int, model: nn.Module, height: int, width: int) -> int | None:

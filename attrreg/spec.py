@@ -9,8 +9,9 @@ from typing import Any
 def public_path(kind: Any) -> str:
     """Dotted path under which a class or function is reached after `import attrreg`."""
     module = kind.__module__
-    if module.startswith(("attrreg.attributions", "attrreg.regularizer")):
-        module = "attrreg"  # re-exported at the top; where the file lies is not the user's business
+    for package in ("attrreg.attributions", "attrreg.regularizer", "attrreg.captum"):
+        if module.startswith(package):  # re-exported at the top; where the file lies is not the user's business
+            module = package if package == "attrreg.captum" else "attrreg"
     return f"{module}.{kind.__qualname__}"
 
 

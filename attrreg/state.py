@@ -26,6 +26,12 @@ class Rng:
             accelerator = torch.get_device_module(device).get_rng_state(device)
         return Rng(device, torch.get_rng_state(), accelerator)
 
+    def same(self, other: Rng) -> bool:
+        """Whether nothing was drawn between the two."""
+        if not torch.equal(self.cpu, other.cpu):
+            return False
+        return self.accelerator is None or other.accelerator is None or torch.equal(self.accelerator, other.accelerator)
+
     def restore(self) -> None:
         """Go back to this state."""
         torch.set_rng_state(self.cpu)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +19,10 @@ from attrreg import hooks, sites
 from attrreg.attach import attached
 from attrreg.call import Call
 from attrreg.engines import DoubleBackward, Engine, FiniteDifference
+from attrreg.folding import PathGradients
 from attrreg.needs import Grad, Need, Value
-from attrreg.points import CLEAN, At, Path, Point
-from attrreg.recompute import along, trainable_leaves
+from attrreg.points import CLEAN, At, Path, Point, Rectified
+from attrreg.recompute import Gradients, along, trainable_leaves
 from attrreg.runner import Passes, Runner
 from attrreg.scores import Score
 from attrreg.state import Buffers, Rng, isolated
@@ -90,6 +92,12 @@ class Trace:
         self._differentiable = differentiable
         self._needs = list(dict.fromkeys(needs))
         self._engine = engine
+        self._here: Point = CLEAN
+        if not engine.twice and differentiable and any(isinstance(need.at, Rectified) for need in self._needs):
+            raise ValueError(
+                "Finite differences move a score, and what a rule for ReLU layers gives is the gradient of none. Use "
+                "engines.DoubleBackward() for that term."
+            )
         # Layers inside a compiled graph cannot be reached.
         reached = {need.site for need in self._needs} | {need.score.site for need in self._needs if isinstance(need, Grad)}
         self.call = call if engine.twice else replace(call, as_compiled=reached <= {sites.INPUT, sites.OUTPUT})
@@ -104,13 +112,27 @@ class Trace:
 
     def value(self, site: str, at: Point = CLEAN) -> Tensor:
         """The value at a site; images `(N, C, H, W)` at `INPUT`, logits at `OUTPUT`."""
+        at = self._seen(at)
         if site == sites.INPUT and at == CLEAN:
             return self._recordings[CLEAN].values.get(site, self.call.x) if CLEAN in self._recordings else self.call.x
         return self._runner.at(self._recordings[at], site)
 
     def grad(self, site: str, score: Score, at: Point = CLEAN) -> Tensor:
         """The gradient of a score at a site, of the shape of its value; on a path, the weighted sum along it."""
-        return self._grads[site, score, at]
+        return self._grads[site, score, self._seen(at)]
+
+    def score(self, score: Score, at: Point = CLEAN) -> Tensor:
+        """A score of each image, `(N,)`."""
+        return self._runner.scores(self._recordings[self._seen(at)], self._concrete(score))
+
+    def seen_from(self, point: Point) -> Trace:
+        """The same passes, with a point in place of the clean images."""
+        view = copy(self)
+        view._here = point
+        return view
+
+    def _seen(self, at: Point) -> Point:
+        return self._here if at == CLEAN else at
 
     def grid(self, site: str, value: Tensor) -> Tensor:
         """A value or gradient of a layer as a map `(N, C, h, w)`.
@@ -148,10 +170,12 @@ class Trace:
             if isinstance(point, Path):
                 self._run_path(point, seeds[point], replay)
                 continue
+            image, rule = self.call.x, point.rule if isinstance(point, Rectified) else None
             if isinstance(point, At):
                 image = point.image(self.call.x.detach(), self.call.mask, self._generator(seeds[point]))
+            if point != CLEAN:
                 with isolated(self.call.model, replay):
-                    self._recordings[point] = self._runner.forward(image, sites_at(point, self._needs))
+                    self._recordings[point] = self._runner.forward(image, sites_at(point, self._needs), rule=rule)
             self._differentiate(point, replay)
 
     def commit(self) -> None:
@@ -182,7 +206,7 @@ class Trace:
 
     def _draw(self) -> dict[Point, int]:
         """One seed for each point and score that draws, in the order of the terms: equal ones share a draw."""
-        for score in dict.fromkeys(need.score for need in self._needs if isinstance(need, Grad)):
+        for score in dict.fromkeys(need.score for need in self._needs if not isinstance(need, Value)):
             if score.draws:
                 self._score_seeds[score] = self._seed()
         return {point: self._seed() if point.draws else 0 for point in self._points()}
@@ -262,23 +286,33 @@ class Trace:
         wanted = {sites.INPUT: True} | {score.site: False for score in concrete}
         stops = path.stops(self.call.x.detach(), self.call.mask, self._generator(seed))
 
-        runner = self._runner  # not self: the backward keeps this function
-
-        def gradients(image: Tensor, create_graph: bool) -> list[Tensor]:
-            with isolated(runner.call.model, replay):
-                recording = runner.forward(image, wanted)
-            return [runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in concrete]
-
-        def leaves(image: Tensor, create_graph: bool) -> list[Tensor]:
-            with isolated(runner.call.model, replay):
-                recording = runner.forward(image, wanted)
-            return [self._gradients(recording, score, [sites.INPUT], replay)[0] for score in concrete]
-
-        # Leaves are moved by in passes of their own: there is no graph of theirs to recompute.
-        taken, chunk = (gradients, path.chunk) if runner.twice or not self._differentiable else (leaves, None)
+        if self._engine.twice or not self._differentiable:
+            taken: Gradients = PathGradients(self._runner, wanted, concrete, replay)
+            chunk = path.chunk
+        else:  # leaves are moved by in passes of their own: there is no graph of theirs to recompute
+            taken, chunk = _PathLeaves(self, wanted, concrete, replay), None
         sums = along(stops, self.call.model, self.call.x, taken, chunk, self._differentiable)
         for need in needs:
             self._grads[need.site, need.score, path] = sums[concrete.index(self._concrete(need.score))]
+
+
+@dataclass(frozen=True)
+class _PathLeaves:
+    """Gradients at places of a path that finite differences will move by, one place at a time."""
+
+    trace: Trace
+    wanted: dict[str, bool]
+    scores: list[Score]
+    replay: Rng
+
+    def room(self, pending: int) -> int:
+        return 1
+
+    def __call__(self, images: Tensor, places: int, create_graph: bool) -> list[Tensor]:
+        trace = self.trace
+        with isolated(trace.call.model, self.replay):
+            recording = trace._runner.forward(images, self.wanted)
+        return [trace._gradients(recording, score, [sites.INPUT], self.replay)[0] for score in self.scores]
 
 
 def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:
@@ -289,14 +323,14 @@ def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:
     """
     for need in needs:
         used = [need.site]
-        if isinstance(need, Grad):
+        if not isinstance(need, Value):
             used.append(need.score.site)
             score = need.score.resolve(call.target)
             if call.target is not None:
                 score.check_target(call.target)
             elif score.needs_target:
                 raise ValueError(f"{name}: {type(score).__name__} needs a target. Pass `target=`, (N,) class indices.")
-        if isinstance(need.at, Path) and (isinstance(need, Value) or need.site != sites.INPUT):
+        if isinstance(need.at, Path) and not (isinstance(need, Grad) and need.site == sites.INPUT):
             raise ValueError(f"{name}: on a path only the gradient at the input can be taken. Ask for Grad(INPUT, score, path).")
         if need.at.needs_mask and call.mask is None:
             raise ValueError(f"{name}: its baseline is made from the mask, and there is none. Pass `mask=`.")

@@ -13,6 +13,7 @@ import torch
 import torchvision
 
 import attrreg
+from benchmarks.zoo_check import CLEAR
 
 Record = dict[str, Any]
 KINDS = ("InputGradient", "IntegratedGradients", "ActivationDifference", "GradCAM")
@@ -115,6 +116,6 @@ def _row(record: Record) -> str:
         "-" if worst is None else f"{worst:.0e}" + "~" * any(result["smoothed"] for result in results),
         f"`{cam['layer']}`" if cam["layer"] else "-",
         "x".join(map(str, cam["shape"][1:])) or "-",
-        f"{right}/4" if right >= 0 and contrast >= 1.05 else "?",
+        f"{right}/4" if right >= 0 and contrast > CLEAR else "?",
     ]
     return "| " + " | ".join(cells) + " |"

@@ -25,6 +25,12 @@ REGULARIZERS: dict[str, AttributionRegularizer] = {
     "gradcam_auto": attrreg.GradCAM(),
     "activation_difference": attrreg.ActivationDifference(),
     "random_projection": attrreg.InputGradient(score=scores.RandomProjection()),
+    "integrated_gradients_from_a_zero_image": attrreg.IntegratedGradients(steps=3, rule="riemann_left"),
+    "layer_gradient_x_activation": attrreg.captum.LayerGradientXActivation("body"),
+    "layer_conductance": attrreg.captum.LayerConductance("body", steps=2),
+    "neuron_conductance": attrreg.captum.NeuronConductance(attrreg.captum.Neuron("body", (1, 2, 2)), steps=2),
+    "noise_tunnel": attrreg.captum.NoiseTunnel(attrreg.InputXGradient(), samples=2),
+    "feature_ablation": attrreg.captum.FeatureAblation(torch.arange(8) // 4),
     "sum": 1.0 * attrreg.InputGradient() + 0.5 * attrreg.GradCAM(layer="body") + 0.1 * attrreg.ActivationDifference(),
 }
 

@@ -19,10 +19,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "deit_tiny_distilled_patch16_224": {"patch_size": 8, "depth": 3},
     "cait_xxs24_224": {"patch_size": 8, "depth": 3},
     "xcit_nano_12_p8_224": {"depth": 3},
-    "volo_d1_224": {"layers": (1, 1, 1, 1), "embed_dims": (64, 64, 64, 64), "num_heads": (2, 2, 2, 2)},
-    "crossvit_tiny_240": {},
+    "volo_d1_224": {},
+    "crossvit_tiny_240": {"img_scale": (1.0, 1.0), "patch_size": (8, 16), "depth": ((1, 1, 0),)},
     "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1), "embed_dim": 48, "num_heads": (2, 2, 4), "window_size": 4},
-    "resnet18": {},
+    "resnet18": {"output_stride": 8},
 }
 
 
@@ -68,7 +68,19 @@ def test_the_map_points_at_the_planted_square(name: str) -> None:
     map = attrreg.GradCAM(score=attrreg.scores.Contrast()).attribute(model, x, y)
     assert map.any() and float(map.flatten(1).std(1).min()) > 0
     inside = F.adaptive_avg_pool2d(places[:, None].float(), (map.shape[-2], map.shape[-1]))
-    # Attention mixes places, so not every map peaks there; by chance one in sixteen would.
+    # Attention mixes places, so not every map peaks there. Chance gives one in sixteen; five times that, on 64 images, never.
     strongest = map.abs().flatten(1).argmax(1)
-    hits = inside.flatten(1).gather(1, strongest[:, None]).squeeze(1) > 0.2
-    assert float(hits.float().mean()) > 0.6, f"{float(hits.float().mean()):.2f} of the maps peak in the square"
+    hits = float((inside.flatten(1).gather(1, strongest[:, None]) > 0.2).float().mean())
+    assert hits > 5 / 16, f"{hits:.2f} of the maps peak in the square"
+
+
+def test_tokens_out_of_the_images_order() -> None:
+    model = timm.create_model("hiera_tiny_224", img_size=64, num_classes=4, embed_dim=24, num_heads=1, stages=(1, 1, 1, 1))
+    nn.init.normal_(model.head.fc.weight)  # timm's is zero at first
+    x, target, mask = torch.rand(2, 3, 64, 64), torch.tensor([0, 1]), torch.zeros(2, 64, 64)
+    assert [info.grid for info in attrreg.layers(model, x) if info.name.startswith("blocks") and info.name.count(".") == 1] == [
+        (2, 2)
+    ]  # the last stage alone
+    with pytest.raises(ValueError, match=r"'blocks\.1'.*order of Hiera's mask units.*block of the last stage"):
+        attrreg.GradCAM("blocks.1")(model, x, mask, target)
+    assert attrreg.GradCAM()(model, x, mask, target) > 0

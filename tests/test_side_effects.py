@@ -90,7 +90,7 @@ CASES = [(name, call) for name in REGULARIZERS for call in CALLS if call != "att
 
 
 def draws(name: str) -> bool:
-    return name in ("integrated_gradients_noise", "expected_gradients", "activation_difference", "projection", "four")
+    return name in ("integrated_gradients_noise", "expected_gradients", "activation_difference", "projection", "four", "noise_tunnel")
 
 
 @pytest.mark.parametrize(("name", "call"), CASES)

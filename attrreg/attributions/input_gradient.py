@@ -23,25 +23,28 @@ class InputGradient(MapRegularizer):
     Args:
         score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
         objective: what is asked of phi.
+        absolute: phi = |d score / d x|, which only objectives that read the sign (`Energy`) tell from the gradient.
 
     Cost:
         One backward (and its double backward); no forward when attached.
 
     Source:
         Ross, Hughes and Doshi-Velez 2017, arXiv 1703.03717; as an attribution, Simonyan et al. 2013, arXiv 1312.6034.
-        Equals Captum's `Saliency(...).attribute(..., abs=False)`.
+        Equals Captum's `Saliency(...).attribute(..., abs=absolute)`.
     """
 
     score: Score = ByTarget()
     objective: Objective = SquaredOutside()
+    absolute: bool = False
 
     def needs(self) -> tuple[Need, ...]:
         """The gradient at the images."""
         return (Grad(INPUT, self.score),)
 
     def attribution(self, trace: Trace) -> Tensor:
-        """The gradient itself."""
-        return trace.grad(INPUT, self.score)
+        """The gradient itself, or its size."""
+        gradient = trace.grad(INPUT, self.score)
+        return gradient.abs() if self.absolute else gradient
 
 
 @dataclass(frozen=True, repr=False)

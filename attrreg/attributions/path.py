@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -28,7 +29,8 @@ class IntegratedGradients(MapRegularizer):
         baseline: where the path starts: a number, a tensor that broadcasts to `x`, or one of `attrreg.baselines`.
         rule: Captum's name of the quadrature rule.
         chunk: how many steps' graphs are held in memory at a time. With fewer than `steps`, the memory is that of `chunk`
-            steps, and each step costs one forward and one inner backward more. None: all at once.
+            steps, and each step is computed once more. None: all at once. Steps of a chunk share a pass where the model neither
+            draws nor lets images meet but in batch normalisation, which is then done step by step.
         score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
         objective: what is asked of phi.
 
@@ -36,8 +38,8 @@ class IntegratedGradients(MapRegularizer):
         TypeError, ValueError: naming the setting.
 
     Cost:
-        `steps` forwards and backwards, each backward differentiated again; twice as many of both where the path is
-        chunked. Each step is a pass on the whole batch, so train-mode BatchNorm sees all images at the same step.
+        A forward and a backward for each of `steps`, the backward differentiated again; twice where the path is
+        chunked. Train-mode BatchNorm sees the batch at one step at a time, also where steps share a pass.
 
     Source:
         Sundararajan et al. 2017, arXiv 1703.01365. Equals Captum's `IntegratedGradients` (its default has 50 steps), which
@@ -53,12 +55,10 @@ class IntegratedGradients(MapRegularizer):
 
     def __post_init__(self) -> None:
         check_score_and_objective(self)
-        object.__setattr__(self, "baseline", _baseline(self))
-        if self.rule not in RULES:
-            raise ValueError(f"rule {self.rule!r} is unknown. Use one of {', '.join(map(repr, RULES))}.")
-        _check_count("steps", self.steps, 1 if self.rule == "gausslegendre" else 2)
+        object.__setattr__(self, "baseline", path_baseline(self))
+        check_rule(self.rule, self.steps)
         if self.chunk is not None:
-            _check_count("chunk", self.chunk, 1)
+            check_count("chunk", self.chunk, 1)
 
     @property
     def _path(self) -> Path:
@@ -92,7 +92,8 @@ class ExpectedGradients(MapRegularizer):
         TypeError, ValueError: naming the setting.
 
     Cost:
-        `samples` forwards and backwards, each backward differentiated again; twice as many where chunked.
+        A forward and a backward a sample, the backward differentiated again; twice where chunked. Samples share passes as
+        the steps of `IntegratedGradients` do.
 
     Source:
         Erion et al. 2021, arXiv 1906.10670.
@@ -106,10 +107,10 @@ class ExpectedGradients(MapRegularizer):
 
     def __post_init__(self) -> None:
         check_score_and_objective(self)
-        object.__setattr__(self, "baseline", _baseline(self))
-        _check_count("samples", self.samples, 1)
+        object.__setattr__(self, "baseline", path_baseline(self))
+        check_count("samples", self.samples, 1)
         if self.chunk is not None:
-            _check_count("chunk", self.chunk, 1)
+            check_count("chunk", self.chunk, 1)
 
     @property
     def _path(self) -> Path:
@@ -124,7 +125,7 @@ class ExpectedGradients(MapRegularizer):
         return trace.grad(INPUT, self.score, self._path)
 
 
-def _baseline(regularizer: IntegratedGradients | ExpectedGradients) -> Baseline:
+def path_baseline(regularizer: Any) -> Baseline:
     """The baseline as an object, refused where it makes the objective constant."""
     baseline = as_baseline(regularizer.baseline)
     if baseline.needs_mask and requires_region(regularizer.objective):
@@ -135,6 +136,22 @@ def _baseline(regularizer: IntegratedGradients | ExpectedGradients) -> Baseline:
     return baseline
 
 
-def _check_count(name: str, value: int, least: int) -> None:
+def check_rule(rule: str, steps: int) -> None:
+    """Check a quadrature rule and its number of places.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule {rule!r} is unknown. Use one of {', '.join(map(repr, RULES))}.")
+    check_count("steps", steps, 1 if rule == "gausslegendre" else 2)
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Check a setting that counts.
+
+    Raises:
+        ValueError: naming it.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}. Give a larger one.")

@@ -46,9 +46,8 @@ class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         ctx.scale = scale
-        # The CPU's kernel is called by name for what its backward needs; it wants what PyTorch checks before it picks it.
+        # The CPU's kernel is called by name for what its backward needs; these are PyTorch's own conditions for it.
         if mask is None and q.device.type == "cpu" and q.dim() == 4 and q.shape[-1] == v.shape[-1] and q.numel() and k.numel():
-            q, k, v = map(_rows, (q, k, v))
             o, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=None, scale=scale)
             ctx.save_for_backward(q, k, v, mask, o, log_sum)
         else:
@@ -135,5 +134,7 @@ def attention(
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    # Not inside: what is saved has to be what was given, or the double backward does not reach it.
+    query, key, value = map(_rows, (query, key, value))
     result: Tensor = _Attention.apply(query, key, value, attn_mask, scale or 1 / math.sqrt(query.shape[-1]))
     return result

@@ -101,7 +101,26 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`F.batch_norm`."""
+    """`F.batch_norm`; where places of a path share the batch, of each place by itself."""
+    if training:
+        phase.normalised.add(input.shape[0])
+    if training and phase.places > 1:
+        settings = (running_mean, running_var, weight, bias, training, momentum, eps)
+        return torch.cat([_batch_norm(phase, part, *settings) for part in input.chunk(phase.places)])
+    return _batch_norm(phase, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _batch_norm(
+    phase: Phase,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
     if input.dtype != torch.promote_types(input.dtype, torch.float32) or not (training or running_mean is not None):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     channels = input.shape[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,11 +19,15 @@ class Phase:
 
     Attributes:
         inner: the running backward makes an attribution: nobody asks for the gradients of weights.
+        places: how many places of a path share the batch, one after the other.
+        normalised: the batch sizes that were normalised by their own statistics.
         active: what runs now will be differentiated twice. False before the first layer at which a gradient is taken.
     """
 
     inner: bool = False
     active: bool = True
+    places: int = 1
+    normalised: set[int] = field(default_factory=set)
 
     @contextmanager
     def attributing(self) -> Iterator[None]:

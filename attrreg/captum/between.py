@@ -1,0 +1,53 @@
+"""Places on the way from a baseline to the image, as points of their own: for terms that read more than gradients at the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attrreg.attributions.path import check_rule
+from attrreg.baselines import Baseline, as_baseline
+from attrreg.trace import Trace
+
+
+@dataclass(frozen=True, repr=False)
+class Between(Baseline):
+    """b + alpha (x - b): an image on the straight path from a baseline."""
+
+    baseline: Baseline
+    alpha: float
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether the baseline requires a mask."""
+        return self.baseline.needs_mask
+
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        """The image at this place."""
+        start = self.baseline(x, mask, generator)
+        return start + self.alpha * (x - start)
+
+
+def start(baseline: Baseline, trace: Trace) -> Tensor:
+    """The baseline of a path, for the images of a call."""
+    x = trace.call.x.detach()
+    return baseline(x, trace.call.mask, torch.Generator(x.device))
+
+
+def check_path(regularizer: Any) -> None:
+    """Check the settings of a path whose places are points of their own, and make its baseline an object.
+
+    Raises:
+        TypeError, ValueError: naming the setting.
+    """
+    baseline = as_baseline(regularizer.baseline)
+    if baseline.draws:
+        raise ValueError(
+            f"{type(regularizer).__name__}: each place would draw another {baseline!r}, and there would be no path. Use a baseline that "
+            "does not draw."
+        )
+    object.__setattr__(regularizer, "baseline", baseline)
+    check_rule(regularizer.rule, regularizer.steps)

@@ -1,0 +1,287 @@
+"""`from_captum`: a Captum attribution as a regularizer that can be trained with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from attrreg.attributions import ExpectedGradients, GradCAM, InputGradient, InputXGradient, IntegratedGradients
+from attrreg.baselines import Baseline, OneOf, OtherImage, Zero
+from attrreg.captum.layer import InternalInfluence, LayerActivation, LayerConductance, LayerGradientXActivation
+from attrreg.captum.neuron import Neuron, NeuronConductance
+from attrreg.captum.noise import Kind, NoiseTunnel
+from attrreg.captum.perturbation import FeatureAblation, ShapleyValues
+from attrreg.captum.rectified import Deconvolution, GuidedBackprop, GuidedGradCam
+from attrreg.captum.refusals import ABSTRACT, REFUSED
+from attrreg.objectives import Objective, SquaredOutside
+from attrreg.regularizer import MapRegularizer
+from attrreg.scores import ByTarget, Score
+
+Index = int | tuple[int, ...]
+Images = Baseline | Tensor | float | None
+Builder = Callable[..., MapRegularizer]
+BY_TARGET, SQUARED = ByTarget(), SquaredOutside()
+
+# Captum's arguments that a call of the regularizer gives, and where.
+AT_THE_CALL = MappingProxyType(
+    {
+        "forward_func": "model",
+        "model": "model",
+        "inputs": "x",
+        "target": "target",
+        "additional_forward_args": "inputs",
+    }
+)
+
+
+def from_captum(attribution: type, /, *, score: Score = BY_TARGET, objective: Objective = SQUARED, **settings: Any) -> MapRegularizer:
+    """A Captum attribution as a regularizer, trained through exactly.
+
+        reg = attrreg.from_captum(captum.attr.IntegratedGradients, n_steps=8)
+        loss += reg(model, x, mask, target=y)
+
+    What comes back is attrreg's own term with the same map, so it shares passes in sums, attaches, and leaves nothing behind.
+    Captum's own code is not run: most of its attributions carry no graph or a wrong one. `docs/captum.md` lists, for each, what
+    was measured.
+
+    Args:
+        attribution: a class of `captum.attr`.
+        score: what is differentiated; by default the target's logit, as in Captum, or the sum of log-probabilities without
+            targets. Neuron attributions have a score of their own.
+        objective: what is asked of the map.
+        settings: Captum's own, by its names, those of the class and those of its `attribute`, with its defaults. A layer is
+            given by its dotted name.
+
+    Returns:
+        A term; its `repr` says which.
+
+    Raises:
+        TypeError: it is not an attribution of Captum's, or is one that cannot be trained through; the message has the reason
+            and the way out. A subclass of Captum's is refused too: nothing shows that its gradient is right.
+        ValueError: a setting that there is not, or that has no equal here.
+    """
+    name = _known_name(attribution)
+    builder = ACCEPTED[name]
+    known = {key: value for key, value in inspect.signature(builder).parameters.items() if key not in ("score", "objective")}
+    _check_settings(name, known, settings)
+    if name.startswith("Neuron") and name != "NeuronConductance" and score != BY_TARGET:
+        raise ValueError(f"from_captum: {name} differentiates a neuron, and no score. Leave score= out.")
+    return builder(score=score, objective=objective, **settings)
+
+
+def _known_name(attribution: Any) -> str:
+    import captum.attr  # slow to import
+
+    name = getattr(attribution, "__name__", "")
+    if not isinstance(attribution, type):
+        raise TypeError(
+            f"from_captum: pass the class captum.attr.{type(attribution).__name__}, not an object of it: the model comes with the call."
+        )
+    if not issubclass(attribution, captum.attr.Attribution) or vars(captum.attr).get(name) is not attribution:
+        raise TypeError(
+            f"from_captum: {name} is not one of captum.attr's attributions, and nothing shows that its parameter gradient would be right. "
+            "Write it as a MapRegularizer: see docs/extend.md."
+        )
+    if name in ABSTRACT:
+        raise TypeError(f"from_captum: {name} is an abstract class. Pass a method, such as captum.attr.Saliency.")
+    if name not in ACCEPTED:
+        reason, way_out = REFUSED.get(
+            name, ("attrreg does not know it, and so cannot say that its gradient is right", "See docs/extend.md")
+        )
+        raise TypeError(f"from_captum: {name} cannot be trained through: {reason}. {way_out}.")
+    return name
+
+
+def _check_settings(name: str, known: Mapping[str, inspect.Parameter], settings: Mapping[str, Any]) -> None:
+    names = ", ".join(known) or "none"
+    for key in settings:
+        if key in AT_THE_CALL:
+            raise ValueError(
+                f"from_captum: {key} comes with the call: reg(model, x, mask, target=...), as {AT_THE_CALL[key]}. Leave it out."
+            )
+        if key not in known:
+            raise ValueError(f"from_captum: {name} has no setting {key} here. Those it has: {names}.")
+    for key, parameter in known.items():
+        if parameter.default is inspect.Parameter.empty and key not in settings:
+            raise ValueError(f"from_captum: {name} needs {key}. Its settings: {names}.")
+
+
+def _start(baselines: Images) -> Baseline | Tensor | float:
+    return Zero() if baselines is None else baselines
+
+
+def _distribution(baselines: Baseline | Tensor) -> Baseline:
+    if isinstance(baselines, Baseline):
+        return baselines
+    if not isinstance(baselines, Tensor):
+        raise TypeError(
+            f"from_captum: baselines must be a tensor (K, C, H, W) of images to draw from, or one of attrreg.baselines, got {baselines!r}. "
+            "Pass the images."
+        )
+    return OneOf(baselines)
+
+
+# One builder an attribution: its parameters are Captum's settings, with Captum's names and defaults.
+
+
+def _saliency(score: Score, objective: Objective, abs: bool = True) -> MapRegularizer:
+    return InputGradient(score, objective, abs)
+
+
+def _input_x_gradient(score: Score, objective: Objective) -> MapRegularizer:
+    return InputXGradient(score, objective)
+
+
+def _integrated_gradients(
+    score: Score, objective: Objective, baselines: Images = None, n_steps: int = 50, method: str = "gausslegendre"
+) -> MapRegularizer:
+    return IntegratedGradients(n_steps, _start(baselines), method, score=score, objective=objective)
+
+
+def _gradient_shap(score: Score, objective: Objective, baselines: Baseline | Tensor, n_samples: int = 5) -> MapRegularizer:
+    return ExpectedGradients(n_samples, _distribution(baselines), score=score, objective=objective)
+
+
+def _guided_backprop(score: Score, objective: Objective) -> MapRegularizer:
+    return GuidedBackprop(score, objective)
+
+
+def _deconvolution(score: Score, objective: Objective) -> MapRegularizer:
+    return Deconvolution(score, objective)
+
+
+def _guided_grad_cam(score: Score, objective: Objective, layer: str) -> MapRegularizer:
+    return GuidedGradCam(layer, score, objective)
+
+
+def _layer_grad_cam(score: Score, objective: Objective, layer: str, relu_attributions: bool = False) -> MapRegularizer:
+    return GradCAM(layer, relu_attributions, score=score, objective=objective)
+
+
+def _layer_gradient_x_activation(score: Score, objective: Objective, layer: str, multiply_by_inputs: bool = True) -> MapRegularizer:
+    return LayerGradientXActivation(layer, multiply_by_inputs, score, objective)
+
+
+def _layer_activation(score: Score, objective: Objective, layer: str) -> MapRegularizer:
+    return LayerActivation(layer, score, objective)
+
+
+def _internal_influence(
+    score: Score, objective: Objective, layer: str, baselines: Images = None, n_steps: int = 50, method: str = "gausslegendre"
+) -> MapRegularizer:
+    return InternalInfluence(layer, n_steps, _start(baselines), method, score, objective)
+
+
+def _layer_conductance(
+    score: Score, objective: Objective, layer: str, baselines: Images = None, n_steps: int = 50, method: str = "gausslegendre"
+) -> MapRegularizer:
+    return LayerConductance(layer, n_steps, _start(baselines), method, score, objective)
+
+
+def _neuron_gradient(score: Score, objective: Objective, layer: str, neuron_selector: Index) -> MapRegularizer:
+    return InputGradient(Neuron(layer, neuron_selector), objective)
+
+
+def _neuron_integrated_gradients(
+    score: Score,
+    objective: Objective,
+    layer: str,
+    neuron_selector: Index,
+    baselines: Images = None,
+    n_steps: int = 50,
+    method: str = "gausslegendre",
+) -> MapRegularizer:
+    return IntegratedGradients(n_steps, _start(baselines), method, score=Neuron(layer, neuron_selector), objective=objective)
+
+
+def _neuron_gradient_shap(
+    score: Score, objective: Objective, layer: str, neuron_selector: Index, baselines: Baseline | Tensor, n_samples: int = 5
+) -> MapRegularizer:
+    return ExpectedGradients(n_samples, _distribution(baselines), score=Neuron(layer, neuron_selector), objective=objective)
+
+
+def _neuron_guided_backprop(score: Score, objective: Objective, layer: str, neuron_selector: Index) -> MapRegularizer:
+    return GuidedBackprop(Neuron(layer, neuron_selector), objective)
+
+
+def _neuron_deconvolution(score: Score, objective: Objective, layer: str, neuron_selector: Index) -> MapRegularizer:
+    return Deconvolution(Neuron(layer, neuron_selector), objective)
+
+
+def _neuron_conductance(
+    score: Score,
+    objective: Objective,
+    layer: str,
+    neuron_selector: Index,
+    multiply_by_inputs: bool = True,
+    baselines: Images = None,
+    n_steps: int = 50,
+    method: str = "riemann_trapezoid",
+) -> MapRegularizer:
+    neuron = Neuron(layer, neuron_selector)
+    return NeuronConductance(neuron, n_steps, _start(baselines), method, multiply_by_inputs, score, objective)
+
+
+def _noise_tunnel(
+    score: Score,
+    objective: Objective,
+    attribution_method: type | MapRegularizer,
+    nt_type: Kind = "smoothgrad",
+    nt_samples: int = 5,
+    stdevs: float = 1.0,
+) -> MapRegularizer:
+    if isinstance(attribution_method, MapRegularizer) and score != BY_TARGET:
+        raise ValueError("from_captum: the score of NoiseTunnel is that of its attribution_method. Give it there.")
+    inside = attribution_method if isinstance(attribution_method, MapRegularizer) else from_captum(attribution_method, score=score)
+    return NoiseTunnel(inside, nt_type, nt_samples, stdevs, objective)
+
+
+def _feature_ablation(score: Score, objective: Objective, feature_mask: Tensor, baselines: Images = None) -> MapRegularizer:
+    return FeatureAblation(feature_mask, _start(baselines), score, objective)
+
+
+def _feature_permutation(score: Score, objective: Objective, feature_mask: Tensor) -> MapRegularizer:
+    return FeatureAblation(feature_mask, OtherImage(), score, objective)
+
+
+def _shapley_values(score: Score, objective: Objective, feature_mask: Tensor, baselines: Images = None) -> MapRegularizer:
+    return ShapleyValues(feature_mask, _start(baselines), score, objective)
+
+
+def _neuron_feature_ablation(
+    score: Score, objective: Objective, layer: str, neuron_selector: Index, feature_mask: Tensor, baselines: Images = None
+) -> MapRegularizer:
+    return FeatureAblation(feature_mask, _start(baselines), Neuron(layer, neuron_selector), objective)
+
+
+ACCEPTED: Mapping[str, Builder] = MappingProxyType(
+    {
+        "Saliency": _saliency,
+        "InputXGradient": _input_x_gradient,
+        "IntegratedGradients": _integrated_gradients,
+        "GradientShap": _gradient_shap,
+        "NoiseTunnel": _noise_tunnel,
+        "GuidedBackprop": _guided_backprop,
+        "Deconvolution": _deconvolution,
+        "GuidedGradCam": _guided_grad_cam,
+        "FeatureAblation": _feature_ablation,
+        "FeaturePermutation": _feature_permutation,
+        "ShapleyValues": _shapley_values,
+        "LayerActivation": _layer_activation,
+        "LayerGradientXActivation": _layer_gradient_x_activation,
+        "LayerGradCam": _layer_grad_cam,
+        "InternalInfluence": _internal_influence,
+        "LayerConductance": _layer_conductance,
+        "NeuronGradient": _neuron_gradient,
+        "NeuronIntegratedGradients": _neuron_integrated_gradients,
+        "NeuronGradientShap": _neuron_gradient_shap,
+        "NeuronGuidedBackprop": _neuron_guided_backprop,
+        "NeuronDeconvolution": _neuron_deconvolution,
+        "NeuronConductance": _neuron_conductance,
+        "NeuronFeatureAblation": _neuron_feature_ablation,
+    }
+)

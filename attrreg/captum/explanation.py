@@ -1,0 +1,36 @@
+"""The other way: a regularizer's map in Captum's metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from attrreg.call import Select
+from attrreg.regularizer import AttributionRegularizer
+
+Maps = Tensor | tuple[Tensor]
+
+
+def explanation_func(regularizer: AttributionRegularizer, model: nn.Module, *, output: Select = None) -> Callable[..., Maps]:
+    """A regularizer's map as the function that `captum.metrics.sensitivity_max` takes.
+
+    Captum passes the images in a tuple and wants the map in one. All else in Captum that reads a map (visualization,
+    `infidelity`) takes what `.attribute` returns.
+
+    Args:
+        regularizer: a single term that has a map.
+        model: whose map it is.
+        output: where the logits are, as in calling the regularizer.
+
+    Returns:
+        `(inputs, target=None) -> map`.
+    """
+
+    def explain(inputs: Maps, target: Tensor | None = None) -> Maps:
+        if not isinstance(inputs, tuple):
+            return regularizer.attribute(model, inputs, target, output=output)
+        (x,) = inputs
+        return (regularizer.attribute(model, x, target, output=output),)
+
+    return explain

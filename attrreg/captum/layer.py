@@ -1,0 +1,204 @@
+"""Maps of a layer, other than Grad-CAM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from attrreg.baselines import Baseline, Zero, as_baseline
+from attrreg.captum.between import Between, check_path
+from attrreg.needs import Grad, Need, Value
+from attrreg.objectives import Objective, SquaredOutside, check_score_and_objective
+from attrreg.points import At, places
+from attrreg.regularizer import MapRegularizer
+from attrreg.scores import ByTarget, Score
+from attrreg.sites import SPATIAL, check_layer_name
+from attrreg.trace import Trace
+
+
+@dataclass(frozen=True, repr=False)
+class LayerActivation(MapRegularizer):
+    """A layer's activations: phi = A, `(N, C, h, w)`.
+
+    Args:
+        layer: dotted name of a layer with a spatial map; "auto": the last one.
+        score: not read; it is here because each map has one.
+        objective: what is asked of phi.
+
+    Raises:
+        TypeError: naming the setting.
+
+    Cost:
+        None but first-order gradients; one forward when not attached.
+
+    Source:
+        Equals Captum's `LayerActivation` on `(N, C, h, w)` layers; tokens and `(N, h, w, C)` are brought to that form.
+    """
+
+    layer: str = "auto"
+    score: Score = ByTarget()
+    objective: Objective = SquaredOutside()
+
+    def __post_init__(self) -> None:
+        check_score_and_objective(self)
+        check_layer_name(self.layer)
+
+    def needs(self) -> tuple[Need, ...]:
+        """The activations."""
+        return (Value(_site(self.layer)),)
+
+    def attribution(self, trace: Trace) -> Tensor:
+        """The activations as a map."""
+        return trace.grid(_site(self.layer), trace.value(_site(self.layer)))
+
+
+@dataclass(frozen=True, repr=False)
+class LayerGradientXActivation(MapRegularizer):
+    """A layer's activations times their gradients: phi = A * d score / d A, `(N, C, h, w)`.
+
+    Args:
+        layer: dotted name of a layer with a spatial map; "auto": the last one.
+        multiply: by A, as above; else the gradient itself.
+        score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
+        objective: what is asked of phi.
+
+    Raises:
+        TypeError: naming the setting.
+
+    Cost:
+        One backward down to the layer (and its double backward), shared with `GradCAM` there; no forward when attached.
+
+    Source:
+        Equals Captum's `LayerGradientXActivation` on `(N, C, h, w)` layers.
+    """
+
+    layer: str = "auto"
+    multiply: bool = True
+    score: Score = ByTarget()
+    objective: Objective = SquaredOutside()
+
+    def __post_init__(self) -> None:
+        check_score_and_objective(self)
+        check_layer_name(self.layer)
+
+    def needs(self) -> tuple[Need, ...]:
+        """The activations and their gradient."""
+        return Value(_site(self.layer)), Grad(_site(self.layer), self.score)
+
+    def attribution(self, trace: Trace) -> Tensor:
+        """Their product."""
+        gradient = trace.grid(_site(self.layer), trace.grad(_site(self.layer), self.score))
+        return trace.grid(_site(self.layer), trace.value(_site(self.layer))) * gradient if self.multiply else gradient
+
+
+@dataclass(frozen=True, repr=False)
+class InternalInfluence(MapRegularizer):
+    """A layer's gradients, averaged along the straight path from a baseline to the image.
+
+    phi = sum_k w_k d score / d A at z_k = b + alpha_k (x - b), `(N, C, h, w)`.
+
+    Args:
+        layer: dotted name of a layer with a spatial map.
+        steps: places on the path.
+        baseline: where it starts, as in `IntegratedGradients`; none that draws.
+        rule: Captum's name of the quadrature rule.
+        score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
+        objective: what is asked of phi.
+
+    Raises:
+        TypeError, ValueError: naming the setting.
+
+    Cost:
+        `steps` forwards and backwards down to the layer, each differentiated again; all graphs are held at once. What made
+        x gets no gradient through the places.
+
+    Source:
+        Leino et al. 2018, arXiv 1802.03788. Equals Captum's `InternalInfluence`.
+    """
+
+    layer: str
+    steps: int = 50
+    baseline: Baseline | Tensor | float = Zero()
+    rule: str = "gausslegendre"
+    score: Score = ByTarget()
+    objective: Objective = SquaredOutside()
+
+    def __post_init__(self) -> None:
+        check_score_and_objective(self)
+        check_layer_name(self.layer)
+        check_path(self)
+
+    def _places(self) -> list[tuple[At, float]]:
+        baseline = as_baseline(self.baseline)
+        return [(At(Between(baseline, alpha)), weight) for alpha, weight in places(self.rule, self.steps)]
+
+    def needs(self) -> tuple[Need, ...]:
+        """The gradient at each place."""
+        return tuple(Grad(self.layer, self.score, at) for at, _ in self._places())
+
+    def attribution(self, trace: Trace) -> Tensor:
+        """The weighted sum."""
+        weighted = [weight * trace.grad(self.layer, self.score, at) for at, weight in self._places()]
+        return trace.grid(self.layer, torch.stack(weighted).sum(dim=0))
+
+
+@dataclass(frozen=True, repr=False)
+class LayerConductance(MapRegularizer):
+    """What each of a layer's activations adds to the score, along the straight path from a baseline to the image.
+
+    phi = sum_k (A(z_{k+1}) - A(z_k)) * d score / d A at z_k = b + alpha_k (x - b), over `steps` + 1 places, `(N, C, h, w)`.
+
+    Args:
+        layer: dotted name of a layer with a spatial map.
+        steps: intervals between places.
+        baseline: where the path starts, as in `IntegratedGradients`; none that draws.
+        rule: Captum's name of the quadrature rule, from which the places are taken.
+        score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
+        objective: what is asked of phi.
+
+    Raises:
+        TypeError, ValueError: naming the setting.
+
+    Cost:
+        `steps` + 1 forwards, `steps` backwards down to the layer, each differentiated again; all graphs are held at once.
+        What made x gets no gradient through the places.
+
+    Source:
+        Dhamdhere et al. 2018, arXiv 1805.12233, computed as in Shrikumar et al. 2018, arXiv 1807.09946. Equals Captum's
+        `LayerConductance`.
+    """
+
+    layer: str
+    steps: int = 50
+    baseline: Baseline | Tensor | float = Zero()
+    rule: str = "gausslegendre"
+    score: Score = ByTarget()
+    objective: Objective = SquaredOutside()
+
+    def __post_init__(self) -> None:
+        check_score_and_objective(self)
+        check_layer_name(self.layer)
+        check_path(self)
+
+    def _points(self) -> list[At]:
+        baseline = as_baseline(self.baseline)
+        return [At(Between(baseline, alpha)) for alpha, _ in places(self.rule, self.steps + 1)]
+
+    def needs(self) -> tuple[Need, ...]:
+        """The activations at each place, and their gradient at each but the last."""
+        points = self._points()
+        return *(Value(self.layer, at) for at in points), *(Grad(self.layer, self.score, at) for at in points[:-1])
+
+    def attribution(self, trace: Trace) -> Tensor:
+        """The sum of products of steps and gradients."""
+        points = self._points()
+        steps = [trace.value(self.layer, after) - trace.value(self.layer, at) for at, after in pairwise(points)]
+        products = [step * trace.grad(self.layer, self.score, at) for at, step in zip(points, steps, strict=False)]
+        return trace.grid(self.layer, torch.stack(products).sum(dim=0))
+
+
+def _site(layer: str) -> str:
+    return SPATIAL if layer == "auto" else layer

@@ -1,0 +1,123 @@
+"""Attributions of one neuron."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attrreg.attributions.path import path_baseline
+from attrreg.baselines import Baseline, Zero, as_baseline
+from attrreg.captum.between import Between, check_path, start
+from attrreg.needs import Grad, Need, Value
+from attrreg.objectives import Objective, SquaredOutside, check_score_and_objective
+from attrreg.points import At, places
+from attrreg.regularizer import MapRegularizer
+from attrreg.scores import ByTarget, Score
+from attrreg.sites import INPUT, check_layer_name
+from attrreg.trace import Trace
+
+
+@dataclass(frozen=True, repr=False)
+class Neuron(Score):
+    """One number of a layer's output, a_l[:, index]: what Captum's neuron attributions differentiate. Needs no target.
+
+    Args:
+        layer: dotted name of the layer.
+        index: where in the layer's output, without the batch axis; an integer where that has one axis.
+
+    Raises:
+        TypeError: naming the setting.
+    """
+
+    layer: str
+    index: int | tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_layer_name(self.layer)
+        index: tuple[int, ...] = (self.index,) if isinstance(self.index, int) else self.index
+        if not isinstance(index, tuple) or not index or not all(isinstance(n, int) and not isinstance(n, bool) for n in index):
+            raise TypeError(f"Neuron: index must be an integer or a tuple of them, got {self.index!r}. Name one neuron.")
+        object.__setattr__(self, "index", index)
+
+    @property
+    def site(self) -> str:
+        """The layer."""
+        return self.layer
+
+    def check_value(self, value: Tensor, target: Tensor | None) -> None:
+        """Check that the layer has such a neuron."""
+        assert isinstance(self.index, tuple)
+        inside = all(-size <= n < size for n, size in zip(self.index, value.shape[1:], strict=False))
+        if len(self.index) != value.dim() - 1 or not inside:
+            raise ValueError(
+                f"Neuron: layer {self.layer!r} gives {tuple(value.shape)}, in which {self.index} is no neuron. Give an index for each "
+                "axis but the first."
+            )
+
+    def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
+        """Score `(N,)` of a layer's output."""
+        where: tuple[Any, ...] = (slice(None), *self.index)  # type: ignore[misc]  # a tuple since __post_init__
+        return value[where]
+
+
+@dataclass(frozen=True, repr=False)
+class NeuronConductance(MapRegularizer):
+    """What each pixel adds to the score through one neuron, along a straight path.
+
+    phi = (x - b) * sum_k w_k (d score / d a) (d a / d z) at z_k = b + alpha_k (x - b), with a the neuron, `(N, C, H, W)`.
+
+    Args:
+        neuron: through which it goes.
+        steps: places on the path.
+        baseline: where it starts, as in `IntegratedGradients`; none that draws.
+        rule: Captum's name of the quadrature rule.
+        multiply: by x - b, as above; else the average gradient itself.
+        score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
+        objective: what is asked of phi.
+
+    Raises:
+        TypeError, ValueError: naming the setting.
+
+    Cost:
+        `steps` forwards and twice as many backwards, each differentiated again; all graphs are held at once. What made x
+        gets no gradient through the places.
+
+    Source:
+        Dhamdhere et al. 2018, arXiv 1805.12233. Equals Captum's `NeuronConductance`.
+    """
+
+    neuron: Neuron
+    steps: int = 50
+    baseline: Baseline | Tensor | float = Zero()
+    rule: str = "riemann_trapezoid"
+    multiply: bool = True
+    score: Score = ByTarget()
+    objective: Objective = SquaredOutside()
+
+    def __post_init__(self) -> None:
+        check_score_and_objective(self)
+        if not isinstance(self.neuron, Neuron):
+            raise TypeError(f"NeuronConductance: neuron must be a captum.Neuron, got {self.neuron!r}. Write Neuron('layer4', (0, 1, 1)).")
+        check_path(self)
+        path_baseline(self)
+
+    def _places(self) -> list[tuple[At, float]]:
+        baseline = as_baseline(self.baseline)
+        return [(At(Between(baseline, alpha)), weight) for alpha, weight in places(self.rule, self.steps)]
+
+    def needs(self) -> tuple[Need, ...]:
+        """At each place, the score's gradient at the layer and the neuron's at the image."""
+        pairs = [(Grad(self.neuron.layer, self.score, at), Grad(INPUT, self.neuron, at)) for at, _ in self._places()]
+        return (Value(INPUT), *(need for pair in pairs for need in pair))
+
+    def attribution(self, trace: Trace) -> Tensor:
+        """The weighted sum of products."""
+        products = []
+        for at, weight in self._places():
+            onward = self.neuron(trace.grad(self.neuron.layer, self.score, at), None)
+            products.append(weight * onward.view(-1, 1, 1, 1) * trace.grad(INPUT, self.neuron, at))
+        total = torch.stack(products).sum(dim=0)
+        return (trace.value(INPUT) - start(as_baseline(self.baseline), trace)) * total if self.multiply else total

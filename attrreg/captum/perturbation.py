@@ -1,0 +1,207 @@
+"""Attributions by taking parts of the image away: no gradient is taken, so nothing is differentiated twice."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from attrreg.baselines import Baseline, Fixed, Zero, as_baseline
+from attrreg.needs import Need, Scored
+from attrreg.objectives import Objective, SquaredOutside, check_score_and_objective
+from attrreg.points import CLEAN, At, Point
+from attrreg.regularizer import MapRegularizer
+from attrreg.scores import ByTarget, Score
+from attrreg.trace import Trace
+
+
+@dataclass(frozen=True, repr=False)
+class Without(Baseline):
+    """The image with some of its segments replaced by a baseline."""
+
+    segments: Fixed
+    removed: tuple[int, ...]
+    baseline: Baseline
+
+    @property
+    def draws(self) -> bool:  # type: ignore[override]
+        """Whether the baseline draws."""
+        return self.baseline.draws
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether the baseline requires a mask."""
+        return self.baseline.needs_mask
+
+    def region(self, x: Tensor) -> Tensor:
+        """Where the segments are, boolean, of the shape of `x`.
+
+        Raises:
+            ValueError: the segments do not fit the images.
+        """
+        numbers = self.segments.image.to(x.device)
+        here = torch.isin(numbers, torch.tensor(self.removed, device=x.device))
+        try:
+            return here.expand_as(x)
+        except RuntimeError as error:
+            raise ValueError(
+                f"segments of shape {tuple(here.shape)} do not broadcast to x of shape {tuple(x.shape)}. Give them as "
+                "(H, W), (C, H, W) or (1, C, H, W)."
+            ) from error
+
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        """`x` without the segments."""
+        return torch.where(self.region(x), self.baseline(x, mask, generator), x)
+
+
+@dataclass(frozen=True, repr=False)
+class FeatureAblation(MapRegularizer):
+    """By how much the score falls when a segment of the image is replaced.
+
+    phi = score(x) - score(x with the segment from b), at each pixel of the segment, `(N, C, H, W)`, in units of the score.
+
+    Args:
+        segments: integers that number the segments, `(H, W)` or anything that broadcasts to `x`: a grid, superpixels.
+        baseline: what takes a segment's place: a number, a tensor that broadcasts to `x`, or one of `attrreg.baselines`; one that
+            draws does so for each segment.
+        score: what is compared; by default the target's logit, or the sum of log-probabilities without targets.
+        objective: what is asked of phi.
+
+    Raises:
+        TypeError, ValueError: naming the setting.
+
+    Cost:
+        One forward a segment, and the clean one, which is free when attached. No inner backward, and nothing is differentiated
+        twice: it runs on compiled models too. What made x gets no gradient through the ablated images.
+
+    Source:
+        Equals Captum's `FeatureAblation`, and with `baselines.OtherImage()` its `FeaturePermutation`, but that a permutation may be
+        the identity. Zeiler and Fergus 2013, arXiv 1311.2901, have a sliding window.
+    """
+
+    segments: Fixed | Tensor
+    baseline: Baseline | Tensor | float = Zero()
+    score: Score = ByTarget()
+    objective: Objective = SquaredOutside()
+
+    def __post_init__(self) -> None:
+        check_score_and_objective(self)
+        _check_segments(self)
+
+    @property
+    def _points(self) -> list[At]:
+        assert isinstance(self.segments, Fixed) and isinstance(self.baseline, Baseline)
+        return [At(Without(self.segments, (number,), self.baseline)) for number in _numbers(self.segments)]
+
+    def needs(self) -> tuple[Need, ...]:
+        """The score of the image, and without each segment."""
+        return tuple(Scored(self.score, at) for at in (CLEAN, *self._points))
+
+    def attribution(self, trace: Trace) -> Tensor:
+        """The falls, each on its segment."""
+        x, clean = trace.call.x.detach(), trace.score(self.score)
+        falls = []
+        for point in self._points:
+            assert isinstance(point.image, Without)
+            fall = (clean - trace.score(self.score, point)).view(-1, 1, 1, 1)
+            falls.append(torch.where(point.image.region(x), fall, torch.zeros_like(fall)))
+        return torch.stack(falls).sum(dim=0)
+
+
+MOST = 10  # segments: twice as many forwards for each more
+
+
+@dataclass(frozen=True, repr=False)
+class ShapleyValues(MapRegularizer):
+    """What a segment adds to the score on average, over all orders in which segments could be put into the image.
+
+    phi_i = sum over sets S of other segments of |S|! (K - |S| - 1)! / K! (score(S and i) - score(S)), where the segments that are
+    not in the set come from b; at each pixel of segment i, `(N, C, H, W)`, in units of the score.
+
+    Args:
+        segments: integers that number the segments, as in `FeatureAblation`; at most 10 different ones.
+        baseline: what takes a segment's place, as in `FeatureAblation`; none that draws.
+        score: what is compared; by default the target's logit, or the sum of log-probabilities without targets.
+        objective: what is asked of phi.
+
+    Raises:
+        TypeError, ValueError: naming the setting.
+
+    Cost:
+        2^K - 1 forwards for K segments, and the clean one, which is free when attached. No inner backward. What made x gets no
+        gradient through the ablated images.
+
+    Source:
+        Shapley 1953; Castro et al. 2009. Equals Captum's `ShapleyValues`, which `ShapleyValueSampling` and `KernelShap` estimate.
+    """
+
+    segments: Fixed | Tensor
+    baseline: Baseline | Tensor | float = Zero()
+    score: Score = ByTarget()
+    objective: Objective = SquaredOutside()
+
+    def __post_init__(self) -> None:
+        check_score_and_objective(self)
+        _check_segments(self)
+        assert isinstance(self.segments, Fixed) and isinstance(self.baseline, Baseline)
+        if self.baseline.draws:
+            raise ValueError(
+                f"ShapleyValues: {self.baseline!r} would draw anew for each set of segments. Use a baseline that does not draw."
+            )
+        count = len(_numbers(self.segments))
+        if count > MOST:
+            raise ValueError(f"ShapleyValues: {count} segments take {2**count} forwards. Give at most {MOST}, or use FeatureAblation.")
+
+    def _point(self, present: tuple[int, ...]) -> Point:
+        assert isinstance(self.segments, Fixed) and isinstance(self.baseline, Baseline)
+        removed = tuple(number for number in _numbers(self.segments) if number not in present)
+        return At(Without(self.segments, removed, self.baseline)) if removed else CLEAN
+
+    def needs(self) -> tuple[Need, ...]:
+        """The score of each set of segments."""
+        assert isinstance(self.segments, Fixed)
+        return tuple(Scored(self.score, self._point(present)) for present in _subsets(_numbers(self.segments)))
+
+    def attribution(self, trace: Trace) -> Tensor:
+        """The mean gains, each on its segment."""
+        assert isinstance(self.segments, Fixed) and isinstance(self.baseline, Baseline)
+        numbers, x = _numbers(self.segments), trace.call.x.detach()
+        total = torch.zeros_like(x)
+        for number in numbers:
+            others = tuple(other for other in numbers if other != number)
+            gains = []
+            for present in _subsets(others):
+                with_it = trace.score(self.score, self._point((*present, number)))
+                weight = 1 / (len(numbers) * math.comb(len(others), len(present)))
+                gains.append(weight * (with_it - trace.score(self.score, self._point(present))))
+            gain = torch.stack(gains).sum(dim=0).view(-1, 1, 1, 1)
+            here = Without(self.segments, (number,), self.baseline).region(x)
+            total = total + torch.where(here, gain, torch.zeros_like(gain))
+        return total
+
+
+def _check_segments(regularizer: FeatureAblation | ShapleyValues) -> None:
+    """Check the segments, and make them and the baseline objects."""
+    name, segments = type(regularizer).__name__, regularizer.segments
+    segments = segments.image if isinstance(segments, Fixed) else segments
+    if not isinstance(segments, Tensor) or segments.is_floating_point() or segments.dtype is torch.bool:
+        kind = segments.dtype if isinstance(segments, Tensor) else type(segments).__name__
+        raise TypeError(f"{name}: segments must be a tensor of integers, got {kind}. Number the segments of the image.")
+    if segments.dim() == 4 and segments.shape[0] != 1:
+        raise ValueError(
+            f"{name}: segments are {tuple(segments.shape)}, but there is one set of segments for all images. Give (H, W), (C, H, W) or "
+            "(1, C, H, W)."
+        )
+    object.__setattr__(regularizer, "segments", Fixed(segments))
+    object.__setattr__(regularizer, "baseline", as_baseline(regularizer.baseline))
+
+
+def _numbers(segments: Fixed) -> tuple[int, ...]:
+    return tuple(segments.image.unique().tolist())
+
+
+def _subsets(numbers: tuple[int, ...]) -> list[tuple[int, ...]]:
+    return [subset for size in range(len(numbers) + 1) for subset in combinations(numbers, size)]

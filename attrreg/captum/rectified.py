@@ -1,0 +1,131 @@
+"""Attributions with another rule for gradients through ReLU layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from attrreg.needs import Grad, Need, Value
+from attrreg.objectives import Objective, SquaredOutside, check_score_and_objective
+from attrreg.ops.rectify import deconvolved, guided
+from attrreg.points import Rectified
+from attrreg.regularizer import MapRegularizer
+from attrreg.scores import ByTarget, Score
+from attrreg.sites import INPUT, SPATIAL, check_layer_name
+from attrreg.trace import Trace
+
+GUIDED, DECONVOLVED = Rectified(guided), Rectified(deconvolved)
+
+
+@dataclass(frozen=True, repr=False)
+class GuidedBackprop(MapRegularizer):
+    """The input gradient, with only what is positive passed back at each ReLU layer, `(N, C, H, W)`.
+
+    Only `nn.ReLU` layers follow the rule, as in Captum. The penalty's parameter gradient is that of the map: the rule applies
+    where the map is made, and not where the penalty is differentiated.
+
+    Args:
+        score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
+        objective: what is asked of phi.
+
+    Raises:
+        ValueError: no `nn.ReLU` layer runs, so the map would be the gradient; or with `engines.FiniteDifference`.
+
+    Cost:
+        One forward of its own, one backward and its double backward.
+
+    Source:
+        Springenberg et al. 2014, arXiv 1412.6806. Equals Captum's `GuidedBackprop` where what enters a ReLU goes nowhere else. In
+        pre-activation networks Captum applies the rule to the skip connection too; here it stays at the ReLU. Nie et al. 2018
+        (arXiv 1805.07039) show that the map recovers the image more than it explains the prediction.
+    """
+
+    score: Score = ByTarget()
+    objective: Objective = SquaredOutside()
+
+    def needs(self) -> tuple[Need, ...]:
+        """The gradient under the rule."""
+        return (Grad(INPUT, self.score, GUIDED),)
+
+    def attribution(self, trace: Trace) -> Tensor:
+        """That gradient."""
+        return trace.grad(INPUT, self.score, GUIDED)
+
+
+@dataclass(frozen=True, repr=False)
+class Deconvolution(MapRegularizer):
+    """The input gradient, with the positive part of what arrives passed back at each ReLU layer, `(N, C, H, W)`.
+
+    As `GuidedBackprop`, which see, but whether the ReLU was active in the forward makes no difference.
+
+    Args:
+        score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
+        objective: what is asked of phi.
+
+    Raises:
+        ValueError: no `nn.ReLU` layer runs, so the map would be the gradient; or with `engines.FiniteDifference`.
+
+    Cost:
+        One forward of its own, one backward and its double backward.
+
+    Source:
+        Zeiler and Fergus 2013, arXiv 1311.2901. Equals Captum's `Deconvolution`, with the difference of `GuidedBackprop`.
+    """
+
+    score: Score = ByTarget()
+    objective: Objective = SquaredOutside()
+
+    def needs(self) -> tuple[Need, ...]:
+        """The gradient under the rule."""
+        return (Grad(INPUT, self.score, DECONVOLVED),)
+
+    def attribution(self, trace: Trace) -> Tensor:
+        """That gradient."""
+        return trace.grad(INPUT, self.score, DECONVOLVED)
+
+
+@dataclass(frozen=True, repr=False)
+class GuidedGradCam(MapRegularizer):
+    """Guided backpropagation times the positive part of Grad-CAM, enlarged to the image, `(N, C, H, W)`.
+
+    Args:
+        layer: dotted name of a layer with a spatial map; "auto": the last one.
+        score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
+        objective: what is asked of phi.
+
+    Raises:
+        TypeError: naming the setting.
+        ValueError: as `GuidedBackprop`.
+
+    Cost:
+        That of `GuidedBackprop` and of `GradCAM`.
+
+    Source:
+        Selvaraju et al. 2017, arXiv 1610.02391. Equals Captum's `GuidedGradCam` with its nearest interpolation.
+    """
+
+    layer: str = "auto"
+    score: Score = ByTarget()
+    objective: Objective = SquaredOutside()
+
+    def __post_init__(self) -> None:
+        check_score_and_objective(self)
+        check_layer_name(self.layer)
+
+    @property
+    def _site(self) -> str:
+        return SPATIAL if self.layer == "auto" else self.layer
+
+    def needs(self) -> tuple[Need, ...]:
+        """The gradient under the rule; the layer's activations and their gradient without it."""
+        return Grad(INPUT, self.score, GUIDED), Value(self._site), Grad(self._site, self.score)
+
+    def attribution(self, trace: Trace) -> Tensor:
+        """Their product."""
+        activations = trace.grid(self._site, trace.value(self._site))
+        weights = trace.grid(self._site, trace.grad(self._site, self.score)).mean(dim=(2, 3), keepdim=True)
+        cam = (weights * activations).sum(dim=1, keepdim=True).relu()
+        gradient = trace.grad(INPUT, self.score, GUIDED)
+        return gradient * F.interpolate(cam, gradient.shape[-2:], mode="nearest")

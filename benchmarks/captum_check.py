@@ -1,0 +1,282 @@
+"""Is the parameter gradient of each Captum attribution right? Measured in float64 on a small network.
+
+The reference is Captum's own map, differentiated numerically: no graph has a part in it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import captum.attr
+import numpy as np
+import torch
+from captum._utils.common import _run_forward
+from captum.attr import Attribution
+from torch import Tensor, nn
+
+import attrreg
+from attrreg.captum.bridge import ACCEPTED
+from attrreg.captum.refusals import ABSTRACT
+from attrreg.objectives import SquaredOutside
+
+TOLERANCE = 1e-6
+STEP = 1e-5
+LAYER = "body"
+
+
+class Net(nn.Module):
+    """Smooth, or with a ReLU layer between curved ones, through which the penalty's backward passes forward and back."""
+
+    def __init__(self, rectified: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.first = nn.Tanh()
+        self.body = nn.Conv2d(4, 5, 3, stride=2, padding=1)
+        self.middle = nn.ReLU() if rectified else nn.Tanh()
+        self.third = nn.Conv2d(5, 6, 3, padding=1)
+        self.last = nn.Tanh()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `(N, 3)`."""
+        h = self.middle(self.body(self.first(self.stem(x))))
+        logits: Tensor = self.head(self.last(self.third(h)).mean(dim=(2, 3)))
+        return logits
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attribution and how it is called.
+
+    Attributes:
+        settings: Captum's, of the class and of `attribute`; also those of `from_captum`, where it is accepted.
+        rectified: it is about ReLU layers.
+        draws: Captum and attrreg draw differently.
+        single: Captum rounds its map to float32, too coarse for differences.
+        runs: False where Captum's takes something else than a batch of images.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    rectified: bool = False
+    draws: bool = False
+    single: bool = False
+    runs: bool = True
+
+    @property
+    def accepted(self) -> bool:
+        """Whether `from_captum` takes it."""
+        return self.name in ACCEPTED
+
+
+def _images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, others = (torch.randn(n, 2, 8, 8, generator=generator, dtype=torch.float64) for n in (3, 4))
+    mask = torch.zeros(3, 8, 8, dtype=torch.bool)
+    mask[:, 2:4, 2:6] = True
+    return x, mask, torch.tensor([0, 2, 1]), others
+
+
+X, MASK, TARGET, OTHERS = _images()
+SEGMENTS = (torch.arange(8).view(8, 1) // 4 * 2 + torch.arange(8) // 4).expand(1, 2, 8, 8).contiguous()
+PATH = {"n_steps": 4, "baselines": OTHERS[:1]}
+NEURON = {"layer": LAYER, "neuron_selector": (1, 2, 2)}
+ABLATION = {"feature_mask": SEGMENTS, "baselines": OTHERS[:1]}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "IntegratedGradients": PATH,
+    "GradientShap": {"baselines": OTHERS},
+    "NoiseTunnel": {"attribution_method": captum.attr.InputXGradient, "nt_type": "smoothgrad_sq", "nt_samples": 2, "stdevs": 0.3},
+    "GuidedGradCam": {"layer": LAYER},
+    "FeatureAblation": ABLATION,
+    "LayerActivation": {"layer": LAYER},
+    "LayerGradientXActivation": {"layer": LAYER},
+    "LayerGradCam": {"layer": LAYER},
+    "InternalInfluence": {"layer": LAYER, **PATH},
+    "LayerConductance": {"layer": LAYER, **PATH},
+    "NeuronGradient": NEURON,
+    "NeuronIntegratedGradients": NEURON | PATH,
+    "NeuronGradientShap": NEURON | {"baselines": OTHERS},
+    "NeuronGuidedBackprop": {"layer": "third", "neuron_selector": (1, 2, 2)},
+    "NeuronDeconvolution": {"layer": "third", "neuron_selector": (1, 2, 2)},
+    "NeuronConductance": NEURON | PATH,
+    "NeuronFeatureAblation": NEURON | ABLATION,
+    "DeepLift": {"baselines": OTHERS[:1]},
+    "DeepLiftShap": {"baselines": OTHERS},
+    "LayerDeepLift": {"layer": LAYER, "baselines": OTHERS[:1]},
+    "LayerDeepLiftShap": {"layer": LAYER, "baselines": OTHERS},
+    "NeuronDeepLift": NEURON | {"baselines": OTHERS[:1]},
+    "NeuronDeepLiftShap": NEURON | {"baselines": OTHERS},
+    "LayerLRP": {"layer": LAYER},
+    "LayerIntegratedGradients": {"layer": LAYER, **PATH},
+    "LayerGradientShap": {"layer": LAYER, "baselines": OTHERS},
+    "Occlusion": {"sliding_window_shapes": (2, 4, 4), "strides": (2, 4, 4)},
+    "FeaturePermutation": {"feature_mask": SEGMENTS},
+    "ShapleyValueSampling": {"feature_mask": SEGMENTS, "n_samples": 2},
+    "ShapleyValues": ABLATION,
+    "Lime": {"feature_mask": SEGMENTS, "n_samples": 5},
+    "KernelShap": {"feature_mask": SEGMENTS, "n_samples": 5},
+    "LayerFeatureAblation": {"layer": LAYER},
+    "LayerFeaturePermutation": {"layer": LAYER},
+}
+RECTIFIED = ("GuidedBackprop", "Deconvolution", "GuidedGradCam", "NeuronGuidedBackprop", "NeuronDeconvolution")
+DRAWING = ("GradientShap", "NeuronGradientShap", "NoiseTunnel", "FeaturePermutation")
+SINGLE = ("ShapleyValues",)
+ELSEWHERE = ("LimeBase", "DataLoaderAttribution", "LLMAttribution", "LLMGradientAttribution", "RemoteLLMAttribution")
+WITHOUT_TARGET = ("LayerActivation", *(name for name in SETTINGS if name.startswith("Neuron") and name != "NeuronConductance"))
+
+
+def cases() -> list[Case]:
+    """All of captum.attr: first what is accepted, in the order of the documentation."""
+    classes = [value for value in vars(captum.attr).values() if isinstance(value, type) and issubclass(value, Attribution)]
+    names = [kind.__name__ for kind in classes if kind.__name__ not in ABSTRACT]
+    ordered = [*(name for name in ACCEPTED if name in names), *(name for name in names if name not in ACCEPTED)]
+    return [
+        Case(name, SETTINGS.get(name, {}), name in RECTIFIED, name in DRAWING, name in SINGLE, name not in ELSEWHERE) for name in ordered
+    ]
+
+
+def network(case: Case) -> nn.Module:
+    """The network that a case is measured on."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Net(case.rectified).double().eval()
+
+
+# Captum's
+
+
+def captums(case: Case, model: nn.Module, create_graph: bool = False, x: Tensor = X, target: Tensor = TARGET) -> Tensor:
+    """Captum's map, with the graph that it has, from the same draws each time.
+
+    Args:
+        case, model, x, target: of what.
+        create_graph: its gradient functions are replaced by ones that keep a graph, where it has any to be replaced.
+    """
+    settings = dict(case.settings)
+    built = [model, *([model.get_submodule(settings.pop("layer"))] if "layer" in settings else [])]
+    if "attribution_method" in settings:
+        built = [settings.pop("attribution_method")(model)]
+    attribution = getattr(captum.attr, case.name)(*built)
+    if case.name not in WITHOUT_TARGET:
+        settings["target"] = target
+    if create_graph:
+        _keep_graph(attribution)
+        if "grad_kwargs" in inspect.signature(attribution.attribute).parameters:
+            settings["grad_kwargs"] = {"create_graph": True}
+    state = np.random.get_state()
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        np.random.seed(0)
+        found: Tensor = attribution.attribute(x.clone().requires_grad_(), **settings)
+    np.random.set_state(state)
+    return found
+
+
+def _keep_graph(attribution: Any) -> None:
+    for part in (attribution, *vars(attribution).values()):
+        if isinstance(part, Attribution) and hasattr(part, "gradient_func"):
+            part.gradient_func = _gradients_with_graph
+
+
+def _gradients_with_graph(forward_fn: Any, inputs: Any, target_ind: Any = None, additional_forward_args: Any = None) -> Any:
+    with torch.enable_grad():
+        outputs = _run_forward(forward_fn, inputs, target_ind, additional_forward_args)
+        return torch.autograd.grad(torch.unbind(outputs), inputs, create_graph=True)
+
+
+# Ours
+
+
+def ours(case: Case) -> attrreg.MapRegularizer:
+    """The same attribution, as a regularizer."""
+    return attrreg.from_captum(getattr(captum.attr, case.name), **case.settings)
+
+
+def penalty(case: Case, model: nn.Module) -> Tensor:
+    """Our penalty, from the same draws each time."""
+    return ours(case)(model, X, MASK, TARGET, generator=torch.Generator().manual_seed(0))
+
+
+# Numbers
+
+
+def judged(map: Tensor) -> Tensor:
+    """The penalty of a map."""
+    relevant = attrreg.masks.resize(MASK.unsqueeze(1).to(map.dtype), (map.shape[-2], map.shape[-1]))
+    return SquaredOutside()(map, relevant).mean()
+
+
+def gradient_error(model: nn.Module, value: Tensor, function: Callable[[], Tensor]) -> float:
+    """How far a value's parameter gradient is from a function's central differences, relative to the largest of those."""
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+    generator = torch.Generator().manual_seed(2)
+    got, want = [], []
+    for parameter, gradient in zip(parameters, found, strict=True):
+        direction = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        got.append(float((gradient * direction).sum()))
+        want.append(_slope(function, parameter, direction))
+    return max(abs(a - b) for a, b in zip(got, want, strict=True)) / max(map(abs, want))
+
+
+def _slope(function: Callable[[], Tensor], parameter: nn.Parameter, direction: Tensor) -> float:
+    start, values = parameter.detach().clone(), []
+    for sign in (1, -1):
+        with torch.no_grad():
+            parameter.copy_(start + sign * STEP * direction)
+        values.append(float(function().detach()))
+    with torch.no_grad():
+        parameter.copy_(start)
+    return (values[0] - values[1]) / (2 * STEP)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of one attribution.
+
+    Attributes:
+        value: our map's relative distance from Captum's; None where it is refused, or draws.
+        gradient: our parameter gradient's error; None where it is refused.
+        captums: the error of the graph that Captum's map has: None for no graph, or a message.
+        mended: the same with `create_graph=True` wherever Captum lets it in.
+    """
+
+    case: Case
+    value: float | None
+    gradient: float | None
+    captums: float | str | None
+    mended: float | str | None
+
+
+def check(case: Case) -> Result:
+    """Measure one attribution."""
+    model = network(case)
+    if not case.runs:
+        return Result(case, None, None, None, None)
+    value = gradient = None
+    if case.accepted:
+        own = case.draws or case.single
+        function = (lambda: penalty(case, model)) if own else (lambda: judged(captums(case, model)))
+        gradient = gradient_error(model, penalty(case, model), function)
+    if case.accepted and not case.draws:
+        want = captums(case, model).detach()
+        value = float((ours(case).attribute(model, X, TARGET) - want).norm() / want.norm())
+    return Result(case, value, gradient, graph(case, False), graph(case, True))
+
+
+def graph(case: Case, create_graph: bool) -> float | str | None:
+    """The error of the graph of Captum's own map; None: it has none. An exception is given by its message."""
+    model = copy.deepcopy(network(case))
+    try:
+        map = captums(case, model, create_graph)
+        if not map.requires_grad:
+            return None
+        return gradient_error(model, judged(map), lambda: judged(captums(case, model)))
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
+        return str(error).splitlines()[0]

@@ -1,0 +1,130 @@
+"""Places of a path in one batch: the values and gradients of places one by one, and never where images meet."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.layers import EvoNorm2dB0
+from torch import Tensor, nn
+
+import attrreg
+from attrreg import baselines, folding, scores
+from attrreg.regularizer import AttributionRegularizer
+from attrreg.trace import Passes, passes
+from tests.models import SmoothNet, assert_close, batch, gradients
+
+
+class Mixed(nn.Module):
+    """Batch normalisation over something else than the images of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.norm = SmoothNet(), nn.BatchNorm1d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.norm(x.permute(2, 0, 3, 1).flatten(0, 2))  # the height before the batch
+        logits: Tensor = self.net(rows.unflatten(0, (x.shape[2], x.shape[0], x.shape[3])).permute(1, 3, 0, 2))
+        return logits
+
+
+class Custom(nn.Module):
+    """A normalisation of somebody's own, by running statistics of which we know nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = SmoothNet()
+        self.register_buffer("running_scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x / x.square().mean().sqrt())
+        return logits
+
+
+def evolved() -> nn.Module:
+    return nn.Sequential(EvoNorm2dB0(2), SmoothNet())
+
+
+def checkpointed() -> Any:
+    model = timm.create_model("test_resnet", num_classes=3, in_chans=2)
+    model.set_grad_checkpointing()
+    return model
+
+
+OTHER_SCORE = attrreg.IntegratedGradients(score=scores.SumLogProb(), steps=3, chunk=None).named("other")
+# name -> (the model, whether places share a pass)
+MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "plain": (SmoothNet, True),
+    "batch norm": (lambda: SmoothNet(norm=True), True),
+    "batch norm in eval mode": (lambda: SmoothNet(norm=True).eval(), True),
+    "a residual net": (lambda: timm.create_model("test_resnet", num_classes=3, in_chans=2), True),
+    "a checkpointed net": (checkpointed, True),
+    "a transformer": (lambda: timm.create_model("test_vit", num_classes=3, in_chans=2, img_size=32), True),
+    "dropout": (lambda: SmoothNet(dropout=0.5), False),
+    "batch norm of other rows": (Mixed, False),
+    "a norm of its own": (Custom, False),
+    "evonorm": (evolved, False),
+}
+REGULARIZERS: dict[str, AttributionRegularizer] = {
+    "integrated gradients": attrreg.IntegratedGradients(steps=4, chunk=None),
+    "in chunks": attrreg.IntegratedGradients(steps=5, chunk=3),
+    "two scores": attrreg.IntegratedGradients(steps=3, chunk=None) + OTHER_SCORE,
+    "expected gradients": attrreg.ExpectedGradients(4, baseline=baselines.Noise(), chunk=None),
+}
+
+
+def results(model: nn.Module, regularizer: AttributionRegularizer) -> tuple[Tensor, list[Tensor], Passes]:
+    torch.manual_seed(1)
+    x, mask, target = batch(3, channels=2, size=32, classes=3)
+    with passes() as counted:
+        value = regularizer(model, x.double(), mask, target, generator=torch.Generator().manual_seed(0))
+        found = gradients(model, value)
+    return value, found, counted
+
+
+@pytest.mark.parametrize("kind", REGULARIZERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_places_in_one_batch_equal_places_alone(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, shares = MODELS[name]
+    torch.manual_seed(0)
+    model = build().double()
+    value, found, counted = results(model, REGULARIZERS[kind])
+    monkeypatch.setattr(folding, "BUDGET", 1)
+    alone, want, counted_alone = results(model, REGULARIZERS[kind])
+    torch.testing.assert_close(value, alone, rtol=1e-12, atol=0)
+    assert_close(found, want, 1e-10)
+    assert (counted.forward < counted_alone.forward) == shares
+
+
+def test_maps_in_one_batch() -> None:
+    x, _, target = batch(3, channels=2, size=8, classes=3)
+    model = SmoothNet(norm=True).double().eval()
+    maps = [attrreg.IntegratedGradients(steps=6, chunk=chunk).attribute(model, x.double(), target) for chunk in (None, 1)]
+    torch.testing.assert_close(*maps, rtol=1e-12, atol=1e-14)
+    with passes() as counted:
+        attrreg.IntegratedGradients(steps=6, chunk=None).attribute(model.train(), x.double(), target)
+    assert counted.forward == 6  # PyTorch's own operators, which couple the batch
+
+
+def test_a_pass_holds_no_more_than_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, mask, target = batch(2, channels=2, size=8, classes=3)
+    monkeypatch.setattr(folding, "BUDGET", 3 * x.numel())
+    with passes() as counted:
+        attrreg.IntegratedGradients(steps=8, chunk=None)(SmoothNet(), x, mask, target)
+    assert counted == Passes(4, 4)  # 1 + 3 + 3 + 1
+
+
+def test_statistics_are_the_users_own() -> None:
+    x, mask, target = batch(3, channels=2, size=8, classes=3)
+    model = SmoothNet(norm=True)
+    plain = copy.deepcopy(model)
+    with attrreg.IntegratedGradients(steps=4, chunk=None).attach(model):
+        model(x)
+        attrreg.IntegratedGradients(steps=4, chunk=None)(model, x, mask, target).backward()
+    plain(x)
+    for got, want in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)

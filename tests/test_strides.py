@@ -1,0 +1,70 @@
+"""Replaced operators on tensors of any strides: kernels called by name do not check them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from attrreg.ops import Phase, twice_differentiable
+from tests.test_ops import LAYERS
+
+
+def _stored(tensor: Tensor, layout: str) -> Tensor:
+    """The same values with other strides: what a model may hand an operator, and autograd its backward."""
+    if layout == "transposed":
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "last axes swapped" and tensor.dim() > 1:
+        return tensor.mT.contiguous().mT
+    if layout == "sliced":
+        return torch.cat([tensor, tensor + 1], -1)[..., : tensor.shape[-1]]
+    if layout == "every second":
+        return torch.stack([tensor, tensor + 1], -1)[..., 0]
+    if layout == "expanded":
+        return tensor[..., :1].expand_as(tensor)
+    return tensor
+
+
+LAYOUTS = ["dense", "transposed", "last axes swapped", "sliced", "every second", "expanded"]
+# Of every kind of operator one.
+STORED: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    **{
+        name: LAYERS[name]
+        for name in ("batch norm", "layer norm of two axes", "group norm", "relu", "leaky relu", "silu", "cat", "linear of tokens")
+    },
+    "convolution": (F.conv2d, [(2, 4, 5, 5), (6, 4, 3, 3), (6,)]),
+    "depthwise convolution": (lambda x, w: F.conv2d(x, w, groups=4, padding=1), [(2, 4, 5, 5), (4, 1, 3, 3)]),
+    "pointwise convolution": (F.conv2d, [(2, 4, 3, 3), (6, 4, 1, 1)]),
+    "patches": (lambda x, w: F.conv2d(x, w, stride=2), [(2, 4, 6, 6), (6, 4, 2, 2)]),
+    "transposed convolution": (F.conv_transpose1d, [(2, 4, 5), (4, 3, 2)]),
+    "attention": (F.scaled_dot_product_attention, [(2, 3, 5, 4)] * 3),
+}
+
+
+@given(data=st.data(), name=st.sampled_from(sorted(STORED)))
+@settings(deadline=None, max_examples=150)
+def test_operators_take_any_strides(data: Any, name: str) -> None:
+    function, shapes = STORED[name]
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    layouts = [data.draw(st.sampled_from(LAYOUTS)) for _ in range(len(shapes) + 1)]
+    inputs = [
+        _stored(torch.randn(shape, dtype=torch.float64), layout).requires_grad_() for shape, layout in zip(shapes, layouts, strict=False)
+    ]
+    found = []
+    for context in (sdpa_kernel(SDPBackend.MATH), twice_differentiable(Phase())):
+        with context:
+            y = function(*inputs)
+        outer = _stored(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape), layouts[-1])
+        first = torch.autograd.grad(y, inputs, outer, retain_graph=True)
+        first_again = torch.autograd.grad(torch.tanh(y), inputs, outer, create_graph=True)
+        directions = [_stored(torch.linspace(-1, 2, g.numel(), dtype=g.dtype).reshape(g.shape), layouts[-1]) for g in first]
+        second = torch.autograd.grad(first_again, inputs, directions)
+        found.append([y, *first, *first_again, *second])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * float(want.detach().abs().max()))
