@@ -3,7 +3,7 @@
 loss += reg(model, x, mask)
 """
 
-from attrreg import baselines, captum, engines, masks, objectives, presets, schedules, scores, trace
+from attrreg import baselines, captum, data, engines, masks, objectives, plot, presets, schedules, scores, trace
 from attrreg.attributions import (
     ActivationDifference,
     ExpectedGradients,
@@ -34,11 +34,13 @@ __all__ = [
     "SingleRegularizer",
     "baselines",
     "captum",
+    "data",
     "engines",
     "from_captum",
     "layers",
     "masks",
     "objectives",
+    "plot",
     "presets",
     "schedules",
     "scores",

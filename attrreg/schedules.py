@@ -1,7 +1,11 @@
-"""Schedules: the weight of a regularizer as a function of the training step."""
+"""Schedules: the weight of a regularizer as a function of the training step.
+
+A schedule is a factor for each step, counted from 0; `*` multiplies schedules.
+"""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +22,14 @@ from attrreg.spec import Spec
 
 
 class Schedule(Spec, ABC):
-    """A weight for each step. Subclasses are frozen dataclasses."""
+    """A weight for each step. Subclasses are frozen dataclasses; `*` multiplies them."""
 
     @abstractmethod
     def __call__(self, step: int) -> float:
         """The weight at a step, counted from 0; 0 skips the penalty and its passes."""
+
+    def __mul__(self, other: object) -> Product:
+        return Product(_factors(self) + _factors(other)) if isinstance(other, Schedule) else NotImplemented
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,12 +49,106 @@ class Every(Schedule):
     steps: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be an integer of at least 1, got {self.steps!r}. Write for example Every(4).")
+        _check_steps(self.steps, "Every(4)")
 
     def __call__(self, step: int) -> float:
         """`steps` at each `steps`-th step, else 0."""
         return float(self.steps) if step % self.steps == 0 else 0.0
+
+
+@dataclass(frozen=True, repr=False)
+class Linear(Schedule):
+    """From one weight to another on a line, then constant; by default a warm-up.
+
+    w(t) = first + (last - first) min(t / steps, 1)
+
+    A warm-up from 0 skips step 0.
+
+    Args:
+        steps: at least 1; the weight is `last` from step `steps` on.
+        first: the weight at step 0; finite and at least 0, as is `last`.
+        last: the weight at the end.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+
+    steps: int
+    first: float = 0.0
+    last: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps, "Linear(1000)")
+        _check_weights(self.first, self.last)
+
+    def __call__(self, step: int) -> float:
+        """The weight at a step."""
+        return self.first + (self.last - self.first) * min(step / self.steps, 1.0)
+
+
+@dataclass(frozen=True, repr=False)
+class Cosine(Schedule):
+    """From one weight to another on half a cosine, then constant; by default a decay.
+
+    w(t) = last + (first - last) (1 + cos(pi min(t / steps, 1))) / 2
+
+    Args:
+        steps: at least 1; the weight is `last` from step `steps` on.
+        first: the weight at step 0; finite and at least 0, as is `last`.
+        last: the weight at the end.
+
+    Raises:
+        ValueError: naming the setting.
+
+    Source:
+        As the learning rate of SGDR without restarts, arXiv 1608.03983.
+    """
+
+    steps: int
+    first: float = 1.0
+    last: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps, "Cosine(10_000)")
+        _check_weights(self.first, self.last)
+
+    def __call__(self, step: int) -> float:
+        """The weight at a step."""
+        return self.last + (self.first - self.last) * (1 + math.cos(math.pi * min(step / self.steps, 1.0))) / 2
+
+
+@dataclass(frozen=True, repr=False)
+class Product(Schedule):
+    """The product of schedules, as `*` makes it: `Linear(1000) * Every(4)` warms up a lazy penalty.
+
+    All factors count the same steps.
+    """
+
+    factors: tuple[Schedule, ...]
+
+    def __call__(self, step: int) -> float:
+        """The product of the factors' weights at a step."""
+        return math.prod(factor(step) for factor in self.factors)
+
+    def __repr__(self) -> str:
+        return " * ".join(map(repr, self.factors))
+
+
+def _factors(schedule: Schedule) -> tuple[Schedule, ...]:
+    return schedule.factors if isinstance(schedule, Product) else (schedule,)
+
+
+def _check_steps(steps: int, example: str) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be an integer of at least 1, got {steps!r}. Write for example {example}.")
+
+
+def _check_weights(first: float, last: float) -> None:
+    for name, weight in (("first", first), ("last", last)):
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not (0 <= weight < math.inf):
+            raise ValueError(
+                f"{name} must be a finite weight of at least 0, got {weight!r}. Choose another; a negative one would be a reward."
+            )
 
 
 class Scheduled:

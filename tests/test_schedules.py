@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import attrreg
@@ -18,6 +20,71 @@ from tests.models import FAMILIES, batch
 
 def test_every_fourth_step_is_four_times_as_strong() -> None:
     assert [schedules.Every(4)(step) for step in range(6)] == [4, 0, 0, 0, 4, 0]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "weights"),
+    [
+        (schedules.Linear(4), [0, 0.25, 0.5, 0.75, 1, 1, 1]),
+        (schedules.Linear(2, first=3, last=1), [3, 2, 1, 1]),
+        (schedules.Linear(1), [0, 1, 1]),
+        (schedules.Cosine(4), [1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0, 0, 0]),
+        (schedules.Cosine(2, first=0, last=5), [0, 2.5, 5, 5]),
+        (schedules.Linear(4) * schedules.Every(2), [0, 0, 1, 0, 2, 0, 2]),
+        (schedules.Every(2) * (schedules.Linear(2) * schedules.Cosine(4)), [0, 0, 1, 0, 0]),
+    ],
+)
+def test_weights_and_repr(schedule: schedules.Schedule, weights: list[float]) -> None:
+    assert [schedule(step) for step in range(len(weights))] == pytest.approx(weights, abs=1e-15)
+    assert eval(repr(schedule)) == schedule and hash(eval(repr(schedule))) == hash(schedule)
+    assert pickle.loads(pickle.dumps(schedule)) == schedule
+
+
+def test_learning_rate_schedulers_agree() -> None:
+    def rates(make: Any) -> list[float]:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        scheduler, found = make(optimizer), []
+        for _ in range(8):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    lr = torch.optim.lr_scheduler
+    warm, cosine = schedules.Linear(5, first=0.2), schedules.Cosine(7, last=0.1)
+    assert rates(lambda o: lr.LinearLR(o, 0.2, 1.0, 5)) == pytest.approx([warm(step) for step in range(8)])
+    assert rates(lambda o: lr.CosineAnnealingLR(o, 7, eta_min=0.1)) == pytest.approx([cosine(step) for step in range(8)])
+
+
+WEIGHTS = st.floats(0, 1e6)
+
+
+@pytest.mark.parametrize("kind", [schedules.Linear, schedules.Cosine])
+@given(steps=st.integers(1, 10_000), first=WEIGHTS, last=WEIGHTS, step=st.integers(0, 20_000))
+def test_ramps_stay_between_their_ends(kind: Any, steps: int, first: float, last: float, step: int) -> None:
+    ramp = kind(steps, first=first, last=last)
+    slack = 1e-9 * max(first, last)
+    assert min(first, last) - slack <= ramp(step) <= max(first, last) + slack
+    assert ramp(0) == pytest.approx(first, abs=slack) and ramp(steps + step) == pytest.approx(last, abs=slack)
+    assert (ramp(step + 1) - ramp(step)) * (last - first) >= -slack * max(first, last)
+    assert ramp(step) + ramp(max(steps - step, 0)) == pytest.approx(first + last, abs=2 * slack)
+    assert (ramp * schedules.Every(3))(step) == pytest.approx(ramp(step) * (3 if step % 3 == 0 else 0))
+
+
+def test_products_are_flat_and_print_themselves() -> None:
+    product = schedules.Linear(10) * schedules.Every(2) * schedules.Cosine(20)
+    assert product.factors == (schedules.Linear(10), schedules.Every(2), schedules.Cosine(20))
+    assert repr(product) == "attrreg.schedules.Linear(steps=10) * attrreg.schedules.Every(steps=2) * attrreg.schedules.Cosine(steps=20)"
+    with pytest.raises(TypeError):
+        schedules.Linear(10) * 2
+
+
+def test_a_warm_up_scales_the_penalty() -> None:
+    model, x, mask, target = case()
+    term = attrreg.InputGradient()
+    regularizer, plain = Scheduled(term, schedules.Linear(4)), float(term(model, x, mask, target).detach())
+    found = [float(regularizer(model, x, mask, target).detach()) for _ in range(6)]
+    assert found == pytest.approx([weight * plain for weight in (0, 0.25, 0.5, 0.75, 1, 1)], rel=1e-5)
 
 
 def case() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
@@ -109,6 +176,11 @@ def test_a_step_that_raises_does_not_count() -> None:
     [
         (lambda: schedules.Every(0), ValueError, "steps"),
         (lambda: schedules.Every(True), ValueError, "steps"),
+        (lambda: schedules.Linear(0), ValueError, r"steps .* Linear\(1000\)"),
+        (lambda: schedules.Linear(3, last=-1), ValueError, "last .* reward"),
+        (lambda: schedules.Cosine(2.5), ValueError, "steps"),  # type: ignore[arg-type]
+        (lambda: schedules.Cosine(3, first=float("inf")), ValueError, "first"),
+        (lambda: schedules.Cosine(3, first=float("nan")), ValueError, "first"),
         (lambda: Scheduled(attrreg.InputGradient, schedules.Every(2)), TypeError, "regularizer"),  # type: ignore[arg-type]
         (lambda: Scheduled(attrreg.InputGradient(), 4), TypeError, "schedule"),  # type: ignore[arg-type]
     ],

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import json
 import platform
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy
 import torch
-from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
+from attrreg import plot
 from attrreg.demo import train
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 ROWS = 4
 TASKS = {
@@ -106,43 +100,18 @@ def save_json(run: train.Run, path: Path) -> None:
 
 def save_picture(run: train.Run, path: Path) -> None:
     """Draw test images with their masks, and where each model looks: a row an image, a column a method."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    from matplotlib import pyplot
-
-    chosen = _chosen(run.task.test.labels)
-    data = run.task.test.take(chosen)
-    width = 1 + len(run.models)
-    images, masks = data.images[:, 0].cpu().numpy(), data.masks.float().cpu().numpy()
-    figure, axes = pyplot.subplots(ROWS, width, figsize=(2.1 * width, 2.25 * ROWS + 1.5), squeeze=False, layout="constrained")
-    for row in range(ROWS):
-        axes[row, 0].imshow(images[row], cmap="gray", vmin=0, vmax=1)
-        _finish_panel(axes[row, 0], masks[row], f"label {int(data.labels[row])}")
-    axes[0, 0].set_title("test image\nand its mask (outline)", fontsize=10)
-    for column, (model, result) in enumerate(zip(run.models, run.results, strict=True), start=1):
-        maps = train.attribution(model, data).cpu().numpy()
-        says = train.predict(model, data.images).argmax(dim=1)
-        for row in range(ROWS):
-            # The brightest 1% would otherwise leave the rest of a gradient map black.
-            axes[row, column].imshow(maps[row], cmap="magma", vmin=0, vmax=max(float(numpy.quantile(maps[row], 0.99)), 1e-30))
-            wrong = bool(says[row] != data.labels[row])
-            _finish_panel(axes[row, column], masks[row], f"says {int(says[row])}: {'WRONG' if wrong else 'right'}", bold=wrong)
+    data = run.task.test.take(_chosen(run.task.test.labels))
+    maps, captions = {}, {"image": [f"label {int(label)}" for label in data.labels]}
+    for model, result in zip(run.models, run.results, strict=True):
         title = f"{result.method}\ntest accuracy {result.test:.0%}\noutside mask {result.outside_after:.0%}"
-        axes[0, column].set_title(title, fontsize=10)
-    figure.suptitle(f"{run.settings.data}: where each model looks (|d target logit / d image|; bright = much)", fontsize=12)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def _finish_panel(axes: Axes, mask: NDArray[numpy.float32], text: str, bold: bool = False) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a mask that is True everywhere has no outline
-        axes.contour(mask, levels=[0.5], colors="white", linewidths=2.4)
-        axes.contour(mask, levels=[0.5], colors="#0072B2", linewidths=1.2)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_xlabel(text, fontsize=9, fontweight="bold" if bold else "normal")
+        says = train.predict(model, data.images).argmax(dim=1)
+        maps[title] = train.attribution(model, data)
+        captions[title] = [
+            f"says {int(said)}: {'right' if said == label else 'WRONG'}" for said, label in zip(says, data.labels, strict=True)
+        ]
+    title = f"{run.settings.data}: where each model looks on the test (|d target logit / d image|; bright = much)"
+    figure = plot.attributions(data.images, data.masks, maps, captions=captions, title=title)
+    figure.savefig(path)
 
 
 def _chosen(labels: Tensor) -> Tensor:

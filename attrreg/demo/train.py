@@ -158,8 +158,8 @@ def auc(logits: Tensor, labels: Tensor) -> float | None:
 
 
 def attribution(model: nn.Module, data: Split) -> Tensor:
-    """The yardstick: |d target logit / d image|, `(N, 28, 28)`."""
-    return YARDSTICK.attribute(model, data.images, target=data.labels).abs().sum(dim=1)
+    """The yardstick: |d target logit / d image|, `(N, 1, 28, 28)`."""
+    return YARDSTICK.attribute(model, data.images, target=data.labels).abs()
 
 
 def share_outside(model: nn.Module, data: Split) -> float:
@@ -168,7 +168,7 @@ def share_outside(model: nn.Module, data: Split) -> float:
     Images without any attribution are left out.
     """
     some = sample(data)
-    maps = attribution(model, some)
+    maps = attribution(model, some).squeeze(1)
     total = maps.sum(dim=(1, 2))
     share = (maps * ~some.masks).sum(dim=(1, 2))[total > 0] / total[total > 0]
     return share.mean().item()

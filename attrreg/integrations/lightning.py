@@ -1,0 +1,156 @@
+"""Lightning: a callback that adds the penalty to the loss that `training_step` returns."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from attrreg import penalty as penalties
+from attrreg.attach import Attachment
+from attrreg.call import Select
+from attrreg.penalty import Penalty
+from attrreg.regularizer import AttributionRegularizer
+from attrreg.schedules import Scheduled
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ModuleNotFoundError as error:
+    raise ImportError("attrreg.integrations.lightning needs lightning. Install with: pip install 'attrreg[integrations]'") from error
+
+Batch = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+class AttributionPenalty(Callback):
+    """Add a regularizer to the loss of a `LightningModule`, whose `training_step` stays as it is.
+
+        trainer = Trainer(callbacks=[AttributionPenalty(attrreg.InputGradient(), model="net")])
+
+    During `fit`, what `training_step` returns gets the penalty added, as if the line stood at its end. So precision plugins, gradient
+    accumulation and strategies treat it as they treat the loss. The step's own forward is reused where it ran on the very tensor that
+    `batch` names as the images; else the penalty runs its own. Each term is logged as `penalty/NAME`.
+
+    Args:
+        regularizer: a regularizer, or a `Scheduled` one, whose step is saved in checkpoints.
+        batch: from the loader's batch to `(x, mask, target)` or `(x, mask, target, annotated)`; target and annotated may be None. By
+            default the batch is such a tuple, as those of `attrreg.data.MaskedImageFolder` are.
+        model: dotted name of the submodule that maps images to logits; "": the `LightningModule` itself, by its `forward`.
+        output: where the logits are in what that returns, as in calling the regularizer.
+
+    Raises:
+        TypeError: `regularizer` is none; at the first step: `batch` gives something else.
+        ValueError: at the start of `fit`: the model has no such submodule.
+        RuntimeError: at the start of `fit`: optimization is manual, or the whole `LightningModule` is compiled.
+    """
+
+    def __init__(
+        self,
+        regularizer: AttributionRegularizer | Scheduled,
+        batch: Callable[[Any], Batch] = tuple,
+        model: str = "",
+        output: Select = None,
+    ) -> None:
+        if not isinstance(regularizer, (AttributionRegularizer, Scheduled)):
+            raise TypeError(f"regularizer must be a regularizer, got {regularizer!r}. Write attrreg.InputGradient(), for example.")
+        self.regularizer, self.batch, self.model, self.output = regularizer, batch, model, output
+        self._attachment: Attachment | None = None
+        self._replaced: tuple[LightningModule, Any] | None = None  # whose training_step, and what its instance had of its own
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach, and put the penalty at the end of `training_step`."""
+        model = self._checked(pl_module)
+        original = pl_module.training_step
+
+        @functools.wraps(original)  # Lightning looks at the signature
+        def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._added(pl_module, model, original(batch, *args, **kwargs), batch)
+
+        self._attachment = self.regularizer.attach(model)
+        self._replaced = pl_module, vars(pl_module).get("training_step")
+        pl_module.training_step = training_step  # type: ignore[method-assign]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the module as it was."""
+        self._remove()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was."""
+        self._remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule's step, if there is one."""
+        return dict(self.regularizer.state_dict()) if isinstance(self.regularizer, Scheduled) else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        if isinstance(self.regularizer, Scheduled) and state_dict:
+            self.regularizer.load_state_dict(state_dict)
+
+    def _remove(self) -> None:
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
+        if self._replaced is not None:
+            (module, own), self._replaced = self._replaced, None
+            if own is None:
+                del module.training_step
+            else:
+                module.training_step = own  # type: ignore[method-assign]
+
+    def _checked(self, pl_module: LightningModule) -> nn.Module:
+        if not pl_module.automatic_optimization:
+            raise RuntimeError(
+                "AttributionPenalty adds to the loss that training_step returns, but here optimization is manual. Add the penalty in "
+                "training_step: loss = loss + reg(model, x, mask)."
+            )
+        if pl_module._compiler_ctx is not None:
+            raise RuntimeError(
+                "The whole LightningModule is compiled, and PyTorch cannot differentiate a compiled graph twice. Compile the network "
+                "inside it instead, for example self.net = torch.compile(net)."
+            )
+        try:
+            return pl_module.get_submodule(self.model)
+        except AttributeError:
+            known = ", ".join(repr(name) for name, _ in pl_module.named_children())
+            raise ValueError(
+                f"model: {type(pl_module).__name__} has no submodule {self.model!r}. Name one of {known}, or '' for itself."
+            ) from None
+
+    def _added(self, pl_module: LightningModule, model: nn.Module, result: Any, batch: Any) -> Any:
+        """What `training_step` returned, with the penalty added to the loss."""
+        if result is None:  # the step is skipped
+            return None
+        x, mask, target, annotated = self._mapped(batch)
+        found = self._penalty(model, x, mask, target, annotated)
+        logged = {f"penalty/{name}": value for name, value in found.terms.items()}
+        pl_module.log_dict(logged, batch_size=x.shape[0])
+        if isinstance(result, Mapping):
+            return {**result, "loss": result["loss"] + found.total}
+        return result + found.total
+
+    def _mapped(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        parts: tuple[Any, ...] = tuple(self.batch(batch))
+        if len(parts) not in (3, 4) or not isinstance(parts[0], Tensor):
+            kinds = ", ".join(type(part).__name__ for part in parts)
+            raise TypeError(
+                f"batch must give (x, mask, target) or (x, mask, target, annotated), got ({kinds}) of a {type(batch).__name__}. Pass a "
+                "function that does, for example batch=lambda batch: (batch['image'], batch['mask'], batch['label'])."
+            )
+        return parts[0], parts[1], parts[2], parts[3] if len(parts) == 4 else None
+
+    def _penalty(self, model: nn.Module, x: Tensor, mask: Tensor, target: Tensor | None, annotated: Tensor | None) -> Penalty:
+        """The penalty with its terms. Unlike `evaluate`, without a forward in the user's place: that has run already."""
+        regularizer = self.regularizer
+        if isinstance(regularizer, Scheduled):
+            if not regularizer.weight:
+                names = [term.name for term in regularizer.regularizer.terms]
+                zero = regularizer(model, x, mask, target, annotated=annotated)
+                return Penalty(zero, dict.fromkeys(names, zero.detach()), None)
+            regularizer = regularizer.weight * regularizer.regularizer
+        call = penalties.check(regularizer.terms, model, x, mask, target, annotated, None, self.output, None)
+        found = penalties.compute(regularizer.terms, call, regularizer.engine, as_users_forward=False)
+        if isinstance(self.regularizer, Scheduled):
+            self.regularizer.step += 1
+        return found

@@ -1,0 +1,226 @@
+"""Pictures: images with their masks and attributions, and the course of a training. Needs matplotlib.
+
+Each function returns a new `matplotlib.figure.Figure`, to be saved or shown by the caller. Nothing is shown, registered with
+pyplot or set globally. Colours can be told apart by the colour-blind: viridis, purple to green around zero, Okabe-Ito.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from attrreg.objectives import OutsideFraction
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Curve = Mapping[int, float]
+
+OUTLINE = (("black", 2.8), ("white", 1.3))  # seen on dark, bright and pale colours alike
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+DASHES = ("-", "--", "-.", ":")
+QUANTILE = 0.99
+
+
+def attributions(
+    images: Tensor,
+    mask: Tensor,
+    maps: Mapping[str, Tensor],
+    *,
+    annotated: Tensor | None = None,
+    captions: Mapping[str, Sequence[str]] | None = None,
+    signed: bool = False,
+    title: str | None = None,
+) -> Figure:
+    """Draw images, their masks and attributions side by side: a row an image, a column a map.
+
+    A before/after grid is two maps: `maps={"before": phi_before, "after": phi_after}`. The outline of the mask is drawn over each
+    map. Each panel has a scale of its own, up to the 99th percentile of its values: panels tell where, not how much.
+
+    Args:
+        images: `(N, C, H, W)`. Three channels are drawn as colours, of any other number the first, in grey. An image with values
+            outside [0, 1], such as a normalised one, is stretched by itself.
+        mask: `(N, H, W)`, `(N, 1, H, W)` or `(H, W)`, 1 = relevant.
+        maps: title to map `(N, C, h, w)`, as `.attribute` returns it, of any size.
+        annotated: boolean `(N,)`: the images that have a mask. None: all.
+        captions: what stands below the panels of a column, by its title: "image", "mask", or one of `maps`; a string an image. By
+            default the share of the absolute attribution inside the mask below the maps, and nothing below the others.
+        signed: draw the sum over channels, around zero, instead of the sum of absolute values.
+        title: above everything.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: naming the argument whose shape or titles do not fit.
+        ImportError: matplotlib is missing.
+    """
+    figure = _figure()
+    relevant, known = _checked(images, mask, maps, annotated, captions)
+    columns = ["image", "mask", *maps]
+    figure.set_size_inches(1.9 * len(columns), 2.08 * len(images) + (0.8 if title else 0.4))
+    axes = figure.subplots(len(images), len(columns), squeeze=False)
+    for row, image in enumerate(images):
+        _draw_image(axes[row, 0], image)
+        _draw_mask(axes[row, 1], relevant[row, 0], bool(known[row]))
+        for column, map in enumerate(maps.values(), start=2):
+            _draw_map(axes[row, column], map[row], signed, (image.shape[-2], image.shape[-1]))
+            if known[row]:
+                _outline(axes[row, column], relevant[row, 0])
+    written = {name: _shares_inside(map, relevant, known) for name, map in maps.items()} | dict(captions or {})
+    for column, name in enumerate(columns):
+        axes[0, column].set_title(name, fontsize=10)
+        for row, text in enumerate(written.get(name, ())):
+            axes[row, column].set_xlabel(text, fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def training(penalties: Mapping[str, Curve], shares_inside: Mapping[str, Curve], *, area: float | None = None) -> Figure:
+    """Draw the course of a training: the penalties above, the shares of attribution inside the mask below.
+
+    Args:
+        penalties: name to values by step, for example those of `Penalty.terms`. On a logarithmic axis.
+        shares_inside: name to shares in [0, 1] by step, measured as often as you like. `1 - OutsideFraction()(map, mask)` is one.
+        area: the share of the images that is relevant, drawn as a line: what a map that is the same everywhere has inside.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: a curve is empty, or a share lies outside [0, 1].
+        ImportError: matplotlib is missing.
+    """
+    _check_curves(penalties, shares_inside)
+    figure = _figure()
+    figure.set_size_inches(6.4, 5.2)
+    above, below = figure.subplots(2, 1, sharex=True)
+    for axes, curves in ((above, penalties), (below, shares_inside)):
+        for (name, curve), (color, dash) in zip(curves.items(), _styles(), strict=False):
+            marker = "o" if len(curve) < 30 else ""
+            axes.plot(list(curve), list(curve.values()), color=color, linestyle=dash, marker=marker, markersize=3.5, label=name)
+        axes.grid(alpha=0.3)
+    if any(value > 0 for curve in penalties.values() for value in curve.values()):
+        above.set_yscale("log", nonpositive="mask")
+    if area is not None:
+        below.axhline(area, color="#777777", linestyle=":", linewidth=1.2, label="the same everywhere")
+    above.set_ylabel("penalty")
+    below.set(ylabel="share inside the mask", xlabel="step", ylim=(-0.02, 1.02))
+    for axes in (above, below):
+        axes.legend(fontsize=8)
+    return figure
+
+
+def _figure() -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError("attrreg.plot needs matplotlib. Install with: pip install 'attrreg[plot]'") from error
+    return Figure(layout="constrained", dpi=120)
+
+
+def _checked(
+    images: Tensor,
+    mask: Tensor,
+    maps: Mapping[str, Tensor],
+    annotated: Tensor | None,
+    captions: Mapping[str, Sequence[str]] | None,
+) -> tuple[Tensor, Tensor]:
+    """The mask as `(N, 1, H, W)` on the CPU, and which images have one."""
+    if images.dim() != 4 or images.shape[0] == 0:
+        raise ValueError(f"images must be (N, C, H, W), got {tuple(images.shape)}. Add or keep the missing axes.")
+    count = images.shape[0]
+    known = torch.ones(count, dtype=torch.bool) if annotated is None else annotated.cpu()
+    relevant = mask.detach().cpu().float()
+    relevant = relevant.expand(count, *mask.shape) if mask.dim() == 2 else relevant
+    relevant = relevant.unsqueeze(1) if relevant.dim() == 3 else relevant
+    if relevant.dim() != 4 or relevant.shape[:2] != (count, 1) or known.shape != (count,):
+        raise ValueError(
+            f"mask {tuple(mask.shape)} and annotated {tuple(known.shape)} do not fit {count} images. Give (N, H, W) and (N,), one an image."
+        )
+    if not maps:
+        raise ValueError('maps is empty. Give at least one, for example {"input gradient": phi}.')
+    for name, map in maps.items():
+        if name in ("image", "mask") or map.dim() != 4 or map.shape[0] != count:
+            raise ValueError(f"maps[{name!r}] is {tuple(map.shape)}. Give (N, C, h, w) for {count} images, not called 'image' or 'mask'.")
+    for name, texts in (captions or {}).items():
+        if name not in ("image", "mask", *maps) or len(texts) != count:
+            raise ValueError(f"captions[{name!r}] has {len(texts)} entries. Give {count}, for 'image', 'mask' or a title of maps.")
+    return relevant, known
+
+
+def _check_curves(penalties: Mapping[str, Curve], shares_inside: Mapping[str, Curve]) -> None:
+    for argument, curves in (("penalties", penalties), ("shares_inside", shares_inside)):
+        if not curves or not all(curves.values()):
+            raise ValueError(
+                f"{argument} has nothing to draw. Give at least one curve, for example {{'InputGradient': {{0: 0.5, 10: 0.2}}}}."
+            )
+    for name, curve in shares_inside.items():
+        if not all(0 <= share <= 1 for share in curve.values()):
+            raise ValueError(f"shares_inside[{name!r}] leaves [0, 1]. Give shares, not percentages.")
+
+
+def _styles() -> Iterator[tuple[str, str]]:
+    return zip(cycle(LINES), (dash for dash in cycle(DASHES) for _ in LINES), strict=False)
+
+
+def _bare(axes: Axes) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _draw_image(axes: Axes, image: Tensor) -> None:
+    values = image.detach().cpu().float() / (255 if image.dtype is torch.uint8 else 1)
+    values = values if values.shape[0] == 3 else values[:1]
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > 1:
+        values = (values - low) / (high - low)
+    axes.imshow(values.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
+    _bare(axes)
+
+
+def _draw_mask(axes: Axes, relevant: Tensor, known: bool) -> None:
+    if known:
+        axes.imshow(relevant.numpy(), cmap="gray", vmin=0, vmax=1)
+    else:
+        axes.text(0.5, 0.5, "not\nannotated", ha="center", va="center", fontsize=9, transform=axes.transAxes)
+        axes.set_box_aspect(relevant.shape[-2] / relevant.shape[-1])
+    _bare(axes)
+
+
+def _draw_map(axes: Axes, map: Tensor, signed: bool, size: tuple[int, int]) -> None:
+    values = map.detach().cpu().double()
+    values = values.sum(dim=0) if signed else values.abs().sum(dim=0)
+    # The largest 1% would otherwise leave the rest of a gradient map dark.
+    top = max(float(values.abs().quantile(QUANTILE)), 1e-30)
+    # At the size of the image, so that the mask's outline lies where it does there, whatever the size of the map.
+    extent = (-0.5, size[1] - 0.5, size[0] - 0.5, -0.5)
+    settings: dict[str, Any] = {"cmap": "PRGn", "vmin": -top} if signed else {"cmap": "viridis", "vmin": 0}
+    axes.imshow(values.numpy(), vmax=top, extent=extent, interpolation="nearest", **settings)
+    _bare(axes)
+
+
+def _outline(axes: Axes, relevant: Tensor) -> None:
+    left, right, bottom, top = axes.get_images()[0].get_extent()
+    height, width = relevant.shape
+    if relevant.min() >= 0.5 or relevant.max() < 0.5:
+        return  # there is no edge
+    columns = left + (torch.arange(width) + 0.5) * (right - left) / width
+    rows = top + (torch.arange(height) + 0.5) * (bottom - top) / height
+    for color, width_of_line in OUTLINE:
+        axes.contour(columns.numpy(), rows.numpy(), relevant.numpy(), levels=[0.5], colors=color, linewidths=width_of_line)
+
+
+def _shares_inside(map: Tensor, relevant: Tensor, known: Tensor) -> list[str]:
+    from attrreg.masks import resize
+
+    phi = map.detach().cpu().float()
+    outside = OutsideFraction()(phi, resize(relevant, (phi.shape[-2], phi.shape[-1])))
+    some = phi.abs().sum(dim=(1, 2, 3)) > 0
+    return [f"{1 - float(share):.0%} inside" if there and shown else "" for share, there, shown in zip(outside, some, known, strict=True)]

@@ -1,0 +1,278 @@
+"""Data: an image and its mask stay together, from the files to the penalty."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import Mixup
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+from torchvision import datasets, tv_tensors
+from torchvision.transforms import v2
+
+import attrreg
+from attrreg import scores
+from attrreg.data import BoxFile, MaskedImageFolder, MaskFolder, MaskSource, Sample, WithMasks
+from tests import shapes
+from tests.models import FAMILIES
+
+FLOAT = v2.ToDtype(torch.float32, scale=True)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("shapes")
+    shapes.write(made, each=4)
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(root: Path) -> MaskedImageFolder:
+    return MaskedImageFolder(root / "images", MaskFolder(root / "masks"))
+
+
+# The data set
+
+
+def test_images_and_labels_are_those_of_image_folder(root: Path, folder: MaskedImageFolder) -> None:
+    theirs = datasets.ImageFolder(root / "images")
+    assert folder.classes == theirs.classes and folder.targets == theirs.targets and len(folder) == len(theirs)
+    for index, (image, label) in enumerate(theirs):
+        ours = folder[index]
+        assert (ours.image.numpy() == numpy.asarray(image).transpose(2, 0, 1)).all() and ours.label == label
+
+
+def test_masks_are_the_files_and_missing_ones_are_said(root: Path, folder: MaskedImageFolder) -> None:
+    assert folder.annotated.tolist() == 2 * [True, True, True, False]
+    for index, name in enumerate(folder.names):
+        sample = folder[index]
+        path = (root / "masks" / name).with_suffix(".png")
+        assert isinstance(sample.image, tv_tensors.Image) and isinstance(sample.mask, tv_tensors.Mask)
+        assert sample.mask.dtype is torch.bool and sample.annotated == path.exists()
+        expected = numpy.asarray(Image.open(path)) > 0 if path.exists() else numpy.ones((32, 32), dtype=bool)
+        assert (sample.mask.numpy() == expected).all()
+
+
+def test_an_empty_mask_is_not_a_missing_one(tmp_path: Path) -> None:
+    shapes.write(tmp_path, each=3)
+    Image.fromarray(numpy.zeros((32, 32), dtype=numpy.uint8)).save(tmp_path / "masks" / "disc" / "000.png")
+    sample = MaskedImageFolder(tmp_path / "images", MaskFolder(tmp_path / "masks"))[0]
+    assert sample.annotated is True and not sample.mask.any()
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # how loaders start workers on Linux, from Python 3.12 on
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_go_into_the_penalty(folder: MaskedImageFolder, workers: int) -> None:
+    data = MaskedImageFolder(folder.root, folder.masks, v2.Compose([FLOAT, v2.Normalize([0.5] * 3, [0.2] * 3)]))
+    x, mask, y, annotated = batch = next(iter(DataLoader(data, batch_size=5, num_workers=workers)))
+    assert type(x) is type(mask) is type(y) is type(annotated) is Tensor
+    assert x.shape == (5, 3, 32, 32) and mask.shape == (5, 32, 32) and mask.dtype is annotated.dtype is torch.bool
+    assert y.tolist() == [0, 0, 0, 0, 1] and annotated.tolist() == [True, True, True, False, True]
+    assert isinstance(batch, Sample)
+    model, known = FAMILIES["resnet"].build().eval(), annotated
+    value = attrreg.InputGradient()(model, x, mask, target=y, annotated=annotated)
+    torch.testing.assert_close(value, attrreg.InputGradient()(model, x[known], mask[known], target=y[known]))
+
+
+AUGMENTATIONS = [
+    v2.RandomHorizontalFlip(1.0),
+    v2.RandomResizedCrop(24, scale=(0.3, 0.6)),
+    v2.RandomRotation((30, 31)),
+    v2.RandomAffine((10, 11), translate=(0.2, 0.2), scale=(1.2, 1.3)),
+    v2.RandomPerspective(0.4, p=1.0),
+    v2.ElasticTransform(20.0),
+    v2.Resize(45),
+    v2.Pad(3),
+]
+
+
+class InTheImage(MaskSource):
+    """The mask of an image whose bright pixels are relevant: so it can be told from the image after any transform."""
+
+    def __init__(self, pattern: Tensor) -> None:
+        self.pattern = pattern
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __call__(self, name: PurePosixPath, size: tuple[int, int]) -> Tensor:
+        return self.pattern
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS, ids=lambda transform: type(transform).__name__)
+def test_image_and_mask_move_together(root: Path, augmentation: Any) -> None:
+    pattern = torch.zeros(32, 32, dtype=torch.bool)
+    pattern[6:20, 12:28] = True
+    data = MaskedImageFolder(root / "images", InTheImage(pattern), augmentation, loader=lambda path: 255 * pattern.to(torch.uint8)[None])
+    for index in range(4):
+        image, mask, *_ = data[index]
+        assert mask.dtype is torch.bool and mask.shape == image.shape[-2:]
+        # The mask takes the nearest pixel, the image a mean of neighbours: they must agree wherever all neighbours do.
+        inside, outside = image[0] >= 254, image[0] <= 1
+        assert bool(mask[inside].all()) and not bool(mask[outside].any())
+        assert bool(inside.any()) and (inside | outside).float().mean() > 0.8
+
+
+def test_masks_by_suffix_and_value(tmp_path: Path) -> None:
+    shapes.write(tmp_path, each=1, without_mask=0)
+    labels = numpy.zeros((32, 32), dtype=numpy.uint8)
+    labels[:10], labels[20:] = 1, 2
+    picture = Image.fromarray(labels).convert("P")
+    picture.putpalette([0, 0, 0, 9, 9, 9, 0, 0, 0])  # an index is not the grey value that it stands for
+    picture.save(tmp_path / "masks" / "disc" / "000_part.png")
+    source = MaskFolder(tmp_path / "masks", "_part.png", relevant=lambda values: values == 2)
+    data = MaskedImageFolder(tmp_path / "images", source)
+    assert data.annotated.tolist() == [True, False]
+    assert (data[0].mask.numpy() == (labels == 2)).all()
+
+
+def coco(root: Path, **changes: Any) -> Path:
+    content = {
+        "images": [{"id": 7, "file_name": "disc/000.jpg"}, {"id": 3, "file_name": "./plus/001.jpg"}, {"id": 9, "file_name": "else.jpg"}],
+        "annotations": [{"image_id": 7, "bbox": [2, 3, 10, 5]}, {"image_id": 7, "bbox": [20.5, 20, 3, 4.5], "category_id": 1}],
+    }
+    path = root / "boxes.json"
+    path.write_text(json.dumps(content | changes))
+    return path
+
+
+def test_boxes(root: Path, tmp_path: Path) -> None:
+    data = MaskedImageFolder(root / "images", BoxFile(coco(tmp_path)))
+    expected = torch.zeros(32, 32, dtype=torch.bool)
+    expected[3:8, 2:12] = True
+    expected[20:25, 20:24] = True  # a pixel that a box touches
+    assert torch.equal(data[0].mask, expected)
+    listed = {str(name) for name, known in zip(data.names, data.annotated, strict=True) if known}
+    assert listed == {"disc/000.jpg", "plus/001.jpg"}
+    without_box = data[data.names.index(PurePosixPath("plus/001.jpg"))]
+    assert without_box.annotated and not without_box.mask.any()
+    assert pickle.loads(pickle.dumps(data))[0].mask.equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"annotations": [{"image_id": 7, "bbox": [2, 3, 0, 5]}]}, r"disc/000\.jpg has the box \[2\.0, 3\.0, 0\.0, 5\.0\].*above 0"),
+        ({"annotations": [{"image_id": 7, "bbox": [2, 3, 5]}]}, "Give x, y, width and height"),
+        ({"annotations": [{"image_id": 8, "bbox": [2, 3, 4, 5]}]}, "not a COCO-style file: KeyError 8"),
+        ({"images": [{"id": 1}]}, "KeyError 'file_name'.*Give `images`"),
+        ({"annotations": [{"image_id": 7, "bbox": [40, 3, 4, 5]}]}, r"boxes\.json, disc/000\.jpg: .*outside an image of 32 x 32"),
+    ],
+)
+def test_bad_boxes(root: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = coco(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        MaskedImageFolder(root / "images", BoxFile(path))[0]
+
+
+def test_bad_files(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no\.json cannot be read.*Give the path"):
+        BoxFile(tmp_path / "no.json")
+    with pytest.raises(ValueError, match=r"MaskFolder: there is no folder .*nowhere\. Give"):
+        MaskFolder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"MaskedImageFolder: there is no folder"):
+        MaskedImageFolder(tmp_path / "nowhere", MaskFolder(root / "masks"))
+    with pytest.raises(ValueError, match=r"class folder.*Give a folder with a subfolder"):
+        MaskedImageFolder(tmp_path, MaskFolder(root / "masks"))
+    with pytest.raises(ValueError, match=r"None of the 8 images of .*disc/000_m\.png\)\. Check the paths and the suffix"):
+        MaskedImageFolder(root / "images", MaskFolder(root / "masks", "_m.png"))
+    with pytest.raises(ValueError, match=r"None of the 8 images .*boxes\.json.*say disc/000\.jpg"):
+        MaskedImageFolder(root / "images", BoxFile(coco(tmp_path, images=[{"id": 7, "file_name": "000.jpg"}])))
+    with pytest.raises(ValueError, match=r"lie within the images.*Move them out"):
+        MaskedImageFolder(root, MaskFolder(root / "masks"))
+    with pytest.raises(TypeError, match=r"masks must be a data\.MaskSource.*Write MaskFolder"):
+        MaskedImageFolder(root / "images", root / "masks")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"), [((32, 32, 3), "3 channels.*greyscale"), ((31, 32), r"\(31, 32\), but its image is \(32, 32\)")]
+)
+def test_masks_that_do_not_fit(tmp_path: Path, shape: tuple[int, ...], message: str) -> None:
+    shapes.write(tmp_path, each=1, without_mask=0)
+    Image.fromarray(numpy.zeros(shape, dtype=numpy.uint8)).save(tmp_path / "masks" / "disc" / "000.png")
+    with pytest.raises(ValueError, match=message):
+        MaskedImageFolder(tmp_path / "images", MaskFolder(tmp_path / "masks"))[0]
+
+
+def test_transforms_that_leave_the_mask_are_found(folder: MaskedImageFolder) -> None:
+    data = MaskedImageFolder(folder.root, folder.masks, lambda image, mask: (v2.functional.resize(image, [16, 16]), mask))
+    with pytest.raises(ValueError, match=r"transforms made disc/000\.jpg .*transforms\.v2"):
+        data[0]
+
+
+# Mixing
+
+
+def batch() -> Sample:
+    torch.manual_seed(1)
+    return Sample(
+        torch.rand(4, 3, 16, 16), torch.rand(4, 16, 16) < 0.3, torch.tensor([0, 1, 2, 1]), torch.tensor([True, True, False, True])
+    )
+
+
+def made_from(images: Tensor, mixed: Tensor, pixelwise: bool) -> Tensor:
+    """Which images a mixed one is made of, `(N, N, H, W)` bool, found from the pixels alone."""
+    if pixelwise:
+        return (mixed[:, None] == images[None]).all(dim=2)
+    flat = images.flatten(1).double()
+    shares: Tensor = torch.linalg.lstsq(flat.T, mixed.flatten(1).double().T).solution.T
+    return (shares > 1e-6)[:, :, None, None].expand(-1, -1, *images.shape[2:])
+
+
+MIXES = {
+    "torchvision cutmix": (lambda: v2.CutMix(num_classes=3), True),
+    "torchvision mixup": (lambda: v2.MixUp(num_classes=3), False),
+    "timm cutmix": (lambda: Mixup(mixup_alpha=0.0, cutmix_alpha=1.0, num_classes=3, mode="elem"), True),
+    "timm mixup": (lambda: Mixup(mixup_alpha=1.0, num_classes=3, mode="pair"), False),
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_masks_follow_the_mix(name: str) -> None:
+    make, pixelwise = MIXES[name]
+    given = batch()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        numpy.random.seed(seed)
+        mixed = WithMasks(make())(given)
+        torch.manual_seed(seed)
+        numpy.random.seed(seed)
+        alone, labels = make()(given.image.clone(), given.label)
+        torch.testing.assert_close(mixed.image, alone)
+        torch.testing.assert_close(mixed.label, labels)
+        made_of = made_from(given.image, mixed.image, pixelwise)
+        unknown = (made_of & ~given.annotated.view(1, -1, 1, 1)).flatten(1).any(dim=1)
+        relevant = (made_of & given.mask[None]).any(dim=1)
+        assert torch.equal(mixed.annotated, ~unknown)
+        assert torch.equal(mixed.mask, relevant | unknown.view(-1, 1, 1))
+
+
+def test_mixed_batches_train(folder: MaskedImageFolder) -> None:
+    data = MaskedImageFolder(folder.root, folder.masks, FLOAT)
+    mix = WithMasks(v2.RandomChoice([v2.CutMix(num_classes=2), v2.MixUp(num_classes=2)]))
+    loader = DataLoader(data, batch_size=8, shuffle=True, collate_fn=lambda samples: mix(default_collate(samples)))
+    x, mask, y, annotated = next(iter(loader))
+    model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    value = attrreg.InputGradient()(model, x, mask, target=y, annotated=annotated)
+    shared = attrreg.InputGradient(scores.MultiLabelLogit())(model, x, mask, target=y, annotated=annotated)
+    torch.testing.assert_close(value, shared)
+    (F.cross_entropy(model(x), y) + value).backward()
+    assert annotated.any() and not annotated.all() and float(value.detach()) > 0
+
+
+def test_what_cannot_be_mixed() -> None:
+    mix, given = WithMasks(v2.CutMix(num_classes=3)), batch()
+    with pytest.raises(TypeError, match=r"mask must be boolean.*mask > 0\.5"):
+        mix(given._replace(mask=given.mask.float()))
+    with pytest.raises(ValueError, match=r"mask must be \(4, 16, 16\).*Resize"):
+        mix(given._replace(mask=given.mask[:, ::2, ::2]))
+    with pytest.raises(TypeError, match=r"image must be floating point.*ToDtype"):
+        mix(given._replace(image=given.image.byte()))

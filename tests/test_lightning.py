@@ -1,0 +1,248 @@
+"""The Lightning callback does what the same line in `training_step` would do."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import attrreg
+from attrreg import Scheduled, objectives, schedules
+from attrreg.data import Sample
+from attrreg.integrations.lightning import AttributionPenalty
+from attrreg.trace import passes
+from tests.models import assert_close
+
+REGULARIZER = 2.0 * attrreg.InputGradient(objective=objectives.OutsideFraction())
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*available but not used"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),  # by Lightning's own loops
+]
+
+
+def net() -> nn.Module:
+    torch.manual_seed(3)
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.SiLU()
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(8, 3))
+
+
+def samples() -> Any:  # a list serves as a data set
+    generator = torch.Generator().manual_seed(5)
+    mask = torch.zeros(12, 12, dtype=torch.bool)
+    mask[2:7, 3:9] = True
+    return [Sample(torch.rand(3, 12, 12, generator=generator), mask, index % 3, index % 4 != 1) for index in range(24)]
+
+
+class Module(pl.LightningModule):
+    """A user's module; `step` says what the end of its training step looks like."""
+
+    def __init__(self, step: Callable[[Tensor], Any] = lambda loss: loss, normalize: bool = False) -> None:
+        super().__init__()
+        self.net, self.end, self.normalize = net(), step, normalize
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x)
+
+    def training_step(self, batch: Sample, batch_idx: int) -> Any:
+        x = batch.image * 1.0 if self.normalize else batch.image
+        return self.end(F.cross_entropy(self(x), batch.label))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(module: pl.LightningModule, callback: AttributionPenalty, resume: Path | None = None, **settings: Any) -> pl.Trainer:
+    defaults: dict[str, Any] = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(accelerator="cpu", devices=1, enable_model_summary=False, callbacks=[callback], **(defaults | settings))
+    torch.manual_seed(7)
+    trainer.fit(module, DataLoader(samples(), batch_size=6), ckpt_path=resume)
+    return trainer
+
+
+def by_hand(
+    regularizer: Any = REGULARIZER, accumulate: int = 1, autocast: bool = False, attached: bool = True
+) -> tuple[nn.Module, list[float]]:
+    """The same training as a plain loop, with the penalty's values. Attached or not, dropout draws differently."""
+    model, found = net(), []
+    handle = regularizer.attach(model) if attached else nullcontext()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.manual_seed(7)
+    loader: DataLoader[Sample] = DataLoader(samples(), batch_size=6)
+    with handle:
+        for number, (x, mask, y, annotated) in enumerate(chain(loader, loader)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = F.cross_entropy(model(x), y)
+                value = regularizer(model, x, mask, target=y, annotated=annotated)
+            found.append(float(value.detach()))
+            ((loss + value) / accumulate).backward()
+            if number % accumulate == accumulate - 1:
+                optimizer.step()
+                optimizer.zero_grad()
+    return model, found
+
+
+def assert_same(module: Module, model: nn.Module, tolerance: float = 1e-5) -> None:
+    ours, theirs = module.net.state_dict(), model.state_dict()
+    assert ours["1.num_batches_tracked"] == theirs["1.num_batches_tracked"] == 8
+    assert_close([value.float() for value in ours.values()], [value.float() for value in theirs.values()], tolerance)
+
+
+ENDS: dict[str, Callable[[Tensor], Any]] = {"loss": lambda loss: loss, "dictionary": lambda loss: {"loss": loss, "other": 1}}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("model", ["", "net"])
+def test_it_trains_as_the_line_in_the_loop_would(end: str, model: str) -> None:
+    module = Module(ENDS[end])
+    with passes() as counter:
+        trainer = fit(module, AttributionPenalty(REGULARIZER, model=model))
+    assert (counter.forward, counter.backward) == (0, 8)  # the step's own forward is reused
+    expected, found = by_hand()
+    assert_same(module, expected)
+    assert found[-1] < found[0]
+    assert float(trainer.callback_metrics["penalty/InputGradient"]) == pytest.approx(found[-1], rel=1e-4)
+
+
+def test_other_images_than_the_step_used_cost_a_forward_of_their_own() -> None:
+    module = Module(normalize=True)
+    with passes() as counter:
+        fit(module, AttributionPenalty(REGULARIZER, model="net"))
+    assert counter.forward == 8
+    assert_same(module, by_hand(attached=False)[0])  # and move neither BatchNorm nor the generators
+
+
+def test_a_compiled_network_costs_a_forward_of_its_own() -> None:
+    module = Module()
+    module.net.compile(backend="eager")
+    with passes() as counter, pytest.warns(UserWarning, match="The model is compiled"):
+        fit(module, AttributionPenalty(REGULARIZER, model="net"))
+    assert counter.forward == 8
+    assert_same(module, by_hand(attached=False)[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "loop"), [({"accumulate_grad_batches": 2}, {"accumulate": 2}), ({"precision": "bf16-mixed"}, {"autocast": True})]
+)
+def test_accumulation_and_precision(settings: dict[str, Any], loop: dict[str, Any]) -> None:
+    module = Module()
+    fit(module, AttributionPenalty(REGULARIZER), **settings)
+    assert_same(module, by_hand(**loop)[0], 1e-5 if "accumulate" in loop else 1e-2)
+
+
+def test_every_term_is_logged(tmp_path: Path) -> None:
+    both = attrreg.InputGradient() + (0.5 * attrreg.GradCAM(layer="3")).named("coarse")
+    fit(Module(), AttributionPenalty(both, model="net"), logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    lines = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()
+    columns = lines[0].split(",")
+    assert {"penalty/InputGradient", "penalty/coarse"} <= set(columns) and len(lines) == 9
+    assert all(float(line.split(",")[columns.index("penalty/coarse")]) > 0 for line in lines[1:])
+
+
+def test_a_schedule_counts_and_goes_through_checkpoints(tmp_path: Path) -> None:
+    scheduled = Scheduled(REGULARIZER, schedules.Linear(4) * schedules.Every(2))
+    module = Module()
+    trainer = fit(module, AttributionPenalty(scheduled))
+    assert scheduled.step == 8
+    assert_same(module, by_hand(Scheduled(REGULARIZER, schedules.Linear(4) * schedules.Every(2)))[0])
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = Scheduled(REGULARIZER, schedules.Every(2))
+    fit(Module(), AttributionPenalty(again), tmp_path / "last.ckpt", max_epochs=3)
+    assert again.step == 12
+
+
+def test_batches_of_other_forms_and_wrapped_outputs() -> None:
+    class Wrapped(Module):
+        def forward(self, x: Tensor) -> Any:
+            return {"logits": self.net(x)}
+
+        def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]  # without the index, as Lightning allows
+            loss: Tensor = F.cross_entropy(self(batch["x"])["logits"], batch["y"])
+            return loss
+
+    module = Wrapped()
+    callback = AttributionPenalty(REGULARIZER, lambda batch: (batch["x"], batch["m"], batch["y"], batch["a"]), output="logits")
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[callback]
+    )
+    torch.manual_seed(7)
+    data: Any = [{"x": x, "m": mask, "y": y, "a": a} for x, mask, y, a in samples()]
+    trainer.fit(module, DataLoader(data, batch_size=6))
+    assert_same(module, by_hand()[0])
+
+
+def test_skipped_steps_stay_skipped() -> None:
+    module = Module(lambda loss: None)
+    before = [parameter.clone() for parameter in module.net.parameters()]
+    with pytest.warns(UserWarning, match="returned `None`"):
+        fit(module, AttributionPenalty(REGULARIZER), max_epochs=1)
+    assert all(torch.equal(*pair) for pair in zip(before, module.net.parameters(), strict=True))
+
+
+def stop(loss: Tensor) -> Tensor:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("end", [lambda loss: loss, stop])
+def test_nothing_is_left_behind(end: Callable[[Tensor], Any]) -> None:
+    module = Module(end)
+    if end is stop:
+        with pytest.raises(ZeroDivisionError):
+            fit(module, AttributionPenalty(REGULARIZER))
+    else:
+        fit(module, AttributionPenalty(REGULARIZER))
+    assert "training_step" not in vars(module)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+class Manual(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+def compiled() -> Any:
+    return torch.compile(Module(), backend="eager")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "kind", "message"),
+    [
+        (Manual, "", RuntimeError, r"optimization is manual\. Add the penalty in training_step"),
+        (compiled, "", RuntimeError, r"whole LightningModule is compiled.*Compile the network inside"),
+        (Module, "backbone", ValueError, r"Module has no submodule 'backbone'\. Name one of 'net', or ''"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_the_start(module: Any, name: str, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        fit(module(), AttributionPenalty(REGULARIZER, model=name))
+
+
+@pytest.mark.parametrize("mapping", [lambda batch: {"x": 1, "m": 2, "y": 3}, lambda batch: batch[:2]])
+def test_batches_that_need_a_function(mapping: Any) -> None:
+    with pytest.raises(TypeError, match=r"batch must give \(x, mask, target\).* of a Sample\. Pass a function"):
+        fit(Module(), AttributionPenalty(REGULARIZER, mapping))
+
+
+def test_bad_regularizer() -> None:
+    with pytest.raises(TypeError, match=r"regularizer must be a regularizer.*Write attrreg\.InputGradient\(\)"):
+        AttributionPenalty(attrreg.InputGradient)  # type: ignore[arg-type]
+
+
+def test_without_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    monkeypatch.delitem(sys.modules, "attrreg.integrations.lightning")
+    with pytest.raises(ImportError, match=r"needs lightning\. Install with: pip install 'attrreg\[integrations\]'"):
+        importlib.import_module("attrreg.integrations.lightning")

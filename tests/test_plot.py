@@ -1,0 +1,194 @@
+"""Pictures: what is drawn is what was given, and nothing outside the figure changes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from io import BytesIO
+from typing import Any
+
+import matplotlib
+import numpy
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import attrreg
+from attrreg import objectives, plot
+
+
+def case(size: int = 24) -> tuple[Tensor, Tensor, Tensor]:
+    x, phi = torch.rand(3, 3, size, size), torch.randn(3, 3, size, size)
+    mask = torch.zeros(3, size, size, dtype=torch.bool)
+    mask[:, 4:12, 6:20] = True
+    return x, mask, phi
+
+
+def grid(figure: Figure, columns: int) -> list[list[Axes]]:
+    return [figure.axes[start : start + columns] for start in range(0, len(figure.axes), columns)]
+
+
+def drawn(axes: Axes) -> Any:
+    return numpy.asarray(axes.get_images()[0].get_array())
+
+
+def rendered(figure: Figure) -> bytes:
+    out = BytesIO()
+    figure.savefig(out, format="png", dpi=40)
+    return out.getvalue()
+
+
+def test_panels_hold_the_values() -> None:
+    x, mask, phi = case()
+    figure = plot.attributions(x, mask, {"before": phi, "after": 2 * phi})
+    rows = grid(figure, 4)
+    assert len(rows) == 3 and [axes.get_title() for axes in rows[0]] == ["image", "mask", "before", "after"]
+    for index, (image, region, before, after) in enumerate(rows):
+        numpy.testing.assert_allclose(drawn(image), x[index].permute(1, 2, 0))
+        numpy.testing.assert_array_equal(drawn(region), mask[index])
+        numpy.testing.assert_allclose(drawn(before), phi[index].abs().sum(0), rtol=1e-6)
+        numpy.testing.assert_allclose(drawn(after), 2 * drawn(before))
+        low, high = before.get_images()[0].get_clim()
+        assert low == 0 and high == pytest.approx(numpy.quantile(drawn(before), 0.99), rel=1e-5)
+    assert rendered(figure).startswith(b"\x89PNG")
+
+
+def test_signed_maps_are_symmetric_around_zero() -> None:
+    x, mask, phi = case()
+    picture = grid(plot.attributions(x, mask, {"phi": phi + 3}, signed=True), 3)[0][2].get_images()[0]
+    low, high = picture.get_clim()
+    assert low == -high < 0
+    assert picture.get_cmap().name == "PRGn"
+    numpy.testing.assert_allclose(numpy.asarray(picture.get_array()), (phi[0] + 3).sum(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 6, 24])
+def test_shares_inside_are_written(size: int) -> None:
+    x, mask, _ = case()
+    phi = torch.randn(3, 2, size, size)
+    relevant = attrreg.masks.resize(mask[:, None].float(), (size, size))
+    shares = 1 - objectives.OutsideFraction()(phi, relevant)
+    texts = [row[2].get_xlabel() for row in grid(plot.attributions(x, mask, {"phi": phi}), 3)]
+    assert texts == [f"{float(share):.0%} inside" for share in shares]
+
+
+def test_an_even_map_has_the_area_inside() -> None:
+    x, mask, _ = case()
+    texts = [row[2].get_xlabel() for row in grid(plot.attributions(x, mask, {"even": torch.ones(3, 1, 24, 24)}), 3)]
+    assert texts == 3 * [f"{8 * 14 / 24**2:.0%} inside"]
+
+
+def test_images_without_annotation_show_no_mask() -> None:
+    x, mask, phi = case()
+    figure = plot.attributions(x, mask, {"phi": phi}, annotated=torch.tensor([True, False, True]))
+    for index, (_, region, map) in enumerate(grid(figure, 3)):
+        known = index != 1
+        assert bool(region.get_images()) == known and bool(region.texts) == (not known)
+        assert bool(map.collections) == known and bool(map.get_xlabel()) == known
+
+
+@pytest.mark.parametrize("mask", [torch.ones(24, 24, dtype=torch.bool), torch.zeros(3, 1, 24, 24), torch.rand(3, 11, 13)])
+def test_masks_of_any_shape(mask: Tensor) -> None:
+    x, _, phi = case()
+    rendered(plot.attributions(x, mask, {"phi": phi, "coarse": phi[:, :1, :4, :4]}))
+
+
+def test_outlines_lie_on_the_mask_whatever_the_maps_size() -> None:
+    x, mask, phi = case()
+    figure = plot.attributions(x, mask, {"coarse": phi[..., :4, :4]})
+    box = grid(figure, 3)[0][2].collections[-1].get_datalim(grid(figure, 3)[0][2].transData)
+    assert (box.x0, box.x1, box.y0, box.y1) == (5.5, 19.5, 3.5, 11.5)  # the edges of pixels 6 to 19 and 4 to 11
+
+
+@pytest.mark.parametrize("scale", [(0.0, 1.0), (-3.0, 5.0)])
+def test_images_are_stretched_only_if_they_must_be(scale: tuple[float, float]) -> None:
+    x, mask, phi = case()
+    low, high = scale
+    image = low + (high - low) * x
+    found = drawn(grid(plot.attributions(image, mask, {"phi": phi}), 3)[0][0])
+    expected = x[0] if scale == (0.0, 1.0) else (x[0] - x[0].min()) / (x[0].max() - x[0].min())
+    numpy.testing.assert_allclose(found, expected.permute(1, 2, 0), atol=1e-6)
+    eight_bit = drawn(grid(plot.attributions((255 * x).byte(), mask, {"phi": phi}), 3)[0][0])
+    numpy.testing.assert_allclose(eight_bit, (255 * x).byte()[0].permute(1, 2, 0) / 255)
+
+
+def test_captions() -> None:
+    x, mask, phi = case()
+    figure = plot.attributions(x[:, :1], mask, {"phi": phi}, captions={"image": ["a", "b", "c"], "phi": ["d", "e", "f"]}, title="all")
+    assert [[axes.get_xlabel() for axes in row] for row in grid(figure, 3)] == [["a", "", "d"], ["b", "", "e"], ["c", "", "f"]]
+    assert figure.get_suptitle() == "all"
+
+
+def test_training_draws_every_curve() -> None:
+    penalties = {"InputGradient": {0: 2.0, 1: 0.5, 2: 0.0}, "GradCAM": {0: 1.0, 2: 0.25}}
+    figure = plot.training(penalties, {"test": {0: 0.1, 2: 0.9}}, area=0.3)
+    above, below = figure.axes
+    found = {line.get_label(): dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in above.get_lines()}  # type: ignore[arg-type]
+    assert found == penalties and above.get_yscale() == "log"
+    assert [line.get_label() for line in below.get_lines()] == ["test", "the same everywhere"]
+    assert len({(line.get_color(), line.get_linestyle()) for line in above.get_lines()}) == 2
+    rendered(figure)
+
+
+def test_many_curves_differ() -> None:
+    figure = plot.training({str(index): {0: 1.0, 1: 2.0} for index in range(20)}, {"share": {0: 0.5}})
+    assert len({(line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()}) == 20
+
+
+def test_zero_penalties_need_no_logarithm() -> None:
+    figure = plot.training({"skipped": {0: 0.0, 1: 0.0}}, {"test": {0: 0.5}})
+    assert figure.axes[0].get_yscale() == "linear"
+    rendered(figure)
+
+
+def test_nothing_global_changes() -> None:
+    code = (
+        "import torch, matplotlib; from matplotlib import pyplot; before = dict(matplotlib.rcParams); from attrreg import plot\n"
+        "plot.attributions(torch.rand(1, 3, 8, 8), torch.ones(8, 8), {'phi': torch.rand(1, 1, 8, 8)}).savefig('/dev/null', format='png')\n"
+        "plot.training({'a': {0: 1.0}}, {'b': {0: 0.5}})\n"
+        "print(dict(matplotlib.rcParams) == before, pyplot.get_fignums())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["True", "[]"]
+
+
+def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'attrreg\[plot\]'"):
+        plot.training({"a": {0: 1.0}}, {"b": {0: 0.5}})
+    assert matplotlib  # it is there
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.rand(3, 24, 24)}, r"images must be \(N, C, H, W\)"),
+        ({"mask": torch.ones(2, 24, 24)}, r"mask \(2, 24, 24\) and annotated \(3,\) do not fit 3 images"),
+        ({"annotated": torch.ones(2, dtype=torch.bool)}, r"annotated \(2,\) do not fit 3 images"),
+        ({"maps": {}}, "maps is empty.*at least one"),
+        ({"maps": {"phi": torch.rand(2, 3, 24, 24)}}, r"maps\['phi'\] is \(2, 3, 24, 24\).*for 3 images"),
+        ({"maps": {"mask": torch.rand(3, 3, 24, 24)}}, "not called 'image' or 'mask'"),
+        ({"captions": {"phi": ["one"]}}, r"captions\['phi'\] has 1 entries\. Give 3"),
+        ({"captions": {"psi": ["a", "b", "c"]}}, "a title of maps"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    x, mask, phi = case()
+    with pytest.raises(ValueError, match=message):
+        arguments: dict[str, Any] = {"images": x, "mask": mask, "maps": {"phi": phi}} | change
+        plot.attributions(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("penalties", "shares", "message"),
+    [
+        ({}, {"a": {0: 0.5}}, "penalties has nothing to draw"),
+        ({"a": {0: 0.5}}, {"a": {}}, "shares_inside has nothing to draw"),
+        ({"a": {0: 0.5}}, {"a": {0: 50.0}}, "Give shares, not percentages"),
+    ],
+)
+def test_bad_curves(penalties: Any, shares: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plot.training(penalties, shares)
