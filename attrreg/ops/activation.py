@@ -129,13 +129,13 @@ class Smooth:
 
     Attributes:
         value: f(x).
-        slope: (gradient, x) to gradient times f'.
-        curvature: (one, other, x) to one times other times f'', a new tensor.
+        slope: (gradient, x, out) to gradient times f', written to `out`.
+        curvature: (one, other, x, scratch) to one times other times f'', a new tensor; `scratch` may be written over.
     """
 
     value: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor, Tensor], Tensor]
-    curvature: Callable[[Tensor, Tensor, Tensor], Tensor]
+    slope: Callable[[Tensor, Tensor, Tensor], Tensor]
+    curvature: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class _Smooth(Function):
@@ -148,7 +148,7 @@ class _Smooth(Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        return _SmoothGradient.apply(gy, x, ctx.kind) if torch.is_grad_enabled() else ctx.kind.slope(gy, x), None
+        return _SmoothGradient.apply(gy, x, ctx.kind) if torch.is_grad_enabled() else ctx.kind.slope(gy, x, torch.empty_like(gy)), None
 
 
 class _SmoothGradient(Function):
@@ -158,35 +158,36 @@ class _SmoothGradient(Function):
     def forward(ctx: Any, gy: Tensor, x: Tensor, kind: Smooth) -> Tensor:
         ctx.save_for_backward(gy, x)
         ctx.kind = kind
-        return kind.slope(gy, x)
+        return kind.slope(gy, x, torch.empty_like(gy))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gy, x = ctx.saved_tensors
-        for_x = ctx.kind.curvature(gy, v, x) if ctx.needs_input_grad[1] else None
-        return ctx.kind.slope(v, x), for_x, None
+        for_gy = torch.empty_like(v)
+        for_x = ctx.kind.curvature(gy, v, x, for_gy) if ctx.needs_input_grad[1] else None
+        return ctx.kind.slope(v, x, for_gy), for_x, None
 
 
 # Below, new tensors are few: to get one of these sizes costs as much as a pass over it.
 
 
-def _silu_curvature(one: Tensor, other: Tensor, x: Tensor) -> Tensor:
+def _silu_curvature(one: Tensor, other: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
     # s (1 - s) (2 + x (1 - 2 s)), s the sigmoid
-    s = torch.sigmoid(x)
+    s = torch.sigmoid(x, out=scratch)
     factor = torch.addcmul(x, x, s, value=-2).add_(2)
     aten.sigmoid_backward.grad_input(one, s, grad_input=s)
     return factor.mul_(s).mul_(other)
 
 
-def _gelu_curvature(one: Tensor, other: Tensor, x: Tensor) -> Tensor:
+def _gelu_curvature(one: Tensor, other: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
     # pdf(x) (2 - x^2)
-    factor = torch.addcmul(x.new_tensor(2.0), x, x, value=-1)
+    factor = torch.addcmul(x.new_tensor(2.0), x, x, value=-1, out=scratch)
     density = torch.add(x.new_tensor(-1 - 0.5 * math.log(2 * math.pi)), factor, alpha=0.5).exp_()
     return density.mul_(factor).mul_(one).mul_(other)
 
 
-def _tanh_gelu_curvature(one: Tensor, other: Tensor, x: Tensor) -> Tensor:
+def _tanh_gelu_curvature(one: Tensor, other: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
     # y = x (1 + t) / 2, t = tanh(u), u = k (x + c x^3): y'' = t' + x t'' / 2 with t' = (1 - t^2) u', t'' = (1 - t^2)(u'' - 2 t u'^2)
     k, c = math.sqrt(2 / math.pi), 0.044715
     t = torch.tanh(k * (x + c * x**3))
@@ -194,19 +195,21 @@ def _tanh_gelu_curvature(one: Tensor, other: Tensor, x: Tensor) -> Tensor:
     return ((1 - t * t) * (first + 0.5 * x * (second - 2 * t * first * first))).mul_(one).mul_(other)
 
 
-def _hardswish_curvature(one: Tensor, other: Tensor, x: Tensor) -> Tensor:
+def _hardswish_curvature(one: Tensor, other: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
     inside: Tensor = aten.hardtanh_backward(one, x, -3.0, 3.0)
     return inside.mul_(other).div_(3)
 
 
-SILU = Smooth(F.silu, lambda gy, x: aten.silu_backward(gy, x), _silu_curvature)
+SILU = Smooth(F.silu, lambda gy, x, out: aten.silu_backward.grad_input(gy, x, grad_input=out), _silu_curvature)
 GELU = {
-    "none": Smooth(F.gelu, lambda gy, x: aten.gelu_backward(gy, x), _gelu_curvature),
+    "none": Smooth(F.gelu, lambda gy, x, out: aten.gelu_backward.grad_input(gy, x, grad_input=out), _gelu_curvature),
     "tanh": Smooth(
-        lambda x: F.gelu(x, approximate="tanh"), lambda gy, x: aten.gelu_backward(gy, x, approximate="tanh"), _tanh_gelu_curvature
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda gy, x, out: aten.gelu_backward.grad_input(gy, x, approximate="tanh", grad_input=out),
+        _tanh_gelu_curvature,
     ),
 }
-HARDSWISH = Smooth(F.hardswish, lambda gy, x: aten.hardswish_backward(gy, x), _hardswish_curvature)
+HARDSWISH = Smooth(F.hardswish, lambda gy, x, out: aten.hardswish_backward.out(gy, x, out=out), _hardswish_curvature)
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:

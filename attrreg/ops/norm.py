@@ -174,11 +174,13 @@ class _LayerNormInputGradient(Function):
         gy, x, g, mu, r, gx = ctx.saved_tensors
         axes, count = list(range(-len(ctx.shape), 0)), math.prod(ctx.shape)
         rpv = aten.native_layer_norm_backward(v.contiguous(), x, ctx.shape, mu, r, None, None, [True, False, False])[0]
-        for_g = (gy * rpv).sum(list(range(x.dim() - len(ctx.shape)))) if ctx.needs_input_grad[2] else None
+        # Products that are only summed share one tensor: a new one of this size costs as much as a pass over it.
+        product = torch.empty_like(x)
+        for_g = torch.mul(gy, rpv, out=product).sum(list(range(x.dim() - len(ctx.shape)))) if ctx.needs_input_grad[2] else None
         centred = x - mu
-        a = (gy * g * centred).mean(axes, keepdim=True) * r
-        b = (v * centred).mean(axes, keepdim=True) * r
-        phi = (v * gx).sum(axes, keepdim=True)
+        a = torch.mul(gy, centred, out=product).mul_(g).mean(axes, keepdim=True) * r
+        b = torch.mul(v, centred, out=product).mean(axes, keepdim=True) * r
+        phi = torch.mul(v, gx, out=product).sum(axes, keepdim=True)
         for_x = centred.mul_(-r * r * phi / count).addcmul_(rpv, -r * a).addcmul_(gx, -r * b)
         return rpv.mul_(g), for_x, for_g, None, None, None
 
