@@ -3,7 +3,7 @@
 loss += reg(model, x, mask)
 """
 
-from attrreg import baselines, engines, masks, objectives, presets, schedules, scores, trace
+from attrreg import baselines, engines, masks, metrics, objectives, presets, schedules, scores, trace
 from attrreg.attributions import (
     ActivationDifference,
     ExpectedGradients,
@@ -35,6 +35,7 @@ __all__ = [
     "engines",
     "layers",
     "masks",
+    "metrics",
     "objectives",
     "presets",
     "schedules",

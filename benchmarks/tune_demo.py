@@ -28,7 +28,8 @@ from dataclasses import replace
 from attrreg import ActivationDifference, GradCAM, InputGradient, IntegratedGradients
 from attrreg.baselines import Masked
 from attrreg.demo.settings import Method, settings
-from attrreg.demo.train import accuracy, auc, build_model, predict, train
+from attrreg.demo.train import build_model, predict, train
+from attrreg.metrics import accuracy, auc
 from attrreg.objectives import AbsoluteOutside, OutsideFraction
 from attrreg.scores import Contrast, RandomProjection, Score, SumLogProb
 

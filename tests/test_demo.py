@@ -161,12 +161,6 @@ def test_crosses_sizes_and_seeds() -> None:
 # Measures
 
 
-def test_auc_counts_ties_half() -> None:
-    logits = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 2.0], [0.0, -1.0]])
-    assert train.auc(logits, torch.tensor([0, 1, 1, 0])) == pytest.approx((0.5 + 3) / 4)
-    assert train.auc(torch.zeros(2, 3), torch.tensor([0, 1])) is None
-
-
 def test_compared() -> None:
     assert train.compared(0.6, 0.4, 1000) == "better"
     assert train.compared(0.4, 0.6, 1000) == "worse"

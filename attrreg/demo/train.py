@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from attrreg import AttributionRegularizer, InputGradient
 from attrreg.demo.data import Split, Task
 from attrreg.demo.settings import Method, Settings
+from attrreg.metrics import accuracy, auc, share_inside
 from attrreg.scores import TargetLogit
 
 WARMUP_ROUNDS = 3
@@ -143,20 +144,6 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
         return torch.cat([model(part) for part in images.split(CHUNK)])
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of images whose highest logit is the label's."""
-    return (logits.argmax(dim=1) == labels).float().mean().item()
-
-
-def auc(logits: Tensor, labels: Tensor) -> float | None:
-    """Area under the ROC curve of y1 - y0: how often an image of class 1 ranks above one of class 0. Ties count half."""
-    if logits.shape[1] != 2:
-        return None
-    score = logits[:, 1] - logits[:, 0]
-    difference = score[labels == 1, None] - score[None, labels == 0]
-    return ((difference > 0).float() + (difference == 0).float() / 2).mean().item()
-
-
 def attribution(model: nn.Module, data: Split) -> Tensor:
     """The yardstick: |d target logit / d image|, `(N, 28, 28)`."""
     return YARDSTICK.attribute(model, data.images, target=data.labels).abs().sum(dim=1)
@@ -168,10 +155,7 @@ def share_outside(model: nn.Module, data: Split) -> float:
     Images without any attribution are left out.
     """
     some = sample(data)
-    maps = attribution(model, some)
-    total = maps.sum(dim=(1, 2))
-    share = (maps * ~some.masks).sum(dim=(1, 2))[total > 0] / total[total > 0]
-    return share.mean().item()
+    return 1 - share_inside(attribution(model, some), some.masks).nanmean().item()
 
 
 def penalty(model: nn.Module, regularizer: AttributionRegularizer, data: Split) -> float:
