@@ -3,7 +3,8 @@
 loss += reg(model, x, mask)
 """
 
-from attrreg import baselines, engines, masks, metrics, objectives, presets, schedules, scores, trace
+from attrreg import baselines, engines, masks, metrics, objectives, presets, schedules, scores, trace, transforms
+from attrreg.adversarial import AdversarialInvariance
 from attrreg.attributions import (
     ActivationDifference,
     ExpectedGradients,
@@ -11,6 +12,7 @@ from attrreg.attributions import (
     InputGradient,
     InputXGradient,
     IntegratedGradients,
+    PGDEx,
 )
 from attrreg.layers import layers
 from attrreg.penalty import Penalty
@@ -21,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivationDifference",
+    "AdversarialInvariance",
     "AttributionRegularizer",
     "ExpectedGradients",
     "GradCAM",
@@ -28,6 +31,7 @@ __all__ = [
     "InputXGradient",
     "IntegratedGradients",
     "MapRegularizer",
+    "PGDEx",
     "Penalty",
     "Scheduled",
     "SingleRegularizer",
@@ -41,4 +45,5 @@ __all__ = [
     "schedules",
     "scores",
     "trace",
+    "transforms",
 ]

@@ -19,7 +19,7 @@ from attrreg.attach import attached
 from attrreg.call import Call
 from attrreg.engines import DoubleBackward, Engine, FiniteDifference
 from attrreg.needs import Grad, Need, Value
-from attrreg.points import CLEAN, At, Path, Point
+from attrreg.points import CLEAN, Ascent, At, Path, Point
 from attrreg.recompute import along, trainable_leaves
 from attrreg.runner import Passes, Runner
 from attrreg.scores import Score
@@ -148,8 +148,11 @@ class Trace:
             if isinstance(point, Path):
                 self._run_path(point, seeds[point], replay)
                 continue
-            if isinstance(point, At):
-                image = point.image(self.call.x.detach(), self.call.mask, self._generator(seeds[point]))
+            if isinstance(point, (At, Ascent)):
+                if isinstance(point, At):
+                    image = point.image(self.call.x.detach(), self.call.mask, self._generator(seeds[point]))
+                else:
+                    image = self._ascend(point, replay)
                 with isolated(self.call.model, replay):
                     self._recordings[point] = self._runner.forward(image, sites_at(point, self._needs))
             self._differentiate(point, replay)
@@ -256,6 +259,17 @@ class Trace:
             recording = self._runner.forward(image, wanted, moves=layers)
             return self._runner.scores(recording, taken.score).sum()
 
+    def _ascend(self, point: Ascent, replay: Rng) -> Tensor:
+        runner = Runner(self.call, _counting.get(), twice=False)
+        score = self._concrete(point.score)
+        image = self.call.x.detach()
+        for _ in range(point.steps):
+            with isolated(self.call.model, replay):
+                recording = runner.forward(image, {sites.INPUT: True, score.site: False})
+            (gradient,) = runner.backward(recording, score, [sites.INPUT], create_graph=False)
+            image = point.step(self.call.x.detach(), image, gradient, self.mask)
+        return image
+
     def _run_path(self, path: Path, seed: int, replay: Rng) -> None:
         needs = [need for need in self._needs if isinstance(need, Grad) and need.at == path]
         concrete = list(dict.fromkeys(self._concrete(need.score) for need in needs))
@@ -289,9 +303,10 @@ def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:
     """
     for need in needs:
         used = [need.site]
-        if isinstance(need, Grad):
-            used.append(need.score.site)
-            score = need.score.resolve(call.target)
+        asked = need.score if isinstance(need, Grad) else need.at.score if isinstance(need.at, Ascent) else None
+        if asked is not None:
+            used.append(asked.site)
+            score = asked.resolve(call.target)
             if call.target is not None:
                 score.check_target(call.target)
             elif score.needs_target:
