@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from attrreg.demo import train
+from attrreg.evidence.training import predict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,7 +123,7 @@ def save_picture(run: train.Run, path: Path) -> None:
     axes[0, 0].set_title("test image\nand its mask (outline)", fontsize=10)
     for column, (model, result) in enumerate(zip(run.models, run.results, strict=True), start=1):
         maps = train.attribution(model, data).cpu().numpy()
-        says = train.predict(model, data.images).argmax(dim=1)
+        says = predict(model, data.images).argmax(dim=1)
         for row in range(ROWS):
             # The brightest 1% would otherwise leave the rest of a gradient map black.
             axes[row, column].imshow(maps[row], cmap="magma", vmin=0, vmax=max(float(numpy.quantile(maps[row], 0.99)), 1e-30))

@@ -16,7 +16,7 @@ def accuracy(logits: Tensor, target: Tensor) -> float:
     Raises:
         ValueError: the shapes do not fit.
     """
-    return _correct(logits, target).float().mean().item()
+    return _correct(logits, target).double().mean().item()
 
 
 def auc(logits: Tensor, target: Tensor) -> float | None:
@@ -62,7 +62,7 @@ def group_accuracies(logits: Tensor, target: Tensor, groups: Tensor) -> dict[int
     correct = _correct(logits, target)
     if groups.shape != target.shape:
         raise ValueError(f"groups must be {tuple(target.shape)}, one group an image, got {tuple(groups.shape)}. Reshape it.")
-    return {int(group): correct[groups == group].float().mean().item() for group in groups.unique().tolist()}
+    return {int(group): correct[groups == group].double().mean().item() for group in groups.unique().tolist()}
 
 
 def worst_group_accuracy(logits: Tensor, target: Tensor, groups: Tensor) -> float:
