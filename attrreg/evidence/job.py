@@ -139,7 +139,15 @@ def run(job: Job, device: torch.device, note: Note = lambda epochs: None) -> Rec
             note(1)
     model.eval()
     trained = metrics.accuracy(predict(model, task.train.images), task.train.labels)
-    outcomes = {name: _outcome(model, task, *best[name], job.judged) for name in SELECTIONS}
+    outcomes: dict[str, dict[str, Any]] = {}
+    for name in SELECTIONS:
+        loss, epoch, state = best[name]
+        # Where both splits chose one epoch, it is measured once.
+        measured = next((found for found in outcomes.values() if found["epoch"] == epoch), None)
+        if measured is None:
+            model.load_state_dict(state)
+            measured = _outcome(model, task, job.judged)
+        outcomes[name] = {**measured, "epoch": epoch, "loss": loss}
     return Record(job, outcomes, trained, round(time.perf_counter() - start, 1), _environment(device))
 
 
@@ -149,12 +157,9 @@ def _loss(model: nn.Module, split: Split) -> float:
     return loss if loss == loss else float("inf")
 
 
-def _outcome(model: nn.Module, task: Task, loss: float, epoch: int, state: dict[str, Tensor], judged: bool) -> dict[str, Any]:
-    model.load_state_dict(state)
+def _outcome(model: nn.Module, task: Task, judged: bool) -> dict[str, Any]:
     logits = predict(model, task.test.images)
     found = {
-        "epoch": epoch,
-        "loss": loss,
         "similar": _accuracy(model, task.similar),
         "valid": _accuracy(model, task.valid),
         "test": metrics.accuracy(logits, task.test.labels),
@@ -173,7 +178,7 @@ def _judgements(model: nn.Module, split: Split) -> dict[str, dict[str, float | N
     """Share inside and IoU on a sample of the test, by three attributions of which at most one was trained."""
     some = split.take(torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:SAMPLE].to(split.labels.device))
     window = max(2, some.images.shape[-1] // 7)
-    judges = {**JUDGES, "occlusion": metrics.Occlusion(window, window)}
+    judges: dict[str, metrics.Attribution] = {**JUDGES, "occlusion": metrics.Occlusion(window, window)}
     found: dict[str, dict[str, float | None]] = {}
     for name, attribution in judges.items():
         map = attribution(model, some.images, some.labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -144,7 +144,7 @@ def carry_out(plan: Plan, ledger: Ledger) -> dict[str, str]:
                 for job in chosen(plan, training, name, ledger).values():
                     for seed in plan.seeds:
                         ledger.of(replace(job, seed=seed, judged=plan.judged))
-            for job in annotations(plan, training, ledger):
+            for job in fewer_masks(plan, training, ledger):
                 ledger.of(job)
         except Missing as error:
             missing[training.source.kind] = str(error)
@@ -154,7 +154,7 @@ def carry_out(plan: Plan, ledger: Ledger) -> dict[str, str]:
 def chosen(plan: Plan, training: Training, name: str, ledger: Ledger) -> dict[str, Job]:
     """The best settings of a method by each split that they can be chosen on: the trial with the lowest cross-entropy there."""
     tried = [ledger.of(job) for job in trials(method(name), training, plan.trials)]
-    return {selection: min(tried, key=lambda record: float(record.outcomes[selection]["loss"])).job for selection in SELECTIONS}
+    return {selection: _lowest(tried, selection) for selection in SELECTIONS}
 
 
 def trials(method: Method, training: Training, count: int) -> list[Job]:
@@ -176,10 +176,12 @@ def trials(method: Method, training: Training, count: int) -> list[Job]:
     return made
 
 
-def annotations(plan: Plan, training: Training, ledger: Ledger) -> Iterable[Job]:
+def fewer_masks(plan: Plan, training: Training, ledger: Ledger) -> Iterator[Job]:
     """Trainings with fewer masks and with worse ones, at the settings that the shifted validation chose with all and exact masks."""
     for name in plan.annotated:
-        best = replace(chosen(plan, training, name, ledger)["valid"], judged=False)
+        found = best_of(plan, training, name, "valid", ledger)
+        assert found is not None  # its trials were run for its own row
+        best = replace(found, judged=False)
         for seed in plan.seeds:
             for share in plan.shares:
                 if share != 1:
@@ -189,15 +191,24 @@ def annotations(plan: Plan, training: Training, ledger: Ledger) -> Iterable[Job]
                     yield replace(best, seed=seed, quality=quality)
 
 
-def rows(plan: Plan, training: Training, name: str, selection: str, ledger: Ledger) -> Sequence[Record]:
-    """The records of a row of a table: a method's trainings with the settings chosen by one selection, those that there are."""
+def best_of(plan: Plan, training: Training, name: str, selection: str, ledger: Ledger) -> Job | None:
+    """The settings that `chosen` would find for one selection, from what the ledger has; None while trials are missing."""
     tried = [ledger.records.get(job.name) for job in trials(method(name), training, plan.trials)]
     known = [record for record in tried if record is not None]
-    if len(known) < plan.trials:
+    return _lowest(known, selection) if len(known) == plan.trials else None
+
+
+def rows(plan: Plan, training: Training, name: str, selection: str, ledger: Ledger) -> list[Record]:
+    """The records of a row of a table: a method's trainings with the settings chosen by one selection, those that there are."""
+    best = best_of(plan, training, name, selection, ledger)
+    if best is None:
         return []
-    best = min(known, key=lambda record: float(record.outcomes[selection]["loss"])).job
     found = (ledger.records.get(replace(best, seed=seed, judged=plan.judged).name) for seed in plan.seeds)
     return [record for record in found if record is not None]
+
+
+def _lowest(tried: Sequence[Record], selection: str) -> Job:
+    return min(tried, key=lambda record: float(record.outcomes[selection]["loss"])).job
 
 
 def _rounded(value: float) -> float:
