@@ -121,7 +121,7 @@ class AdversarialInvariance:
 
     def __repr__(self) -> str:
         term = self._sum.terms[0]
-        return f"<AdversarialInvariance of weight {term.weight}, {self.step} steps: {self._discriminator!r}>"
+        return f"<AdversarialInvariance of weight {term.weight} after {self.step} steps: {term.regularizer!r}>"
 
 
 class _Discriminator:
@@ -197,7 +197,7 @@ class _Discriminator:
         return features.flatten(1).to(next(self.network.parameters()).dtype)
 
     def __repr__(self) -> str:
-        return f"discriminator of {self.width or '?'}-{'-'.join(map(str, self.hidden))}-1"
+        return f"discriminator of {self.width or '?'}-{'-'.join(map(str, self.hidden))}-1, rate {self.rate}, seed {self.seed}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -208,6 +208,9 @@ class _Confusion(SingleRegularizer):
     fill: Baseline
     every: int
     discriminator: _Discriminator = field(compare=False)
+
+    def __repr__(self) -> str:
+        return f"{self.discriminator!r}, trained every {self.every}, at {self.site}, fill {self.fill!r}"
 
     def needs(self) -> tuple[Need, ...]:
         """The features of both images."""

@@ -173,6 +173,17 @@ def test_nothing_is_left_in_the_loop(way: str) -> None:
     assert network is not None and all(parameter.grad is None for parameter in network.parameters())
 
 
+def test_half_precision_stays_out_of_the_discriminator() -> None:
+    model, (x, mask, _) = SmoothNet(), smooth_batch()
+    invariance = attrreg.AdversarialInvariance(hidden=(8,))
+    with torch.autocast("cpu", torch.bfloat16):
+        value = invariance(model, x.float(), mask)
+    value.backward()
+    network = invariance._discriminator.network
+    assert network is not None and {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    assert value.dtype is torch.float32 and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_a_checkpoint_goes_on_where_it_was() -> None:
     model, (x, mask, _) = SmoothNet().double(), smooth_batch()
     settings: dict[str, Any] = {"hidden": (8,), "every": 2}

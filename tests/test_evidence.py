@@ -321,6 +321,7 @@ def test_names_tell_jobs_apart() -> None:
         "judged": True,
     }
     assert set(changes) == {field.name for field in dataclasses.fields(Job)}
+    assert JOB.name == replace(JOB).name
     assert len({JOB.name, *(replace(JOB, **{key: value}).name for key, value in changes.items())}) == 1 + len(changes)
     with pytest.raises(ValueError, match=r"batch=99 is larger than the 24 training images\. "):
         job.run(replace(JOB, batch=99), CPU)
@@ -328,6 +329,18 @@ def test_names_tell_jobs_apart() -> None:
         sources.from_dict({"kind": "nowhere"})
     with pytest.raises(ValueError, match=r"method 'magic' is unknown\. "):
         method("magic")
+
+
+def test_a_method_that_changed_is_trained_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for known in ("ActDiff", "masked", "adversarial"):
+        todo = replace(JOB, method=known)
+        before = todo.name
+        for other in METHODS:
+            if other.name != known:
+                monkeypatch.setattr(job, "method", lambda name, other=other: replace(other, name=name))
+                assert todo.name != before
+        monkeypatch.undo()
+        assert todo.name == before
 
 
 # Studies
@@ -470,6 +483,7 @@ def test_command_on_a_folder(command: Any, tmp_path: Path) -> None:
         (("--out", "x.json"), ".jsonl"),
         (("--rerun", "crosses/magic"), "crosses/magic"),
         (("--device", "abacus"), "abacus"),
+        (("--folder", "/no/such/folder"), "train_labels.csv"),
     ],
 )
 def test_bad_options(command: Any, words: tuple[str, ...], says: str) -> None:

@@ -55,7 +55,10 @@ def evidence(
     try:
         plan = plans.plan(data, method, folder, trials, seeds, epochs, quick)
         ledger = study.Ledger(out, torch.device(device))
-    except (ValueError, RuntimeError) as error:
+        torch.zeros(1, device=device)
+        if folder is not None:
+            plan.trainings[0].source.task(0)
+    except (ValueError, RuntimeError, AssertionError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     if rerun is not None:
         _again(rerun, ledger, console)

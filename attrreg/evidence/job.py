@@ -69,8 +69,10 @@ class Job:
 
     @property
     def name(self) -> str:
-        """A short name that no other job has."""
-        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:10]
+        """A short name that no other job has. It changes when the method of this name does."""
+        used = self.train_with()
+        content = json.dumps([self.as_dict(), repr(used.term), repr(used.transform)], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:10]
 
     def train_with(self) -> Method:
         """The method with this job's weight."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,7 +72,7 @@ class Plan:
 
 
 def load(path: Path, kinds: tuple[type[Source], ...] = sources.KINDS) -> dict[str, Record]:
-    """The records of a file, by name; none if there is no file.
+    """The records of a file, by the names that their jobs had then; none if there is no file.
 
     A last line that was cut off when a run was stopped is left out.
 
@@ -86,12 +87,11 @@ def load(path: Path, kinds: tuple[type[Source], ...] = sources.KINDS) -> dict[st
         if not line:
             continue
         try:
-            record = Record.from_line(line, kinds)
+            found[json.loads(line)["name"]] = Record.from_line(line, kinds)
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 continue
             raise ValueError(f"{path}, line {number} is no record ({error}). Take it out, or give another file.") from error
-        found[record.job.name] = record
     return found
 
 
@@ -115,8 +115,8 @@ class Ledger:
         self.device = device
         self.advance = advance
         self.records = load(path, kinds)
-        if path.exists() and not path.read_text().endswith("\n"):
-            path.write_text("".join(record.line() + "\n" for record in self.records.values()))
+        if path.exists() and not (text := path.read_text()).endswith("\n"):
+            path.write_text(text[: text.rfind("\n") + 1])
 
     def of(self, job: Job) -> Record:
         """The record of a job: that of the file, or that of a training now."""
