@@ -63,7 +63,7 @@ def stampbirds(
         packages.Missing: a Debian package is not here.
 
     Source:
-        Ours, after Waterbirds (Sagawa et al. 2020, arXiv 1911.08731). Small: 35 birds, 57 mammals, 19 photographs.
+        Ours, after Waterbirds (Sagawa et al. 2020, arXiv 1911.08731). Small: 35 birds, 62 mammals, 19 photographs.
     """
     if min(train, valid, test) < 4 or valid % 4 or test % 4:
         raise ValueError(f"The split sizes {(train, valid, test)} are impossible; use at least 4, and multiples of 4 for the last two.")
