@@ -238,6 +238,12 @@ def test_command_on_a_folder(command: Any, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     record = next(iter(study.load(tmp_path / "results.jsonl").values()))
     assert record.job.source == Folder(str(tmp_path))
+    done = command(
+        "--folder", str(tmp_path), "--epochs", "1", "--flip", "--sizes", "16,4,4", "--splits", "train,test,valid", "--dilation", "1"
+    )
+    assert done.exit_code == 0, done.output
+    wanted = Folder(str(tmp_path), "train", "test", "valid", flip=True, sizes=(16, 4, 4), dilation=1)
+    assert wanted in {record.job.source for record in study.load(tmp_path / "results.jsonl").values()}
 
 
 @pytest.mark.parametrize(
@@ -249,6 +255,8 @@ def test_command_on_a_folder(command: Any, tmp_path: Path) -> None:
         (("--rerun", "crosses/magic"), "crosses/magic"),
         (("--device", "abacus"), "abacus"),
         (("--folder", "/no/such/folder"), "train_labels.csv"),
+        (("--folder", "/no/such/folder", "--splits", "a,b"), "--splits must be three names"),
+        (("--folder", "/no/such/folder", "--sizes", "5"), "sizes must be three numbers"),
     ],
 )
 def test_bad_options(command: Any, words: tuple[str, ...], says: str) -> None:

@@ -90,6 +90,22 @@ def test_folder_of_arrays(tmp_path: Path, channels: int) -> None:
     assert named.train.masks.sum() > 5 * task.train.masks.sum()
 
 
+def test_folder_as_the_founding_paper_reads_it(tmp_path: Path) -> None:
+    """Balanced draws, and the last two splits mirrored."""
+    for name, count in (("distractor1", 20), ("distractor2", 16), ("distractor3", 16)):
+        write_arrays(tmp_path, name, count)
+    names = ("distractor1", "distractor2", "distractor3")
+    task = arrays.folder(tmp_path, names, flip=True, sizes=(12, 8, 8), seed=1)
+    assert [part.labels.bincount().tolist() for part in (task.train, task.similar, task.valid, task.test)] == [[6, 6], *[[4, 4]] * 3]
+    for part, column in ((task.train, 3), (task.similar, 3), (task.valid, 4), (task.test, 4)):
+        assert (part.images.sum(dim=(1, 2))[:, column] == 1).all()
+        assert torch.equal(part.masks, part.images[:, 0] > 0)
+    assert torch.equal(task.similar.images.flip(-1), task.valid.images)
+    assert not torch.equal(arrays.folder(tmp_path, names, flip=True, sizes=(12, 8, 8), seed=2).train.images, task.train.images)
+    with pytest.raises(ValueError, match=r"distractor3 has not 18 images.*\. "):
+        arrays.folder(tmp_path, names, sizes=(12, 8, 18))
+
+
 def test_folder_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"train_labels\.csv does not exist\. "):
         arrays.folder(tmp_path)

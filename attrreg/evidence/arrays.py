@@ -18,6 +18,9 @@ def folder(
     root: Path | str,
     splits: tuple[str, str, str] = ("train", "valid", "test"),
     similar: str | None = None,
+    *,
+    flip: bool = False,
+    sizes: tuple[int, int, int] | None = None,
     dilation: int = 0,
     seed: int = 0,
 ) -> Task:
@@ -30,27 +33,50 @@ def folder(
     Args:
         root: the folder.
         splits: what the training, validation and test splits are called. The shortcut should mislead in the last two.
-        similar: a split of images like those of training, to choose settings on. None: a fifth of the training images, taken from them.
+        similar: a split of images like those of training, to choose settings on. None: with `flip`, the validation images as they are;
+            else a fifth of the training images, taken from them.
+        flip: mirror the validation and test images sidewards, masks included. The founding paper's arrays (`distractor1`, `distractor2`,
+            `distractor3`) are stored straight, and its code mirrors the last two while loading: that is their shift.
+        sizes: how many images of each split to draw, each class alike; there (500, 128, 128). None: all.
         dilation: pixels by which masks are grown.
-        seed: of which images that fifth is.
+        seed: of what is drawn.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is not as above.
+        ValueError: a file is not as above, or there are fewer images than `sizes` says.
     """
-    root = Path(root)
+    root, generator = Path(root), Generator().manual_seed(seed)
     train, valid, test = (_split(root, name, dilation) for name in splits)
-    if similar is None:
-        order = torch.randperm(len(train), generator=Generator().manual_seed(seed))
+    if sizes is not None:
+        parts = zip((train, valid, test), splits, sizes, strict=True)
+        train, valid, test = (_some(part, f"{root}: {name}", size, generator) for part, name, size in parts)
+    if similar is not None:
+        like_training = _split(root, similar, dilation)
+    elif flip:
+        like_training = valid
+    else:
+        order = torch.randperm(len(train), generator=generator)
         held = len(train) // 5
         if not held:
             raise ValueError(f"{root}: {len(train)} training images are too few to hold a fifth back. Name a split with `similar=`.")
         like_training, train = train.take(order[:held]), train.take(order[held:])
-    else:
-        like_training = _split(root, similar, dilation)
-    classes = 1 + max(int(split.labels.max()) for split in (train, like_training, valid, test))
+    if flip:
+        valid, test = (replace(part, images=part.images.flip(-1), masks=part.masks.flip(-1)) for part in (valid, test))
+    classes = 1 + max(int(part.labels.max()) for part in (train, like_training, valid, test))
     clean = replace(test, images=ReplaceOutside()(test.images, test.masks))
     return Task(root.name, classes, train, like_training, valid, test, clean)
+
+
+def _some(split: Split, name: str, size: int, generator: Generator) -> Split:
+    """So many images, each class alike, in random order."""
+    order = torch.randperm(len(split), generator=generator)
+    classes = split.labels.unique().tolist()
+    each = size // len(classes)
+    chosen = [order[split.labels[order] == label][:each] for label in classes]
+    if not each or min(map(len, chosen)) < each:
+        raise ValueError(f"{name} has not {size} images, each of its {len(classes)} classes alike. Ask for fewer, or for all with None.")
+    index = torch.cat(chosen)
+    return split.take(index[torch.randperm(len(index), generator=generator)])
 
 
 def _split(root: Path, name: str, dilation: int) -> Split:

@@ -12,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from attrreg.evidence.sources import Folder
     from attrreg.evidence.study import Ledger, Plan
 
 NEEDED = ("matplotlib", "optuna", "rich")
@@ -21,6 +22,10 @@ OUT = Path("attrreg-evidence.jsonl")
 def evidence(
     data: Annotated[list[str] | None, typer.Option(help="Data sets; again for each. Default: all.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Your own arrays in place of these: see docs/evidence.md.")] = None,
+    splits: Annotated[str, typer.Option(help="Of --folder: the names of the training, validation and test splits.")] = "train,valid,test",
+    sizes: Annotated[str, typer.Option(help="Of --folder: how many images of each, as in 500,128,128. Default: all.")] = "",
+    flip: Annotated[bool, typer.Option("--flip", help="Of --folder: mirror validation and test images, as the paper does.")] = False,
+    dilation: Annotated[int, typer.Option(min=0, help="Of --folder: pixels by which masks are grown.")] = 0,
     method: Annotated[list[str] | None, typer.Option(help="Methods; again for each. Default: all.")] = None,
     trials: Annotated[int, typer.Option(min=1, help="Settings tried for each method.")] = 8,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings with the settings chosen.")] = 5,
@@ -53,11 +58,12 @@ def evidence(
 
     torch.set_num_threads(threads)
     try:
-        plan = plans.plan(data, method, folder, trials, seeds, epochs, quick)
+        own = None if folder is None else _folder(folder, splits, sizes, flip, dilation)
+        plan = plans.plan(data, method, own, trials, seeds, epochs, quick)
         ledger = study.Ledger(out, torch.device(device))
         torch.zeros(1, device=device)
-        if folder is not None:
-            plan.trainings[0].source.task(0)
+        if own is not None:
+            own.task(0)
     except (ValueError, RuntimeError, AssertionError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     if rerun is not None:
@@ -73,6 +79,16 @@ def evidence(
     from rich.markdown import Markdown
 
     console.print(Markdown(report.markdown(plan, ledger)))
+
+
+def _folder(root: Path, splits: str, sizes: str, flip: bool, dilation: int) -> Folder:
+    from attrreg.evidence.sources import Folder
+
+    names = splits.split(",")
+    if len(names) != 3:
+        raise ValueError(f"--splits must be three names, got {splits!r}. Write train,valid,test.")
+    counts = tuple(int(count) for count in sizes.split(",")) if sizes else ()
+    return Folder(str(root), names[0], names[1], names[2], flip=flip, sizes=counts, dilation=dilation)
 
 
 def write(plan: Plan, ledger: Ledger, out: Path) -> None:

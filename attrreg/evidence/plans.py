@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from attrreg.evidence.methods import METHODS, method
 from attrreg.evidence.sources import Crosses, DecoyFashionMNIST, DecoyMNIST, Folder, StampBirds
@@ -28,7 +27,7 @@ ANNOTATED = ("ActDiff", "feature path")
 def plan(
     data: Sequence[str] | None = None,
     methods: Sequence[str] | None = None,
-    folder: Path | None = None,
+    folder: Folder | None = None,
     trials: int = 8,
     seeds: int = 5,
     epochs: int | None = None,
@@ -41,7 +40,7 @@ def plan(
     """
     trainings: tuple[Training, ...] = QUICK if quick else FULL
     if folder is not None:
-        trainings = (Training(Folder(str(folder)), *((2, 16) if quick else (40, 16))),)
+        trainings = (Training(folder, *((2, 16) if quick else (40, 16))),)
     elif data:
         known = {training.source.kind: training for training in trainings}
         unknown = [kind for kind in data if kind not in known]

@@ -125,8 +125,9 @@ class Folder(Source):
     """Arrays in a folder: see `arrays.folder`.
 
     Args:
-        root, similar, dilation: as there.
+        root, similar, flip, dilation: as there.
         train, valid, test: the splits' names.
+        sizes: how many images of each; none: all.
         width: channels of the ResNet-18's first stage.
     """
 
@@ -136,12 +137,22 @@ class Folder(Source):
     valid: str = "valid"
     test: str = "test"
     similar: str | None = None
+    flip: bool = False
+    sizes: tuple[int, ...] = ()
     dilation: int = 0
     width: int = 16
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", tuple(self.sizes))  # JSON has lists
+        if len(self.sizes) not in (0, 3):
+            raise ValueError(
+                f"sizes must be three numbers, of training, validation and test images, got {self.sizes}. Write (500, 128, 128)."
+            )
+
     def task(self, seed: int) -> Task:
-        """Read the data; the seed decides what is held back of training, where no split is named for that."""
-        return arrays.folder(self.root, (self.train, self.valid, self.test), self.similar, self.dilation, seed)
+        """Read the data; the seed decides what is drawn of it."""
+        splits, sizes = (self.train, self.valid, self.test), (self.sizes[0], self.sizes[1], self.sizes[2]) if self.sizes else None
+        return arrays.folder(self.root, splits, self.similar, flip=self.flip, sizes=sizes, dilation=self.dilation, seed=seed)
 
     def model(self, task: Task, seed: int) -> nn.Module:
         """ResNet-18 for small images."""
