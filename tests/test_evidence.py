@@ -175,6 +175,21 @@ def test_tuning_is_equal_and_chooses_the_best(done: Path) -> None:
     assert study.best_of(replace(MINE, trials=3), training, "ActDiff", "valid", ledger) is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trials": 0}, r"needs a trial and a seed.*\. "),
+        ({"seeds": ()}, r"needs a trial and a seed.*\. "),
+        ({"methods": ("magic",)}, r"method 'magic' is unknown\. "),
+        ({"annotated": ("RRR",)}, r"'RRR' is none of 'plain', 'ActDiff'\. "),
+        ({"qualities": ("good",)}, r"'good' is none of 'exact'.*\. "),
+    ],
+)
+def test_plans_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(MINE, **changes)
+
+
 # Tables
 
 

@@ -48,10 +48,13 @@ class Plan:
         methods: names in `methods.METHODS`.
         trials: settings that are tried for each method: as many for each, on the same splits.
         seeds: trainings of each method with the settings chosen.
-        annotated: methods for which shares of annotated images and qualities of masks are compared too.
+        annotated: of these methods, those for which shares of annotated images and qualities of masks are compared too.
         shares: those shares.
         qualities: those qualities.
         judged: whether maps are judged.
+
+    Raises:
+        ValueError: nothing to try or to train, or a method or quality that there is not.
     """
 
     trainings: tuple[Training, ...]
@@ -62,6 +65,17 @@ class Plan:
     shares: tuple[float, ...] = SHARES
     qualities: tuple[str, ...] = QUALITIES
     judged: bool = True
+
+    def __post_init__(self) -> None:
+        if self.trials < 1 or not self.seeds:
+            raise ValueError(
+                f"A plan needs a trial and a seed, got trials={self.trials} and seeds={self.seeds}. Give at least one of each."
+            )
+        for name in self.methods:
+            method(name)
+        for given, known in ((self.annotated, self.methods), (self.qualities, QUALITIES)):
+            if unknown := [name for name in given if name not in known]:
+                raise ValueError(f"{unknown[0]!r} is none of {', '.join(map(repr, known))}. Add it there, or leave it out.")
 
     def epochs(self) -> int:
         """An upper bound on the epochs of all jobs together, for a progress bar."""
