@@ -172,6 +172,7 @@ def plot(plan: Plan, ledger: Ledger, path: Path) -> None:
     for column, training in enumerate(plan.trainings):
         _points(axes[0][column], plan, training, ledger)
         _shares(axes[1][column], plan, training, ledger)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -187,7 +188,6 @@ def _points(axis: Axes, plan: Plan, training: Training, ledger: Ledger) -> None:
     axis.set_xlim(-0.02, 1.02)
     axis.set_xlabel("test accuracy", fontsize=8)
     axis.set_title(training.source.kind, fontsize=10)
-    axis.legend(fontsize=6)
 
 
 def _shares(axis: Axes, plan: Plan, training: Training, ledger: Ledger) -> None:
