@@ -3,7 +3,8 @@
 loss += reg(model, x, mask)
 """
 
-from attrreg import baselines, captum, data, engines, masks, objectives, plot, presets, schedules, scores, trace
+from attrreg import baselines, captum, data, engines, masks, metrics, objectives, plot, presets, schedules, scores, trace, transforms
+from attrreg.adversarial import AdversarialInvariance
 from attrreg.attributions import (
     ActivationDifference,
     ExpectedGradients,
@@ -11,6 +12,7 @@ from attrreg.attributions import (
     InputGradient,
     InputXGradient,
     IntegratedGradients,
+    PGDEx,
 )
 from attrreg.captum import from_captum
 from attrreg.layers import layers
@@ -22,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivationDifference",
+    "AdversarialInvariance",
     "AttributionRegularizer",
     "ExpectedGradients",
     "GradCAM",
@@ -29,6 +32,7 @@ __all__ = [
     "InputXGradient",
     "IntegratedGradients",
     "MapRegularizer",
+    "PGDEx",
     "Penalty",
     "Scheduled",
     "SingleRegularizer",
@@ -39,10 +43,12 @@ __all__ = [
     "from_captum",
     "layers",
     "masks",
+    "metrics",
     "objectives",
     "plot",
     "presets",
     "schedules",
     "scores",
     "trace",
+    "transforms",
 ]

@@ -144,6 +144,15 @@ def check_images(model: nn.Module, x: Tensor) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}. Pass the model itself, not a function of it.")
+    check_batch(x)
+
+
+def check_batch(x: Tensor) -> None:
+    """Check images.
+
+    Raises:
+        TypeError, ValueError: naming `x`.
+    """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(

@@ -1,4 +1,4 @@
-"""The command line: `attrreg demo`, `attrreg bench`. A new command is a typed function and one line in `build_app`."""
+"""The command line: `attrreg demo`, `attrreg bench`, `attrreg evidence`. A new command is a typed function and one line in `build_app`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ def build_app() -> typer.Typer:
 
     from attrreg.bench.command import bench
     from attrreg.demo.command import demo
+    from attrreg.evidence.command import evidence
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     app.callback()(_attrreg)
     app.command()(demo)
     app.command()(bench)
+    app.command()(evidence)
     return app
 
 

@@ -60,6 +60,21 @@ class AbsoluteOutside(Spec):
 
 
 @dataclass(frozen=True, repr=False)
+class NetOutside(Spec):
+    """|sum o phi|: what the outside contributes to the score on balance.
+
+    For path methods from `baselines.Masked()`, whose maps are zero inside, the sum of phi is what replacing the irrelevant part changes
+    in the score. A map that is positive here and negative there may satisfy it; for maps of gradients take `AbsoluteOutside`.
+
+    Source: ours, by the completeness of integrated gradients, arXiv 1703.01365.
+    """
+
+    def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
+        """Penalty `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
+        return (_outside(mask, map) * map).sum(dim=(1, 2, 3)).abs()
+
+
+@dataclass(frozen=True, repr=False)
 class OutsideFraction(Spec):
     """sum o |phi| / (sum |phi| + eps): the share of attribution outside the mask, in [0, 1].
 

@@ -10,8 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attrreg import masks
 from attrreg.baselines import Baseline
 from attrreg.ops.rectify import Rule
+from attrreg.scores import Score
 from attrreg.spec import Spec
 
 RULES = ("gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid")
@@ -99,6 +101,40 @@ class Rectified(Point):
     """
 
     rule: Rule
+
+
+@dataclass(frozen=True, repr=False)
+class Ascent(Point):
+    """Where a score is high near each image, outside its mask: found by steps along the sign of the gradient, from the image itself.
+
+    No gradient flows to x, nor through the way there.
+
+    Args:
+        score: what ascends; nothing that draws.
+        epsilon: how far any value may move, times the irrelevance of its pixel.
+        steps: number of steps.
+        rate: how far a step goes, likewise.
+        low, high: the range of valid images.
+    """
+
+    score: Score
+    epsilon: float
+    steps: int
+    rate: float
+    low: float
+    high: float
+
+    @property
+    def needs_mask(self) -> bool:
+        """True: what may move depends on the mask."""
+        return True
+
+    def step(self, x: Tensor, image: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:
+        """One step from `image`, which stays near `x`."""
+        outside = 1 - masks.resize(mask, (x.shape[-2], x.shape[-1])).to(x.dtype)
+        reach = self.epsilon * outside
+        moved = (image - x + self.rate * outside * gradient.sign()).clamp(-reach, reach)
+        return torch.where(outside > 0, (x + moved).clamp(self.low, self.high), x)
 
 
 class Path(Point, ABC):

@@ -59,3 +59,15 @@ def actdiff_viviano2019(weight: float = 1.0) -> Sum:
         out: 1e-6 added to each difference, and a second update of BatchNorm's statistics by the masked pass.
     """
     return weight * ActivationDifference("auto", Shuffle()).named("actdiff_viviano2019").reduced("batchmean")
+
+
+def actdiff_gradmask_viviano2019(actdiff: float = 1.0, gradmask: float = 0.203439) -> Sum:
+    """ActDiff and GradMask together: the sum of the two presets, in one shared pass. Needs targets.
+
+    Args:
+        actdiff, gradmask: the weights of the two, each found by itself: the sum's own were not published.
+
+    Source:
+        The combined arm of the first version of arXiv 1910.00199.
+    """
+    return actdiff_viviano2019(actdiff) + gradmask_viviano2019(gradmask)

@@ -21,7 +21,7 @@ from attrreg.call import Call
 from attrreg.engines import DoubleBackward, Engine, FiniteDifference
 from attrreg.folding import PathGradients
 from attrreg.needs import Grad, Need, Value
-from attrreg.points import CLEAN, At, Path, Point, Rectified
+from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
 from attrreg.recompute import Gradients, along, trainable_leaves
 from attrreg.runner import Passes, Runner
 from attrreg.scores import Score
@@ -173,6 +173,8 @@ class Trace:
             image, rule = self.call.x, point.rule if isinstance(point, Rectified) else None
             if isinstance(point, At):
                 image = point.image(self.call.x.detach(), self.call.mask, self._generator(seeds[point]))
+            if isinstance(point, Ascent):
+                image = self._ascend(point, replay)
             if point != CLEAN:
                 with isolated(self.call.model, replay):
                     self._recordings[point] = self._runner.forward(image, sites_at(point, self._needs), rule=rule)
@@ -280,6 +282,17 @@ class Trace:
             recording = self._runner.forward(image, wanted, moves=layers)
             return self._runner.scores(recording, taken.score).sum()
 
+    def _ascend(self, point: Ascent, replay: Rng) -> Tensor:
+        runner = Runner(self.call, _counting.get(), twice=False)
+        score = self._concrete(point.score)
+        image = self.call.x.detach()
+        for _ in range(point.steps):
+            with isolated(self.call.model, replay):
+                recording = runner.forward(image, {sites.INPUT: True, score.site: False})
+            (gradient,) = runner.backward(recording, score, [sites.INPUT], create_graph=False)
+            image = point.step(self.call.x.detach(), image, gradient, self.mask)
+        return image
+
     def _run_path(self, path: Path, seed: int, replay: Rng) -> None:
         needs = [need for need in self._needs if isinstance(need, Grad) and need.at == path]
         concrete = list(dict.fromkeys(self._concrete(need.score) for need in needs))
@@ -322,19 +335,19 @@ def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:
         ValueError: naming the term.
     """
     for need in needs:
-        used = [need.site]
-        if not isinstance(need, Value):
-            used.append(need.score.site)
-            score = need.score.resolve(call.target)
+        asked = [] if isinstance(need, Value) else [need.score]
+        asked += [need.at.score] if isinstance(need.at, Ascent) else []
+        for score in asked:
+            resolved = score.resolve(call.target)
             if call.target is not None:
-                score.check_target(call.target)
-            elif score.needs_target:
-                raise ValueError(f"{name}: {type(score).__name__} needs a target. Pass `target=`, (N,) class indices.")
+                resolved.check_target(call.target)
+            elif resolved.needs_target:
+                raise ValueError(f"{name}: {type(resolved).__name__} needs a target. Pass `target=`, (N,) class indices.")
         if isinstance(need.at, Path) and not (isinstance(need, Grad) and need.site == sites.INPUT):
             raise ValueError(f"{name}: on a path only the gradient at the input can be taken. Ask for Grad(INPUT, score, path).")
         if need.at.needs_mask and call.mask is None:
             raise ValueError(f"{name}: its baseline is made from the mask, and there is none. Pass `mask=`.")
-        for site in used:
+        for site in [need.site, *(score.site for score in asked)]:
             try:
                 sites.check_layer(call.model, site)
             except ValueError as error:

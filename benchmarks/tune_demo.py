@@ -27,8 +27,11 @@ from dataclasses import replace
 
 from attrreg import ActivationDifference, GradCAM, InputGradient, IntegratedGradients
 from attrreg.baselines import Masked
-from attrreg.demo.settings import Method, settings
-from attrreg.demo.train import accuracy, auc, build_model, predict, train
+from attrreg.demo.settings import settings
+from attrreg.evidence.methods import Method
+from attrreg.evidence.models import small
+from attrreg.evidence.training import predict, train
+from attrreg.metrics import accuracy, auc
 from attrreg.objectives import AbsoluteOutside, OutsideFraction
 from attrreg.scores import Contrast, RandomProjection, Score, SumLogProb
 
@@ -55,9 +58,9 @@ def main(data: str, seed: int) -> None:
     for method in CANDIDATES:
         chosen = replace(settings(data, seed=seed), methods=(method,))
         task = chosen.task()
-        model = build_model(task.classes, seed)
+        model = small(task.classes, seed)
         start = time.perf_counter()
-        for _ in train(model, task.train, method.term, chosen):
+        for _ in train(model, task.train, method, chosen.budget, seed):
             pass
         logits = predict(model.eval(), task.valid.images)
         area = auc(logits, task.valid.labels)

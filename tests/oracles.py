@@ -48,6 +48,10 @@ def absolute_outside(map: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([((1 - m) * p.abs()).sum() for p, m in zip(map, mask, strict=True)])
 
 
+def net_outside(map: Tensor, mask: Tensor) -> Tensor:
+    return torch.stack([((1 - m) * p).sum().abs() for p, m in zip(map, mask, strict=True)])
+
+
 def outside_fraction(map: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([((1 - m) * p.abs()).sum() / p.abs().sum() for p, m in zip(map, mask, strict=True)])
 

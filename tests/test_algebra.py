@@ -34,7 +34,7 @@ any_score = st.one_of(
     st.builds(scores.TaskLoss, st.sampled_from([None, torch.nn.functional.mse_loss])),
 )
 any_objective = st.one_of(
-    st.sampled_from([objectives.SquaredOutside(), objectives.AbsoluteOutside(), my_objective]),
+    st.sampled_from([objectives.SquaredOutside(), objectives.AbsoluteOutside(), objectives.NetOutside(), my_objective]),
     st.builds(objectives.OutsideFraction, st.floats(1e-20, 1e-3)),
     st.builds(objectives.Energy, st.floats(1e-20, 1e-3)),
 )

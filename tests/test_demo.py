@@ -20,7 +20,9 @@ from typer.testing import CliRunner
 
 from attrreg import cli
 from attrreg.demo import report, settings, train
-from attrreg.demo.data import SIZE, Split, Task, crosses, decoy_mnist, dilate
+from attrreg.evidence.data import Split, Task, dilate
+from attrreg.evidence.models import small
+from attrreg.evidence.shortcuts import SIZE, crosses, decoy_mnist
 
 CORNERS = torch.tensor([[0, 0], [0, 24], [24, 0], [24, 24]])
 
@@ -161,12 +163,6 @@ def test_crosses_sizes_and_seeds() -> None:
 # Measures
 
 
-def test_auc_counts_ties_half() -> None:
-    logits = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 2.0], [0.0, -1.0]])
-    assert train.auc(logits, torch.tensor([0, 1, 1, 0])) == pytest.approx((0.5 + 3) / 4)
-    assert train.auc(torch.zeros(2, 3), torch.tensor([0, 1])) is None
-
-
 def test_compared() -> None:
     assert train.compared(0.6, 0.4, 1000) == "better"
     assert train.compared(0.4, 0.6, 1000) == "worse"
@@ -191,8 +187,8 @@ def test_share_outside(digits: Task) -> None:
 
 def test_every_method_starts_alike_and_trains(small_run: train.Run) -> None:
     assert len({result.outside_before for result in small_run.results}) == 1
-    first = train.build_model(2, 0).state_dict()
-    again = train.build_model(2, 0).state_dict()
+    first = small(2, 0).state_dict()
+    again = small(2, 0).state_dict()
     assert all((first[key] == again[key]).all() for key in first)
     for model in small_run.models:
         assert all(value.isfinite().all() for value in model.state_dict().values())
@@ -201,7 +197,7 @@ def test_every_method_starts_alike_and_trains(small_run: train.Run) -> None:
 
 def test_building_a_model_leaves_the_generator() -> None:
     before = torch.get_rng_state()
-    train.build_model(2, 0)
+    small(2, 0)
     assert (torch.get_rng_state() == before).all()
 
 

@@ -29,6 +29,7 @@ SCORES: dict[str, tuple[Score, oracles.ScoreFunction]] = {
 OBJECTIVES: dict[str, tuple[Objective, Callable[[Tensor, Tensor], Tensor]]] = {
     "squared": (objectives.SquaredOutside(), oracles.squared_outside),
     "absolute": (objectives.AbsoluteOutside(), oracles.absolute_outside),
+    "net": (objectives.NetOutside(), oracles.net_outside),
     "fraction": (objectives.OutsideFraction(), oracles.outside_fraction),
     "energy": (objectives.Energy(), oracles.energy),
 }

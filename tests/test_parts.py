@@ -20,7 +20,8 @@ GENERATOR = torch.Generator()
 
 
 @pytest.mark.parametrize(
-    "objective", [objectives.SquaredOutside(), objectives.AbsoluteOutside(), objectives.OutsideFraction(), objectives.Energy()]
+    "objective",
+    [objectives.SquaredOutside(), objectives.AbsoluteOutside(), objectives.NetOutside(), objectives.OutsideFraction(), objectives.Energy()],
 )
 def test_objectives_survive_zero_maps(objective: Any) -> None:
     map = torch.zeros(2, 3, 4, 4, requires_grad=True)

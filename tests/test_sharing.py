@@ -29,6 +29,7 @@ REGULARIZERS: dict[str, AttributionRegularizer] = {
     "grad_cam_auto": attrreg.GradCAM(),
     "activation_difference": attrreg.ActivationDifference(),
     "projection": attrreg.InputGradient(scores.RandomProjection()),
+    "pgd_ex": attrreg.PGDEx(epsilon=0.3, steps=2, bounds=(-3.0, 3.0)),
     "four": FOUR,
     "layer_activation": attrreg.captum.LayerActivation("body"),
     "layer_gradient_x_activation": attrreg.captum.LayerGradientXActivation(),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attrreg import plot
 from attrreg.demo import train
+from attrreg.evidence.training import predict
 
 ROWS = 4
 TASKS = {
@@ -104,7 +105,7 @@ def save_picture(run: train.Run, path: Path) -> None:
     maps, captions = {}, {"image": [f"label {int(label)}" for label in data.labels]}
     for model, result in zip(run.models, run.results, strict=True):
         title = f"{result.method}\ntest accuracy {result.test:.0%}\noutside mask {result.outside_after:.0%}"
-        says = train.predict(model, data.images).argmax(dim=1)
+        says = predict(model, data.images).argmax(dim=1)
         maps[title] = train.attribution(model, data)
         captions[title] = [
             f"says {int(said)}: {'right' if said == label else 'WRONG'}" for said, label in zip(says, data.labels, strict=True)

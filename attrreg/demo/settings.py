@@ -8,29 +8,12 @@ import torch
 
 from attrreg import ActivationDifference, AttributionRegularizer, GradCAM, InputGradient, IntegratedGradients
 from attrreg.baselines import Masked
-from attrreg.demo.data import Task, crosses, decoy_mnist
+from attrreg.evidence.data import Task
+from attrreg.evidence.methods import Method
+from attrreg.evidence.shortcuts import crosses, decoy_mnist
+from attrreg.evidence.training import Budget
 from attrreg.objectives import AbsoluteOutside
 from attrreg.scores import Contrast, RandomProjection, Score, SumLogProb
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way of training.
-
-    Attributes:
-        name: As tables and pictures call it.
-        regularizer: What is added to the loss; None: nothing.
-        weight: Its weight.
-    """
-
-    name: str
-    regularizer: AttributionRegularizer | None = None
-    weight: float = 1.0
-
-    @property
-    def term(self) -> AttributionRegularizer | None:
-        """The weighted regularizer."""
-        return None if self.regularizer is None else self.weight * self.regularizer
 
 
 @dataclass(frozen=True)
@@ -60,9 +43,14 @@ class Settings:
     device: torch.device = torch.device("cpu")
 
     @property
+    def budget(self) -> Budget:
+        """What a method may spend."""
+        return Budget(self.epochs, self.batch, self.rate)
+
+    @property
     def steps(self) -> int:
         """Training steps a method."""
-        return self.epochs * (self.train // self.batch)
+        return self.budget.steps(self.train)
 
     def task(self) -> Task:
         """Make the data."""

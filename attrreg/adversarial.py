@@ -1,0 +1,228 @@
+"""Adversarial invariance: features from which nobody can tell whether the irrelevant part was replaced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from attrreg import penalty
+from attrreg.attach import Attachment
+from attrreg.baselines import Baseline, Masked, Shuffle
+from attrreg.masks import penalty_dtype
+from attrreg.needs import Need, Value
+from attrreg.penalty import Penalty
+from attrreg.points import At
+from attrreg.regularizer import SingleRegularizer, Sum
+from attrreg.sites import FEATURES, check_layer_name
+from attrreg.trace import Trace
+
+
+class AdversarialInvariance:
+    """The loss of fooling a discriminator between features of the image and of the image without its irrelevant part.
+
+    Per image: weight * [softplus(D(h(x))) + softplus(-D(h(x~)))] / 2, with D the logit that it is a whole image,
+    x~ = m x + (1 - m) fill(x), and D held constant: cross-entropy with the labels flipped. D is trained by this object alone,
+    with the right labels, before the penalty is computed.
+
+    Used like a regularizer: `loss += invariance(model, x, mask)`. It is safe in any loop: D and its optimizer are no part of your model,
+    D's own gradients end at the features, your loss's gradients end at D, and neither `.grad` nor the random number generators are
+    touched by its training. It counts its calls, so it is an object with a state and not a term of a sum: add the values. Where the
+    loop runs on several devices, each process trains a D of its own.
+
+    Args:
+        weight: of the penalty.
+        layer: dotted name of the layer with the features, or "auto": those that enter the classifier.
+        fill: what takes the place of the irrelevant pixels.
+        every: D is trained at each `every`-th call.
+        rate: learning rate of D's Adam.
+        hidden: widths of D's hidden layers.
+        seed: of D's first weights.
+
+    Attributes:
+        step: how many calls there were.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Cost:
+        One forward on x~ and first-order gradients through it; the clean forward is free when attached. D's two passes.
+
+    Source:
+        The adversarial arm of the founding paper, arXiv 1910.00199, after Ganin et al. 2016, arXiv 1505.07818, and with the spectral
+        normalisation of Miyato et al. 2018, arXiv 1802.05957. There, for the crosses: weight 10, every 10, rate .01.
+    """
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        layer: str = "auto",
+        fill: Baseline | None = None,
+        *,
+        every: int = 1,
+        rate: float = 1e-3,
+        hidden: Sequence[int] = (1024, 1024, 1024),
+        seed: int = 0,
+    ) -> None:
+        check_layer_name(layer)
+        fill = Shuffle() if fill is None else fill
+        if not isinstance(fill, Baseline):
+            raise TypeError(f"fill must be a baselines.Baseline, got {type(fill).__name__}. Use baselines.Shuffle(), for example.")
+        for name, value in (("every", every), *(("hidden", width) for width in hidden)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value!r}. Give a positive integer.")
+        if not (math.isfinite(rate) and rate > 0):
+            raise ValueError(f"rate must be a positive learning rate, got {rate!r}. Write for example rate=1e-3.")
+        self._discriminator = _Discriminator(tuple(hidden), rate, seed)
+        confusion = _Confusion(FEATURES if layer == "auto" else layer, fill, every, self._discriminator)
+        self._sum: Sum = weight * confusion.named("AdversarialInvariance")
+
+    @property
+    def step(self) -> int:
+        """How many calls there were."""
+        return self._discriminator.step
+
+    def __call__(self, model: nn.Module, x: Tensor, mask: Tensor, **settings: Any) -> Tensor:
+        """Train D where that is due, and compute the penalty. See `AttributionRegularizer.__call__`."""
+        return self._sum(model, x, mask, **settings)
+
+    def evaluate(self, model: nn.Module, x: Tensor, mask: Tensor, **settings: Any) -> Penalty:
+        """Train D where that is due, and compute the penalty in place of the loop's forward. See `AttributionRegularizer.evaluate`."""
+        return self._sum.evaluate(model, x, mask, **settings)
+
+    def attach(self, model: nn.Module) -> Attachment:
+        """Record the loop's own forwards. See `AttributionRegularizer.attach`."""
+        return penalty.attach(self._sum.terms, model, self._sum.engine)
+
+    def discriminate(self, features: Tensor) -> Tensor:
+        """D's logits `(N,)` that features `(N, ...)` are those of whole images.
+
+        Raises:
+            RuntimeError: there was no call yet, so D does not know how wide features are.
+        """
+        if self._discriminator.network is None:
+            raise RuntimeError("The discriminator takes shape at the first call. Call this object on a batch before.")
+        with torch.no_grad():
+            return self._discriminator.logits(features)
+
+    def state_dict(self) -> dict[str, Any]:
+        """D, its optimizer and the count, for a checkpoint of the training."""
+        return self._discriminator.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._discriminator.load_state_dict(state)
+
+    def __repr__(self) -> str:
+        term = self._sum.terms[0]
+        return f"<AdversarialInvariance of weight {term.weight} after {self.step} steps: {term.regularizer!r}>"
+
+
+class _Discriminator:
+    """A multilayer perceptron with spectral normalisation, and its Adam. Takes shape with the first features."""
+
+    def __init__(self, hidden: tuple[int, ...], rate: float, seed: int) -> None:
+        self.hidden = hidden
+        self.rate = rate
+        self.seed = seed
+        self.step = 0
+        self.width = 0
+        self.network: nn.Sequential | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def build(self, width: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Make the network, without a mark on the random number generators."""
+        layers: list[nn.Module] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            for before, after in zip((width, *self.hidden), (*self.hidden, 1), strict=True):
+                layers += [spectral_norm(nn.Linear(before, after)), nn.LeakyReLU(0.1)]
+        self.width = width
+        # In eval mode, so that a pass is a pass: spectral normalisation moves its estimates only in `train`.
+        self.network = nn.Sequential(*layers[:-1]).to(device, dtype).eval()
+        self.optimizer = torch.optim.Adam(self.network.parameters(), self.rate)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Of features `(N, ...)`; no gradient reaches the network's parameters."""
+        assert self.network is not None
+        constants = {name: value.detach() for name, value in self.network.named_parameters()}
+        logits: Tensor = torch.func.functional_call(self.network, constants, (self._flat(features),))
+        return logits.squeeze(1)
+
+    def train(self, whole: Tensor, without: Tensor) -> None:
+        """One step on features of images and of images without their irrelevant part, both `(N, ...)`; none does nothing."""
+        if self.network is None:
+            self.build(whole.flatten(1).shape[1], whole.device, penalty_dtype(whole.dtype))
+        assert self.network is not None and self.optimizer is not None
+        if whole.flatten(1).shape[1] != self.width:
+            raise ValueError(
+                f"The features are {whole.flatten(1).shape[1]} wide, but were {self.width}. Use one object a layer and image size."
+            )
+        if not len(whole):
+            return
+        self.network.train()
+        real, fake = (self.network(self._flat(features.detach())).squeeze(1) for features in (whole, without))
+        loss = (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
+        parameters = list(self.network.parameters())
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.network.eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training changes."""
+        network = None if self.network is None else self.network.state_dict()
+        optimizer = None if self.optimizer is None else self.optimizer.state_dict()
+        return {"step": self.step, "width": self.width, "network": network, "optimizer": optimizer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.step = state["step"]
+        if state["network"] is not None:
+            first = next(iter(state["network"].values()))
+            self.build(state["width"], first.device, first.dtype)
+            assert self.network is not None and self.optimizer is not None
+            self.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def _flat(self, features: Tensor) -> Tensor:
+        assert self.network is not None
+        return features.flatten(1).to(next(self.network.parameters()).dtype)
+
+    def __repr__(self) -> str:
+        return f"discriminator of {self.width or '?'}-{'-'.join(map(str, self.hidden))}-1, rate {self.rate}, seed {self.seed}"
+
+
+@dataclass(frozen=True, repr=False)
+class _Confusion(SingleRegularizer):
+    """The penalty; computing it trains the discriminator."""
+
+    site: str
+    fill: Baseline
+    every: int
+    discriminator: _Discriminator = field(compare=False)
+
+    def __repr__(self) -> str:
+        return f"{self.discriminator!r}, trained every {self.every}, at {self.site}, fill {self.fill!r}"
+
+    def needs(self) -> tuple[Need, ...]:
+        """The features of both images."""
+        return Value(self.site), Value(self.site, At(Masked(self.fill)))
+
+    def per_image(self, trace: Trace) -> Tensor:
+        """Cross-entropy with the labels flipped."""
+        whole, without = trace.value(self.site), trace.value(self.site, At(Masked(self.fill)))
+        assert trace.call.annotation is not None  # a penalty has a mask
+        annotated = trace.call.annotation.annotated
+        with torch.autocast(whole.device.type, enabled=False):
+            if self.discriminator.step % self.every == 0:
+                self.discriminator.train(whole[annotated], without[annotated])
+            self.discriminator.step += 1
+            return (F.softplus(self.discriminator.logits(whole)) + F.softplus(-self.discriminator.logits(without))) / 2

@@ -1,0 +1,60 @@
+"""What masks cost and how good they are: some of the images, and masks that are too large, boxes, or beside the place."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Generator, Tensor
+
+from attrreg.evidence.data import Split, dilate
+
+QUALITIES = ("exact", "dilated", "boxes", "shifted")
+
+
+def annotate(split: Split, share: float, quality: str, seed: int) -> Split:
+    """The split as if only a share of its images had been annotated, and in a certain way.
+
+    Args:
+        split: with a mask for every image.
+        share: of the images that keep theirs, drawn at random, each class alike and at least one of each if there are any.
+        quality: "exact"; "dilated" by a tenth of the image's side; "boxes" around the mask; "shifted" sidewards by a tenth of the side.
+        seed: of who is annotated. A larger share contains a smaller one.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be in [0, 1], got {share}. Write for example 0.05.")
+    if quality not in QUALITIES:
+        raise ValueError(f"quality {quality!r} is unknown. Use one of {', '.join(map(repr, QUALITIES))}.")
+    return replace(split, masks=_drawn(split.masks, quality), annotated=None if share == 1 else _chosen(split.labels, share, seed))
+
+
+def _chosen(labels: Tensor, share: float, seed: int) -> Tensor:
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    order = torch.randperm(len(labels), generator=Generator().manual_seed(seed))
+    for label in labels.unique().tolist():
+        own = order[labels.cpu()[order] == label]
+        chosen[own[: max(1, round(share * len(own))) if share > 0 else 0]] = True
+    return chosen.to(labels.device)
+
+
+def _drawn(masks: Tensor, quality: str) -> Tensor:
+    tenth = max(1, round(masks.shape[-1] / 10))
+    if quality == "dilated":
+        return dilate(masks, tenth)
+    if quality == "boxes":
+        rows, columns = masks.any(dim=2), masks.any(dim=1)
+        return _between(rows).unsqueeze(2) & _between(columns).unsqueeze(1)
+    if quality == "shifted":
+        moved = torch.zeros_like(masks)
+        moved[..., tenth:] = masks[..., :-tenth]
+        return moved
+    return masks
+
+
+def _between(some: Tensor) -> Tensor:
+    """From the first True of each row to the last."""
+    count = some.long()
+    return (count.cumsum(dim=1) > 0) & (count.flip(1).cumsum(dim=1).flip(1) > 0)

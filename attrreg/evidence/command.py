@@ -1,0 +1,119 @@
+"""The command `attrreg evidence`. Light: what needs torch is imported inside."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from attrreg.evidence.sources import Folder
+    from attrreg.evidence.study import Ledger, Plan
+
+NEEDED = ("matplotlib", "optuna", "rich")
+OUT = Path("attrreg-evidence.jsonl")
+
+
+def evidence(
+    data: Annotated[list[str] | None, typer.Option(help="Data sets; again for each. Default: all.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Your own arrays in place of these: see docs/evidence.md.")] = None,
+    splits: Annotated[str, typer.Option(help="Of --folder: the names of the training, validation and test splits.")] = "train,valid,test",
+    sizes: Annotated[str, typer.Option(help="Of --folder: how many images of each, as in 500,128,128. Default: all.")] = "",
+    flip: Annotated[bool, typer.Option("--flip", help="Of --folder: mirror validation and test images, as the paper does.")] = False,
+    dilation: Annotated[int, typer.Option(min=0, help="Of --folder: pixels by which masks are grown.")] = 0,
+    method: Annotated[list[str] | None, typer.Option(help="Methods; again for each. Default: all.")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Settings tried for each method.")] = 8,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings with the settings chosen.")] = 5,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of each training. Default: the data set's own.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Everything once, small: minutes. Draw no conclusions from it.")] = False,
+    out: Annotated[Path, typer.Option(help="The results (.jsonl), gone on from; tables (.md) and a picture (.png) go beside it.")] = OUT,
+    rerun: Annotated[str | None, typer.Option(help="Train rows of the results again: DATA/METHOD, or a record's name.")] = None,
+    packages: Annotated[Path | None, typer.Option(help="Where Debian packages with data are unpacked, if not installed.")] = None,
+    device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads. More are faster on an idle machine, much slower on a busy one.")] = 1,
+) -> None:
+    """Compare ways to train on tasks with a shortcut, published ones or your own, with equal tuning for each."""
+    absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if absent:
+        typer.echo(f"attrreg evidence needs {', '.join(absent)}. Install with: pip install 'attrreg[evidence]'", err=True)
+        raise typer.Exit(1)
+    if out.suffix != ".jsonl" or not out.parent.is_dir():
+        raise typer.BadParameter(f"{out} must end in .jsonl, in a folder that exists.", param_hint="--out")
+    if packages is not None:
+        os.environ["ATTRREG_PACKAGES"] = str(packages)
+
+    from rich.console import Console
+
+    console = Console()
+    with console.status("loading torch"):
+        import torch
+
+        from attrreg.evidence import plans, report, study
+        from attrreg.progress import bar
+
+    torch.set_num_threads(threads)
+    try:
+        own = None if folder is None else _folder(folder, splits, sizes, flip, dilation)
+        plan = plans.plan(data, method, own, trials, seeds, epochs, quick)
+        ledger = study.Ledger(out, torch.device(device))
+        torch.zeros(1, device=device)
+        if own is not None:
+            own.task(0)
+    except (ValueError, RuntimeError, AssertionError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+    if rerun is not None:
+        _again(rerun, ledger, console)
+        return
+    with bar(console, plan.epochs()) as advance:
+        ledger.advance = advance
+        missing = study.carry_out(plan, ledger)
+    for kind, how in missing.items():
+        console.print(f"{kind} was left out. {how}", highlight=False, style="yellow", soft_wrap=True)
+    write(plan, ledger, out)
+    console.print(f"Written: {out}, .md and .png beside it", highlight=False, soft_wrap=True)
+    from rich.markdown import Markdown
+
+    console.print(Markdown(report.markdown(plan, ledger)))
+
+
+def _folder(root: Path, splits: str, sizes: str, flip: bool, dilation: int) -> Folder:
+    from attrreg.evidence.sources import Folder
+
+    names = splits.split(",")
+    if len(names) != 3:
+        raise ValueError(f"--splits must be three names, got {splits!r}. Write train,valid,test.")
+    counts = tuple(int(count) for count in sizes.split(",")) if sizes else ()
+    return Folder(str(root), names[0], names[1], names[2], flip=flip, sizes=counts, dilation=dilation)
+
+
+def write(plan: Plan, ledger: Ledger, out: Path) -> None:
+    """The tables and the picture, beside the results."""
+    from attrreg.evidence import report
+
+    out.with_suffix(".md").write_text(report.markdown(plan, ledger) + "\n")
+    report.plot(plan, ledger, out.with_suffix(".png"))
+
+
+def _again(what: str, ledger: Ledger, console: Console) -> None:
+    """Train records again and say whether the numbers are the same."""
+    from attrreg.evidence import job as jobs
+
+    rows = [record for record in ledger.records.values() if record.job.judged and what == f"{record.job.source.kind}/{record.job.method}"]
+    found = [ledger.records[what]] if what in ledger.records else rows
+    if not found:
+        raise typer.BadParameter(f"{ledger.path} has no {what!r}. Write DATA/METHOD, for example crosses/ActDiff.", param_hint="--rerun")
+    different = 0
+    for record in found:
+        again = jobs.run(record.job, ledger.device)
+        same = again.outcomes == record.outcomes
+        different += not same
+        console.print(f"{record.job.name} seed {record.job.seed}: {'the same numbers' if same else 'OTHER NUMBERS'}", highlight=False)
+        console.print_json(data=again.outcomes["valid"])
+    if different:
+        console.print(f"{different} of {len(found)} differ. Versions, threads and machine must be those of the record.", style="red")
+        raise typer.Exit(1)

@@ -1,0 +1,204 @@
+"""One row of evidence: one model trained in one way, and everything that is measured of it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attrreg import InputGradient, IntegratedGradients, metrics
+from attrreg.evidence import sources
+from attrreg.evidence.annotation import annotate
+from attrreg.evidence.data import Split, Task
+from attrreg.evidence.methods import Method, method
+from attrreg.evidence.sources import Source
+from attrreg.evidence.training import Budget, predict, train
+
+SELECTIONS = ("similar", "valid")  # the splits on which an epoch can be chosen, and settings
+SAMPLE = 64
+JUDGES: dict[str, metrics.Attribution] = {
+    "input gradient": InputGradient().attribute,
+    "integrated gradients": IntegratedGradients(steps=8, chunk=None).attribute,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train. Equal jobs give equal numbers on the same machine.
+
+    Attributes:
+        source: the data set and the model.
+        method: its name in `methods.METHODS`.
+        seed: of data, initial weights, order of the images, draws.
+        rate: learning rate.
+        weight: of what is added to the loss.
+        epochs, batch: of the training.
+        annotated: share of the training images that have a mask.
+        quality: of the masks, one of `annotation.QUALITIES`.
+        judged: whether maps are judged too, which takes time.
+    """
+
+    source: Source
+    method: str
+    seed: int
+    rate: float
+    weight: float
+    epochs: int
+    batch: int
+    annotated: float = 1.0
+    quality: str = "exact"
+    judged: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "source": sources.as_dict(self.source)}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any], kinds: tuple[type[Source], ...] = sources.KINDS) -> Job:
+        """Back from JSON."""
+        return Job(**{**data, "source": sources.from_dict(data["source"], kinds)})
+
+    @property
+    def name(self) -> str:
+        """A short name that no other job has. It changes when the method of this name does."""
+        used = self.train_with()
+        content = json.dumps([self.as_dict(), repr(used.term), repr(used.transform)], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:10]
+
+    def train_with(self) -> Method:
+        """The method with this job's weight."""
+        return replace(method(self.method), weight=self.weight)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What came of a job.
+
+    Attributes:
+        job: what was trained.
+        outcomes: by the split on which the epoch was chosen: the epoch, what it was chosen by, and the numbers of the test.
+        train: accuracy on the training images after the last epoch.
+        seconds: time that it took.
+        environment: where.
+    """
+
+    job: Job
+    outcomes: dict[str, dict[str, Any]]
+    train: float
+    seconds: float
+    environment: dict[str, Any]
+
+    def line(self) -> str:
+        """As a line of JSON."""
+        content = {"name": self.job.name, **asdict(self), "job": self.job.as_dict(), "regularizer": repr(self.job.train_with().term)}
+        return json.dumps(content)
+
+    @staticmethod
+    def from_line(line: str, kinds: tuple[type[Source], ...] = sources.KINDS) -> Record:
+        """Back from JSON."""
+        data = json.loads(line)
+        return Record(Job.from_dict(data["job"], kinds), data["outcomes"], data["train"], data["seconds"], data["environment"])
+
+
+Note = Callable[[int], None]  # told of each epoch that is over
+
+
+def run(job: Job, device: torch.device, note: Note = lambda epochs: None) -> Record:
+    """Train and measure.
+
+    After each epoch the cross-entropy is taken on both validation splits, and the weights with the lowest on each are kept: so one
+    training shows what a user with shifted validation data would have, and one without.
+
+    Raises:
+        packages.Missing: a package that the data comes from is not here.
+    """
+    start = time.perf_counter()
+    task = job.source.task(job.seed).to(device)
+    data = annotate(task.train, job.annotated, job.quality, job.seed)
+    model = job.source.model(task, job.seed).to(device)
+    budget = Budget(job.epochs, job.batch, job.rate, one_cycle=False)
+    each = len(data) // job.batch
+    if not each:
+        raise ValueError(f"batch={job.batch} is larger than the {len(data)} training images. Choose a smaller one.")
+    best: dict[str, tuple[float, int, dict[str, Tensor]]] = {}
+    for count, _ in enumerate(train(model, data, job.train_with(), budget, job.seed), start=1):
+        if count % each == 0:
+            model.eval()
+            for name in SELECTIONS:
+                loss = _loss(model, getattr(task, name))
+                if name not in best or loss < best[name][0]:
+                    best[name] = loss, count // each, copy.deepcopy(model.state_dict())
+            model.train()
+            note(1)
+    model.eval()
+    trained = metrics.accuracy(predict(model, task.train.images), task.train.labels)
+    outcomes: dict[str, dict[str, Any]] = {}
+    for name in SELECTIONS:
+        loss, epoch, state = best[name]
+        # Where both splits chose one epoch, it is measured once.
+        measured = next((found for found in outcomes.values() if found["epoch"] == epoch), None)
+        if measured is None:
+            model.load_state_dict(state)
+            measured = _outcome(model, task, job.judged)
+        outcomes[name] = {**measured, "epoch": epoch, "loss": loss}
+    return Record(job, outcomes, trained, round(time.perf_counter() - start, 1), _environment(device))
+
+
+def _loss(model: nn.Module, split: Split) -> float:
+    """Cross-entropy; infinite where it is not a number, so that a model that diverged is never chosen over one that did not."""
+    loss = F.cross_entropy(predict(model, split.images), split.labels).item()
+    return loss if loss == loss else float("inf")
+
+
+def _outcome(model: nn.Module, task: Task, judged: bool) -> dict[str, Any]:
+    logits = predict(model, task.test.images)
+    found = {
+        "similar": _accuracy(model, task.similar),
+        "valid": _accuracy(model, task.valid),
+        "test": metrics.accuracy(logits, task.test.labels),
+        "auc": metrics.auc(logits, task.test.labels),
+        "worst": metrics.worst_group_accuracy(logits, task.test.labels, task.test.grouped),
+        "clean": _accuracy(model, task.clean_test),
+    }
+    return {**found, "maps": _judgements(model, task.test)} if judged else found
+
+
+def _accuracy(model: nn.Module, split: Split) -> float:
+    return metrics.accuracy(predict(model, split.images), split.labels)
+
+
+def _judgements(model: nn.Module, split: Split) -> dict[str, dict[str, float | None]]:
+    """Share inside and IoU on a sample of the test, by three attributions of which at most one was trained."""
+    some = split.take(torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:SAMPLE].to(split.labels.device))
+    window = max(2, some.images.shape[-1] // 7)
+    judges: dict[str, metrics.Attribution] = {**JUDGES, "occlusion": metrics.Occlusion(window, window)}
+    found: dict[str, dict[str, float | None]] = {}
+    for name, attribution in judges.items():
+        map = attribution(model, some.images, some.labels)
+        measures: dict[str, metrics.Measure] = {"inside": metrics.share_inside, "iou": metrics.iou_at_mask_size}
+        found[name] = {what: _mean(measure(map, some.masks)) for what, measure in measures.items()}
+    return found
+
+
+def _mean(values: Tensor) -> float | None:
+    mean = values.nanmean().item()
+    return mean if mean == mean else None  # JSON has no NaN
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,89 @@
+"""Ways of training: what a comparison compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from attrreg import ActivationDifference, AttributionRegularizer, ExpectedGradients, GradCAM, InputGradient, IntegratedGradients, PGDEx
+from attrreg.adversarial import AdversarialInvariance
+from attrreg.baselines import Masked, Shuffle
+from attrreg.objectives import AbsoluteOutside, NetOutside
+from attrreg.scores import Contrast, RandomProjection, SumLogProb
+from attrreg.transforms import ReplaceOutside
+
+Penalised = AttributionRegularizer | AdversarialInvariance
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of training.
+
+    Attributes:
+        name: As tables and pictures call it.
+        regularizer: What is added to the loss; None: nothing.
+        weight: Its weight; tuning searches around it.
+        transform: What is made of the training batch; None: nothing.
+        adversary: Makes what is added to the loss from its weight, for what has a state.
+    """
+
+    name: str
+    regularizer: AttributionRegularizer | None = None
+    weight: float = 1.0
+    transform: ReplaceOutside | None = None
+    adversary: Callable[[float], AdversarialInvariance] | None = None
+
+    @property
+    def weighted(self) -> bool:
+        """Whether there is a weight to tune."""
+        return self.regularizer is not None or self.adversary is not None
+
+    @property
+    def term(self) -> Penalised | None:
+        """What is added to the loss, weighted; a fresh one where it has a state."""
+        if self.adversary is not None:
+            return self.adversary(self.weight)
+        return None if self.regularizer is None else self.weight * self.regularizer
+
+
+def _adversary(weight: float) -> AdversarialInvariance:
+    return AdversarialInvariance(weight, hidden=(256, 256, 256), rate=1e-3)
+
+
+PLAIN = Method("plain")
+FEATURE_PATH = Method(
+    "feature path",
+    ExpectedGradients(baseline=Masked(), score=RandomProjection(), objective=NetOutside(), chunk=None),
+    1.0,
+)
+METHODS = (
+    PLAIN,
+    Method("masked", transform=ReplaceOutside()),
+    Method("shuffled", transform=ReplaceOutside(Shuffle())),
+    Method("adversarial", adversary=_adversary, weight=0.3),
+    Method("PGD-Ex", PGDEx(epsilon=1.0, steps=3), 1.0),
+    Method("GradMask", InputGradient(Contrast(), AbsoluteOutside()), 0.1),
+    Method("RRR", InputGradient(SumLogProb()), 0.1),
+    Method("ActDiff", ActivationDifference(), 0.3),
+    Method(
+        "integrated gradients",
+        IntegratedGradients(steps=2, chunk=None, baseline=Masked(), score=Contrast(), objective=AbsoluteOutside()),
+        0.3,
+    ),
+    Method("expected gradients", ExpectedGradients(chunk=None, score=Contrast(), objective=AbsoluteOutside()), 0.3),
+    FEATURE_PATH,
+    Method("Grad-CAM", GradCAM(score=SumLogProb(), objective=AbsoluteOutside()), 0.3),
+    Method("default", InputGradient(), 0.1),
+)
+
+
+def method(name: str) -> Method:
+    """One of `METHODS` by its name.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    for known in METHODS:
+        if known.name == name:
+            return known
+    raise ValueError(f"method {name!r} is unknown. Use one of {', '.join(repr(known.name) for known in METHODS)}.")

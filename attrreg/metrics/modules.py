@@ -1,0 +1,197 @@
+"""The measures as `torchmetrics.Metric`s: they accumulate over batches and ranks.
+
+Import it by name: `from attrreg.metrics import modules`. It needs the package torchmetrics.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from attrreg.metrics.accuracy import auc
+from attrreg.metrics.judge import Attribution, judged
+from attrreg.metrics.maps import Measure, energy_pointing_game, iou_at_mask_size, pointing_game, share_inside
+
+try:
+    from torchmetrics import Metric
+except ModuleNotFoundError as error:
+    if error.name != "torchmetrics":
+        raise
+    raise ImportError("attrreg.metrics.modules needs torchmetrics. Install with: pip install 'attrreg[metrics]'") from None
+
+
+class _Mean(Metric):
+    """The mean over images of a measure, where it is defined. NaN when it was defined for none."""
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    total: Tensor
+    images: Tensor
+    undefined: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "images", "undefined"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def add(self, values: Tensor, annotated: Tensor | None) -> None:
+        """Count a batch's values `(N,)`, those of images with a mask."""
+        values = values if annotated is None else values[annotated]
+        defined = ~values.isnan()
+        self.total += values[defined].double().sum()
+        self.images += defined.sum()
+        self.undefined += (~defined).sum()
+
+    def compute(self) -> Tensor:
+        """The mean, 0-dim. `undefined` says how many annotated images it leaves out."""
+        return self.total / self.images
+
+
+class MapMetric(_Mean):
+    """The mean over annotated images of a measure of maps."""
+
+    @abstractmethod
+    def measure(self, map: Tensor, mask: Tensor) -> Tensor:
+        """One number an image."""
+
+    def update(self, map: Tensor, mask: Tensor, annotated: Tensor | None = None) -> None:
+        """Count a batch: maps `(N, C, H, W)`, masks as the regularizers take them, `annotated` boolean `(N,)`."""
+        self.add(self.measure(map, mask), annotated)
+
+
+class ShareInside(MapMetric):
+    """Mean of `metrics.share_inside`."""
+
+    def measure(self, map: Tensor, mask: Tensor) -> Tensor:
+        """One number an image."""
+        return share_inside(map, mask)
+
+
+class EnergyPointingGame(MapMetric):
+    """Mean of `metrics.energy_pointing_game`."""
+
+    def measure(self, map: Tensor, mask: Tensor) -> Tensor:
+        """One number an image."""
+        return energy_pointing_game(map, mask)
+
+
+class PointingGame(MapMetric):
+    """Mean of `metrics.pointing_game`.
+
+    Args:
+        tolerance, signed: as there.
+    """
+
+    def __init__(self, tolerance: int = 0, signed: bool = False) -> None:
+        super().__init__()
+        self.tolerance = tolerance
+        self.signed = signed
+
+    def measure(self, map: Tensor, mask: Tensor) -> Tensor:
+        """One number an image."""
+        return pointing_game(map, mask, self.tolerance, self.signed)
+
+
+class IoUAtMaskSize(MapMetric):
+    """Mean of `metrics.iou_at_mask_size`.
+
+    Args:
+        signed: as there.
+    """
+
+    def __init__(self, signed: bool = False) -> None:
+        super().__init__()
+        self.signed = signed
+
+    def measure(self, map: Tensor, mask: Tensor) -> Tensor:
+        """One number an image."""
+        return iou_at_mask_size(map, mask, self.signed)
+
+
+class Judged(_Mean):
+    """Mean of `metrics.judged`: a measure of a model by an attribution other than the trained one.
+
+    Args:
+        attribution, measure: as there.
+    """
+
+    def __init__(self, attribution: Attribution, measure: Measure = share_inside) -> None:
+        super().__init__()
+        self.attribution = attribution
+        self.measure = measure
+
+    def update(self, model: nn.Module, x: Tensor, mask: Tensor, target: Tensor, annotated: Tensor | None = None) -> None:
+        """Count a batch. Arguments as in `metrics.judged`."""
+        self.add(judged(model, x, mask, target, self.attribution, self.measure), annotated)
+
+
+class WorstGroupAccuracy(Metric):
+    """Lowest accuracy of a group that occurred, as `metrics.worst_group_accuracy`.
+
+    Args:
+        groups: how many there are.
+
+    Raises:
+        ValueError: `groups` is not a positive number.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    correct: Tensor
+    images: Tensor
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+            raise ValueError(f"groups must be how many groups there are, got {groups!r}. Write for example groups=4.")
+        self.add_state("correct", torch.zeros(groups, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros(groups, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, target: Tensor, groups: Tensor) -> None:
+        """Count a batch: logits `(N, classes)`, target `(N,)`, groups `(N,)` in [0, groups)."""
+        count = len(self.images)
+        if groups.numel() and not 0 <= int(groups.min()) <= int(groups.max()) < count:
+            raise ValueError(f"groups has numbers outside [0, {count}). Pass `WorstGroupAccuracy(groups=...)` as many as there are.")
+        self.correct += torch.bincount(groups[logits.argmax(dim=1) == target], minlength=count)
+        self.images += torch.bincount(groups, minlength=count)
+
+    def compute(self) -> Tensor:
+        """The lowest, 0-dim; NaN before any image."""
+        found = self.images > 0
+        if not bool(found.any()):
+            return torch.full((), float("nan"), device=self.images.device)
+        return (self.correct[found] / self.images[found]).amin()
+
+
+class LogitDifferenceAUC(Metric):
+    """Area under the ROC curve of y1 - y0, as `metrics.auc`, over all batches.
+
+    Exact: torchmetrics' own takes a sigmoid of scores outside [0, 1] first, which ties those of confident models.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    logits: list[Tensor]
+    targets: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("logits", [], dist_reduce_fx="cat")
+        self.add_state("targets", [], dist_reduce_fx="cat")
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Keep a batch: logits `(N, 2)`, target `(N,)` of 0 and 1."""
+        if logits.dim() != 2 or logits.shape[1] != 2:
+            raise ValueError(f"logits must be (N, 2), got {tuple(logits.shape)}. The area is that of two classes.")
+        self.logits.append(logits.detach())
+        self.targets.append(target)
+
+    def compute(self) -> Tensor:
+        """The area, 0-dim."""
+        logits, targets = (torch.cat([part] if isinstance(part, Tensor) else part) for part in (self.logits, self.targets))
+        return torch.tensor(auc(logits, targets), device=logits.device)

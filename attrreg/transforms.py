@@ -1,0 +1,62 @@
+"""Batch transforms: training on images without their irrelevant part, the cheapest thing to try."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attrreg import call as calls
+from attrreg import masks
+from attrreg.baselines import Baseline, Masked, Zero
+from attrreg.spec import Spec
+
+
+@dataclass(frozen=True, repr=False)
+class ReplaceOutside(Spec):
+    """Each annotated image with its irrelevant part replaced: m x + (1 - m) fill(x). The others stay as they are.
+
+        x = ReplaceOutside()(x, mask)                          # masked training: zeros outside
+        x = ReplaceOutside(baselines.Shuffle())(x, mask)       # shuffled training: the pixels outside permuted, anew each call
+
+    For training batches only. The test images keep their irrelevant part, and what the model does with it was never trained.
+
+    Args:
+        fill: what takes the place of the irrelevant pixels, one of `attrreg.baselines`. `Zero()` is the mean colour of normalised images.
+
+    Raises:
+        TypeError: `fill` is no baseline.
+
+    Cost:
+        None worth measuring.
+
+    Source:
+        The baselines "masked" and "shuffled" of the founding paper, arXiv 1910.00199.
+    """
+
+    fill: Baseline = Zero()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.fill, Baseline):
+            raise TypeError(f"fill must be a baselines.Baseline, got {type(self.fill).__name__}. Use baselines.Shuffle(), for example.")
+
+    def __call__(self, x: Tensor, mask: Tensor, *, annotated: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """The batch to train on, of the shape of `x`.
+
+        Args:
+            x, mask, annotated: as in calling a regularizer.
+            generator: where the fill's draws come from; None: PyTorch's default generator on the CPU.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        calls.check_batch(x)
+        calls.check_options(x, generator, None, None)
+        annotation = masks.check(mask, x, annotated)
+        source = torch.Generator(x.device)
+        if self.fill.draws:
+            device = torch.device("cpu") if generator is None else generator.device
+            source.manual_seed(int(torch.randint(2**62, (), generator=generator, device=device)))
+        replaced = Masked(self.fill)(x, annotation.relevant, source)
+        return torch.where(annotation.annotated.view(-1, 1, 1, 1), replaced, x)

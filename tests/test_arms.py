@@ -1,0 +1,323 @@
+"""The other arms of the founding paper: masked and shuffled training, adversarial invariance, PGD-Ex, the sum."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import attrreg
+from attrreg import baselines, presets, scores
+from attrreg.trace import Passes, passes
+from attrreg.transforms import ReplaceOutside
+from tests.models import SmoothNet, assert_close, batch, gradients, smooth_batch
+
+# Replacing
+
+
+@pytest.mark.parametrize("fill", [baselines.Zero(), baselines.Shuffle()])
+def test_replacing_by_hand(fill: baselines.Baseline) -> None:
+    x, mask = torch.rand(4, 3, 6, 6) + 1, torch.rand(4, 6, 6) < 0.5
+    annotated = torch.tensor([True, False, True, True])
+    before = x.clone()
+    replaced = ReplaceOutside(fill)(x, mask, annotated=annotated)
+    assert torch.equal(x, before)
+    for image in range(4):
+        inside, outside = mask[image], ~mask[image]
+        assert torch.equal(replaced[image][:, inside], x[image][:, inside])
+        if not annotated[image]:
+            assert torch.equal(replaced[image], x[image])
+        elif isinstance(fill, baselines.Zero):
+            assert not replaced[image][:, outside].any()
+        else:
+            now, then = replaced[image][:, outside], x[image][:, outside]
+            assert not torch.equal(now, then)
+            assert torch.equal(now.T.sort(dim=0).values, then.T.sort(dim=0).values)  # whole pixels, in another order
+
+
+def test_replacing_draws_from_the_generator_alone() -> None:
+    x, mask = torch.rand(2, 1, 8, 8), torch.zeros(8, 8)
+    state = torch.get_rng_state()
+    first, second = (ReplaceOutside(baselines.Shuffle())(x, mask, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    ReplaceOutside()(x, mask)
+    assert torch.equal(first, second) and torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(ReplaceOutside(baselines.Shuffle())(x, mask), first)
+    assert eval(repr(ReplaceOutside(baselines.Shuffle()))) == ReplaceOutside(baselines.Shuffle())
+
+
+# PGD-Ex
+
+
+def naive_pgd(model: nn.Module, x: Tensor, mask: Tensor, target: Tensor, epsilon: float, steps: int, rate: float) -> Tensor:
+    """One image at a time."""
+    worst = []
+    for image, allowed, label in zip(x, 1 - mask.to(x.dtype), target, strict=True):
+        moved = torch.zeros_like(image)
+        for _ in range(steps):
+            moved = moved.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(F.cross_entropy(model((image + moved)[None]), label[None]), moved)
+            moved = moved.detach() + rate * gradient.sign() * allowed
+            moved = torch.maximum(torch.minimum(moved, epsilon * allowed), -epsilon * allowed)
+            moved = ((image + moved).clamp(-1, 1) - image) * (allowed > 0)
+        worst.append(image + moved)
+    return F.cross_entropy(model(torch.stack(worst)), target)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_pgd_ex_against_one_image_at_a_time(reduction: Any) -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    regularizer = attrreg.PGDEx(epsilon=0.2, steps=4, rate=0.07, bounds=(-1.0, 1.0)).reduced(reduction)
+    want = naive_pgd(model, x, mask, target, 0.2, 4, 0.07) * (len(x) if reduction == "sum" else 1)
+    value = regularizer(model, x, mask, target)
+    torch.testing.assert_close(value, want)
+    assert float(value.detach()) > float(F.cross_entropy(model(x), target).detach())
+    assert_close(gradients(model, value), gradients(model, want), 1e-10)
+
+
+def test_pgd_ex_leaves_unannotated_images_out_and_relevant_pixels_alone() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    regularizer = attrreg.PGDEx(epsilon=5.0, steps=2)
+    annotated = torch.tensor([True, False, True])
+    want = regularizer(model, x[annotated], mask[annotated], target[annotated])
+    torch.testing.assert_close(regularizer(model, x, mask, target, annotated=annotated), want)
+    everything = torch.ones_like(mask)
+    torch.testing.assert_close(regularizer(model, x, everything, target), F.cross_entropy(model(x), target))
+
+
+def test_pgd_ex_passes() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    with passes() as counted:
+        (attrreg.PGDEx(steps=3) + 2.0 * attrreg.PGDEx(steps=3).named("shared"))(model, x, mask, target)
+    assert counted == Passes(4, 3)
+
+
+# Adversarial invariance
+
+
+def separable(model: nn.Module, invariance: attrreg.AdversarialInvariance, x: Tensor, mask: Tensor) -> float:
+    """How often the discriminator is right."""
+    features = []
+    handle = model.head.register_forward_pre_hook(lambda module, args: features.append(args[0]))  # type: ignore[union-attr]
+    with torch.no_grad():
+        model(x)
+        model(ReplaceOutside()(x, mask))
+    handle.remove()
+    whole, without = (invariance.discriminate(found) > 0 for found in features)
+    return (whole.float().mean() + (~without).float().mean()).item() / 2
+
+
+def test_the_discriminator_learns_and_the_features_then_fool_it() -> None:
+    torch.manual_seed(0)
+    model = SmoothNet()
+    x, mask = torch.randn(64, 2, 8, 8), torch.zeros(64, 8, 8)
+    x[:, 0, :, :3] += 3  # which zeros in its place take away
+    mask[:, 6:, 6:] = 1
+    learner = attrreg.AdversarialInvariance(fill=baselines.Zero(), rate=1e-2, hidden=(32,))
+    for _ in range(60):
+        learner(model, x, mask)
+    assert separable(model, learner, x, mask) > 0.95
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        learner(model, x, mask).backward()
+        optimizer.step()
+    assert separable(model, learner, x, mask) < 0.75
+
+
+def test_value_and_gradients_with_a_constant_discriminator() -> None:
+    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
+    invariance = attrreg.AdversarialInvariance(2.0, layer="body", fill=baselines.Zero(), every=2, hidden=(8,))
+    invariance(model, x, mask)  # trains
+    value = invariance(model, x, mask)  # does not
+    relevant = mask.unsqueeze(1).to(x.dtype)
+    layers = nn.Sequential(model.stem, model.act, model.body)
+    network = copy.deepcopy(invariance._discriminator.network)
+    assert network is not None
+    real, fake = network(layers(x).flatten(1)), network(layers(relevant * x).flatten(1))
+    want = F.binary_cross_entropy_with_logits(real, torch.zeros_like(real)) + F.binary_cross_entropy_with_logits(
+        fake, torch.ones_like(fake)
+    )
+    torch.testing.assert_close(value, want)
+    assert_close(gradients(model, value), gradients(model, want), 1e-10)
+
+
+@pytest.mark.parametrize("way", ["call", "attached", "evaluate"])
+def test_nothing_is_left_in_the_loop(way: str) -> None:
+    model, (x, mask, target) = SmoothNet(norm=True).double(), smooth_batch()
+    invariance = attrreg.AdversarialInvariance(hidden=(8,))
+    before = [parameter.clone() for parameter in model.parameters()]
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    generator, state = torch.Generator().manual_seed(0), torch.get_rng_state()
+    if way == "evaluate":
+        penalty = invariance.evaluate(model, x, mask, generator=generator)
+        assert list(penalty.terms) == ["AdversarialInvariance"] and penalty.output.shape == (3, 3)
+    else:
+        with passes() as counted:
+            if way == "attached":
+                with invariance.attach(model):
+                    loss = F.cross_entropy(model(x), target) + invariance(model, x, mask, generator=generator)
+            else:
+                loss = invariance(model, x, mask, generator=generator)
+                assert all(map(torch.equal, buffers, model.buffers()))
+        assert counted == Passes(1 if way == "attached" else 2, 0)
+        loss.backward()
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(map(torch.equal, before, model.parameters()))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    network = invariance._discriminator.network
+    assert network is not None and all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_half_precision_stays_out_of_the_discriminator() -> None:
+    model, (x, mask, _) = SmoothNet(), smooth_batch()
+    invariance = attrreg.AdversarialInvariance(hidden=(8,))
+    with torch.autocast("cpu", torch.bfloat16):
+        value = invariance(model, x.float(), mask)
+    value.backward()
+    network = invariance._discriminator.network
+    assert network is not None and {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    assert value.dtype is torch.float32 and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_checkpoint_goes_on_where_it_was() -> None:
+    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
+    settings: dict[str, Any] = {"hidden": (8,), "every": 2}
+    whole, first, second = (attrreg.AdversarialInvariance(**settings) for _ in range(3))
+    values = [whole(model, x, mask, generator=torch.Generator().manual_seed(step)) for step in range(6)]
+    for step in range(3):
+        first(model, x, mask, generator=torch.Generator().manual_seed(step))
+    second.load_state_dict(first.state_dict())
+    assert second.step == 3
+    for step in range(3, 6):
+        torch.testing.assert_close(second(model, x, mask, generator=torch.Generator().manual_seed(step)), values[step])
+
+
+def test_no_annotation_trains_nobody() -> None:
+    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
+    invariance = attrreg.AdversarialInvariance(hidden=(8,))
+    value = invariance(model, x, mask, annotated=torch.zeros(3, dtype=torch.bool))
+    network = invariance._discriminator.network
+    assert network is not None
+    fresh = copy.deepcopy(invariance)._discriminator
+    fresh.build(fresh.width, x.device, x.dtype)
+    assert fresh.network is not None and all(map(torch.equal, network.parameters(), fresh.network.parameters()))
+    value.backward()
+    assert float(value.detach()) == 0
+
+
+# The sum
+
+
+def test_the_sum_is_the_sum_and_shares_its_passes() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    draws = [torch.Generator().manual_seed(1) for _ in range(2)]
+    with passes() as counted:
+        value = presets.actdiff_gradmask_viviano2019(0.5, 0.1)(model, x, mask, target, generator=draws[0])
+    assert counted == Passes(2, 1)
+    want = presets.actdiff_viviano2019(0.5)(model, x, mask, generator=draws[1]) + presets.gradmask_viviano2019(0.1)(model, x, mask, target)
+    torch.testing.assert_close(value, want)
+
+
+# They train
+
+
+def toy(count: int, honest: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A faint bar, lying or standing, and a bright corner that tells which, or tells the other one."""
+    y = torch.randint(2, (count,))
+    bars = torch.zeros(2, 6, 6)
+    bars[0, 2:4] = bars[1, :, 2:4] = 0.6
+    x = torch.rand(count, 1, 16, 16)
+    x[:, 0, 5:11, 5:11] += bars[y]
+    x[:, 0, :3, :3] += (y if honest else 1 - y).view(-1, 1, 1)
+    mask = torch.zeros(count, 16, 16, dtype=torch.bool)
+    mask[:, 4:12, 4:12] = True
+    return x, y, mask
+
+
+def small() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(256, 2)),
+    )
+
+
+def replaced(fill: baselines.Baseline) -> Callable[..., Tensor]:
+    return lambda model, x, y, mask: F.cross_entropy(model(ReplaceOutside(fill)(x, mask)), y)
+
+
+def penalised(regularizer: Any) -> Callable[..., Tensor]:
+    return lambda model, x, y, mask: F.cross_entropy(model(x), y) + regularizer(model, x, mask, target=y)
+
+
+ARMS: dict[str, Callable[[], Callable[..., Tensor]]] = {
+    "plain": lambda: lambda model, x, y, mask: F.cross_entropy(model(x), y),
+    "masked": lambda: replaced(baselines.Zero()),
+    "shuffled": lambda: replaced(baselines.Shuffle()),
+    "adversarial": lambda: penalised(attrreg.AdversarialInvariance(1.0, hidden=(64,))),
+    "pgd_ex": lambda: penalised(attrreg.PGDEx(epsilon=1.0, steps=3)),
+    "actdiff_gradmask": lambda: penalised(presets.actdiff_gradmask_viviano2019(0.1, 1e-4)),
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_arms_see_through_a_shortcut_that_fools_plain_training(arm: str) -> None:
+    torch.manual_seed(0)
+    (x, y, mask), (test_x, test_y, _) = toy(512, honest=True), toy(512, honest=False)
+    model, loss = small(), ARMS[arm]()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(200):
+        index = torch.randint(512, (32,))
+        optimizer.zero_grad()
+        loss(model, x[index], y[index], mask[index]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        accuracy = (model(test_x).argmax(1) == test_y).float().mean().item()
+    assert accuracy < 0.2 if arm == "plain" else accuracy > 0.7
+
+
+# Bad input
+
+
+DATA = batch(3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ReplaceOutside(0.0), TypeError, r"fill must be a baselines\.Baseline.*\. "),  # type: ignore[arg-type]
+        (lambda: ReplaceOutside()(DATA[0][0], DATA[1]), ValueError, r"x must be a batch.*\. "),
+        (lambda: ReplaceOutside()(DATA[0], DATA[1][:2]), ValueError, r"mask is for 2 images.*\. "),
+        (lambda: ReplaceOutside()(DATA[0], DATA[1], generator=3), TypeError, r"generator must be.*\. "),  # type: ignore[arg-type]
+        (lambda: attrreg.PGDEx(epsilon=0.0), ValueError, r"epsilon must be a positive.*\. "),
+        (lambda: attrreg.PGDEx(rate=-1.0), ValueError, r"rate must be a positive.*\. "),
+        (lambda: attrreg.PGDEx(steps=0), ValueError, r"steps must be.*\. "),
+        (lambda: attrreg.PGDEx(bounds=(1.0, 0.0)), ValueError, r"bounds must be.*\. "),
+        (lambda: attrreg.PGDEx(loss=scores.TargetLogit()), TypeError, r"loss must be.*\. "),  # type: ignore[arg-type]
+        (lambda: attrreg.AdversarialInvariance(every=0), ValueError, r"every must be.*\. "),
+        (lambda: attrreg.AdversarialInvariance(rate=0.0), ValueError, r"rate must be.*\. "),
+        (lambda: attrreg.AdversarialInvariance(weight=-1.0), ValueError, r"weight of AdversarialInvariance must be.*\. "),
+        (lambda: attrreg.AdversarialInvariance(layer=nn.Linear(1, 1)), TypeError, r"layer must be the dotted name.*\. "),  # type: ignore[arg-type]
+        (lambda: attrreg.AdversarialInvariance(fill=1), TypeError, r"fill must be.*\. "),  # type: ignore[arg-type]
+        (lambda: attrreg.AdversarialInvariance().discriminate(torch.zeros(1, 5)), RuntimeError, r"takes shape at the first call\. "),
+    ],
+)
+def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_pgd_ex_without_target_and_features_of_another_width() -> None:
+    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
+    with passes() as counted, pytest.raises(ValueError, match=r"PGDEx: TaskLoss needs a target\. "):
+        attrreg.PGDEx()(model, x, mask)
+    assert counted == Passes(0, 0)
+    invariance = attrreg.AdversarialInvariance(layer="body", hidden=(8,))
+    invariance(model, x, mask)
+    with pytest.raises(ValueError, match=r"features are 20 wide, but were 80\. "):
+        invariance(model, x[..., :4, :4], mask[:, :4, :4])
+    assert invariance.step == 1

