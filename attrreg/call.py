@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attrreg import masks
+from attrreg.distributed import Groups
 from attrreg.wrappers import eager, undistributed, unwrap
 
 Select = Callable[[Any], Tensor] | str | int | None
@@ -28,6 +29,7 @@ class Call:
         output: picks the logits out of what the model returns.
         inputs: all that the model is called with, `x` among it; None: `x` alone.
         as_compiled: compiled parts of the model may run as that; otherwise as they are written.
+        groups: the process groups over which means run.
     """
 
     entry: nn.Module
@@ -38,6 +40,7 @@ class Call:
     output: Select = None
     inputs: Inputs = None
     as_compiled: bool = False
+    groups: Groups = ()
 
     @property
     def model(self) -> nn.Module:

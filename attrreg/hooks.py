@@ -35,7 +35,7 @@ class Recording:
         problems: for each site that could not be recorded, why.
         maps: for the site `SPATIAL`, the last layers whose output is a map, by name, in the order they ran; the known one
             alone, if it is known.
-        output: what the model returned.
+        output: what the model returned, and `returned` what its wrappers made of that.
         rng: the state from which the forward drew, to replay it.
         state: of the model, to tell whether it is the same still.
         phase: shared with the operators of the forward, to be told what a backward is for.
@@ -47,6 +47,7 @@ class Recording:
     problems: Mapping[str, str]
     maps: tuple[tuple[str, Tensor], ...]
     output: Any
+    returned: Any
     rng: Rng
     state: tuple[int, ...]
     phase: Phase
@@ -96,6 +97,7 @@ class Tap:
         self._problems: dict[str, str] = {}
         self._maps: deque[tuple[str, Tensor]] = deque(maxlen=MAPS)
         self._runs: Counter[str] = Counter()
+        self._output: Any = None
         self._written = 0
         self._hooks: list[RemovableHandle] = []
         self._operators = ExitStack()
@@ -134,9 +136,19 @@ class Tap:
         if self._map is not None and maps:
             self._values[SPATIAL] = maps[-1][1]
         state = _state(self._model)
-        return Recording(self._x, self._version, self._values, self._problems, maps, output, self._rng, state, self._phase, self._twice)
+        # Scores are taken before DDP's wrapper: under static_graph, a backward through that makes it believe the step's is done.
+        inner = output if self._output is None else self._output
+        return Recording(
+            self._x, self._version, self._values, self._problems, maps, inner, output, self._rng, state, self._phase, self._twice
+        )
+
+    def _take_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module is self._model:  # and not a replica of it
+            self._output = output
 
     def _register(self) -> None:
+        if self._own:
+            self._hooks.append(self._model.register_forward_hook(self._take_output))
         for site in self._sites:
             if site == FEATURES:
                 for module in _projections(self._model):

@@ -128,8 +128,8 @@ class Trace:
 
     @property
     def output(self) -> Any:
-        """What the model returned for the clean images."""
-        return self._recordings[CLEAN].output
+        """What the user's call of the model returned for the clean images."""
+        return self._recordings[CLEAN].returned
 
     # Running
 

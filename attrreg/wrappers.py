@@ -21,6 +21,17 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def data_parallel(model: nn.Module) -> DistributedDataParallel | None:
+    """The `DistributedDataParallel` around a model: the one that was passed, or inside whose forward the model is called."""
+    inner: nn.Module | None = model
+    while isinstance(inner, nn.Module):
+        if isinstance(inner, DistributedDataParallel):
+            return inner
+        inner = inner._modules.get("_orig_mod")
+    active = DistributedDataParallel._get_active_ddp_module()
+    return active if active is not None and any(module is model for module in active.modules()) else None
+
+
 def undistributed(model: nn.Module) -> nn.Module:
     """The module inside data-parallel wrappers, compiled as it may be."""
     while isinstance(model, (DataParallel, DistributedDataParallel)):
