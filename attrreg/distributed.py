@@ -134,7 +134,7 @@ def _refuse_flattened(model: nn.Module) -> None:
 
 
 def _parameter_groups(module: Any) -> list[Any]:
-    state = module._get_fsdp_state()  # one group a module up to PyTorch 2.11, a list of them since
+    state = module._get_fsdp_state()  # one group a module in older versions of PyTorch, a list in newer ones
     groups = getattr(state, "_fsdp_param_groups", None)
     return [group for group in (groups if groups is not None else [state._fsdp_param_group]) if group is not None]
 

@@ -71,7 +71,7 @@ class FiniteDifference(Engine):
     def scale(self, places: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
         """Eps: the least over sites of step |a| / |v|, 0-dim; 0 where no direction leads anywhere."""
         with torch.no_grad():
-            ratios = torch.stack([place.norm() / way.norm() for place, way in zip(places, directions, strict=True)])
+            ratios = torch.stack([place.to(way.dtype).norm() / way.norm() for place, way in zip(places, directions, strict=True)])
             ratios = torch.where(ratios.isfinite() & (ratios > 0), ratios, torch.full_like(ratios, math.inf))
             least = self.step * ratios.amin()
             return torch.where(least.isfinite(), least, torch.zeros_like(least))

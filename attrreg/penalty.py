@@ -19,7 +19,7 @@ from attrreg.needs import Grad, Need
 from attrreg.part import check_fraction, part_of
 from attrreg.points import CLEAN
 from attrreg.recompute import trainable_leaves
-from attrreg.state import undone_on_error
+from attrreg.state import full_precision, undone_on_error
 from attrreg.trace import Trace, check_needs, sites_at
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
         trace.run(as_users_forward)
         parts: dict[str, Tensor] = {}
         for term in terms:
-            per_image = term.regularizer.per_image(trace)
+            with full_precision(call.x.device):
+                per_image = term.regularizer.per_image(trace)
             if per_image.shape != (call.x.shape[0],):
                 raise ValueError(
                     f"{term.name}: the penalty is {tuple(per_image.shape)}, but must be ({call.x.shape[0]},), one an image. Reduce the map "

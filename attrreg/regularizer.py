@@ -22,7 +22,7 @@ from attrreg.objectives import Objective
 from attrreg.penalty import Penalty
 from attrreg.scores import Score
 from attrreg.spec import Spec, source
-from attrreg.state import undone_on_error
+from attrreg.state import full_precision, undone_on_error
 from attrreg.trace import Trace, check_needs
 
 Reduction = Literal["mean", "sum", "batchmean"]
@@ -70,8 +70,7 @@ class AttributionRegularizer(Spec, ABC):
             target: classes `(N,)`. With it the default score is the target's logit, without it `scores.SumLogProb`.
             annotated: boolean `(N,)`: the images that have a mask. None: all.
             generator: where the terms' own random draws come from; None: PyTorch's default generator on the CPU.
-            output: where the logits are in what the model returns, if that is not a tensor: an index, a key or attribute,
-                or a function.
+            output: where the logits are in what the model returns, if that is not a tensor: an index, key, attribute or function.
             inputs: all that the model is called with, if that is more than `x`: a tuple of arguments or a mapping of keywords,
                 with `x` itself among them. The others stay as they are in every pass.
             fraction: the share of the annotated images to compute the penalty on, drawn anew each call; in expectation the penalty
@@ -285,7 +284,8 @@ class MapRegularizer(SingleRegularizer):
             check_needs(self.needs(), call, type(self).__name__)
             trace = Trace(call, self.needs(), differentiable=False)
             trace.run()
-            return self.attribution(trace).detach()
+            with full_precision(x.device):
+                return self.attribution(trace).detach()
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,10 @@ class _SmoothGradient(Function):
     @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gy, x = ctx.saved_tensors
-        for_x = ctx.kind.curvature(gy, v, x) if ctx.needs_input_grad[1] else None
+        for_x = None
+        if ctx.needs_input_grad[1]:
+            wide = torch.promote_types(x.dtype, torch.float32)  # the powers of x that float16 holds end at 40 for the third
+            for_x = ctx.kind.curvature(gy.to(wide), v.to(wide), x.to(wide)).to(x.dtype)
         return ctx.kind.slope(v, x), for_x, None
 
 
