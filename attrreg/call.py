@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attrreg import masks
 from attrreg.distributed import Groups
-from attrreg.wrappers import eager, undistributed, unwrap
+from attrreg.wrappers import eager, refuse_compiling, undistributed, unwrap
 
 Select = Callable[[Any], Tensor] | str | int | None
 Inputs = tuple[Any, ...] | Mapping[str, Any] | None
@@ -144,7 +144,9 @@ def check_images(model: nn.Module, x: Tensor) -> None:
 
     Raises:
         TypeError, ValueError: naming `model` or `x`.
+        RuntimeError: the call is being compiled.
     """
+    refuse_compiling()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}. Pass the model itself, not a function of it.")
     if not isinstance(x, Tensor) or not x.is_floating_point():

@@ -21,6 +21,7 @@ from attrreg.points import CLEAN
 from attrreg.recompute import trainable_leaves
 from attrreg.state import full_precision, undone_on_error
 from attrreg.trace import Trace, check_needs, sites_at
+from attrreg.wrappers import refuse_compiling
 
 if TYPE_CHECKING:
     from attrreg.regularizer import Term
@@ -51,6 +52,7 @@ def attach(terms: Sequence[Term], model: nn.Module, engine: Engine, due: Callabl
     Raises:
         TypeError, ValueError, RuntimeError: see `AttributionRegularizer.attach`.
     """
+    refuse_compiling()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}. Pass the model itself.")
     return Attachment(model, sites_at(CLEAN, needs_of(terms)), due, engine.twice)

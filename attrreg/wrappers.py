@@ -44,6 +44,30 @@ def compiled(model: nn.Module) -> bool:
     return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules())
 
 
+def compiling() -> bool:
+    """Whether this is called by code under `torch.compile`: while it is traced, or between two graphs."""
+    return torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
+def refuse_compiling() -> None:
+    """Refuse to be part of a compiled function.
+
+    Raises:
+        RuntimeError: always under `torch.compile`.
+    """
+    if compiling():
+        _refuse_compiling()
+
+
+# What is traced cannot raise. As torch.compiler.disable, which would import the compiler.
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _refuse_compiling() -> None:
+    raise RuntimeError(
+        "attrreg is called inside a function under torch.compile, whose graphs PyTorch cannot differentiate twice (pytorch#91469). Compile "
+        "the model, or a function of the forward and the task's loss alone, and call the penalty outside."
+    )
+
+
 @contextmanager
 def eager(model: nn.Module) -> Iterator[None]:
     """Run compiled parts as they are written: a compiled graph cannot be differentiated twice (pytorch#91469)."""
