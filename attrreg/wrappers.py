@@ -46,7 +46,7 @@ def compiled(model: nn.Module) -> bool:
 
 def compiling() -> bool:
     """Whether this is called by code under `torch.compile`: while it is traced, or between two graphs."""
-    return torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+    return torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
 
 
 def refuse_compiling() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +26,7 @@ from attrreg.regularizer import AttributionRegularizer, Reduction
 from tests import oracles
 from tests.models import Batch, SmoothNet, assert_close, gradients, smooth_batch
 from tests.ranks import Ranks
+from tests.test_docs import ROOT, blocks
 
 ZERO = attrreg.baselines.Zero()
 TERMS = 1.0 * attrreg.InputGradient() + 0.5 * attrreg.GradCAM("body") + 0.1 * attrreg.ActivationDifference(fill=ZERO)
@@ -400,3 +405,13 @@ def test_frozen_statistics_need_no_synchronising(two: Ranks) -> None:
     x, mask, target = (torch.cat(parts) for parts in zip(*shares(2), strict=True))
     value = TERMS(Case((), norm=True).model().eval(), x, mask, target)
     assert sum(two(features_only)) / 2 == pytest.approx(float(value.detach()), rel=1e-9)
+
+
+def test_the_documented_script_runs_under_torchrun(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "distributed.md"
+    script = tmp_path / "train.py"
+    script.write_text(next(block.code for block in blocks(page) if block.language == "python"), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, timeout=120, capture_output=True, text=True, env=settings)
+    assert result.returncode == 0, result.stderr
