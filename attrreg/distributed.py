@@ -23,6 +23,7 @@ from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
 from attrreg.masks import All, Annotation
+from attrreg.recompute import trainable_leaves
 from attrreg.wrappers import data_parallel
 
 if TYPE_CHECKING:
@@ -108,9 +109,13 @@ def prepare_backward(entry: nn.Module, total: Tensor, twice: bool) -> None:
     if shards:
         total.register_hook(lambda gradient: _hold(shards))
     wrapper = data_parallel(entry) if several() else None
-    if wrapper is not None and wrapper.require_backward_grad_sync:
-        delayed = _delayed(wrapper)
-        total.register_hook(lambda gradient: _watch(wrapper, delayed))
+    if wrapper is None or not wrapper.require_backward_grad_sync:
+        return
+    own, delayed = {id(parameter) for parameter in wrapper.parameters()}, _delayed(wrapper)
+    leaf = next((leaf for leaf in trainable_leaves(total) if id(leaf) in own), None)
+    if leaf is not None:
+        node = torch.autograd.graph.get_gradient_edge(leaf).node
+        total.register_hook(lambda gradient: _watch(wrapper, node, delayed))
 
 
 # FSDP2
@@ -173,11 +178,21 @@ def _delayed(wrapper: DistributedDataParallel) -> bool:
     return bool(getattr(wrapper, "_static_graph_delay_allreduce_enqueued", False))
 
 
-def _watch(wrapper: DistributedDataParallel, delayed: bool) -> None:
+def _accumulates(node: Any) -> bool:
+    """Whether the running backward writes a parameter's `.grad`; `torch.autograd.grad` does not, and DDP has no part in it."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that torch.autograd.grad was asked for
+        return False
+
+
+def _watch(wrapper: DistributedDataParallel, node: Any, delayed: bool) -> None:
     """Refuse a backward in which DDP reduces nothing.
 
     DDP takes part in one backward after each of its forwards. Any other leaves each rank with its own gradients, without a word.
     """
+    if not _accumulates(node):
+        return
     before = wrapper.reducer.get_backward_stats()  # when each gradient was ready: changes where DDP takes part
 
     def check() -> None:

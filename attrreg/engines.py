@@ -43,9 +43,9 @@ class FiniteDifference(Engine):
     directional derivative of s along v, taken as [s(a + eps v) - s(a - eps v)] / 2 eps, all sites a moved at once. The
     penalty's value, and its gradient through activations, are exact.
 
-    For models that cannot be differentiated twice: compiled, with fused attention, or sharded. On smooth networks without
-    BatchNorm the gradient's cosine with the exact one is above 0.99. On ReLU networks it is a smoothed estimator, not an
-    approximation of the exact gradient, because the kinks that a step crosses count at first order.
+    For models that cannot be differentiated twice, compiled or with fused attention, and for sharded ones whose weights must not all be
+    gathered at once. On smooth networks without BatchNorm the gradient's cosine with the exact one is above 0.99. On ReLU networks it is a
+    smoothed estimator, not an approximation of the exact gradient, because the kinks that a step crosses count at first order.
 
     Args:
         step: length of eps v relative to the site's activations; positive.

@@ -357,6 +357,15 @@ def flattened(entry: DistributedDataParallel, share: Batch) -> None:
     TERMS(model, *share)
 
 
+def looked_at(entry: DistributedDataParallel, share: Batch) -> None:
+    """Its gradient is taken, but accumulated nowhere, as one does to compare sizes of gradients."""
+    penalty = TERMS(entry, *share)
+    found = torch.autograd.grad(penalty, list(entry.parameters()), retain_graph=True, allow_unused=True)
+    torch.autograd.grad(penalty, entry.module.stem.weight, retain_graph=True)
+    assert found[0].any()
+    (F.cross_entropy(entry(share[0]), share[2]) + penalty).backward()
+
+
 def no_group(entry: DistributedDataParallel, share: Batch) -> None:
     TERMS(entry, *share, group="world")  # type: ignore[arg-type]
 
@@ -370,6 +379,7 @@ def no_group(entry: DistributedDataParallel, share: Batch) -> None:
         (joined, r"RuntimeError: .*`join\(\)`.*as many batches, or pass group=False"),
         (synchronised_norm, r"RuntimeError: .*SyncBatchNorm in train mode.*Use BatchNorm"),
         (flattened, r"TypeError: .*FSDP1.*Use torch.distributed.fsdp.fully_shard"),
+        (looked_at, "nothing"),
         (no_group, r"TypeError: group must be a process group, False or None.*Leave it out"),
     ],
 )
