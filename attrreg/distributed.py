@@ -90,7 +90,8 @@ def check_coupling(model: nn.Module) -> None:
     Raises:
         RuntimeError: `SyncBatchNorm` in train mode, on several ranks.
     """
-    if several() and any(isinstance(module, nn.SyncBatchNorm) and module.training for module in model.modules()):
+    coupled = (module for module in model.modules() if isinstance(module, nn.SyncBatchNorm) and module.training)
+    if several() and any(dist.get_world_size(module.process_group) > 1 for module in coupled):
         raise RuntimeError(
             "The model has SyncBatchNorm in train mode, whose backward exchanges sums between ranks that PyTorch cannot differentiate. Use "
             "BatchNorm, or put these layers into eval mode while the penalty trains."

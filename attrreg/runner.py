@@ -121,7 +121,7 @@ class Runner:
     ) -> tuple[Tensor | None, ...]:
         """Gradients through float16, which has no room for small ones: of the scaled score, unscaled in float32."""
         # Under FSDP2 a backward gathers weights, so that a rank must not run one more than others do.
-        for attempt in (scale,) if any(sharded(self.call.model)) else (scale, scale * 2.0**-8, scale * 2.0**-16):
+        for attempt in (scale,) if next(sharded(self.call.model), None) is not None else (scale, scale * 2.0**-8, scale * 2.0**-16):
             grads = self._gradients(recording, total * attempt, inputs, create_graph)
             found = tuple(None if grad is None else grad.to(penalty_dtype(grad.dtype)) / attempt for grad in grads)
             if all(grad is None or bool(grad.detach().isfinite().all()) for grad in found):
@@ -181,8 +181,10 @@ def _scale(total: Tensor, value: Tensor) -> Tensor:
 
     A smaller one loses gradients here; a larger one makes the second order overflow, which is in products of these gradients.
     """
+    if not (total.requires_grad and value.requires_grad):
+        return torch.ones_like(total)  # the backward itself will say what is wrong
     with full_precision(value.device):
-        (gradient,) = torch.autograd.grad(total, value, retain_graph=True)
+        (gradient,) = torch.autograd.grad(total, value, retain_graph=True, allow_unused=True, materialize_grads=True)
     return torch.ldexp(torch.ones_like(total), 4 - torch.frexp(gradient.abs().amax()).exponent).detach()
 
 

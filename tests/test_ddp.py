@@ -311,6 +311,25 @@ def test_a_penalty_inside_the_wrappers_forward(two: Ranks) -> None:
         assert_close(found, want, 1e-6)
 
 
+def compiled(rank: int, outside: bool) -> list[Tensor]:
+    model, (x, mask, target) = Case(()).model(), shares(2)[rank]
+    flags = annotated(UNEVEN[rank])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inner = model if outside else torch.compile(model, backend="aot_eager")
+        wrapped: Any = DistributedDataParallel(inner)
+        entry: Any = torch.compile(wrapped, backend="aot_eager") if outside else wrapped
+        (F.cross_entropy(entry(x), target) + TERMS(entry, x, mask, target, annotated=flags)).backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_compiled_model(two: Ranks, outside: bool) -> None:
+    _, want = alone(Case(UNEVEN), step=0)
+    for found in two(compiled, outside):
+        assert_close(found, want, 1e-6)
+
+
 # What is refused, and what the user can say
 
 
