@@ -22,12 +22,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def data_parallel(model: nn.Module) -> DistributedDataParallel | None:
-    """The `DistributedDataParallel` around a model: the one that was passed, or inside whose forward the model is called."""
-    inner: nn.Module | None = model
-    while isinstance(inner, nn.Module):
-        if isinstance(inner, DistributedDataParallel):
-            return inner
-        inner = inner._modules.get("_orig_mod")
+    """The `DistributedDataParallel` of a model: in what was passed, or the one inside whose forward the model is called."""
+    for module in model.modules():  # the model itself, or what another wrapper holds
+        if isinstance(module, DistributedDataParallel):
+            return module
     active = DistributedDataParallel._get_active_ddp_module()
     return active if active is not None and any(module is model for module in active.modules()) else None
 

@@ -311,6 +311,36 @@ def test_a_penalty_inside_the_wrappers_forward(two: Ranks) -> None:
         assert_close(found, want, 1e-6)
 
 
+class Holder(nn.Module):
+    """As Fabric's: a wrapper around the wrapper."""
+
+    def __init__(self, wrapped: nn.Module) -> None:
+        super().__init__()
+        self.wrapped = wrapped
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrapped(x)
+
+
+def held(rank: int, unused: bool, attached: bool) -> list[Tensor]:
+    case = Case((), unused=unused)
+    model, (x, mask, target) = case.model(), shares(2)[rank]
+    entry = Holder(DistributedDataParallel(model, find_unused_parameters=unused))
+    regularizer = attrreg.InputGradient() + attrreg.GradCAM("wrapped.module.body")
+    with regularizer.attach(entry) if attached else nullcontext():
+        loss = F.cross_entropy(entry(x), target) + regularizer(entry, x, mask, target, annotated=annotated(UNEVEN[rank]))
+        loss.backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("unused", [False, True])
+def test_a_wrapper_around_the_wrapper(two: Ranks, unused: bool, attached: bool) -> None:
+    _, want = alone(Case(UNEVEN, regularizer=attrreg.InputGradient() + attrreg.GradCAM("body")), step=0)
+    for found in two(held, unused, attached):
+        assert_close(found, want, 1e-6)
+
+
 def compiled(rank: int, outside: bool) -> list[Tensor]:
     model, (x, mask, target) = Case(()).model(), shares(2)[rank]
     flags = annotated(UNEVEN[rank])
@@ -376,6 +406,11 @@ def flattened(entry: DistributedDataParallel, share: Batch) -> None:
     TERMS(model, *share)
 
 
+def held_static(entry: DistributedDataParallel, share: Batch) -> None:
+    holder = Holder(DistributedDataParallel(entry.module, static_graph=True))
+    (F.cross_entropy(holder(share[0]), share[2]) + attrreg.InputGradient()(holder, *share)).backward()
+
+
 def looked_at(entry: DistributedDataParallel, share: Batch) -> None:
     """Its gradient is taken, but accumulated nowhere, as one does to compare sizes of gradients."""
     penalty = TERMS(entry, *share)
@@ -399,6 +434,7 @@ def no_group(entry: DistributedDataParallel, share: Batch) -> None:
         (synchronised_norm, r"RuntimeError: .*SyncBatchNorm in train mode.*Use BatchNorm"),
         (flattened, r"TypeError: .*FSDP1.*Use torch.distributed.fsdp.fully_shard"),
         (looked_at, "nothing"),
+        (held_static, r"RuntimeError: DistributedDataParallel took no part"),
         (no_group, r"TypeError: group must be a process group, False or None.*Leave it out"),
     ],
 )
