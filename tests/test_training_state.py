@@ -217,7 +217,7 @@ def in_a_process(*arguments: Any) -> int | None:
     return process.exitcode
 
 
-@pytest.mark.parametrize("attached", [True, False])
+@pytest.mark.parametrize("attached", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, attached: bool) -> None:
     checkpoint = tmp_path / "checkpoint.pt"
     assert in_a_process(checkpoint, STOP, attached) == 9
