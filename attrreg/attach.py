@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from attrreg.hooks import Recording, Tap
 from attrreg.sites import check_layer
-from attrreg.wrappers import compiled, unwrap
+from attrreg.wrappers import compiled, compiling, unwrap
 
 
 class Attachment:
@@ -104,7 +104,7 @@ class Attachment:
             self._tap = None
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if self.suspended or not self.live:
+        if self.suspended or not self.live or compiling():
             return None
         self._discard()  # the last step's graph, and what an interrupted forward left
         arguments: dict[int | str, Any] = dict(enumerate(args)) | kwargs
@@ -123,11 +123,11 @@ class Attachment:
         tap.close()
         if output is None:  # the forward raised
             return
+        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
         self._recording = tap.recording(output)
-        for leaf in tree_leaves(output):
+        for leaf in leaves:
             # A backward that reaches the output frees the graph: from then on a call must run its own forward.
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                self._watches.append(leaf.register_hook(_Forget(self)))
+            self._watches.append(leaf.register_hook(_Forget(self)))
 
 
 class _Forget:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from attrreg import masks
-from attrreg.wrappers import eager, undistributed, unwrap
+from attrreg.distributed import Groups
+from attrreg.wrappers import eager, refuse_compiling, undistributed, unwrap
 
 Select = Callable[[Any], Tensor] | str | int | None
 Inputs = tuple[Any, ...] | Mapping[str, Any] | None
@@ -28,6 +29,7 @@ class Call:
         output: picks the logits out of what the model returns.
         inputs: all that the model is called with, `x` among it; None: `x` alone.
         as_compiled: compiled parts of the model may run as that; otherwise as they are written.
+        groups: the process groups over which means run.
     """
 
     entry: nn.Module
@@ -38,6 +40,7 @@ class Call:
     output: Select = None
     inputs: Inputs = None
     as_compiled: bool = False
+    groups: Groups = ()
 
     @property
     def model(self) -> nn.Module:
@@ -141,7 +144,9 @@ def check_images(model: nn.Module, x: Tensor) -> None:
 
     Raises:
         TypeError, ValueError: naming `model` or `x`.
+        RuntimeError: the call is being compiled.
     """
+    refuse_compiling()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}. Pass the model itself, not a function of it.")
     check_batch(x)

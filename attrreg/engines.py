@@ -43,9 +43,10 @@ class FiniteDifference(Engine):
     directional derivative of s along v, taken as [s(a + eps v) - s(a - eps v)] / 2 eps, all sites a moved at once. The
     penalty's value, and its gradient through activations, are exact.
 
-    For models that cannot be differentiated twice: compiled, with fused attention, or sharded. On smooth networks without
-    BatchNorm the gradient is close to the exact one (cosines: `docs/paying_less.md`). On ReLU networks it is a smoothed estimator, not an
-    approximation of the exact gradient, because the kinks that a step crosses count at first order.
+    For models that cannot be differentiated twice, compiled or with fused attention, and for sharded ones whose weights must not all be
+    gathered at once. On smooth networks without BatchNorm the gradient is close to the exact one (cosines: `docs/paying_less.md`). On
+    ReLU networks it is a smoothed estimator, not an approximation of the exact gradient, because the kinks that a step crosses count at
+    first order.
 
     Args:
         step: length of eps v relative to the site's activations (to units, where those are all zero); positive.
@@ -71,8 +72,9 @@ class FiniteDifference(Engine):
     def scale(self, places: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
         """Eps: the least over sites of step |a| / |v|, 0-dim; 0 where no direction leads anywhere."""
         with torch.no_grad():
+            norms = [place.to(way.dtype).norm() for place, way in zip(places, directions, strict=True)]
             # A place that is zero everywhere, such as the start of a path, has no length: there the step is that of units.
-            lengths = [torch.where(place.norm() > 0, place.norm(), math.sqrt(place.numel())) for place in places]
+            lengths = [torch.where(norm > 0, norm, math.sqrt(place.numel())) for norm, place in zip(norms, places, strict=True)]
             ratios = torch.stack([length / way.norm() for length, way in zip(lengths, directions, strict=True)])
             ratios = torch.where(ratios.isfinite() & (ratios > 0), ratios, torch.full_like(ratios, math.inf))
             least = self.step * ratios.amin()

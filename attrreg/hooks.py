@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -36,10 +37,11 @@ class Recording:
         problems: for each site that could not be recorded, why.
         maps: for the site `SPATIAL`, the last layers whose output is a map, by name, in the order they ran; the known one
             alone, if it is known.
-        output: what the model returned.
+        output: what the model returned, and `returned` what its wrappers made of that.
         rng: the state from which the forward drew, to replay it.
         state: of the model, to tell whether it is the same still.
         phase: shared with the operators of the forward, to be told what a backward is for.
+        half: it ran in float16.
     """
 
     x: Tensor
@@ -48,10 +50,12 @@ class Recording:
     problems: Mapping[str, str]
     maps: tuple[tuple[str, Tensor], ...]
     output: Any
+    returned: Any
     rng: Rng
     state: tuple[int, ...]
     phase: Phase
     twice: bool
+    half: bool
 
     def serves(self, model: nn.Module, x: Tensor, sites: Mapping[str, bool], twice: bool) -> bool:
         """Whether this is the pass that a call on `x` would run itself."""
@@ -103,6 +107,7 @@ class Tap:
         self._problems: dict[str, str] = {}
         self._maps: deque[tuple[str, Tensor]] = deque(maxlen=MAPS)
         self._runs: Counter[str] = Counter()
+        self._output: Any = None
         self._written = 0
         self._hooks: list[RemovableHandle] = []
         self._operators = ExitStack()
@@ -110,7 +115,7 @@ class Tap:
 
     def open(self, x: Tensor) -> Tensor:
         """Put the hooks in place, for a forward on `x`; returns the tensor to call the model with."""
-        self._x, self._version, self._rng = x, x._version, Rng.of(x.device)
+        self._x, self._version, self._rng, self._half = x, x._version, Rng.of(x.device), _in_half(x)
         try:
             self._register()
             taken = {site for site, gradient in self._sites.items() if gradient}
@@ -146,13 +151,34 @@ class Tap:
         if self._map is not None and maps:
             self._values[SPATIAL] = maps[-1][1]
         state = _state(self._model)
-        return Recording(self._x, self._version, self._values, self._problems, maps, output, self._rng, state, self._phase, self._twice)
+        # Scores are taken inside DDP's wrapper: under static_graph, a backward through that makes it believe the step's is done.
+        inner = output if self._output is None else self._output
+        return Recording(
+            x=self._x,
+            version=self._version,
+            values=self._values,
+            problems=self._problems,
+            maps=maps,
+            output=inner,
+            returned=output,
+            rng=self._rng,
+            state=state,
+            phase=self._phase,
+            twice=self._twice,
+            half=self._half,
+        )
+
+    def _take_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module is self._model:  # and not a replica of it
+            self._output = output
 
     def _register(self) -> None:
         if self._rule is not None:
             for module in self._model.modules():
                 if isinstance(module, nn.ReLU):
                     self._hooks += self._replace_relu(module, self._rule)
+        if self._own:
+            self._hooks.append(self._model.register_forward_hook(self._take_output))
         for site in self._sites:
             if site == FEATURES:
                 for module in _projections(self._model):
@@ -187,7 +213,7 @@ class Tap:
                 self._problems[site] = f"layer {site!r} ran more than once in one forward. Name a layer that runs once."
                 return None
             if site in self._moves:
-                output = output + self._moves[site]
+                output = output + self._moves[site].to(output.dtype)
             self._values[site] = value = _differentiable(output) if self._sites[site] else output
             self._phase.active |= self._sites[site]
             # A copy goes on, because what follows may work in place, and an in-place ReLU would silently turn what was
@@ -219,6 +245,11 @@ class Tap:
             return None if value is output else value.clone()
 
         return hook
+
+
+def _in_half(x: Tensor) -> bool:
+    kind = x.device.type
+    return x.dtype == torch.float16 or (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16)
 
 
 def _differentiable(value: Tensor) -> Tensor:

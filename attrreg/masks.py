@@ -8,7 +8,7 @@ same as an image whose mask is empty: the first is left out of every mean, the s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,15 @@ def penalty_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True)
+class All:
+    """The images of all ranks: how many are annotated, how many there are, on how many ranks."""
+
+    count: Tensor
+    batch: Tensor
+    ranks: int
+
+
+@dataclass(frozen=True)
 class Annotation:
     """A checked mask.
 
@@ -30,21 +39,31 @@ class Annotation:
         relevant: `(N, 1, H, W)` in [0, 1], on the device of `x`; ones for the images without annotation.
         annotated: boolean `(N,)`.
         count: how many are annotated, and `batch` how many images there are, of the whole batch where this is a part of it.
+        all: the same on all ranks of a distributed run; None: this process is alone.
     """
 
     relevant: Tensor
     annotated: Tensor
     count: int
     batch: int
+    all: All | None = None
 
     def mean(self, per_image: Tensor, reduction: str) -> Tensor:
-        """Reduce a penalty `(N,)` over the annotated images; exactly 0, still connected, when there are none."""
+        """Reduce a penalty `(N,)` over the annotated images; exactly 0, still connected, when there are none.
+
+        The sum here is divided by the count of all ranks, and multiplied by their number, by which gradients will be divided.
+        """
         mean = torch.where(self.annotated, per_image, torch.zeros_like(per_image)).sum() / self.annotated.sum().clamp(min=1)
-        return mean if reduction == "mean" else mean * (self.count if reduction == "sum" else self.count / self.batch)
+        if self.all is None:
+            return mean if reduction == "mean" else mean * (self.count if reduction == "sum" else self.count / self.batch)
+        total = mean * (self.count * self.all.ranks)
+        if reduction == "sum":
+            return total
+        return total / (self.all.count if reduction == "mean" else self.all.batch).clamp(min=1).to(total.dtype)
 
     def part(self, indices: Tensor) -> Annotation:
         """Some of the annotated images, to stand for all of them."""
-        return Annotation(self.relevant[indices], self.annotated[indices], self.count, self.batch)
+        return replace(self, relevant=self.relevant[indices], annotated=self.annotated[indices])
 
 
 def check(mask: Tensor, x: Tensor, annotated: Tensor | None, needs_region: str | None = None) -> Annotation:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from attrreg import call as calls
-from attrreg import masks
+from attrreg import distributed, masks
 from attrreg.attach import Attachment
 from attrreg.call import Call, Inputs, Select
+from attrreg.distributed import Group
 from attrreg.engines import Engine
-from attrreg.needs import Need
+from attrreg.needs import Grad, Need
 from attrreg.part import check_fraction, part_of
 from attrreg.points import CLEAN
 from attrreg.recompute import trainable_leaves
-from attrreg.state import undone_on_error
+from attrreg.state import full_precision, undone_on_error
 from attrreg.trace import Trace, check_needs, sites_at
+from attrreg.wrappers import refuse_compiling
 
 if TYPE_CHECKING:
     from attrreg.regularizer import Term
@@ -49,6 +52,7 @@ def attach(terms: Sequence[Term], model: nn.Module, engine: Engine, due: Callabl
     Raises:
         TypeError, ValueError, RuntimeError: see `AttributionRegularizer.attach`.
     """
+    refuse_compiling()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}. Pass the model itself.")
     return Attachment(model, sites_at(CLEAN, needs_of(terms)), due, engine.twice)
@@ -64,6 +68,7 @@ def check(
     generator: torch.Generator | None,
     output: Select,
     inputs: Inputs,
+    group: Group,
     fraction: float = 1.0,
 ) -> Call:
     """Check the arguments of a call, before any pass.
@@ -76,10 +81,13 @@ def check(
     calls.check_options(x, generator, output, inputs)
     needs_region = next((who for term in terms if (who := term.regularizer.needs_region)), None)
     annotation = masks.check(mask, x, annotated, needs_region)
-    call = Call(model, x, annotation, calls.check_target(target, x), generator, output, inputs)
+    groups = distributed.ranks_of(model, group)
+    call = Call(model, x, annotation, calls.check_target(target, x), generator, output, inputs, groups=groups)
     check_fraction(fraction, call)
     for term in terms:
         check_needs(term.regularizer.needs(), call, term.name)
+    if any(isinstance(need, Grad) for need in needs_of(terms)):
+        distributed.check_coupling(call.model)
     return call
 
 
@@ -87,13 +95,16 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
     """Compute the penalty of a sum of terms for checked arguments."""
     with undone_on_error(call.x.device, call.generator):
         given, needs = call.x, needs_of(terms)
-        call = call if as_users_forward else part_of(call, needs, fraction)
         assert call.annotation is not None  # check requires a mask
+        call = replace(call, annotation=distributed.everywhere(call.annotation, call.groups))
+        call = call if as_users_forward else part_of(call, needs, fraction)
+        assert call.annotation is not None
         trace = Trace(call, needs, differentiable=True, engine=engine)
         trace.run(as_users_forward)
         parts: dict[str, Tensor] = {}
         for term in terms:
-            per_image = term.regularizer.per_image(trace)
+            with full_precision(call.x.device):
+                per_image = term.regularizer.per_image(trace)
             if per_image.shape != (call.x.shape[0],):
                 raise ValueError(
                     f"{term.name}: the penalty is {tuple(per_image.shape)}, but must be ({call.x.shape[0]},), one an image. Reduce the map "
@@ -102,6 +113,7 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
             _check_trainable(term.name, per_image, given)
             parts[term.name] = term.weight * call.annotation.mean(per_image, term.reduction)
         total = trace.differentiated(torch.stack([part.to(next(iter(parts.values())).dtype) for part in parts.values()]).sum())
+        distributed.prepare_backward(call.entry, total, engine.twice and any(isinstance(need, Grad) for need in needs))
         trace.commit()
     return Penalty(total, {name: part.detach() for name, part in parts.items()}, trace.output if as_users_forward else None)
 

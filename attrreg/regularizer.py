@@ -15,13 +15,14 @@ from attrreg import call as calls
 from attrreg import masks, objectives, penalty
 from attrreg.attach import Attachment
 from attrreg.call import Call, Inputs, Select
+from attrreg.distributed import Group
 from attrreg.engines import DoubleBackward, Engine
 from attrreg.needs import Need
 from attrreg.objectives import Objective
 from attrreg.penalty import Penalty
 from attrreg.scores import Score
 from attrreg.spec import Spec, source
-from attrreg.state import undone_on_error
+from attrreg.state import full_precision, undone_on_error
 from attrreg.trace import Trace, check_needs
 
 Reduction = Literal["mean", "sum", "batchmean"]
@@ -58,6 +59,7 @@ class AttributionRegularizer(Spec, ABC):
         output: Select = None,
         inputs: Inputs = None,
         fraction: float = 1.0,
+        group: Group = None,
     ) -> Tensor:
         """Compute the penalty, to be added to the loss.
 
@@ -68,12 +70,12 @@ class AttributionRegularizer(Spec, ABC):
             target: classes `(N,)`. With it the default score is the target's logit, without it `scores.SumLogProb`.
             annotated: boolean `(N,)`: the images that have a mask. None: all.
             generator: where the terms' own random draws come from; None: PyTorch's default generator on the CPU.
-            output: where the logits are in what the model returns, if that is not a tensor: an index, a key or attribute,
-                or a function.
+            output: where the logits are in what the model returns, if that is not a tensor: an index, key, attribute or function.
             inputs: all that the model is called with, if that is more than `x`: a tuple of arguments or a mapping of keywords,
                 with `x` itself among them. The others stay as they are in every pass.
             fraction: the share of the annotated images to compute the penalty on, drawn anew each call; in expectation the penalty
                 of all. It then runs a forward of its own, attached or not.
+            group: over whose ranks means run. None: those of DDP or `fully_shard`, as the model is; False: this process's alone.
 
         Returns:
             A 0-dim tensor: the weighted sum over terms of each term's mean over the annotated images. Exactly 0, with a
@@ -89,7 +91,7 @@ class AttributionRegularizer(Spec, ABC):
             own backward then contains; the clean forward is free when an attachment recorded it. Unattached, images without
             annotation are left out of the passes, unless BatchNorm in train mode couples the images.
         """
-        call = penalty.check(self.terms, model, x, mask, target, annotated, generator, output, inputs, fraction)
+        call = penalty.check(self.terms, model, x, mask, target, annotated, generator, output, inputs, group, fraction)
         return penalty.compute(self.terms, call, self.engine, as_users_forward=False, fraction=fraction).total
 
     def evaluate(
@@ -103,6 +105,7 @@ class AttributionRegularizer(Spec, ABC):
         generator: torch.Generator | None = None,
         output: Select = None,
         inputs: Inputs = None,
+        group: Group = None,
     ) -> Penalty:
         """Compute the penalty, its terms and the model's output, in place of the loop's own forward.
 
@@ -110,7 +113,7 @@ class AttributionRegularizer(Spec, ABC):
         random number generators exactly as that would, and its output is returned.
 
         Args:
-            model, x, mask, target, annotated, generator, output, inputs: as in calling the regularizer.
+            model, x, mask, target, annotated, generator, output, inputs, group: as in calling the regularizer.
 
         Returns:
             `Penalty(total, terms, output)`; `output` is what the model returned, before `output=` picks the logits.
@@ -118,7 +121,7 @@ class AttributionRegularizer(Spec, ABC):
         Raises:
             As calling the regularizer.
         """
-        call = penalty.check(self.terms, model, x, mask, target, annotated, generator, output, inputs)
+        call = penalty.check(self.terms, model, x, mask, target, annotated, generator, output, inputs, group)
         return penalty.compute(self.terms, call, self.engine, as_users_forward=True)
 
     def attach(self, model: nn.Module) -> Attachment:
@@ -281,7 +284,8 @@ class MapRegularizer(SingleRegularizer):
             check_needs(self.needs(), call, type(self).__name__)
             trace = Trace(call, self.needs(), differentiable=False)
             trace.run()
-            return self.attribution(trace).detach()
+            with full_precision(x.device):
+                return self.attribution(trace).detach()
 
 
 @dataclass(frozen=True)

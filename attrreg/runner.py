@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from attrreg import hooks, sites
 from attrreg.attach import attached, suspended
 from attrreg.call import Call
+from attrreg.distributed import sharded
+from attrreg.masks import penalty_dtype
 from attrreg.ops.rectify import Rule
 from attrreg.scores import Score
+from attrreg.state import full_precision
 
 
 @dataclass
@@ -74,12 +77,16 @@ class Runner:
 
     def backward(self, recording: hooks.Recording, score: Score, wanted: list[str], create_graph: bool) -> list[Tensor]:
         """The gradients of a score at the wanted sites, all from one backward."""
-        per_image = self.scores(recording, score)
-        total = per_image.sum()
+        value = self._score_value(recording, score)
+        total = self._scores(value, score).sum()
+        scale = _scale(total, value) if recording.half or self.at(recording, score.site).dtype == torch.float16 else None
         if sites.SPATIAL in wanted and sites.SPATIAL not in recording.values:
-            self._find_map(recording, total)
+            self._find_map(recording, total if scale is None else total * scale)
         inputs = [self.at(recording, site) for site in wanted]
-        grads = self._gradients(recording, total, inputs, create_graph)
+        if scale is None:
+            grads = self._gradients(recording, total, inputs, create_graph)
+        else:
+            grads = self._scaled_gradients(recording, total, scale, inputs, create_graph)
         for site, grad in zip(wanted, grads, strict=True):
             if grad is None:
                 raise RuntimeError(
@@ -87,13 +94,20 @@ class Runner:
                     "the images and the score."
                 )
             self._check_patches(site, grad)
-        return [grad for grad in grads if grad is not None]
+        return [grad.to(penalty_dtype(grad.dtype)) for grad in grads if grad is not None]
 
     def scores(self, recording: hooks.Recording, score: Score) -> Tensor:
-        """The score of each image, `(N,)`."""
+        """The score of each image, `(N,)`, in float32 at least."""
+        return self._scores(self._score_value(recording, score), score)
+
+    def _score_value(self, recording: hooks.Recording, score: Score) -> Tensor:
         value = self.at(recording, score.site)
+        return value.to(penalty_dtype(value.dtype))
+
+    def _scores(self, value: Tensor, score: Score) -> Tensor:
         score.check_value(value, self.call.target)
-        per_image = score(value, self.call.target)
+        with full_precision(value.device):
+            per_image = score(value, self.call.target)
         if per_image.shape != (self.call.x.shape[0],):
             raise ValueError(
                 f"{score!r} gave {tuple(per_image.shape)}, but a score is ({self.call.x.shape[0]},), one number an image. Do not "
@@ -105,7 +119,7 @@ class Runner:
         for counter in self._counters:
             counter.backward += 1
         try:
-            with recording.phase.attributing():
+            with recording.phase.attributing(), full_precision(total.device):  # a backward runs in the types of its forward
                 return torch.autograd.grad(total, inputs, create_graph=create_graph, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant=True" not in str(error):
@@ -114,6 +128,18 @@ class Runner:
                 "The model checkpoints activations with use_reentrant=True, through which PyTorch cannot take a gradient of a gradient. "
                 "Use torch.utils.checkpoint with use_reentrant=False."
             ) from error
+
+    def _scaled_gradients(
+        self, recording: hooks.Recording, total: Tensor, scale: Tensor, inputs: list[Tensor], create_graph: bool
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients through float16, which has no room for small ones: of the scaled score, unscaled in float32."""
+        # Under FSDP2 a backward gathers weights, so that a rank must not run one more than others do.
+        for attempt in (scale,) if next(sharded(self.call.model), None) is not None else (scale, scale * 2.0**-8, scale * 2.0**-16):
+            grads = self._gradients(recording, total * attempt, inputs, create_graph)
+            found = tuple(None if grad is None else grad.to(penalty_dtype(grad.dtype)) / attempt for grad in grads)
+            if all(grad is None or bool(grad.detach().isfinite().all()) for grad in found):
+                break
+        return found
 
     def _check_patches(self, site: str, grad: Tensor) -> None:
         # Class-token pooling: the score reads the class token alone, so at the last layers patches have no gradient at all.
@@ -161,6 +187,18 @@ class Runner:
         if site in recording.problems or site not in recording.values:
             raise ValueError(recording.problems.get(site, f"The model has nothing that could be {site}. Name a layer."))
         return recording.values[site]
+
+
+def _scale(total: Tensor, value: Tensor) -> Tensor:
+    """A power of two by which the largest gradient at the model's output becomes about 2^4.
+
+    A smaller one loses gradients here; a larger one makes the second order overflow, which is in products of these gradients.
+    """
+    if not (total.requires_grad and value.requires_grad):
+        return torch.ones_like(total)  # the backward itself will say what is wrong
+    with full_precision(value.device):
+        (gradient,) = torch.autograd.grad(total, value, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.ldexp(torch.ones_like(total), 4 - torch.frexp(gradient.abs().amax()).exponent).detach()
 
 
 def _inside_attention(model: nn.Module, name: str) -> bool:

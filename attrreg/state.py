@@ -101,6 +101,11 @@ def isolated(model: nn.Module, rng: Rng | None = None, device: torch.device | No
         before.restore()
 
 
+def full_precision(device: torch.device) -> torch.autocast:
+    """Leave autocast: tensors are computed with in the types that they have."""
+    return torch.autocast(device.type, enabled=False)
+
+
 @contextmanager
 def undone_on_error(device: torch.device, generator: torch.Generator | None) -> Iterator[None]:
     """Put the random number generators back as they were if the block raises."""

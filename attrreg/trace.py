@@ -25,7 +25,7 @@ from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
 from attrreg.recompute import Gradients, along, trainable_leaves
 from attrreg.runner import Passes, Runner
 from attrreg.scores import Score
-from attrreg.state import Buffers, Rng, isolated
+from attrreg.state import Buffers, Rng, full_precision, isolated
 
 __all__ = ["Passes", "Trace", "check_needs", "passes", "sites_at"]
 
@@ -150,8 +150,8 @@ class Trace:
 
     @property
     def output(self) -> Any:
-        """What the model returned for the clean images."""
-        return self._recordings[CLEAN].output
+        """What the user's call of the model returned for the clean images."""
+        return self._recordings[CLEAN].returned
 
     # Running
 
@@ -276,9 +276,9 @@ class Trace:
 
     def _moved_score(self, taken: Taken, moves: dict[str, Tensor]) -> Tensor:
         layers = {name: move for name, move in moves.items() if name != sites.INPUT}
-        image = taken.image + moves[sites.INPUT] if sites.INPUT in moves else taken.image
+        image = taken.image + moves[sites.INPUT].to(taken.image.dtype) if sites.INPUT in moves else taken.image
         wanted = dict.fromkeys([sites.INPUT, taken.score.site, *layers], False)
-        with isolated(self.call.model, taken.replay), torch.autocast(image.device.type, enabled=False):
+        with isolated(self.call.model, taken.replay), full_precision(image.device):
             recording = self._runner.forward(image, wanted, moves=layers)
             return self._runner.scores(recording, taken.score).sum()
 

@@ -21,6 +21,15 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def data_parallel(model: nn.Module) -> DistributedDataParallel | None:
+    """The `DistributedDataParallel` of a model: in what was passed, or the one inside whose forward the model is called."""
+    for module in model.modules():  # the model itself, or what another wrapper holds
+        if isinstance(module, DistributedDataParallel):
+            return module
+    active = DistributedDataParallel._get_active_ddp_module()
+    return active if active is not None and any(module is model for module in active.modules()) else None
+
+
 def undistributed(model: nn.Module) -> nn.Module:
     """The module inside data-parallel wrappers, compiled as it may be."""
     while isinstance(model, (DataParallel, DistributedDataParallel)):
@@ -31,6 +40,30 @@ def undistributed(model: nn.Module) -> nn.Module:
 def compiled(model: nn.Module) -> bool:
     """Whether any part of a model is compiled, by `torch.compile(module)` or by `module.compile()`."""
     return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules())
+
+
+def compiling() -> bool:
+    """Whether this is called by code under `torch.compile`: while it is traced, or between two graphs."""
+    return torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
+
+
+def refuse_compiling() -> None:
+    """Refuse to be part of a compiled function.
+
+    Raises:
+        RuntimeError: always under `torch.compile`.
+    """
+    if compiling():
+        _refuse_compiling()
+
+
+# What is traced cannot raise. As torch.compiler.disable, which would import the compiler.
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _refuse_compiling() -> None:
+    raise RuntimeError(
+        "attrreg is called inside a function under torch.compile, whose graphs PyTorch cannot differentiate twice (pytorch#91469). Compile "
+        "the model, or a function of the forward and the task's loss alone, and call the penalty outside."
+    )
 
 
 @contextmanager

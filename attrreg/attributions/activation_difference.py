@@ -80,6 +80,6 @@ class ActivationDifference(SingleRegularizer):
             clean = clean.detach()
         if self.detach == "masked":
             masked = masked.detach()
-        difference = (clean - masked).flatten(1)
-        distance: Tensor = torch.linalg.vector_norm(difference.to(penalty_dtype(difference.dtype)), dim=1)
+        dtype = penalty_dtype(clean.dtype)
+        distance: Tensor = torch.linalg.vector_norm((clean.to(dtype) - masked.to(dtype)).flatten(1), dim=1)
         return distance

@@ -149,7 +149,7 @@ class AttributionPenalty(Callback):
                 zero = regularizer(model, x, mask, target, annotated=annotated)
                 return Penalty(zero, dict.fromkeys(names, zero.detach()), None)
             regularizer = regularizer.weight * regularizer.regularizer
-        call = penalties.check(regularizer.terms, model, x, mask, target, annotated, None, self.output, None)
+        call = penalties.check(regularizer.terms, model, x, mask, target, annotated, None, self.output, None, None)
         found = penalties.compute(regularizer.terms, call, regularizer.engine, as_users_forward=False)
         if isinstance(self.regularizer, Scheduled):
             self.regularizer.step += 1

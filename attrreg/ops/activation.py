@@ -164,8 +164,11 @@ class _SmoothGradient(Function):
     @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gy, x = ctx.saved_tensors
-        for_gy = torch.empty_like(v)
-        for_x = ctx.kind.curvature(gy, v, x, for_gy) if ctx.needs_input_grad[1] else None
+        wide = torch.promote_types(x.dtype, torch.float32)  # the powers of x that float16 holds end at 40 for the third
+        for_gy, for_x = torch.empty_like(v), None
+        if ctx.needs_input_grad[1]:
+            scratch = for_gy if v.dtype == wide else torch.empty_like(v, dtype=wide)
+            for_x = ctx.kind.curvature(gy.to(wide), v.to(wide), x.to(wide), scratch).to(x.dtype)
         return ctx.kind.slope(v, x, for_gy), for_x, None
 
 

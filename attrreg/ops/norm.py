@@ -194,8 +194,11 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`F.layer_norm`."""
-    if input.dtype != torch.promote_types(input.dtype, torch.float32):
-        return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
+    wide = torch.promote_types(input.dtype, torch.float32)
+    if input.dtype != wide:  # PyTorch's second derivative has the cube of 1 / deviation, for which float16 has no room
+        g, b = (None if parameter is None else parameter.to(wide) for parameter in (weight, bias))
+        y = layer_norm(phase, input.to(wide), normalized_shape, g, b, eps)
+        return y if input.is_cuda and torch.is_autocast_enabled("cuda") else y.to(input.dtype)
     shape = list(normalized_shape)
     g = weight if weight is not None else input.new_ones(shape)
     b = bias if bias is not None else input.new_zeros(shape)

@@ -1,0 +1,207 @@
+"""Data-parallel training: over which ranks means run, and what DDP and FSDP2 need of a penalty's backward.
+
+DDP and FSDP2 average gradients over ranks. So that the average of the penalties' gradients is the gradient of one process on all
+images, each rank returns
+
+    ranks * (sum over its own annotated images) / (number of annotated images on all ranks),
+
+which for the task loss's mean over equal batches is that mean. The average of what the ranks return is the penalty of one process.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, Union
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.nn.parallel import DistributedDataParallel
+
+from attrreg.masks import All, Annotation
+from attrreg.recompute import trainable_leaves
+from attrreg.wrappers import data_parallel
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Groups = tuple["ProcessGroup", ...]
+Group = Union["ProcessGroup", Literal[False], None]
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def ranks_of(entry: nn.Module, group: Group) -> Groups:
+    """The process groups over which means run, one after the other; none where this process is alone.
+
+    Args:
+        entry: the model, as the user passed it.
+        group: the user's word on it.
+
+    Raises:
+        TypeError, RuntimeError: naming `group` or `model`.
+    """
+    if not (group is None or group is False or (dist.is_available() and isinstance(group, dist.ProcessGroup))):
+        raise TypeError(f"group must be a process group, False or None, got {group!r}. Leave it out for models in DDP or fully_shard.")
+    if not several() or group is False:
+        return ()
+    if group is not None:
+        return (group,)
+    _refuse_flattened(entry)
+    wrapper = data_parallel(entry)
+    if wrapper is not None:
+        if wrapper._join_config.enable:
+            raise RuntimeError(
+                "A penalty counts the annotated images of all ranks, which `join()` cannot do for ranks that have run out. Give all "
+                "ranks as many batches, or pass group=False for each rank's own mean."
+            )
+        return (wrapper.process_group,)
+    for module in sharded(entry):
+        for mesh in _meshes(module):
+            dimensions = (mesh.shard_mesh_dim, mesh.replicate_mesh_dim)
+            return tuple(mesh.mesh.get_group(dimension) for dimension in dimensions if dimension is not None)
+    raise RuntimeError(
+        f"{dist.get_world_size()} processes are running, and whether they train this model together cannot be seen, because it is neither "
+        "in DistributedDataParallel nor under fully_shard. Pass the wrapped model; or say group=torch.distributed.group.WORLD for "
+        "means over all processes, group=False for this process alone."
+    )
+
+
+def everywhere(annotation: Annotation, groups: Groups) -> Annotation:
+    """The annotation with the counts of all ranks. Every rank must call this, whatever its own count is."""
+    if not groups:
+        return annotation
+    totals = torch.tensor([annotation.count, annotation.batch], device=annotation.annotated.device)
+    for group in groups:
+        dist.all_reduce(totals, group=group)
+    return replace(annotation, all=All(totals[0], totals[1], math.prod(group.size() for group in groups)))
+
+
+def check_coupling(model: nn.Module) -> None:
+    """Refuse layers whose gradients of gradients would have to cross ranks.
+
+    Raises:
+        RuntimeError: `SyncBatchNorm` in train mode, on several ranks.
+    """
+    coupled = (module for module in model.modules() if isinstance(module, nn.SyncBatchNorm) and module.training)
+    if several() and any(dist.get_world_size(module.process_group) > 1 for module in coupled):
+        raise RuntimeError(
+            "The model has SyncBatchNorm in train mode, whose backward exchanges sums between ranks that PyTorch cannot differentiate. Use "
+            "BatchNorm, or put these layers into eval mode while the penalty trains."
+        )
+
+
+def prepare_backward(entry: nn.Module, total: Tensor, twice: bool) -> None:
+    """See to it that the backward through a penalty finds the weights, and reaches all ranks.
+
+    Args:
+        entry: the model, as the user passed it.
+        total: the penalty.
+        twice: its backward differentiates gradients.
+    """
+    shards = list(sharded(entry)) if twice else []
+    if shards:
+        total.register_hook(lambda gradient: _hold(shards))
+    wrapper = data_parallel(entry) if several() else None
+    if wrapper is None or not wrapper.require_backward_grad_sync:
+        return
+    own, delayed = {id(parameter) for parameter in wrapper.parameters()}, _delayed(wrapper)
+    leaf = next((leaf for leaf in trainable_leaves(total) if id(leaf) in own), None)
+    if leaf is not None:
+        node = torch.autograd.graph.get_gradient_edge(leaf).node
+        total.register_hook(lambda gradient: _watch(wrapper, node, delayed))
+
+
+# FSDP2
+
+
+def sharded(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model under FSDP2's `fully_shard`."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported here: a third of a second, for nothing where nobody did
+    kind = getattr(fsdp, "FSDPModule", None)
+    return (module for module in model.modules() if kind is not None and isinstance(module, kind))
+
+
+def _refuse_flattened(model: nn.Module) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FullyShardedDataParallel", None)
+    if kind is not None and any(isinstance(module, kind) for module in model.modules()):
+        raise TypeError(
+            "The model is in FullyShardedDataParallel (FSDP1), which flattens parameters, so that gradients of gradients do not reach "
+            "them. Use torch.distributed.fsdp.fully_shard (FSDP2) or DistributedDataParallel."
+        )
+
+
+def _parameter_groups(module: Any) -> list[Any]:
+    state = module._get_fsdp_state()  # one group a module in older versions of PyTorch, a list in newer ones
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return [group for group in (groups if groups is not None else [state._fsdp_param_group]) if group is not None]
+
+
+def _meshes(module: nn.Module) -> list[Any]:
+    return [group.mesh_info for group in _parameter_groups(module)]
+
+
+def _hold(shards: list[nn.Module]) -> None:
+    """Gather all weights, and keep them until the running backward ends.
+
+    Gradients of gradients read weights in another order than FSDP2's hooks know, which would have freed them by then.
+    """
+    held: list[tuple[Any, Any]] = []
+    for module in shards:
+        for group in _parameter_groups(module):
+            if group.reshard_after_backward:  # else the user keeps them, or another penalty of the same backward does
+                group.reshard_after_backward = False
+                held.append((module, group))
+        module.unshard()  # type: ignore[operator]
+
+    def release() -> None:
+        for module, group in held:
+            group.reshard_after_backward = True
+            module.reshard()
+
+    # Queued again when the backward ends, so that it comes after FSDP2's own callback, which still reduces gradients.
+    Variable._execution_engine.queue_callback(lambda: Variable._execution_engine.queue_callback(release))
+
+
+# DDP
+
+
+def _delayed(wrapper: DistributedDataParallel) -> bool:
+    """Whether the first step under static_graph, which reduces all gradients at its end, has begun."""
+    return bool(getattr(wrapper, "_static_graph_delay_allreduce_enqueued", False))
+
+
+def _accumulates(node: Any) -> bool:
+    """Whether the running backward writes a parameter's `.grad`; `torch.autograd.grad` does not, and DDP has no part in it."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that torch.autograd.grad was asked for
+        return False
+
+
+def _watch(wrapper: DistributedDataParallel, node: Any, delayed: bool) -> None:
+    """Refuse a backward in which DDP reduces nothing.
+
+    DDP takes part in one backward after each of its forwards. Any other leaves each rank with its own gradients, without a word.
+    """
+    if not _accumulates(node):
+        return
+    before = wrapper.reducer.get_backward_stats()  # when each gradient was ready: changes where DDP takes part
+
+    def check() -> None:
+        first = not delayed and _delayed(wrapper)
+        if wrapper.require_forward_param_sync and not first and wrapper.reducer.get_backward_stats() == before:
+            raise RuntimeError(
+                "DistributedDataParallel took no part in this backward, so each rank now has gradients of its own. Call the wrapped model, "
+                "add the penalty to the loss of its output, and call backward once, on the sum."
+            )
+
+    Variable._execution_engine.queue_callback(lambda: Variable._execution_engine.queue_callback(check))

@@ -1,0 +1,222 @@
+"""Mixed precision: the penalty in float32, its gradients near those of full precision, no silent inf."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import attrreg
+from attrreg import engines, objectives, scores
+from attrreg.ops import Phase, twice_differentiable
+from attrreg.regularizer import AttributionRegularizer
+from tests.models import FAMILIES, Family, SmoothNet, batch, gradients
+
+HALF = [torch.bfloat16, torch.float16]
+ZERO = attrreg.baselines.Zero()
+
+
+def terms(family: Family) -> AttributionRegularizer:
+    share = attrreg.InputGradient(score=scores.SumLogProb(), objective=objectives.OutsideFraction()).named("share")
+    return attrreg.InputGradient() + attrreg.GradCAM(family.layer) + 0.1 * attrreg.ActivationDifference() + 0.01 * share
+
+
+def flat(found: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten().double() for tensor in found])
+
+
+@pytest.mark.parametrize("name", ["convnext", "vit", "swin"])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("way", ["attached, inside", "attached, outside", "inside", "evaluate"])
+def test_gradients_are_near_those_of_full_precision(name: str, dtype: torch.dtype, way: str) -> None:
+    torch.manual_seed(0)
+    family = FAMILIES[name]
+    model, (x, mask, target) = family.build().eval(), batch(3, size=family.size)
+    regularizer = terms(family)
+    exact = regularizer(model, x, mask, target, generator=torch.Generator().manual_seed(0))
+    want = flat(gradients(model, exact))
+    handle, generator = regularizer.attach(model) if "attached" in way else None, torch.Generator().manual_seed(0)
+    with torch.autocast("cpu", dtype):
+        if handle is not None:
+            assert model(x).dtype == dtype
+        if way == "evaluate":
+            value = regularizer.evaluate(model, x, mask, target, generator=generator).total
+        elif way != "attached, outside":
+            value = regularizer(model, x, mask, target, generator=generator)
+    if way == "attached, outside":
+        value = regularizer(model, x, mask, target, generator=generator)
+    if handle is not None:
+        handle.remove()
+    assert value.dtype == torch.float32
+    assert float(value.detach()) == pytest.approx(float(exact.detach()), rel=0.02)
+    # The loss is scaled before its backward, as a GradScaler does.
+    got = flat(gradients(model, value * 2.0**8)) / 2**8
+    error = float((got - want).norm() / want.norm())
+    assert error < (0.1 if dtype == torch.bfloat16 else 0.03)  # 8 and 11 bits, through some twenty layers
+
+
+def relative_error(model: nn.Module, regularizer: Any, x: Tensor, target: Tensor) -> float:
+    """Of the map in float16 against the one in float32."""
+    exact = regularizer.attribute(model, x, target)
+    with torch.autocast("cpu", torch.float16):
+        found = regularizer.attribute(model, x, target)
+    assert found.dtype == torch.float32 and exact.any()
+    return float((found - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1e9])
+def test_scores_of_any_size_survive_float16(factor: float) -> None:
+    model, (x, _, target) = SmoothNet(), batch(3, channels=2, size=8, classes=3)
+    loss = scores.TaskLoss(lambda logits, target: factor * F.cross_entropy(logits, target, reduction="none"))
+    assert relative_error(model, attrreg.InputGradient(score=loss), x, target) < 0.01
+
+
+def test_a_confident_model_keeps_its_gradients() -> None:
+    model, (x, _, target) = SmoothNet(), batch(3, channels=2, size=8, classes=3)
+    target[:] = 1
+    with torch.no_grad():
+        model.head.bias[1] += 19  # the loss's gradient at the logits is near 1e-8: float16 ends at 6e-8
+    assert relative_error(model, attrreg.InputGradient(score=scores.TaskLoss()), x, target) < 0.01
+
+
+def test_gradients_that_grow_on_their_way_survive_float16() -> None:
+    convolutions = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+    model = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    with torch.no_grad():
+        for layer, factor in zip(convolutions, (1e-3, 300.0, 3e4), strict=True):
+            layer.weight.mul_(factor)
+    x, _, target = batch(3, channels=2, size=8, classes=3)
+    features = convolutions[0](x).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(model[1:](features).gather(1, target[:, None]).sum(), features)
+    assert 16 * float(gradient.abs().amax()) > torch.finfo(torch.float16).max  # scaled as usual
+    assert relative_error(model, attrreg.InputGradient(), x, target) < 0.01
+
+
+# Operators
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", ["layer norm of a constant", "gelu", "gelu tanh", "silu"])
+def test_second_derivatives_do_not_overflow(name: str, dtype: torch.dtype) -> None:
+    functions: dict[str, Any] = {
+        "layer norm of a constant": lambda x: F.layer_norm(x, (8,), eps=1e-6),
+        "gelu": F.gelu,
+        "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "silu": F.silu,
+    }
+    x = torch.full((3, 8), 500.0, dtype=dtype, requires_grad=True)
+    with twice_differentiable(Phase()):
+        y = functions[name](x)
+    assert y.dtype == dtype
+    (slope,) = torch.autograd.grad(y.float().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad((slope * torch.linspace(0.5, 1, 8)).sum(), x)
+    assert slope.isfinite().all() and second.isfinite().all()
+
+
+# Recipes
+
+
+def train(model: nn.Module, dtype: torch.dtype, regularizer: AttributionRegularizer, steps: int, scale: float, device: str = "cpu") -> Any:
+    """A loop as PyTorch's own page on AMP has it; returns the scaler's scales and the penalties."""
+    x, mask, target = (tensor.to(device) for tensor in batch(4, channels=2, size=8, classes=3))
+    optimizer = torch.optim.SGD(model.parameters(), 3e-2)
+    scaler = torch.amp.GradScaler(device, init_scale=scale, growth_interval=1000, enabled=dtype == torch.float16)
+    scales, penalties = [], []
+    with regularizer.attach(model):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            with torch.autocast(device, dtype):
+                loss = F.cross_entropy(model(x), target)
+                penalty = regularizer(model, x, mask, target)
+            scaler.scale(loss + penalty).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            scales.append(scaler.get_scale())
+            penalties.append(float(penalty.detach()))
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    return scales, penalties
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_training_lowers_the_penalty(dtype: torch.dtype) -> None:
+    _, penalties = train(SmoothNet(), dtype, 100.0 * attrreg.InputGradient(), 30, 2.0**10)
+    assert penalties[-1] < 0.5 * penalties[0]
+
+
+def test_the_scaler_backs_off_from_a_large_penalty_and_goes_on() -> None:
+    model = SmoothNet()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    scales, penalties = train(model, torch.float16, 1e7 * attrreg.InputGradient(), 40, 2.0**16)
+    assert torch.tensor(penalties).isfinite().all()
+    backed_off = sum(scale < previous for previous, scale in zip([2.0**16, *scales], scales, strict=False))
+    assert 0 < backed_off < 40 and scales[-1] == scales[-5] > 0  # it found a scale, and kept it
+    assert any((parameter - old).abs().amax() > 0 for parameter, old in zip(model.parameters(), before, strict=True))
+    assert penalties[-1] < penalties[0]
+
+
+def test_clipping_after_unscaling_is_that_of_full_precision() -> None:
+    found = []
+    for scale in (1.0, 2.0**12):
+        torch.manual_seed(0)
+        model, (x, mask, target) = SmoothNet(), batch(4, channels=2, size=8, classes=3)
+        optimizer, scaler = torch.optim.SGD(model.parameters(), 1e-2), torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(F.cross_entropy(model(x), target) + 10 * attrreg.InputGradient()(model, x, mask, target)).backward()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        found.append([norm, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)])
+    assert float(found[0][0]) > 0.1  # it clips
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_finite_differences_run_in_full_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    family = FAMILIES["vit"]
+    model, (x, mask, target) = family.build().eval(), batch(3, size=family.size)
+    regularizer = attrreg.InputGradient() + attrreg.GradCAM(family.layer)
+    want = flat(gradients(model, regularizer(model, x, mask, target)))
+    with torch.autocast("cpu", dtype):
+        value = regularizer.using(engines.FiniteDifference())(model, x, mask, target)
+    got = flat(gradients(model, value * 2.0**8))
+    assert float(F.cosine_similarity(got, want, dim=0)) > 0.98
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("engine", [engines.DoubleBackward(), engines.FiniteDifference()])
+def test_a_model_all_in_half_precision(dtype: torch.dtype, engine: engines.Engine) -> None:
+    model, (x, mask, target) = SmoothNet().to(dtype), batch(3, channels=2, size=8, classes=3)
+    regularizer = (attrreg.InputXGradient() + attrreg.GradCAM("body") + attrreg.ActivationDifference(fill=ZERO)).using(engine)
+    value = regularizer(model, x.to(dtype), mask, target)
+    assert value.dtype == torch.float32
+    value.backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert model.stem.weight.grad is not None and model.stem.weight.grad.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", ["resnet", "convnext", "vit", "efficientnet", "swin"])
+def test_on_a_gpu(dtype: torch.dtype, name: str) -> None:
+    torch.manual_seed(0)
+    family = FAMILIES[name]
+    model, (x, mask, target) = family.build().eval().cuda(), (tensor.cuda() for tensor in batch(3, size=family.size))
+    regularizer = terms(family)
+    want = flat(gradients(model, regularizer(model, x, mask, target)))
+    with regularizer.attach(model), torch.autocast("cuda", dtype):
+        model(x)
+        value = regularizer(model, x, mask, target)
+    assert value.dtype == torch.float32
+    got = flat(gradients(model, value * 2.0**8)) / 2**8
+    assert float(F.cosine_similarity(got, want, dim=0)) > 0.95
+
+
+@pytest.mark.gpu
+def test_the_scaler_on_a_gpu() -> None:
+    scales, penalties = train(SmoothNet().cuda(), torch.float16, 1e7 * attrreg.InputGradient(), 40, 2.0**16, "cuda")
+    assert torch.tensor(penalties).isfinite().all() and scales[-1] == scales[-5] and penalties[-1] < penalties[0]

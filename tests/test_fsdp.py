@@ -1,0 +1,238 @@
+"""FSDP2: the gradients of a sharded model are those of one process on all images."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import attrreg
+from attrreg import engines, schedules
+from attrreg.regularizer import AttributionRegularizer
+from tests.models import SmoothNet, assert_close, gradients
+from tests.ranks import Ranks
+from tests.test_ddp import FEW, NONE, PATH, SOME, TERMS, UNEVEN, Case, alone, annotated, loss_of, shares
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the model is sharded: `fully_shard`'s default, or with a setting changed."""
+
+    reshard_after_forward: bool | None = None
+    replicas: int = 1
+    whole: bool = False  # the root alone, not layer by layer
+
+
+def shard(model: SmoothNet, sharding: Sharding = Sharding()) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        size = dist.get_world_size() // sharding.replicas
+        shape, names = ((sharding.replicas, size), ("replicas", "shards")) if sharding.replicas > 1 else ((size,), ("shards",))
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    settings: dict[str, Any] = {"mesh": mesh}
+    if sharding.reshard_after_forward is not None:
+        settings["reshard_after_forward"] = sharding.reshard_after_forward
+    for layer in () if sharding.whole else (model.stem, model.body, model.head):
+        fully_shard(layer, **settings)
+    return fully_shard(model, **settings)
+
+
+def full(model: nn.Module) -> list[Tensor]:
+    """The gradients, gathered from all ranks."""
+    return [p.grad.full_tensor() for p in model.parameters() if p.grad is not None]  # type: ignore[attr-defined]
+
+
+def train(rank: int, case: Case, sharding: Sharding, steps: int = 2) -> tuple[list[float], list[Tensor]]:
+    model = shard(case.model(), sharding)
+    values = []
+    for step in range(steps):
+        model.zero_grad()
+        flags = case.flags[(rank + step) % len(case.flags)]
+        loss, penalty = loss_of(case, model, model, shares(dist.get_world_size())[rank], flags)
+        loss.backward()
+        values.append(float(penalty.detach()))
+    groups = [module._get_fsdp_state()._fsdp_param_group for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    assert all(group.reshard_after_backward for group in groups if group is not None)
+    assert all(group.is_sharded for group in groups if group is not None), "weights are left gathered"
+    return values, full(model)
+
+
+def check(ranks: Ranks, case: Case, sharding: Sharding) -> None:
+    value, want = alone(case)
+    results = ranks(train, case, sharding)
+    assert sum(values[1] for values, _ in results) / ranks.count == pytest.approx(value, rel=1e-9)
+    for _, found in results:
+        assert_close(found, want, 1e-6)
+
+
+FINE = engines.FiniteDifference(step=1e-4)
+CASES = {
+    "unattached": Case(UNEVEN),
+    "attached": Case(UNEVEN, way="attached"),
+    "evaluate": Case(UNEVEN, way="evaluate"),
+    "one rank has none": Case((NONE, SOME), way="attached"),
+    "the penalty first": Case(UNEVEN, before=True),
+    "path": Case(UNEVEN, regularizer=PATH),
+    "path in one": Case(UNEVEN, regularizer=replace(PATH, chunk=None)),
+    "finite differences": Case(UNEVEN, regularizer=TERMS.using(FINE)),
+    "finite differences, attached": Case((NONE, SOME), regularizer=TERMS.using(FINE), way="attached"),
+    "finite differences, path": Case(UNEVEN, regularizer=PATH.using(FINE)),
+    "batch norm": Case(UNEVEN, norm=True, way="attached"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_one_process(two: Ranks, name: str) -> None:
+    check(two, CASES[name], Sharding())
+
+
+@pytest.mark.parametrize("sharding", [Sharding(reshard_after_forward=False), Sharding(reshard_after_forward=True), Sharding(whole=True)])
+@pytest.mark.parametrize("name", ["attached", "path"])
+def test_other_ways_to_shard(two: Ranks, name: str, sharding: Sharding) -> None:
+    check(two, CASES[name], sharding)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", [Sharding(), Sharding(replicas=2)])
+@pytest.mark.parametrize("name", ["attached", "path", "finite differences"])
+def test_four_ranks(four: Ranks, name: str, sharding: Sharding) -> None:
+    check(four, replace(CASES[name], flags=(SOME, NONE, FEW, SOME)), sharding)
+
+
+def sizes(model: Any) -> list[int]:
+    """How many bytes of gathered weights each module holds."""
+    found = []
+    for module in model.modules():
+        group = module._get_fsdp_state()._fsdp_param_group if hasattr(module, "_get_fsdp_state") else None
+        if group is not None:
+            parameters = [p._unsharded_param for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
+            found.append(sum(parameter.untyped_storage().size() for parameter in parameters))
+    return found
+
+
+def keep(rank: int) -> tuple[list[int], list[int], list[Tensor]]:
+    """A user who keeps weights gathered between backwards, and two penalties in one backward."""
+    model = shard(Case(()).model())
+    x, mask, target = shares(2)[rank]
+    own: list[list[int]] = []
+    for step in range(2):
+        for module in (model.stem, model.body, model.head, model):
+            module.reshard()  # zero_grad sees the parameters that are registered, sharded or gathered
+        model.set_reshard_after_backward(step == 1)
+        model.zero_grad()
+        loss = F.cross_entropy(model(x), target) + TERMS(model, x, mask, target) + attrreg.InputXGradient()(model, x, mask, target)
+        loss.backward()
+        own.append(sizes(model))
+    return own[0], own[1], full(model)
+
+
+def test_the_users_own_resharding_is_kept(two: Ranks) -> None:
+    model = Case(()).model()
+    x, mask, target = (torch.cat(parts) for parts in zip(*shares(2), strict=True))
+    both = TERMS + attrreg.InputXGradient()
+    want = gradients(model, F.cross_entropy(model(x), target) + both(model, x, mask, target))
+    for kept, freed, found in two(keep):
+        assert all(kept) and not any(freed)
+        assert_close(found, want, 1e-6)
+
+
+def accumulate(rank: int) -> list[Tensor]:
+    model = shard(Case(()).model())
+    with TERMS.attach(model):
+        for step in range(3):
+            x, mask, target = shares(2)[rank]
+            images = x + step
+            model.set_requires_gradient_sync(step == 2)
+            model.set_is_last_backward(step == 2)
+            loss = F.cross_entropy(model(images), target)
+            flags = annotated((SOME, NONE)[(rank + step) % 2])
+            ((loss + TERMS(model, images, mask, target, annotated=flags)) / 3).backward()
+    return full(model)
+
+
+def test_accumulation(two: Ranks) -> None:
+    model = Case(()).model()
+    x, mask, target = (torch.cat(parts) for parts in zip(*shares(2), strict=True))
+    loss = torch.zeros(())
+    for step in range(3):
+        flags = annotated(SOME + NONE if step % 2 == 0 else NONE + SOME)
+        loss = loss + (F.cross_entropy(model(x + step), target) + TERMS(model, x + step, mask, target, annotated=flags)) / 3
+    want = gradients(model, loss)
+    for found in two(accumulate):
+        assert_close(found, want, 1e-6)
+
+
+def run(rank: int, regularizer: AttributionRegularizer) -> tuple[list[float], list[Tensor]]:
+    """Four steps of training, each other one with a penalty."""
+    model = shard(Case(()).model())
+    optimizer, (x, mask, target) = torch.optim.AdamW(model.parameters(), 1e-2), shares(2)[rank]
+    scheduled, losses = attrreg.Scheduled(regularizer, schedules.Every(2)), []
+    with scheduled.attach(model):
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), target) + scheduled(model, x, mask, target)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    map = attrreg.InputGradient().attribute(model, x, target)
+    return losses, [map, *(parameter.full_tensor().detach() for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("engine", [engines.DoubleBackward(), FINE])
+def test_training_is_that_of_one_process(two: Ranks, engine: engines.Engine) -> None:
+    model = Case(()).model()
+    x, mask, target = (torch.cat(parts) for parts in zip(*shares(2), strict=True))
+    optimizer, scheduled = torch.optim.AdamW(model.parameters(), 1e-2), attrreg.Scheduled(TERMS, schedules.Every(2))
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), target) + scheduled(model, x, mask, target)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    map = attrreg.InputGradient().attribute(model, x, target)
+    results = two(run, TERMS.using(engine))
+    for step, value in enumerate(losses):
+        assert sum(values[step] for values, _ in results) / 2 == pytest.approx(value, rel=1e-6)
+    maps = torch.cat([found[0] for _, found in results])
+    assert_close([maps, *results[0][1][1:]], [map, *(p.detach() for p in model.parameters())], 1e-5)
+
+
+def half(rank: int, dtype: torch.dtype) -> tuple[float, list[Tensor]]:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model, (x, mask, target) = Case(()).model().float(), shares(2)[rank]
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in (model.stem, model.body, model.head):
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    x = x.float()
+    with TERMS.attach(model):
+        penalty = F.cross_entropy(model(x).float(), target) + TERMS(model, x, mask, target)
+        penalty.backward()
+    assert penalty.dtype == torch.float32
+    return float(penalty.detach()), full(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(two: Ranks, dtype: torch.dtype) -> None:
+    model = Case(()).model()
+    x, mask, target = (torch.cat(parts) for parts in zip(*shares(2), strict=True))
+    loss = F.cross_entropy(model(x), target) + TERMS(model, x, mask, target)
+    want = torch.cat([gradient.flatten() for gradient in gradients(model, loss)])
+    results = two(half, dtype)
+    assert sum(value for value, _ in results) / 2 == pytest.approx(float(loss.detach()), rel=0.02)
+    for _, found in results:
+        got = torch.cat([gradient.flatten() for gradient in found]).double()
+        assert float((got - want).norm() / want.norm()) < (0.03 if dtype == torch.bfloat16 else 0.005)
