@@ -5,11 +5,11 @@ One forward a point, one backward for each score at a point, whatever the number
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,14 +18,15 @@ from torch import Tensor
 from attrreg import hooks, sites
 from attrreg.attach import attached
 from attrreg.call import Call
-from attrreg.engines import DoubleBackward, Engine, FiniteDifference
+from attrreg.differences import Differences, PathLeaves
+from attrreg.engines import DoubleBackward, Engine
 from attrreg.folding import PathGradients
 from attrreg.needs import Grad, Need, Value
 from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
-from attrreg.recompute import Gradients, along, trainable_leaves
+from attrreg.recompute import Gradients, along
 from attrreg.runner import Passes, Runner
 from attrreg.scores import Score
-from attrreg.state import Buffers, Rng, full_precision, isolated
+from attrreg.state import Buffers, Rng, isolated
 
 __all__ = ["Passes", "Trace", "check_needs", "passes", "sites_at"]
 
@@ -60,24 +61,6 @@ def sites_at(point: Point, needs: Iterable[Need]) -> dict[str, bool]:
     return result
 
 
-@dataclass(frozen=True)
-class Taken:
-    """A gradient that was taken, to be differentiated by moving the places where it was.
-
-    Attributes:
-        image: what the pass ran on.
-        places: the sites' values, by the names under which they can be moved.
-        leaves: the gradients there, in the same order.
-        replay: from where the pass drew.
-    """
-
-    image: Tensor
-    score: Score
-    places: Mapping[str, Tensor]
-    leaves: Sequence[Tensor]
-    replay: Rng
-
-
 class Trace:
     """The passes of one call. A term reads what it declared from here.
 
@@ -102,7 +85,7 @@ class Trace:
         reached = {need.site for need in self._needs} | {need.score.site for need in self._needs if isinstance(need, Grad)}
         self.call = call if engine.twice else replace(call, as_compiled=reached <= {sites.INPUT, sites.OUTPUT})
         self._runner = Runner(self.call, _counting.get(), twice=engine.twice and differentiable)
-        self._taken: list[Taken] = []
+        self._differences = Differences(self._runner, engine)
         self._recordings: dict[Point, hooks.Recording] = {}
         self._grads: dict[tuple[str, Score, Point], Tensor] = {}
         self._score_seeds: dict[Score, int] = {}
@@ -240,13 +223,9 @@ class Trace:
     def _gradients(self, recording: hooks.Recording, score: Score, wanted: list[str], replay: Rng) -> list[Tensor]:
         """The gradients at one pass, as the engine differentiates them: with their graph, or as leaves to be moved by."""
         found = self._runner.backward(recording, score, wanted, self._runner.twice)
-        if self._runner.twice or not self._differentiable:
+        if self._engine.twice or not self._differentiable:
             return found
-        leaves = [gradient.detach().requires_grad_() for gradient in found]
-        places = [self._runner.at(recording, site).detach() for site in wanted]
-        names = [self._runner.map if site == sites.SPATIAL else site for site in wanted]
-        self._taken.append(Taken(recording.x, score, dict(zip(names, places, strict=True)), leaves, replay))
-        return leaves
+        return self._differences.leaves(recording, score, wanted, found, replay)
 
     def differentiated(self, total: Tensor) -> Tensor:
         """The penalty with the gradients that the engine gives it.
@@ -254,33 +233,7 @@ class Trace:
         Raises:
             RuntimeError: they reach no trainable parameter.
         """
-        if not self._taken:
-            return total
-        assert isinstance(self._engine, FiniteDifference)
-        leaves = [leaf for taken in self._taken for leaf in taken.leaves]
-        found = iter(torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True, materialize_grads=True))
-        for taken in self._taken:
-            slope = self._slope(taken, [next(found) for _ in taken.leaves], self._engine)
-            if not any(leaf is not self.call.x for leaf in trainable_leaves(slope)):
-                raise RuntimeError("The score has no path to any trainable parameter, so the penalty could train nothing. Unfreeze some.")
-            total = total + (slope - slope.detach())
-        return total
-
-    def _slope(self, taken: Taken, directions: list[Tensor], engine: FiniteDifference) -> Tensor:
-        """The derivative of a score along a direction of its sites, by a difference."""
-        places = list(taken.places.values())
-        scale = engine.scale(places, directions)
-        moves = {name: scale * way for name, way in zip(taken.places, directions, strict=True)}
-        there, back = (self._moved_score(taken, {name: sign * move for name, move in moves.items()}) for sign in (1, -1))
-        return (there - back) / (2 * torch.where(scale > 0, scale, torch.ones_like(scale)))
-
-    def _moved_score(self, taken: Taken, moves: dict[str, Tensor]) -> Tensor:
-        layers = {name: move for name, move in moves.items() if name != sites.INPUT}
-        image = taken.image + moves[sites.INPUT].to(taken.image.dtype) if sites.INPUT in moves else taken.image
-        wanted = dict.fromkeys([sites.INPUT, taken.score.site, *layers], False)
-        with isolated(self.call.model, taken.replay), full_precision(image.device):
-            recording = self._runner.forward(image, wanted, moves=layers)
-            return self._runner.scores(recording, taken.score).sum()
+        return total if self._engine.twice else self._differences.differentiated(total)
 
     def _ascend(self, point: Ascent, replay: Rng) -> Tensor:
         runner = Runner(self.call, _counting.get(), twice=False)
@@ -303,29 +256,10 @@ class Trace:
             taken: Gradients = PathGradients(self._runner, wanted, concrete, replay)
             chunk = path.chunk
         else:  # leaves are moved by in passes of their own: there is no graph of theirs to recompute
-            taken, chunk = _PathLeaves(self, wanted, concrete, replay), None
+            taken, chunk = PathLeaves(self._differences, wanted, concrete, replay), None
         sums = along(stops, self.call.model, self.call.x, taken, chunk, self._differentiable)
         for need in needs:
             self._grads[need.site, need.score, path] = sums[concrete.index(self._concrete(need.score))]
-
-
-@dataclass(frozen=True)
-class _PathLeaves:
-    """Gradients at places of a path that finite differences will move by, one place at a time."""
-
-    trace: Trace
-    wanted: dict[str, bool]
-    scores: list[Score]
-    replay: Rng
-
-    def room(self, pending: int) -> int:
-        return 1
-
-    def __call__(self, images: Tensor, places: int, create_graph: bool) -> list[Tensor]:
-        trace = self.trace
-        with isolated(trace.call.model, self.replay):
-            recording = trace._runner.forward(images, self.wanted)
-        return [trace._gradients(recording, score, [sites.INPUT], self.replay)[0] for score in self.scores]
 
 
 def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:

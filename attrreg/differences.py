@@ -1,0 +1,115 @@
+"""Finite differences in the place of a double backward: gradients come as leaves, and the penalty's slope there is moved along."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attrreg import hooks, sites
+from attrreg.engines import Engine, FiniteDifference
+from attrreg.recompute import trainable_leaves
+from attrreg.runner import Runner
+from attrreg.scores import Score
+from attrreg.state import Rng, full_precision, isolated
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A gradient that was taken, to be differentiated by moving the places where it was.
+
+    Attributes:
+        image: what the pass ran on.
+        places: the sites' values, by the names under which they can be moved.
+        leaves: the gradients there, in the same order.
+        replay: from where the pass drew.
+    """
+
+    image: Tensor
+    score: Score
+    places: Mapping[str, Tensor]
+    leaves: Sequence[Tensor]
+    replay: Rng
+
+
+class Differences:
+    """The gradients that one call took as leaves.
+
+    Args:
+        runner: runs the passes.
+        engine: how far to move.
+    """
+
+    def __init__(self, runner: Runner, engine: Engine) -> None:
+        self.runner = runner
+        self._engine = engine
+        self._taken: list[Taken] = []
+
+    def leaves(self, recording: hooks.Recording, score: Score, wanted: list[str], found: list[Tensor], replay: Rng) -> list[Tensor]:
+        """The gradients found at the wanted sites, as leaves to be moved by."""
+        leaves = [gradient.detach().requires_grad_() for gradient in found]
+        places = [self.runner.at(recording, site).detach() for site in wanted]
+        names = [self.runner.map if site == sites.SPATIAL else site for site in wanted]
+        self._taken.append(Taken(recording.x, score, dict(zip(names, places, strict=True)), leaves, replay))
+        return leaves
+
+    def differentiated(self, total: Tensor) -> Tensor:
+        """The penalty with its gradient through the leaves.
+
+        Raises:
+            RuntimeError: it reaches no trainable parameter.
+        """
+        if not self._taken:
+            return total
+        assert isinstance(self._engine, FiniteDifference)
+        leaves = [leaf for taken in self._taken for leaf in taken.leaves]
+        found = iter(torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True, materialize_grads=True))
+        for taken in self._taken:
+            slope = self._slope(taken, [next(found) for _ in taken.leaves], self._engine)
+            if not any(leaf is not self.runner.call.x for leaf in trainable_leaves(slope)):
+                raise RuntimeError("The score has no path to any trainable parameter, so the penalty could train nothing. Unfreeze some.")
+            total = total + (slope - slope.detach())
+        return total
+
+    def _slope(self, taken: Taken, directions: list[Tensor], engine: FiniteDifference) -> Tensor:
+        """The derivative of a score along a direction of its sites, by a difference."""
+        places = list(taken.places.values())
+        scale = engine.scale(places, directions)
+        moves = {name: scale * way for name, way in zip(taken.places, directions, strict=True)}
+        there, back = (self._moved_score(taken, {name: sign * move for name, move in moves.items()}) for sign in (1, -1))
+        return (there - back) / (2 * torch.where(scale > 0, scale, torch.ones_like(scale)))
+
+    def _moved_score(self, taken: Taken, moves: dict[str, Tensor]) -> Tensor:
+        layers = {name: move for name, move in moves.items() if name != sites.INPUT}
+        image = taken.image + moves[sites.INPUT].to(taken.image.dtype) if sites.INPUT in moves else taken.image
+        wanted = dict.fromkeys([sites.INPUT, taken.score.site, *layers], False)
+        with isolated(self.runner.call.model, taken.replay), full_precision(image.device):
+            recording = self.runner.forward(image, wanted, moves=layers)
+            return self.runner.scores(recording, taken.score).sum()
+
+
+@dataclass(frozen=True)
+class PathLeaves:
+    """Gradients at the places of a path, as leaves, one place at a time; see `recompute.Gradients`."""
+
+    differences: Differences
+    wanted: dict[str, bool]
+    scores: list[Score]
+    replay: Rng
+
+    def room(self, pending: int) -> int:
+        """One."""
+        return 1
+
+    def __call__(self, images: Tensor, places: int, create_graph: bool) -> list[Tensor]:
+        """One gradient a score."""
+        runner = self.differences.runner
+        with isolated(runner.call.model, self.replay):
+            recording = runner.forward(images, self.wanted)
+        return [self._leaf(recording, score) for score in self.scores]
+
+    def _leaf(self, recording: hooks.Recording, score: Score) -> Tensor:
+        found = self.differences.runner.backward(recording, score, [sites.INPUT], create_graph=False)
+        return self.differences.leaves(recording, score, [sites.INPUT], found, self.replay)[0]
