@@ -103,11 +103,14 @@ class PathLeaves:
         """One."""
         return 1
 
-    def __call__(self, images: Tensor, places: int, create_graph: bool) -> list[Tensor]:
-        """One gradient a score."""
+    def __call__(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]]:
+        """For each place, one leaf a score."""
+        return [self._leaves(image) for image in images]
+
+    def _leaves(self, image: Tensor) -> list[Tensor]:
         runner = self.differences.runner
         with isolated(runner.call.model, self.replay):
-            recording = runner.forward(images, self.wanted)
+            recording = runner.forward(image, self.wanted)
         return [self._leaf(recording, score) for score in self.scores]
 
     def _leaf(self, recording: hooks.Recording, score: Score) -> Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from attrreg import sites
 from attrreg.part import couples
@@ -20,9 +24,9 @@ BUDGET = 2**21
 class PathGradients:
     """The gradients of scores at places of a path.
 
-    The first place runs alone and tells whether the others may share a batch: nothing was drawn (each place repeats the draws of the
-    clean pass), and what couples the images of a batch is batch normalisation in train mode, of the whole batch, which our operator
-    can do place by place.
+    Places share a batch if nothing is drawn (each place repeats the draws of the clean pass) and if images meet in nothing but batch
+    normalisation of the whole batch, which our operator does place by place. Modules tell whether that is to be expected, the pass
+    whether it was so; if not, it is thrown away, and each place runs alone.
 
     A chunked path's backward keeps this object, so it holds nothing that passes computed.
 
@@ -38,27 +42,48 @@ class PathGradients:
         self._wanted = wanted
         self._scores = scores
         self._replay = replay
-        self._separable: bool | None = None  # until the first pass has told
+        self._coupled = any(couples(module) for module in runner.call.model.modules())
+        self._separable = runner.call.inputs is None and (runner.twice or not self._coupled) and _separable(runner.call.model)
 
     def room(self, pending: int) -> int:
         """How many of the places that are left may come as one batch."""
         return max(1, min(pending, BUDGET // self._runner.call.x.numel())) if self._separable else 1
 
-    def __call__(self, images: Tensor, places: int, create_graph: bool) -> list[Tensor]:
-        """One gradient a score, of the shape of `images`: those of so many places, one after the other."""
-        runner = self._runner.repeated(places)
-        with isolated(runner.call.model, self._replay):
-            recording = runner.forward(images, self._wanted, places=places)
-            if self._separable is None:
-                drew = not Rng.of(images.device).same(self._replay)
-                self._separable = not drew and runner.call.inputs is None and self._by_place(recording.phase.normalised)
-        return [runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
+    def __call__(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]]:
+        """For each place, one gradient a score, of the shape of its images."""
+        if len(images) > 1:
+            together = self._together(images, create_graph)
+            if together is not None:
+                return together
+            self._separable = False
+        return [self._alone(image, create_graph) for image in images]
 
-    def _by_place(self, normalised: set[int]) -> bool:
-        """Whether images of several places do not meet, given the batch sizes that our operator normalised."""
-        call = self._runner.call
-        coupling = [module for module in call.model.modules() if couples(module)]
-        if not coupling:
-            return True
-        ours = all(isinstance(module, _BatchNorm) and not isinstance(module, (SyncBatchNorm, ScriptModule)) for module in coupling)
-        return ours and self._runner.twice and normalised == {call.x.shape[0]}
+    def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:
+        with isolated(self._runner.call.model, self._replay):
+            recording = self._runner.forward(images, self._wanted)
+        return [self._runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
+
+    def _together(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]] | None:
+        places = len(images)
+        # The places of an image lie side by side, so that batch normalisation can see them as channels.
+        batch = torch.stack(list(images), dim=1).flatten(0, 1)
+        runner = self._runner.repeated(batch.detach(), places)
+        with isolated(runner.call.model, self._replay):
+            recording = runner.forward(batch, self._wanted, places=places)
+            drew = not Rng.of(batch.device).same(self._replay)
+        if drew or (self._coupled and recording.phase.normalised != {batch.shape[0]}):
+            return None
+        found = [runner.backward(recording, score, [sites.INPUT], create_graph)[0].unflatten(0, (-1, places)) for score in self._scores]
+        return [[gradient[:, place] for gradient in found] for place in range(places)]
+
+
+def _separable(model: nn.Module) -> bool:
+    """Whether nothing in a model is known to draw, or to let images meet where our operators do not see it."""
+    for module in model.modules():
+        ours = isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm)
+        if isinstance(module, ScriptModule) or (couples(module) and not ours):
+            return False
+        drops = module.p if isinstance(module, _DropoutNd) else getattr(module, "drop_prob", 0)
+        if module.training and isinstance(drops, (int, float)) and drops > 0:
+            return False
+    return True

@@ -20,8 +20,8 @@ class Gradients(Protocol):
     def room(self, pending: int) -> int:
         """How many of the places that are left may come as one batch."""
 
-    def __call__(self, images: Tensor, places: int, create_graph: bool) -> list[Tensor]:
-        """One gradient a score, of the shape of `images`: those of so many places, one after the other."""
+    def __call__(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]]:
+        """For each place, one gradient a score, of the shape of its images."""
 
 
 def trainable_leaves(*values: Tensor) -> Iterator[Tensor]:
@@ -72,12 +72,9 @@ def _summed(stops: Sequence[Stop], x: Tensor, gradients: Gradients, create_graph
     while pending:
         count = gradients.room(len(pending))
         batch, pending = pending[:count], pending[count:]
-        images = [stop.image(x) for stop in batch]
-        found = gradients(torch.cat(images) if count > 1 else images[0], count, create_graph)
-        places = [gradient.chunk(count) for gradient in found]
-        for index, stop in enumerate(batch):
+        for stop, found in zip(batch, gradients([stop.image(x) for stop in batch], create_graph), strict=True):
             factor = stop.factor(x)
-            total = _added(total, [factor * place[index] for place in places])
+            total = _added(total, [factor * gradient for gradient in found])
     return total
 
 

@@ -51,13 +51,10 @@ class Runner:
         self.map = ""
         self._counters = counters
 
-    def repeated(self, times: int) -> Runner:
-        """A runner for so many copies of the images in one batch, that counts for the same blocks."""
-        if times == 1:
-            return self
-        x, target = self.call.x.detach(), self.call.target
-        repeated = None if target is None else target.repeat(times, *[1] * (target.dim() - 1))
-        return Runner(replace(self.call, x=x.repeat(times, 1, 1, 1), target=repeated), self._counters, self.twice)
+    def repeated(self, images: Tensor, times: int) -> Runner:
+        """A runner for a batch that has each image so many times, side by side, and that counts for the same blocks."""
+        target = None if self.call.target is None else self.call.target.repeat_interleave(times, dim=0)
+        return Runner(replace(self.call, x=images, target=target), self._counters, self.twice)
 
     def forward(
         self,

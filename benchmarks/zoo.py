@@ -2,7 +2,7 @@
 
     python -m benchmarks.zoo                                  the table, docs/zoo.md; continues where it stopped
     python -m benchmarks.zoo --only levit_128s                one model, or a few, printed
-    python -m benchmarks.zoo --rank 2 --report zoo-2.md       the second-smallest of each
+    python -m benchmarks.zoo --rank 2                         the second-smallest of each, docs/zoo_2.md
 
 Each model runs in a process of its own, with a time and a memory limit. Results are kept by model: after a change of attrreg,
 check those anew that did not pass (`--again`), or all (another `--out`).
@@ -38,7 +38,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of what was measured: a line a model; a rerun skips models found there.")] = Path(
         "build/zoo"
     ),
-    report: Annotated[Path, typer.Option(help="The table to write.")] = Path("docs/zoo.md"),
+    report: Annotated[Path | None, typer.Option(help="The table to write; by default docs/zoo.md, or zoo_2.md for --rank 2.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="Which model of each family: 1 is the smallest.")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Models by name; checked anew and printed, no table.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="float32 alone: no directional differences, no table.")] = False,
@@ -63,6 +63,7 @@ def main(
     if quick:
         console.print(zoo_report.causes(found), markup=False, highlight=False, soft_wrap=True)
     else:
+        report = report or Path("docs") / ("zoo.md" if rank == 1 else f"zoo_{rank}.md")
         report.write_text(zoo_report.page(found, rank, TOLERANCE))
         console.print(f"Table: {report}, measured: {out}", highlight=False, soft_wrap=True)
 

@@ -65,6 +65,8 @@ def page(records: list[Record], rank: int, tolerance: float) -> str:
         cores=os.cpu_count(),
         tolerance=tolerance,
     )
+    if rank == 1:
+        introduction += "\nThe second-smallest of each have [a page of their own](zoo_2.md).\n"
     table = ["| model | module | M | px | " + " | ".join(KINDS) + " | agreement | layer | map | place |", "|---" * 12 + "|"]
     table += [_row(record) for record in records]
     parts = [introduction, summary(records), "## What did not pass", causes(records), "## All models", COLUMNS, "\n".join(table)]

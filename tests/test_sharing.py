@@ -91,9 +91,9 @@ def test_four_terms_attached_cost_one_forward_and_one_inner_backward() -> None:
         # Equal terms draw one masked image between them; other fills need their own.
         (attrreg.ActivationDifference() + attrreg.ActivationDifference("body").named("second"), 2, 0),
         (attrreg.ActivationDifference() + attrreg.ActivationDifference(fill=baselines.Zero()).named("second"), 3, 0),
-        # The first place of a path by itself, the others in one batch.
-        (attrreg.IntegratedGradients(steps=3, chunk=None), 2, 2),
-        (attrreg.IntegratedGradients(steps=3, chunk=None, score=scores.SumLogProb()) + attrreg.InputGradient(), 3, 3),
+        # All places of a path in one batch.
+        (attrreg.IntegratedGradients(steps=3, chunk=None), 1, 1),
+        (attrreg.IntegratedGradients(steps=3, chunk=None, score=scores.SumLogProb()) + attrreg.InputGradient(), 2, 2),
     ],
 )
 def test_passes_of_an_unattached_call(regularizer: AttributionRegularizer, forward: int, backward: int) -> None:

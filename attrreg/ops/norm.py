@@ -102,12 +102,15 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`F.batch_norm`; where places of a path share the batch, of each place by itself."""
+    places = phase.places if training else 1
     if training:
         phase.normalised.add(input.shape[0])
-    if training and phase.places > 1:
-        settings = (running_mean, running_var, weight, bias, training, momentum, eps)
-        return torch.cat([_batch_norm(phase, part, *settings) for part in input.chunk(phase.places)])
-    return _batch_norm(phase, input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if places == 1 or input.shape[0] % places:
+        return _batch_norm(phase, input, running_mean, running_var, weight, bias, training, momentum, eps)
+    # The places of an image lie side by side, so they can be channels. Statistics of a path's passes are thrown away.
+    channels = input.reshape(-1, places * input.shape[1], *input.shape[2:])
+    weights, biases = (None if values is None else values.repeat(places) for values in (weight, bias))
+    return _batch_norm(phase, channels, None, None, weights, biases, training, momentum, eps).reshape(input.shape)
 
 
 def _batch_norm(

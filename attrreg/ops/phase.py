@@ -19,7 +19,7 @@ class Phase:
 
     Attributes:
         inner: the running backward makes an attribution: nobody asks for the gradients of weights.
-        places: how many places of a path share the batch, one after the other.
+        places: how many places of a path share the batch, those of an image side by side.
         normalised: the batch sizes that were normalised by their own statistics.
         active: what runs now will be differentiated twice. False before the first layer at which a gradient is taken.
     """
