@@ -35,7 +35,7 @@ def evidence(
     rerun: Annotated[str | None, typer.Option(help="Train rows of the results again: DATA/METHOD, or a record's name.")] = None,
     packages: Annotated[Path | None, typer.Option(help="Where Debian packages with data are unpacked, if not installed.")] = None,
     device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads. More are faster on an idle machine, much slower on a busy one.")] = 1,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Trainings at a time, on one CPU thread each. Default: one a core.")] = None,
 ) -> None:
     """Compare ways to train on tasks with a shortcut, published ones or your own, with equal tuning for each."""
     absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -56,11 +56,12 @@ def evidence(
         from attrreg.evidence import plans, report, study
         from attrreg.progress import bar
 
-    torch.set_num_threads(threads)
+    if jobs is None:
+        jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         own = None if folder is None else _folder(folder, splits, sizes, flip, dilation)
         plan = plans.plan(data, method, own, trials, seeds, epochs, quick)
-        ledger = study.Ledger(out, torch.device(device))
+        ledger = study.Ledger(out, torch.device(device), workers=jobs)
         torch.zeros(1, device=device)
         if own is not None:
             own.task(0)
@@ -101,7 +102,7 @@ def write(plan: Plan, ledger: Ledger, out: Path) -> None:
 
 def _again(what: str, ledger: Ledger, console: Console) -> None:
     """Train records again and say whether the numbers are the same."""
-    from attrreg.evidence import job as jobs
+    from attrreg.evidence import job
 
     rows = [record for record in ledger.records.values() if record.job.judged and what == f"{record.job.source.kind}/{record.job.method}"]
     found = [ledger.records[what]] if what in ledger.records else rows
@@ -109,11 +110,11 @@ def _again(what: str, ledger: Ledger, console: Console) -> None:
         raise typer.BadParameter(f"{ledger.path} has no {what!r}. Write DATA/METHOD, for example crosses/ActDiff.", param_hint="--rerun")
     different = 0
     for record in found:
-        again = jobs.run(record.job, ledger.device)
+        again = job.run(record.job, ledger.device)
         same = again.outcomes == record.outcomes
         different += not same
         console.print(f"{record.job.name} seed {record.job.seed}: {'the same numbers' if same else 'OTHER NUMBERS'}", highlight=False)
         console.print_json(data=again.outcomes["valid"])
     if different:
-        console.print(f"{different} of {len(found)} differ. Versions, threads and machine must be those of the record.", style="red")
+        console.print(f"{different} of {len(found)} differ. Versions and machine must be those of the record.", style="red")
         raise typer.Exit(1)

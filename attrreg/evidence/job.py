@@ -7,7 +7,8 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -116,11 +117,17 @@ def run(job: Job, device: torch.device, note: Note = lambda epochs: None) -> Rec
     """Train and measure.
 
     After each epoch the cross-entropy is taken on both validation splits, and the weights with the lowest on each are kept: so one
-    training shows what a user with shifted validation data would have, and one without.
+    training shows what a user with shifted validation data would have, and one without. On one CPU thread, since sums round differently
+    on more: to use more cores, run more jobs at a time.
 
     Raises:
         packages.Missing: a package that the data comes from is not here.
     """
+    with _one_thread():
+        return _run(job, device, note)
+
+
+def _run(job: Job, device: torch.device, note: Note) -> Record:
     start = time.perf_counter()
     task = job.source.task(job.seed).to(device)
     data = annotate(task.train, job.annotated, job.quality, job.seed)
@@ -151,6 +158,16 @@ def run(job: Job, device: torch.device, note: Note = lambda epochs: None) -> Rec
             measured = _outcome(model, task, job.judged)
         outcomes[name] = {**measured, "epoch": epoch, "loss": loss}
     return Record(job, outcomes, trained, round(time.perf_counter() - start, 1), _environment(device))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _loss(model: nn.Module, split: Split) -> float:
@@ -200,5 +217,4 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "device": str(device),
-        "threads": torch.get_num_threads(),
     }

@@ -88,7 +88,7 @@ def _conditions(plan: Plan, training: Training, ledger: Ledger) -> str:
 
 def _where(record: Record) -> str:
     where = record.environment
-    return f"{where['machine']} {where['device']}, {where['threads']} thread(s), torch {where['torch']}"
+    return f"{where['machine']} {where['device']}, torch {where['torch']}"
 
 
 def _results(plan: Plan, training: Training, selection: str, ledger: Ledger) -> str:

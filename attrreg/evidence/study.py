@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -116,6 +118,8 @@ class Ledger:
         path: the file, a line of JSON a record; it is gone on from.
         device: where to train.
         advance: told what is being done, and how many epochs of it are over.
+        kinds: the data sets that records can be of.
+        workers: how many jobs are run at a time, each in a process of its own where there are several.
     """
 
     def __init__(
@@ -124,25 +128,46 @@ class Ledger:
         device: torch.device,
         advance: Advance = lambda doing, epochs: None,
         kinds: tuple[type[Source], ...] = sources.KINDS,
+        workers: int = 1,
     ) -> None:
         self.path = path
         self.device = device
         self.advance = advance
+        self.workers = workers
         self.records = load(path, kinds)
         if path.exists() and not (text := path.read_text()).endswith("\n"):
             path.write_text(text[: text.rfind("\n") + 1])
 
-    def of(self, job: Job) -> Record:
-        """The record of a job: that of the file, or that of a training now."""
-        doing = f"{job.source.kind}: {job.method}"
-        if job.name in self.records:
-            self.advance(doing, job.epochs)
-            return self.records[job.name]
-        record = jobs.run(job, self.device, lambda epochs: self.advance(doing, epochs))
+    def run(self, wanted: Iterable[Job]) -> None:
+        """Train those jobs that the file has no record of."""
+        unique = {job.name: job for job in wanted}
+        todo = [job for name, job in unique.items() if name not in self.records]
+        for name, job in unique.items():
+            if name in self.records:
+                self.advance(_doing(job), job.epochs)
+        if self.workers == 1 or len(todo) < 2:
+            for job in todo:
+                self._keep(jobs.run(job, self.device, lambda epochs, job=job: self.advance(_doing(job), epochs)))  # type: ignore[misc]
+            return
+        # Spawned: a forked child would share torch's threads and a CUDA context that it cannot use.
+        with ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn")) as pool:
+            try:
+                for done in as_completed([pool.submit(jobs.run, job, self.device) for job in todo]):
+                    record = done.result()
+                    self._keep(record)
+                    self.advance(_doing(record.job), record.job.epochs)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _keep(self, record: Record) -> None:
         with self.path.open("a") as file:
             file.write(record.line() + "\n")
-        self.records[job.name] = record
-        return record
+        self.records[record.job.name] = record
+
+
+def _doing(job: Job) -> str:
+    return f"{job.source.kind}: {job.method}"
 
 
 def carry_out(plan: Plan, ledger: Ledger) -> dict[str, str]:
@@ -154,21 +179,18 @@ def carry_out(plan: Plan, ledger: Ledger) -> dict[str, str]:
     missing: dict[str, str] = {}
     for training in plan.trainings:
         try:
-            for name in plan.methods:
-                for job in chosen(plan, training, name, ledger).values():
-                    for seed in plan.seeds:
-                        ledger.of(replace(job, seed=seed, judged=plan.judged))
-            for job in fewer_masks(plan, training, ledger):
-                ledger.of(job)
+            ledger.run(job for name in plan.methods for job in trials(method(name), training, plan.trials))
+            ledger.run(
+                replace(best, seed=seed, judged=plan.judged)
+                for seed in plan.seeds
+                for name in plan.methods
+                for selection in SELECTIONS
+                if (best := best_of(plan, training, name, selection, ledger))
+            )
+            ledger.run(fewer_masks(plan, training, ledger))
         except Missing as error:
             missing[training.source.kind] = str(error)
     return missing
-
-
-def chosen(plan: Plan, training: Training, name: str, ledger: Ledger) -> dict[str, Job]:
-    """The best settings of a method by each split that they can be chosen on: the trial with the lowest cross-entropy there."""
-    tried = [ledger.of(job) for job in trials(method(name), training, plan.trials)]
-    return {selection: _lowest(tried, selection) for selection in SELECTIONS}
 
 
 def trials(method: Method, training: Training, count: int) -> list[Job]:
