@@ -157,15 +157,13 @@ def test_a_run_goes_on_where_it_was(done: Path, tmp_path: Path, monkeypatch: pyt
 def test_several_jobs_at_a_time_give_the_same_numbers(tmp_path: Path) -> None:
     todo = [JOB, replace(JOB, method="ActDiff"), JOB]
     ledgers = []
+    told: list[tuple[str, int]] = []
     for workers in (1, 2):
-        told: list[tuple[str, int]] = []
-        ledgers.append(
-            Ledger(tmp_path / f"{workers}.jsonl", CPU, lambda doing, count, told=told: told.append((doing, count)), workers=workers)
-        )
-        ledgers[-1].run(todo)
-        assert sorted(told) == [("crosses: ActDiff", 1), ("crosses: plain", 1)]
-        ledgers[-1].run(todo)
-        assert len(told) == 4
+        ledgers.append(Ledger(tmp_path / f"{workers}.jsonl", CPU, lambda doing, count: told.append((doing, count)), workers=workers))
+        for times in (1, 2):
+            ledgers[-1].run(todo)
+            assert sorted(told) == times * [("crosses: ActDiff", 1)] + times * [("crosses: plain", 1)]
+        told.clear()
     one, two = ({name: record.outcomes for name, record in ledger.records.items()} for ledger in ledgers)
     assert one == two and len(one) == 2
     assert two == {name: record.outcomes for name, record in study.load(tmp_path / "2.jsonl").items()}
