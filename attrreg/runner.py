@@ -42,19 +42,21 @@ class Runner:
     Attributes:
         call: the checked arguments.
         twice: gradients will be differentiated again.
+        places: how often the batch has each image, side by side.
         map: the layer that `layer="auto"` turned out to be.
     """
 
-    def __init__(self, call: Call, counters: Sequence[Passes], twice: bool = True) -> None:
+    def __init__(self, call: Call, counters: Sequence[Passes], twice: bool = True, places: int = 1) -> None:
         self.call = call
         self.twice = twice
+        self.places = places
         self.map = ""
         self._counters = counters
 
     def repeated(self, images: Tensor, times: int) -> Runner:
         """A runner for a batch that has each image so many times, side by side, and that counts for the same blocks."""
         target = None if self.call.target is None else self.call.target.repeat_interleave(times, dim=0)
-        return Runner(replace(self.call, x=images, target=target), self._counters, self.twice)
+        return Runner(replace(self.call, x=images, target=target), self._counters, self.twice, times)
 
     def forward(
         self,
@@ -104,13 +106,21 @@ class Runner:
     def _scores(self, value: Tensor, score: Score) -> Tensor:
         score.check_value(value, self.call.target)
         with full_precision(value.device):
-            per_image = score(value, self.call.target)
+            per_image = self._placewise(score, value, self.call.target)
         if per_image.shape != (self.call.x.shape[0],):
             raise ValueError(
                 f"{score!r} gave {tuple(per_image.shape)}, but a score is ({self.call.x.shape[0]},), one number an image. Do not "
                 "reduce over the batch: a loss, for example, takes reduction='none'."
             )
         return per_image
+
+    def _placewise(self, score: Score, value: Tensor, target: Tensor | None) -> Tensor:
+        """The scores of each place by itself: a score that draws draws for an image, whatever its place."""
+        if self.places == 1:
+            return score(value, target)
+        values = value.unflatten(0, (-1, self.places)).unbind(1)
+        targets = [None] * self.places if target is None else target.unflatten(0, (-1, self.places)).unbind(1)
+        return torch.stack([score(*each) for each in zip(values, targets, strict=True)], dim=1).flatten()
 
     def _gradients(self, recording: hooks.Recording, total: Tensor, inputs: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
         for counter in self._counters:

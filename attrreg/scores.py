@@ -170,13 +170,14 @@ class TaskLoss(Score):
 
 @dataclass(frozen=True, repr=False)
 class RandomProjection(Score):
-    """v . h(x), with h the features at a layer and v ~ N(0, I) drawn anew each call, one direction for the batch.
+    """v . h(x), with h the features at a layer and v ~ N(0, I) drawn anew each call, a direction of its own for each image.
 
-    Asks the same of every direction of the representation, where a class score asks only of one: see `docs/concepts.md`.
+    Asks the same of every direction of the representation, where a class score asks only of one: see `docs/concepts.md`. One direction
+    for the whole batch would have the same expectation, and the mean over the batch would vary as much as for one image.
 
     Args:
         layer: dotted name of the layer, or "auto": the features that enter the classifier.
-        seed: fixes the direction; None draws one each call.
+        seed: fixes the directions of a batch's first, second, ... image; None draws them each call.
 
     Source: ours; at x alone it gives the Jacobian regularizer of Hoffman et al. 2019, arXiv 1908.02729 (there of the logits).
     """
@@ -198,7 +199,7 @@ class RandomProjection(Score):
         return FEATURES if self.layer == "auto" else self.layer
 
     def drawn(self, seed: int) -> Score:
-        """The same projection with its direction fixed."""
+        """The same projection with its directions fixed."""
         return replace(self, seed=seed) if self.seed is None else self
 
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
@@ -208,8 +209,8 @@ class RandomProjection(Score):
         """Score `(N,)` of features `(N, ...)`."""
         features = value.flatten(1)
         generator = torch.Generator(features.device).manual_seed(self.seed or 0)
-        direction = torch.randn(features.shape[1], generator=generator, device=features.device, dtype=features.dtype)
-        return features @ direction
+        directions = torch.randn(features.shape, generator=generator, device=features.device, dtype=features.dtype)
+        return (features * directions).sum(dim=1)
 
 
 @dataclass(frozen=True, repr=False)

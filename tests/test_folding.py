@@ -73,6 +73,7 @@ REGULARIZERS: dict[str, AttributionRegularizer] = {
     "integrated gradients": attrreg.IntegratedGradients(steps=4, chunk=None),
     "in chunks": attrreg.IntegratedGradients(steps=5, chunk=3),
     "two scores": attrreg.IntegratedGradients(steps=3, chunk=None) + OTHER_SCORE,
+    "random projection": attrreg.IntegratedGradients(score=scores.RandomProjection(), steps=3, chunk=None),
     "expected gradients": attrreg.ExpectedGradients(4, baseline=baselines.Noise(), chunk=None),
 }
 

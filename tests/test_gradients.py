@@ -136,8 +136,9 @@ def test_random_projection_is_a_projection_of_the_features() -> None:
     got = attrreg.InputGradient(scores.RandomProjection("body", seed=5)).attribute(model, x)
     leaf = x.clone().requires_grad_()
     features = model.body(model.act(model.stem(leaf))).flatten(1)
-    direction = torch.randn(features.shape[1], generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    (want,) = torch.autograd.grad((features @ direction).sum(), leaf)
+    directions = torch.randn(features.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    assert (directions[0] - directions[1]).abs().max() > 1
+    (want,) = torch.autograd.grad((features * directions).sum(), leaf)
     torch.testing.assert_close(got, want)
 
 
