@@ -40,7 +40,7 @@ class Job:
         source: the data set and the model.
         method: its name in `methods.METHODS`.
         seed: of data, initial weights, order of the images, draws.
-        rate: learning rate.
+        rate: peak of the one-cycle learning rate.
         weight: of what is added to the loss.
         epochs, batch: of the training.
         annotated: share of the training images that have a mask.
@@ -132,7 +132,7 @@ def _run(job: Job, device: torch.device, note: Note) -> Record:
     task = job.source.task(job.seed).to(device)
     data = annotate(task.train, job.annotated, job.quality, job.seed)
     model = job.source.model(task, job.seed).to(device)
-    budget = Budget(job.epochs, job.batch, job.rate, one_cycle=False)
+    budget = Budget(job.epochs, job.batch, job.rate)
     each = len(data) // job.batch
     if not each:
         raise ValueError(f"batch={job.batch} is larger than the {len(data)} training images. Choose a smaller one.")

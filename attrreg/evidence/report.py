@@ -61,22 +61,6 @@ def markdown(plan: Plan, ledger: Ledger) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def fixed(records: Iterable[Record]) -> str:
-    """A table of any records: those that differ in their seed alone make a row."""
-    groups: dict[Job, list[Record]] = {}
-    for record in records:
-        groups.setdefault(replace(record.job, seed=0), []).append(record)
-    head = ["data", "method", "rate", "weight", "epochs", "masks", "epoch chosen on", "test", "AUC", "worst group", "clean test", "seeds"]
-    lines = []
-    for job, found in groups.items():
-        masks = f"{job.annotated:.0%} {job.quality}"
-        for selection in SELECTIONS:
-            numbers = [spread(_values(found, selection, what)) for what in ("test", "auc", "worst", "clean")]
-            place = [job.source.kind, job.method, f"{job.rate:g}", f"{job.weight:g}", str(job.epochs), masks, WORDS[selection]]
-            lines.append([*place, *numbers, str(len(found))])
-    return _table(head, lines)
-
-
 def _conditions(plan: Plan, training: Training, ledger: Ledger) -> str:
     found = [record for record in ledger.records.values() if record.job.source == training.source]
     where = " and ".join(sorted({_where(record) for record in found})) or "nowhere yet"

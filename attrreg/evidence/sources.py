@@ -53,7 +53,7 @@ class Crosses(Source):
     valid: int = 128
     test: int = 128
     dilation: int = 3
-    width: int = 16
+    width: int = 8
 
     def task(self, seed: int) -> Task:
         """Draw the data."""
@@ -140,7 +140,7 @@ class Folder(Source):
     flip: bool = False
     sizes: tuple[int, ...] = ()
     dilation: int = 0
-    width: int = 16
+    width: int = 8
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", tuple(self.sizes))  # JSON has lists

@@ -20,8 +20,9 @@ from attrreg.evidence.packages import Missing
 from attrreg.evidence.sources import Source
 
 SHARES = (0.0, 0.01, 0.05, 0.2, 1.0)
-RATES = (1e-4, 1e-2)  # between which learning rates are tried
-SPREAD = 30.0  # how far above and below a method's own weight weights are tried
+RATES = (1e-4, 1e-2)  # between which peaks of the learning rate are tried
+RATE = 3e-3  # the one that is tried first, with a method's own weight
+SPREAD = 30.0  # how far above and below that weight weights are tried
 TUNING_SEED = 1000  # no row of a table has it
 
 Advance = Callable[[str, int], None]
@@ -194,7 +195,7 @@ def carry_out(plan: Plan, ledger: Ledger) -> dict[str, str]:
 
 
 def trials(method: Method, training: Training, count: int) -> list[Job]:
-    """The settings to try, drawn log-uniformly: the same learning rates for each method, and weights around its own.
+    """The settings to try: first a method's own weight, then drawn log-uniformly, the same rates and factors of the weight for each method.
 
     One set of draws serves both selections, so the sampler must not look at results: it is optuna's random one.
     """
@@ -202,6 +203,7 @@ def trials(method: Method, training: Training, count: int) -> list[Job]:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=TUNING_SEED))
+    study.enqueue_trial({"rate": RATE, "factor": 1.0})
     made = []
     for _ in range(count):
         trial = study.ask()

@@ -23,14 +23,12 @@ class Budget:
     Attributes:
         epochs: Passes over the training images.
         batch: Images a step; what is left over of an epoch is left out.
-        rate: Learning rate of Adam; its peak under a one-cycle schedule.
-        one_cycle: Whether there is one, or the rate is constant.
+        rate: Learning rate of Adam at the peak of its one cycle.
     """
 
     epochs: int
     batch: int
     rate: float
-    one_cycle: bool = True
 
     def steps(self, images: int) -> int:
         """Training steps on so many images."""
@@ -43,16 +41,13 @@ def train(model: nn.Module, data: Split, method: Method, budget: Budget, seed: i
     draws = torch.Generator().manual_seed(seed)
     term = method.term
     optimizer = torch.optim.Adam(model.parameters(), budget.rate)
-    schedule = None
-    if budget.one_cycle:
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, budget.rate, total_steps=budget.steps(len(data)))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, budget.rate, total_steps=budget.steps(len(data)))
     model.train()
     for _ in range(budget.epochs):
         shuffled = torch.randperm(len(data), generator=order).to(data.labels.device)
         for index in shuffled.split(budget.batch)[: len(data) // budget.batch]:
             yield step(model, optimizer, data.take(index), term, draws, method.transform)
-            if schedule is not None:
-                schedule.step()
+            schedule.step()
 
 
 def step(
