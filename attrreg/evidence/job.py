@@ -25,7 +25,7 @@ from attrreg.evidence.sources import Source
 from attrreg.evidence.training import Budget, predict, train
 
 SELECTIONS = ("similar", "valid")  # the splits on which an epoch can be chosen, and settings
-SAMPLE = 64
+SAMPLE = 32
 JUDGES: dict[str, metrics.Attribution] = {
     "input gradient": InputGradient().attribute,
     "integrated gradients": IntegratedGradients(steps=8, chunk=None).attribute,

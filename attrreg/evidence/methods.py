@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from attrreg import ActivationDifference, AttributionRegularizer, ExpectedGradients, GradCAM, InputGradient, IntegratedGradients, PGDEx
 from attrreg.adversarial import AdversarialInvariance
 from attrreg.baselines import Masked, Shuffle
-from attrreg.objectives import AbsoluteOutside, NetOutside
+from attrreg.objectives import AbsoluteOutside, NetOutside, SquaredOutside
 from attrreg.scores import Contrast, RandomProjection, SumLogProb
 from attrreg.transforms import ReplaceOutside
 
@@ -63,7 +63,7 @@ METHODS = (
     Method("adversarial", adversary=_adversary, weight=0.3),
     Method("PGD-Ex", PGDEx(epsilon=1.0, steps=3), 1.0),
     Method("GradMask", InputGradient(Contrast(), AbsoluteOutside()), 0.1),
-    Method("RRR", InputGradient(SumLogProb()), 0.1),
+    Method("RRR", InputGradient(SumLogProb(), SquaredOutside()), 0.1),
     Method("ActDiff", ActivationDifference(), 0.3),
     Method(
         "integrated gradients",

