@@ -73,8 +73,9 @@ class PathGradients:
             drew = not Rng.of(batch.device).same(self._replay)
         if drew or (self._coupled and recording.phase.normalised != {batch.shape[0]}):
             return None
-        found = [runner.backward(recording, score, [sites.INPUT], create_graph)[0].unflatten(0, (-1, places)) for score in self._scores]
-        return [[gradient[:, place] for gradient in found] for place in range(places)]
+        found = [runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
+        # Not by index, whose backward is a tensor of zeros for each place.
+        return [list(each) for each in zip(*(gradient.unflatten(0, (-1, places)).unbind(1) for gradient in found), strict=True)]
 
 
 def _separable(model: nn.Module) -> bool:

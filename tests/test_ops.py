@@ -171,7 +171,11 @@ def convolutions(draw: Any) -> tuple[bool, tuple[Tensor, Tensor, Tensor | None],
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_convolutions(case: tuple[bool, tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]) -> None:
     transposed, tensors, settings = case
-    function = getattr(F, f"conv{'_transpose' if transposed else ''}{tensors[1].dim() - 2}d")
+    check_convolution(getattr(F, f"conv{'_transpose' if transposed else ''}{tensors[1].dim() - 2}d"), tensors, settings)
+
+
+def check_convolution(function: Any, tensors: tuple[Tensor, Tensor, Tensor | None], settings: dict[str, Any]) -> None:
+    """Values and derivatives of both orders are PyTorch's."""
     inputs = [tensor.requires_grad_() for tensor in tensors if tensor is not None]
     found = []
     for context in (nullcontext(), twice_differentiable(Phase())):

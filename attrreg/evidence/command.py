@@ -27,7 +27,7 @@ def evidence(
     flip: Annotated[bool, typer.Option("--flip", help="Of --folder: mirror validation and test images, as the paper does.")] = False,
     dilation: Annotated[int, typer.Option(min=0, help="Of --folder: pixels by which masks are grown.")] = 0,
     method: Annotated[list[str] | None, typer.Option(help="Methods; again for each. Default: all.")] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Settings tried for each method.")] = 4,
+    trials: Annotated[int, typer.Option(min=1, help="Settings tried for each method.")] = 5,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings with the settings chosen.")] = 5,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of each training. Default: the data set's own.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Everything once, small: minutes. Draw no conclusions from it.")] = False,

@@ -25,7 +25,8 @@ from attrreg.evidence.sources import Source
 from attrreg.evidence.training import Budget, predict, train
 
 SELECTIONS = ("similar", "valid")  # the splits on which an epoch can be chosen, and settings
-SAMPLE = 32
+IDLE = 4  # one part in so many of the epochs is over before one can be chosen: a model that has learnt nothing is fooled by nothing
+SAMPLE = 32  # test images whose maps are judged
 JUDGES: dict[str, metrics.Attribution] = {
     "input gradient": InputGradient().attribute,
     "integrated gradients": IntegratedGradients(steps=8, chunk=None).attribute,
@@ -116,9 +117,9 @@ Note = Callable[[int], None]  # told of each epoch that is over
 def run(job: Job, device: torch.device, note: Note = lambda epochs: None) -> Record:
     """Train and measure.
 
-    After each epoch the cross-entropy is taken on both validation splits, and the weights with the lowest on each are kept: so one
-    training shows what a user with shifted validation data would have, and one without. On one CPU thread, since sums round differently
-    on more: to use more cores, run more jobs at a time.
+    After each epoch from a quarter on the cross-entropy is taken on both validation splits, and the weights with the lowest on each
+    are kept: so one training shows what a user with shifted validation data would have, and one without. On one CPU thread, since sums
+    round differently on more: to use more cores, run more jobs at a time.
 
     Raises:
         packages.Missing: a package that the data comes from is not here.
@@ -140,7 +141,7 @@ def _run(job: Job, device: torch.device, note: Note) -> Record:
     for count, _ in enumerate(train(model, data, job.train_with(), budget, job.seed), start=1):
         if count % each == 0:
             model.eval()
-            for name in SELECTIONS:
+            for name in SELECTIONS if count // each >= job.epochs / IDLE else ():
                 loss = _loss(model, getattr(task, name))
                 if name not in best or loss < best[name][0]:
                     best[name] = loss, count // each, copy.deepcopy(model.state_dict())

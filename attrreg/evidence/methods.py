@@ -61,7 +61,7 @@ METHODS = (
     Method("masked", transform=ReplaceOutside()),
     Method("shuffled", transform=ReplaceOutside(Shuffle())),
     Method("adversarial", adversary=_adversary, weight=0.3),
-    Method("PGD-Ex", PGDEx(epsilon=1.0, steps=3), 1.0),
+    Method("PGD-Ex", PGDEx(epsilon=1.0, steps=2), 1.0),
     Method("GradMask", InputGradient(Contrast(), AbsoluteOutside()), 0.1),
     Method("RRR", InputGradient(SumLogProb(), SquaredOutside()), 0.1),
     Method("ActDiff", ActivationDifference(), 0.3),

@@ -28,7 +28,7 @@ def plan(
     data: Sequence[str] | None = None,
     methods: Sequence[str] | None = None,
     folder: Folder | None = None,
-    trials: int = 4,
+    trials: int = 5,
     seeds: int = 5,
     epochs: int | None = None,
     quick: bool = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -204,20 +205,25 @@ def _annotate(plan: Plan, training: Training, ledger: Ledger) -> None:
 
 
 def trials(method: Method, training: Training, count: int) -> list[Job]:
-    """The settings to try: first a method's own weight, then drawn log-uniformly, the same rates and factors of the weight for each method.
+    """The settings to try: first a method's own weight, then spread evenly, the same rates and factors of the weight for each method.
 
-    One set of draws serves both selections, so the sampler must not look at results: it is optuna's random one.
+    One set of settings serves both selections, so the sampler must not look at results: it is optuna's low-discrepancy one. A handful
+    of purely random settings can leave a half of the weights untried.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=TUNING_SEED))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.QMCSampler(qmc_type="sobol", scramble=True, seed=TUNING_SEED, warn_asynchronous_seeding=False)
+    study = optuna.create_study(sampler=sampler)
     study.enqueue_trial({"rate": RATE, "factor": 1.0})
     made = []
     for _ in range(count):
         trial = study.ask()
         rate = trial.suggest_float("rate", *RATES, log=True)
         factor = trial.suggest_float("factor", 1 / SPREAD, SPREAD, log=True)
+        study.tell(trial, 0.0)  # the sampler learns the names from a trial that is over
         weight = method.weight * factor if method.weighted else 1.0
         made.append(Job(training.source, method.name, TUNING_SEED, _rounded(rate), _rounded(weight), training.epochs, training.batch))
     return made

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from attrreg.ops import pointwise
+from attrreg.ops import depthwise, pointwise
 from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
@@ -46,9 +46,10 @@ class Geometry:
         if self._is_pointwise(x, w):
             gx = pointwise.input_gradient(gy, w) if mask[0] else None
             return gx, pointwise.weight_gradient(gy, x, w) if mask[1] else None, _bias_gradient(gy) if mask[2] else None
-        if mask[1] and self._is_heavy(gy, x, w):
+        own = self._weight_products(gy, x, w) if mask[1] else None
+        if own is not None:
             gx, _, gb = self.backward(gy, x, w, [mask[0], False, mask[2]]) if mask[0] or mask[2] else (None, None, None)
-            return gx, self._product_of_columns(gy, x, w), gb
+            return gx, own, gb
         channels = [w.shape[1] * self.groups if self.transposed else w.shape[0]]
         sizes = (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
         gradients: tuple[Tensor, Tensor, Tensor] = aten.convolution_backward(gy, x, w, channels if mask[2] else None, *sizes, mask)
@@ -66,13 +67,16 @@ class Geometry:
         assert gw is not None
         return gw
 
-    def _is_heavy(self, gy: Tensor, x: Tensor, w: Tensor) -> bool:
-        """Whether weights are many and positions few, as in the last stage of a network on small images.
-
-        Then a library's weight gradient is slower than the product that it is, mostly by laying out the weights.
-        """
-        few = gy.shape[0] * gy[0, 0].numel() <= w.shape[0] // 2
-        return few and x.dim() == 4 and self.groups == 1 and not self.transposed and _by_products(x)
+    def _weight_products(self, gy: Tensor, x: Tensor, w: Tensor) -> Tensor | None:
+        """The weight gradient by matrix products, where a library's is slower; else None."""
+        if x.dim() != 4 or self.transposed or not _by_products(x):
+            return None
+        # Weights are many and positions few, as in the last stage of a network on small images: a library mostly lays out the weights.
+        if self.groups == 1 and gy.shape[0] * gy[0, 0].numel() <= w.shape[0] // 2:
+            return self._product_of_columns(gy, x, w)
+        if self.groups == x.shape[1] == w.shape[0] and depthwise.is_slow(x, w):
+            return depthwise.weight_gradient(gy, x, w, self.stride, self.padding, self.dilation)
+        return None
 
     def _product_of_columns(self, gy: Tensor, x: Tensor, w: Tensor) -> Tensor:
         columns = F.unfold(x, tuple(w.shape[2:]), tuple(self.dilation), tuple(self.padding), tuple(self.stride)).transpose(0, 1).flatten(1)

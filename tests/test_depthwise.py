@@ -1,0 +1,60 @@
+"""Depthwise convolutions, whose weight gradients are products of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from attrreg.ops import Phase, depthwise, twice_differentiable
+from tests.test_ops import check_convolution
+
+
+@st.composite
+def depthwise_convolutions(draw: Any) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]:
+    kernel, sides = ([draw(st.integers(1, most)) for _ in range(2)] for most in (7, 12))
+    padding, stride, dilation = ([draw(st.integers(low, high)) for _ in range(2)] for low, high in ((0, 4), (1, 3), (1, 2)))
+    assume(all(side + 2 * p > d * (k - 1) for side, p, d, k in zip(sides, padding, dilation, kernel, strict=True)))
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    x = torch.randn(draw(st.integers(1, 3)), 3, *sides, dtype=torch.float64)
+    if draw(st.booleans()):
+        x = x.to(memory_format=torch.channels_last)
+    w, b = torch.randn(3, 1, *kernel, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    return (x, w, b if draw(st.booleans()) else None), {"padding": padding, "stride": stride, "dilation": dilation, "groups": 3}
+
+
+@given(depthwise_convolutions())
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+def test_as_pytorch(case: tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]) -> None:
+    check_convolution(F.conv2d, *case)
+
+
+@given(depthwise_convolutions())
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+def test_the_products_are_right_also_where_they_are_not_used(case: tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]) -> None:
+    (x, w, _), given = case
+    y = F.conv2d(x, w.requires_grad_(), **given)
+    gy = torch.randn_like(y)
+    (want,) = torch.autograd.grad(y, w, gy)
+    found = depthwise.weight_gradient(gy, x, w, given["stride"], given["padding"], given["dilation"])
+    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-10)
+
+
+def test_where_they_are_used() -> None:
+    def used(size: int, kernel: int, groups: int = 8, channels_last: bool = False) -> bool:
+        x, w = torch.randn(2, 8, size, size), torch.randn(8, 8 // groups, kernel, kernel, requires_grad=True)
+        x = x.to(memory_format=torch.channels_last) if channels_last else x
+        with patch.object(depthwise, "weight_gradient", wraps=depthwise.weight_gradient) as spy:
+            with twice_differentiable(Phase()):
+                y = F.conv2d(x, w, padding=kernel // 2, groups=groups)
+            y.sum().backward()
+        return spy.called
+
+    assert used(14, 5) and used(7, 7) and used(2, 3) and used(8, 5, channels_last=True)
+    assert not used(14, 3) and not used(64, 5) and not used(28, 5, channels_last=True)  # PyTorch's is fast, or the product too large
+    assert not used(14, 5, groups=2) and not used(2, 1)
