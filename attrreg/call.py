@@ -71,9 +71,10 @@ class Call:
         try:
             chosen = self._chosen(output)
         except (KeyError, IndexError, AttributeError, TypeError) as error:
-            raise TypeError(
-                f"output={self.output!r} does not fit {_described(output)}, which the model returned. Select the logits in it."
-            ) from error
+            remedy = "Select the logits in it."
+            if isinstance(output, Tensor):
+                remedy = "Leave output= out, or pass a function if the model returns something else in train mode."
+            raise TypeError(f"output={self.output!r} does not fit {_described(output)}, which the model returned. {remedy}") from error
         if not isinstance(chosen, Tensor):
             selected = "" if self.output is None else f", in which output={self.output!r} is {_described(chosen)}"
             raise TypeError(
@@ -92,6 +93,8 @@ class Call:
             return output
         if callable(self.output):
             return self.output(output)
+        if isinstance(output, Tensor):  # where there are auxiliary heads in train mode only; an index would pick an image
+            raise TypeError("a tensor has no parts that are logits")
         if isinstance(self.output, str) and not isinstance(output, Mapping):
             return getattr(output, self.output)
         return output[self.output]

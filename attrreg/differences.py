@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attrreg import hooks, sites
 from attrreg.engines import Engine, FiniteDifference
-from attrreg.recompute import trainable_leaves
+from attrreg.graph import trainable_leaves
 from attrreg.runner import Runner
 from attrreg.scores import Score
 from attrreg.state import Rng, full_precision, isolated

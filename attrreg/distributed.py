@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
+from attrreg.graph import trainable_leaves
 from attrreg.masks import All, Annotation
-from attrreg.recompute import trainable_leaves
 from attrreg.wrappers import data_parallel
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from attrreg.ops import Phase, twice_differentiable
+from attrreg.graph import LEAF
+from attrreg.ops import Phase, checkpoints_recompute_inside, twice_differentiable
 from attrreg.ops.rectify import Rule, rectify
 from attrreg.sites import FEATURES, INPUT, OUTPUT, SPATIAL, SPECIAL, varies
-from attrreg.state import Rng
+from attrreg.state import Rng, own_buffers
 
-LEAF = "_attrreg_leaf"  # marks tensors that we made to be differentiated
 MAPS = 128  # how many of the last maps are kept for layer="auto": more than the last block of any timm model has
+HEADS = 4  # how many of the last layers may belong to an auxiliary head, and one more
 PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -37,6 +38,7 @@ class Recording:
         problems: for each site that could not be recorded, why.
         maps: for the site `SPATIAL`, the last layers whose output is a map, by name, in the order they ran; the known one
             alone, if it is known.
+        features: for the site `FEATURES`, what entered and left each of the last few layers that could be it.
         output: what the model returned, and `returned` what its wrappers made of that.
         rng: the state from which the forward drew, to replay it.
         state: of the model, to tell whether it is the same still.
@@ -49,6 +51,7 @@ class Recording:
     values: dict[str, Tensor]
     problems: Mapping[str, str]
     maps: tuple[tuple[str, Tensor], ...]
+    features: tuple[tuple[Tensor, Tensor], ...]
     output: Any
     returned: Any
     rng: Rng
@@ -76,7 +79,8 @@ class Tap:
     Args:
         model: the model.
         sites: what to record; True where a gradient will be taken.
-        own: the pass is the library's own, so the model works on a copy of the images.
+        own: the library runs the pass, so the model works on a copy of the images.
+        extra: the user's loop has no such pass, so nothing of it may reach the buffers.
         map: the layer that `SPATIAL` is known to be; None: keep the last few that it could be.
         twice: gradients will be differentiated again.
         moves: what is added to the outputs of layers.
@@ -94,8 +98,10 @@ class Tap:
         moves: Mapping[str, Tensor] = MappingProxyType({}),
         places: int = 1,
         rule: Rule | None = None,
+        extra: bool = False,
     ) -> None:
         self._model = model
+        self._extra = extra
         self._map = map
         self._sites = sites
         self._own = own
@@ -106,6 +112,7 @@ class Tap:
         self._values: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
         self._maps: deque[tuple[str, Tensor]] = deque(maxlen=MAPS)
+        self._features: deque[tuple[Tensor, Tensor]] = deque(maxlen=HEADS)
         self._runs: Counter[str] = Counter()
         self._output: Any = None
         self._written = 0
@@ -118,6 +125,7 @@ class Tap:
         self._x, self._version, self._rng, self._half = x, x._version, Rng.of(x.device), _in_half(x)
         try:
             self._register()
+            self._operators.enter_context(checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra)))
             taken = {site for site, gradient in self._sites.items() if gradient}
             if taken and self._twice:  # else no gradient is taken that could be differentiated again
                 # What comes before the first of them is differentiated once, by PyTorch's own operators.
@@ -148,6 +156,8 @@ class Tap:
         for site in self._sites.keys() - set(SPECIAL) - self._values.keys() - self._problems.keys():
             self._problems[site] = f"layer {site!r} did not run in the forward. Name a layer that the model uses."
         maps = tuple((name, value) for name, value in self._maps if self._runs[name] == 1)  # or the name would say too little
+        if self._maps and not maps:
+            self._problems[SPATIAL] = "every layer with a map ran more than once in one forward. Let the model run once on each image."
         if self._map is not None and maps:
             self._values[SPATIAL] = maps[-1][1]
         state = _state(self._model)
@@ -159,6 +169,7 @@ class Tap:
             values=self._values,
             problems=self._problems,
             maps=maps,
+            features=tuple(self._features),
             output=inner,
             returned=output,
             rng=self._rng,
@@ -182,7 +193,7 @@ class Tap:
         for site in self._sites:
             if site == FEATURES:
                 for module in _projections(self._model):
-                    self._hooks.append(module.register_forward_pre_hook(self._take_features))
+                    self._hooks.append(module.register_forward_hook(self._take_features))
             elif site == SPATIAL:
                 for name, module in self._model.named_modules():
                     if name and self._map in (None, name):
@@ -212,6 +223,12 @@ class Tap:
             if site in self._values:
                 self._problems[site] = f"layer {site!r} ran more than once in one forward. Name a layer that runs once."
                 return None
+            if self._sites[site] and not torch.is_grad_enabled():
+                self._problems[site] = (
+                    f"layer {site!r} ran under no_grad, or in a block checkpointed with use_reentrant=True, so no gradient can be taken "
+                    "there. Name a later layer, or use torch.utils.checkpoint with use_reentrant=False."
+                )
+                return None
             if site in self._moves:
                 output = output + self._moves[site].to(output.dtype)
             self._values[site] = value = _differentiable(output) if self._sites[site] else output
@@ -222,9 +239,11 @@ class Tap:
 
         return hook
 
-    def _take_features(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _take_features(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if args and isinstance(args[0], Tensor):
             self._values[FEATURES] = args[0]  # the last one stays
+            if isinstance(output, Tensor):
+                self._features.append((args[0], output))
 
     def _take_map(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
@@ -245,6 +264,12 @@ class Tap:
             return None if value is output else value.clone()
 
         return hook
+
+
+def _recomputing(model: nn.Module, phase: Phase, extra: bool) -> Callable[[], AbstractContextManager[object]]:
+    """Where checkpointed blocks are recomputed, without holding on to what the pass recorded."""
+    # BatchNorm counts a recomputation as a batch. In the backward of the loop's own forward that is PyTorch's way.
+    return lambda: own_buffers(model) if extra or phase.inner else nullcontext()
 
 
 def _in_half(x: Tensor) -> bool:
@@ -270,9 +295,10 @@ def forward(
     moves: Mapping[str, Tensor] = MappingProxyType({}),
     places: int = 1,
     rule: Rule | None = None,
+    extra: bool = True,
 ) -> Recording:
     """Run the model once on `x` by `run`, recording the sites. For the other arguments see `Tap`."""
-    tap = Tap(model, sites, own=True, twice=twice, moves=moves, places=places, rule=rule)
+    tap = Tap(model, sites, own=True, twice=twice, moves=moves, places=places, rule=rule, extra=extra)
     try:
         output = run(tap.open(x))
     finally:

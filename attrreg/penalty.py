@@ -15,10 +15,10 @@ from attrreg.attach import Attachment
 from attrreg.call import Call, Inputs, Select
 from attrreg.distributed import Group
 from attrreg.engines import Engine
+from attrreg.graph import trainable_leaves
 from attrreg.needs import Grad, Need
 from attrreg.part import check_fraction, part_of
 from attrreg.points import CLEAN
-from attrreg.recompute import trainable_leaves
 from attrreg.state import full_precision, undone_on_error
 from attrreg.trace import Trace, check_needs, sites_at
 from attrreg.wrappers import refuse_compiling
@@ -124,5 +124,5 @@ def _check_trainable(name: str, per_image: Tensor, x: Tensor) -> None:
         return
     raise RuntimeError(
         f"{name}: the penalty has no path to any trainable parameter, so it could train nothing. Unfreeze parameters that it "
-        "depends on, or choose another layer or score."
+        "depends on, choose another layer or score, or checkpoint with use_reentrant=False where the model checkpoints."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from attrreg.hooks import LEAF
+from attrreg.graph import trainable_leaves
 from attrreg.points import Stop
 
 
@@ -22,20 +22,6 @@ class Gradients(Protocol):
 
     def __call__(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]]:
         """For each place, one gradient a score, of the shape of its images."""
-
-
-def trainable_leaves(*values: Tensor) -> Iterator[Tensor]:
-    """The leaves that a graph leads to, those left out that we made ourselves to be differentiated."""
-    pending, seen = [value.grad_fn for value in values], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and not hasattr(variable, LEAF):
-            yield variable
-        pending.extend(parent for parent, _ in node.next_functions)
 
 
 def along(

@@ -14,10 +14,16 @@ from attrreg import hooks, sites
 from attrreg.attach import attached, suspended
 from attrreg.call import Call
 from attrreg.distributed import sharded
+from attrreg.graph import checkpoints_reentrant, read, reads
 from attrreg.masks import penalty_dtype
 from attrreg.ops.rectify import Rule
 from attrreg.scores import Score
 from attrreg.state import full_precision
+
+REENTRANT = (
+    "The model checkpoints activations with use_reentrant=True, through which PyTorch cannot take a gradient of a gradient. "
+    "Use torch.utils.checkpoint with use_reentrant=False."
+)
 
 
 @dataclass
@@ -72,7 +78,7 @@ class Runner:
             counter.forward += 1
         with suspended(self.call.model):
             run = partial(self.call.run, as_users_forward=as_users_forward)
-            return hooks.forward(self.call.model, image, wanted, run, self.twice, moves, places, rule)
+            return hooks.forward(self.call.model, image, wanted, run, self.twice, moves, places, rule, extra=not as_users_forward)
 
     def backward(self, recording: hooks.Recording, score: Score, wanted: list[str], create_graph: bool) -> list[Tensor]:
         """The gradients of a score at the wanted sites, all from one backward."""
@@ -80,7 +86,7 @@ class Runner:
         total = self._scores(value, score).sum()
         scale = _scale(total, value) if recording.half or self.at(recording, score.site).dtype == torch.float16 else None
         if sites.SPATIAL in wanted and sites.SPATIAL not in recording.values:
-            self._find_map(recording, total if scale is None else total * scale)
+            self._find_map(recording, score, total if scale is None else total * scale)
         inputs = [self.at(recording, site) for site in wanted]
         if scale is None:
             grads = self._gradients(recording, total, inputs, create_graph)
@@ -88,10 +94,7 @@ class Runner:
             grads = self._scaled_gradients(recording, total, scale, inputs, create_graph)
         for site, grad in zip(wanted, grads, strict=True):
             if grad is None:
-                raise RuntimeError(
-                    f"{score!r} does not depend on layer {site!r}, so its gradient there is zero for every input. Name a layer between "
-                    "the images and the score."
-                )
+                raise RuntimeError(_unreached(score, site, total))
             self._check_patches(site, grad)
         return [grad.to(penalty_dtype(grad.dtype)) for grad in grads if grad is not None]
 
@@ -131,10 +134,7 @@ class Runner:
         except RuntimeError as error:
             if "use_reentrant=True" not in str(error):
                 raise
-            raise RuntimeError(
-                "The model checkpoints activations with use_reentrant=True, through which PyTorch cannot take a gradient of a gradient. "
-                "Use torch.utils.checkpoint with use_reentrant=False."
-            ) from error
+            raise RuntimeError(REENTRANT) from error
 
     def _scaled_gradients(
         self, recording: hooks.Recording, total: Tensor, scale: Tensor, inputs: list[Tensor], create_graph: bool
@@ -159,14 +159,20 @@ class Runner:
                 "here on. Name an earlier layer, such as the norm before the last block's attention."
             )
 
-    def _find_map(self, recording: hooks.Recording, total: Tensor) -> None:
+    def _find_map(self, recording: hooks.Recording, score: Score, total: Tensor) -> None:
         """Choose the layer for `layer="auto"`: the last map that the score depends on."""
         if not recording.maps:
-            raise ValueError("layer='auto' found no layer with a spatial map. Name a layer whose output is (N, C, h, w).")
+            cause = recording.problems.get(sites.SPATIAL, "no layer has one. Name a layer whose output is (N, C, h, w).")
+            raise ValueError(f"layer='auto' found no layer with a spatial map: {cause}")
+        # Auxiliary heads have maps that the score does not read.
+        on_path = read(total, [map for _, map in recording.maps])
+        maps = [named for named, is_read in zip(recording.maps, on_path, strict=True) if is_read]
+        if not maps:
+            raise RuntimeError(_unreached(score, sites.SPATIAL, total))
         # Queries, keys and hidden features have maps too, but of another meaning or width: rather not those.
         width = getattr(self.call.model, "num_features", None)
-        outside = [(name, map) for name, map in recording.maps if not _inside_attention(self.call.model, name)]
-        usual = [(name, map) for name, map in outside if width in map.shape[1:]] or outside or list(recording.maps)
+        outside = [(name, map) for name, map in maps if not _inside(self.call.model, name)]
+        usual = [(name, map) for name, map in outside if width in map.shape[1:]] or outside or maps
         chosen = last, value = usual[-1]
         decided = isinstance(sites.layout(value, self.call.model, self.call.x, last), str)
         if not decided:
@@ -192,8 +198,18 @@ class Runner:
         if site == sites.OUTPUT:
             return self.call.logits(recording.output)
         if site in recording.problems or site not in recording.values:
-            raise ValueError(recording.problems.get(site, f"The model has nothing that could be {site}. Name a layer."))
-        return recording.values[site]
+            missing = "The model has no linear or convolutional layer, whose input would be the features. Name a layer."
+            raise ValueError(recording.problems.get(site, missing))
+        return self._features(recording) if site == sites.FEATURES else recording.values[site]
+
+    def _features(self, recording: hooks.Recording) -> Tensor:
+        """What enters the last layer that could be a classifier and that the logits come from: an auxiliary head may run after it."""
+        if len(recording.features) > 1 and (self.call.output is not None or isinstance(recording.output, Tensor)):
+            logits = self.call.logits(recording.output)
+            for entered, left in reversed(recording.features):
+                if left is logits or reads(logits, left):
+                    return entered
+        return recording.values[sites.FEATURES]
 
 
 def _scale(total: Tensor, value: Tensor) -> Tensor:
@@ -208,9 +224,26 @@ def _scale(total: Tensor, value: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(total), 4 - torch.frexp(gradient.abs().amax()).exponent).detach()
 
 
-def _inside_attention(model: nn.Module, name: str) -> bool:
+def _unreached(score: Score, site: str, total: Tensor) -> str:
+    """Why a score has no gradient at a site, and what to do."""
+    if checkpoints_reentrant(total):
+        return REENTRANT
+    if site in sites.SPECIAL:
+        place = "the images" if site == sites.INPUT else "any layer with a spatial map"
+        return (
+            f"{score!r} does not depend on {place}: on the way to it the model detaches or runs under no_grad, as a first block "
+            "checkpointed with use_reentrant=True does. Let gradients through, or choose another score or output."
+        )
+    return (
+        f"{score!r} does not depend on layer {site!r}, so its gradient there is zero for every input. Name a layer between the images "
+        "and the score."
+    )
+
+
+def _inside(model: nn.Module, name: str) -> bool:
+    """Whether a layer is a part of attention, or of the perceptron that follows it."""
     parts = name.split(".")
     holders = [model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts))]
-    return any("attn" in part.lower().replace("attn_block", "") for part in parts[:-1]) or any(
+    return any("attn" in part.lower().replace("attn_block", "") or part.lower() in ("mlp", "ffn") for part in parts[:-1]) or any(
         "attention" in type(holder).__name__.lower().replace("attentionblock", "") for holder in holders
     )

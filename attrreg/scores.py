@@ -69,11 +69,10 @@ class Score(Spec, ABC):
                 f"{name} needs at least {self.classes} classes, but the model has {value.shape[1]}. Use scores.BinaryLogit() for one "
                 "logit, scores.RegressionOutput() for a number."
             )
-        if self.needs_target and target is not None and bool((target >= value.shape[1]).any()):
-            raise ValueError(
-                f"target has the class {int(target.max())}, but the model has {value.shape[1]} classes. Pass class indices in "
-                f"[0, {value.shape[1]})."
-            )
+        classes = value.shape[1]
+        if self.needs_target and target is not None and bool((target >= classes).any()):
+            remedy = f"Pass class indices in [0, {classes})." if classes > 1 else "For one logit use scores.BinaryLogit()."
+            raise ValueError(f"target has the class {int(target.max())}, but the model has {classes} classes. {remedy}")
 
     @abstractmethod
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
@@ -248,9 +247,7 @@ class BinaryLogit(Score):
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
         """Check that there is one logit an image."""
         if value.dim() == 0 or value[0].numel() != 1:
-            raise ValueError(
-                f"BinaryLogit needs one logit an image, but the model returned {tuple(value.shape)}. Select it with `output=`."
-            )
+            raise ValueError(f"BinaryLogit needs one logit an image, but the model returned {tuple(value.shape)}. Select it by `output=`.")
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Score `(N,)` of logits `(N,)` or `(N, 1)` for targets `(N,)`."""
@@ -260,6 +257,8 @@ class BinaryLogit(Score):
 @dataclass(frozen=True, repr=False)
 class SegmentationLogit(Score):
     """Sum over pixels of the logit of the pixel's class. Logits `(N, C, H, W)`, targets `(N, H, W)` class indices.
+
+    One logit a pixel, `(N, 1, H, W)`, counts for class 1, its negative for class 0.
 
     Args:
         ignore_index: the class of pixels that are left out, so that a region can be scored alone.
@@ -279,12 +278,13 @@ class SegmentationLogit(Score):
             sizes = f"{tuple(value.shape)} and {tuple(_required(target).shape)}"
             raise ValueError(f"SegmentationLogit needs logits (N, C, H, W) and a target (N, H, W), got {sizes}. Resize one of them.")
         kept = _required(target)[_required(target) != self.ignore_index]
-        if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < value.shape[1]:
-            raise ValueError(f"target has classes outside [0, {value.shape[1]}). Pass class indices, or set ignore_index.")
+        if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < max(2, value.shape[1]):
+            raise ValueError(f"target has classes outside [0, {max(2, value.shape[1])}). Pass class indices, or set ignore_index.")
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Score `(N,)` of logits `(N, C, H, W)` for targets `(N, H, W)`."""
         kept = _required(target) != self.ignore_index
+        value = torch.cat((-value, value), dim=1) if value.shape[1] == 1 else value
         chosen = value.gather(1, torch.where(kept, _required(target), 0).unsqueeze(1)).squeeze(1)
         return torch.where(kept, chosen, torch.zeros_like(chosen)).sum(dim=(1, 2))
 
@@ -340,7 +340,8 @@ def _required(target: Tensor | None) -> Tensor:
 
 def _check_classes(target: Tensor) -> None:
     if target.is_floating_point() or target.dtype is torch.bool:
-        raise TypeError(f"target must be class indices, got {target.dtype}. For one-hot labels write `target.argmax(1)`.")
+        others = "For one-hot labels write `target.argmax(1)`; one logit takes BinaryLogit(), regression RegressionOutput()."
+        raise TypeError(f"target must be class indices, got {target.dtype}. {others}")
     if target.dim() != 1:
         raise ValueError(f"target must be ({len(target)},), one class an image of x, got {tuple(target.shape)}. Reshape it.")
     if bool((target < 0).any()):

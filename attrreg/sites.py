@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 INPUT = "<input>"  # the images
 OUTPUT = "<output>"  # the logits: what the model returns, after `output=`
-FEATURES = "<features>"  # what enters the last linear or convolutional layer that runs: the pooled features
+FEATURES = "<features>"  # what enters the last linear or convolutional layer that the logits come from: the pooled features
 SPATIAL = "<last spatial layer>"  # the last layer whose output is a map
 
 NCHW = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)

@@ -81,6 +81,17 @@ class Buffers:
 
 
 @contextmanager
+def own_buffers(model: nn.Module) -> Iterator[Buffers]:
+    """Run passes on copies of a model's buffers."""
+    buffers = Buffers(model)
+    try:
+        buffers.stand_in()
+        yield buffers
+    finally:
+        buffers.put_back()
+
+
+@contextmanager
 def isolated(model: nn.Module, rng: Rng | None = None, device: torch.device | None = None) -> Iterator[Buffers]:
     """Run passes that leave no trace in the model's buffers or the random number generators.
 
@@ -90,14 +101,12 @@ def isolated(model: nn.Module, rng: Rng | None = None, device: torch.device | No
         device: the device whose generator is kept, besides the CPU's; that of `rng` if given.
     """
     before = Rng.of(rng.device if rng is not None else device or torch.device("cpu"))
-    buffers = Buffers(model)
     try:
-        buffers.stand_in()
-        if rng is not None:
-            rng.restore()
-        yield buffers
+        with own_buffers(model) as buffers:
+            if rng is not None:
+                rng.restore()
+            yield buffers
     finally:
-        buffers.put_back()
         before.restore()
 
 

@@ -19,8 +19,10 @@ from attrreg import hooks, sites
 from attrreg.attach import attached
 from attrreg.call import Call
 from attrreg.differences import Differences, PathLeaves
+from attrreg.distributed import sharded
 from attrreg.engines import DoubleBackward, Engine
 from attrreg.folding import PathGradients
+from attrreg.graph import read
 from attrreg.needs import Grad, Need, Value
 from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
 from attrreg.recompute import Gradients, along
@@ -107,6 +109,16 @@ class Trace:
     def score(self, score: Score, at: Point = CLEAN) -> Tensor:
         """A score of each image, `(N,)`."""
         return self._runner.scores(self._recordings[self._seen(at)], self._concrete(score))
+
+    def sees_images(self, site: str, at: Point) -> bool:
+        """Whether the value at a site comes from the images, asked where it is the same at a point; takes a forward if those differ."""
+        if next(sharded(self.call.model), None) is not None:  # a forward that other ranks do not run would wait for them
+            return True
+        if torch.equal(self._recordings[self._seen(at)].x, self.call.x):
+            return True
+        with isolated(self.call.model, device=self.call.x.device):
+            recording = self._runner.forward(self.call.x.detach(), {sites.INPUT: True, site: False})
+        return read(self._runner.at(recording, site), [recording.values[sites.INPUT]])[0]
 
     def seen_from(self, point: Point) -> Trace:
         """The same passes, with a point in place of the clean images."""

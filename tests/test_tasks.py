@@ -41,8 +41,14 @@ def segmentation(logits: Tensor, target: Tensor) -> Tensor:
     return torch.stack([logits[i, int(target[i, r, c]), r, c] for i, r, c in pixels]).sum()
 
 
+def one_logit_a_pixel(logits: Tensor, target: Tensor) -> Tensor:
+    signs = torch.where(target == 1, 1.0, -1.0) * (target != -100)
+    return (signs * logits[:, 0]).sum()
+
+
 LABELS = torch.randint(0, 3, (3, 8, 8), generator=torch.Generator().manual_seed(0))
 LABELS[:, :2] = -100
+FOREGROUND = LABELS.clamp(max=1)
 HOT = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 1, 1]])
 
 Case = tuple[nn.Module, scores.Score, Tensor | None, Callable[[Tensor, Tensor], Tensor]]
@@ -54,6 +60,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "one logit, float": lambda: (SmoothNet(classes=1), scores.BinaryLogit(), torch.tensor([[1.0], [0.0], [1.0]]), binary),
     "segmentation": lambda: (Dense(3), scores.SegmentationLogit(), LABELS, segmentation),
     "segmentation, by the target's shape": lambda: (Dense(3), scores.ByTarget(), LABELS, segmentation),
+    "segmentation, one logit a pixel": lambda: (Dense(1), scores.SegmentationLogit(), FOREGROUND, one_logit_a_pixel),
     "regression": lambda: (SmoothNet(), scores.RegressionOutput(), None, lambda outputs, target: outputs.sum()),
     "regression, one of several": lambda: (SmoothNet(), scores.RegressionOutput(1), None, lambda outputs, target: outputs[:, 1].sum()),
 }
@@ -98,8 +105,9 @@ BAD: list[tuple[scores.Score, nn.Module, Tensor | None, str]] = [
     (scores.SegmentationLogit(), Dense(3), LABELS[:, :4], "Resize"),
     (scores.SegmentationLogit(), SmoothNet(), LABELS, r"needs logits \(N, C, H, W\)"),
     (scores.SegmentationLogit(), Dense(2), LABELS, r"outside \[0, 2\)"),
+    (scores.SegmentationLogit(), Dense(1), LABELS, r"outside \[0, 2\)"),
     (scores.RegressionOutput(3), SmoothNet(), None, "index in range"),
-    (scores.TargetLogit(), SmoothNet(classes=1), torch.tensor([0, 1, 0]), "class 1"),
+    (scores.TargetLogit(), SmoothNet(classes=1), torch.tensor([0, 1, 0]), "class 1.*use scores.BinaryLogit"),
 ]
 
 
@@ -108,3 +116,17 @@ def test_bad_targets_and_outputs(score: scores.Score, model: nn.Module, target: 
     x, mask, _ = smooth_batch()
     with pytest.raises(ValueError, match=message):
         attrreg.InputGradient(score)(model.double(), x, mask, target)
+
+
+def test_a_number_an_image_is_no_class() -> None:
+    x, mask, _ = smooth_batch()
+    with pytest.raises(TypeError, match=r"class indices, got torch.float64.*one logit takes BinaryLogit.*regression RegressionOutput"):
+        attrreg.InputGradient()(SmoothNet(classes=1).double(), x, mask, torch.rand(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("output", [0, "logits"])
+def test_an_output_of_train_mode_in_eval_mode(output: int | str) -> None:
+    x, mask, _ = smooth_batch()
+    for score in (scores.SumLogProb(), scores.RegressionOutput()):  # three images of three outputs: an index would pick an image
+        with pytest.raises(TypeError, match=r"does not fit a Tensor.*Leave output= out, or pass a function"):
+            attrreg.InputGradient(score)(SmoothNet().double(), x, mask, output=output)

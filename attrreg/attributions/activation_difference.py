@@ -72,7 +72,13 @@ class ActivationDifference(SingleRegularizer):
 
     def per_image(self, trace: Trace) -> Tensor:
         """The sum of distances."""
-        return torch.stack([self._distance(trace, site) for site in self._sites]).sum(dim=0)
+        distance = torch.stack([self._distance(trace, site) for site in self._sites]).sum(dim=0)
+        if not distance.any() and not any(trace.sees_images(site, self._masked) for site in self._sites):
+            raise RuntimeError(
+                f"{self!r}: the activations come from other inputs than the images, so they are the same on every image. Name a layer that "
+                "the images reach."
+            )
+        return distance
 
     def _distance(self, trace: Trace, site: str) -> Tensor:
         clean, masked = trace.value(site), trace.value(site, self._masked)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -73,22 +73,39 @@ def twice_differentiable(phase: Phase) -> Iterator[None]:
     Args:
         phase: tells the operators what the backward through them is for.
     """
-    with sdpa_kernel(SDPBackend.MATH), _Replace(phase), _checkpoints_recompute_alike(phase):
+
+    def start() -> None:
+        phase.active = True  # the recomputation must not change operators midway, where the first run did
+
+    # PyTorch captures autocast and generators for the recomputation, but not function modes or attention kernels.
+    with _operators(phase), checkpoints_recompute_inside(lambda: _operators(phase), start):
         yield
 
 
 @contextmanager
-def _checkpoints_recompute_alike(phase: Phase) -> Iterator[None]:
-    # PyTorch captures autocast and generators for the recomputation, but not function modes or attention kernels, and has
-    # no public way to add them from outside the checkpointed code.
-    frame = torch.utils.checkpoint._CheckpointFrame
+def _operators(phase: Phase) -> Iterator[None]:
+    with sdpa_kernel(SDPBackend.MATH), _Replace(phase):
+        yield
+
+
+@contextmanager
+def checkpoints_recompute_inside(
+    context: Callable[[], AbstractContextManager[object]], start: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Recompute blocks that are checkpointed (`use_reentrant=False`) meanwhile inside a context, whenever that happens.
+
+    Args:
+        context: made anew for each recomputation.
+        start: called where a checkpointed block starts.
+    """
+    frame = torch.utils.checkpoint._CheckpointFrame  # there is no public way in from outside the checkpointed code
 
     class Frame(frame):  # type: ignore[misc, valid-type]
         def __init__(self, recompute_fn: Callable[..., None], *rest: Any) -> None:
-            phase.active = True  # the recomputation must not change operators midway, where the first run did
+            start()
 
             def recompute(*args: Any) -> None:
-                with twice_differentiable(phase):
+                with context(), checkpoints_recompute_inside(context, start):  # a block may hold another
                     recompute_fn(*args)
 
             super().__init__(recompute, *rest)

@@ -1,0 +1,48 @@
+"""What an autograd graph leads to."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+LEAF = "_attrreg_leaf"  # marks tensors that we made to be differentiated
+
+
+def nodes(*values: Tensor) -> Iterator[Any]:
+    """The nodes that values were computed by, each once, the nearest first."""
+    pending, seen = deque(value.grad_fn for value in values), set()
+    while pending:
+        node = pending.popleft()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        pending.extend(parent for parent, _ in node.next_functions)
+
+
+def trainable_leaves(*values: Tensor) -> Iterator[Tensor]:
+    """The leaves that a graph leads to, those left out that we made ourselves to be differentiated."""
+    for node in nodes(*values):
+        variable = getattr(node, "variable", None)
+        if variable is not None and not hasattr(variable, LEAF):
+            yield variable
+
+
+def read(total: Tensor, values: Sequence[Tensor]) -> list[bool]:
+    """Of each value, whether a total was computed from it."""
+    found = set(nodes(total))
+    leaves = {id(node.variable) for node in found if hasattr(node, "variable")}
+    return [value is total or value.grad_fn in found or id(value) in leaves for value in values]
+
+
+def reads(total: Tensor, value: Tensor) -> bool:
+    """Whether a total was computed from a value, which is not a leaf; quick where they are near."""
+    return any(node is value.grad_fn for node in nodes(total))
+
+
+def checkpoints_reentrant(total: Tensor) -> bool:
+    """Whether a graph has blocks checkpointed with `use_reentrant=True`."""
+    return any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes(total))

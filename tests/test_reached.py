@@ -1,0 +1,230 @@
+"""What a score reaches and what it does not: auxiliary heads, other inputs, detached and checkpointed parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import attrreg
+from attrreg.regularizer import AttributionRegularizer
+from tests.models import SmoothNet, assert_close, gradients, smooth_batch
+
+ZERO = attrreg.baselines.Zero()
+
+
+class WithAuxiliary(nn.Module):
+    """An auxiliary head that runs last, on maps of the backbone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.body = nn.Conv2d(4, 5, 3, padding=1)
+        self.head = nn.Linear(5, 3)
+        self.aux = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 3, 1))
+
+    def forward(self, x: Tensor) -> Any:
+        stem = self.stem(x).tanh()
+        logits = self.head(self.body(stem).tanh().mean(dim=(2, 3)))
+        return {"out": logits, "aux": self.aux(stem).mean(dim=(2, 3))}
+
+
+@pytest.mark.parametrize(("output", "layer"), [("out", "body"), ("aux", "aux")])
+def test_the_automatic_layer_is_one_that_the_score_reads(output: str, layer: str) -> None:
+    model, (x, mask, target) = WithAuxiliary().double(), smooth_batch()
+    regularizer = attrreg.GradCAM()
+    want = attrreg.GradCAM(layer)(model, x, mask, target, output=output)
+    torch.testing.assert_close(regularizer(model, x, mask, target, output=output), want)
+    with regularizer.attach(model) as handle:
+        for _ in range(2):
+            model(x)
+            torch.testing.assert_close(regularizer(model, x, mask, target, output=output), want)
+    assert handle._map == layer
+
+
+@pytest.mark.parametrize("output", ["out", "aux"])
+def test_the_features_are_of_the_head_that_makes_the_logits(output: str) -> None:
+    model, (x, mask, _) = WithAuxiliary().double(), smooth_batch()
+    regularizer = attrreg.ActivationDifference(fill=ZERO)
+    masked = torch.where(mask[:, None], x, 0)
+
+    def features(x: Tensor) -> Any:
+        stem = model.stem(x).tanh()
+        return model.body(stem).tanh().mean(dim=(2, 3)) if output == "out" else model.aux[1](model.aux[0](stem)).flatten(1)
+
+    want = (features(x) - features(masked)).norm(dim=1).mean()
+    got = regularizer(model, x, mask, output=output)
+    torch.testing.assert_close(got, want)
+    assert_close(gradients(model, got), gradients(model, want), 1e-10)
+    with regularizer.attach(model):
+        model(x)
+        torch.testing.assert_close(regularizer(model, x, mask, output=output), want)
+
+
+class LateFusion(nn.Module):
+    """Adds logits of other data to those of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = SmoothNet()
+        self.other = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+
+    def forward(self, x: Tensor, data: Tensor) -> Any:
+        return self.net(x) + self.other(data)
+
+
+def test_features_of_other_inputs_are_refused() -> None:
+    model, (x, mask, _) = LateFusion().double(), smooth_batch()
+    data = torch.randn(3, 6, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"come from other inputs than the images.*Name a layer that the images reach"):
+        attrreg.ActivationDifference(fill=ZERO)(model, x, mask, inputs=(x, data))
+    assert attrreg.ActivationDifference("net.body", fill=ZERO)(model, x, mask, inputs=(x, data)) > 0
+    nothing = attrreg.ActivationDifference(fill=ZERO)(model, x, torch.ones_like(mask), inputs=(x, data))
+    assert nothing == 0  # all is relevant: nothing to tell apart
+
+
+class TwoBranches(nn.Module):
+    """As in timm's CrossViT, `num_features` is the width of two branches together, and by chance that of a perceptron's inside."""
+
+    num_features = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(2, 4, 2, stride=2)
+        self.mlp = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Tanh(), nn.Conv2d(8, 4, 1))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        patches = self.patches(x)
+        return self.head(torch.cat((patches, patches + self.mlp(patches)), dim=1).mean(dim=(2, 3)))
+
+
+def test_hidden_features_are_not_the_automatic_layer() -> None:
+    model, (x, mask, target) = TwoBranches().double(), smooth_batch()
+    with attrreg.GradCAM().attach(model) as handle:
+        model(x)
+        attrreg.GradCAM()(model, x, mask, target)
+    assert handle._map == "mlp"
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = SmoothNet()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x) + self.net(x.flip(3))
+
+
+class Detaches(SmoothNet):
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(self.act(self.stem(x))).detach().mean(dim=(2, 3)))
+        return logits
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=(2, 3)) @ self.weight.T
+
+
+class Reentrant(SmoothNet):
+    """Reentrant checkpoints behind the stem, or from the images on."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = checkpoint(self.stem, x, use_reentrant=True) if self.first else self.stem(x)
+        body = checkpoint(self.body, stem, use_reentrant=True)
+        logits: Tensor = self.head(F.silu(body).mean(dim=(2, 3)))
+        return logits
+
+
+REENTRANT = "use_reentrant=True.*use_reentrant=False"
+BAD: list[tuple[Callable[[], nn.Module], AttributionRegularizer, type[Exception], str]] = [
+    (Twice, attrreg.GradCAM(), ValueError, "every layer with a map ran more than once.*Let the model run once"),
+    (Detaches, attrreg.InputGradient(), RuntimeError, "does not depend on the images: .*detaches.*Let gradients through"),
+    (Detaches, attrreg.IntegratedGradients(2), RuntimeError, "does not depend on the images: .*Let gradients through"),
+    (Detaches, attrreg.GradCAM(), RuntimeError, "does not depend on any layer with a spatial map: .*Let gradients through"),
+    (Detaches, attrreg.GradCAM("body"), RuntimeError, "does not depend on layer 'body'.*Name a layer between"),
+    (Functional, attrreg.ActivationDifference(), ValueError, "no linear or convolutional layer.*Name a layer"),
+    (Functional, attrreg.GradCAM(), ValueError, "no layer has one. Name a layer"),
+    (lambda: Reentrant(False), attrreg.InputGradient(), RuntimeError, REENTRANT),
+    (lambda: Reentrant(False), attrreg.GradCAM(), RuntimeError, REENTRANT),
+    (lambda: Reentrant(False), attrreg.GradCAM("stem"), RuntimeError, REENTRANT),
+    (lambda: Reentrant(False), attrreg.GradCAM("body"), ValueError, f"'body' ran under no_grad.*{REENTRANT}"),
+    (lambda: Reentrant(False), attrreg.ActivationDifference("body"), RuntimeError, "no path.*use_reentrant=False"),
+    (lambda: Reentrant(True), attrreg.InputGradient(), RuntimeError, REENTRANT),
+    (lambda: Reentrant(True), attrreg.GradCAM("stem"), ValueError, REENTRANT),
+]
+
+
+@pytest.mark.parametrize(("build", "regularizer", "kind", "message"), BAD)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_what_is_not_reached_is_said(
+    build: Callable[[], nn.Module], regularizer: AttributionRegularizer, kind: type[Exception], message: str
+) -> None:
+    model, (x, mask, target) = build().double(), smooth_batch()
+    with pytest.raises(kind, match=message):
+        regularizer(model, x, mask, target)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Normalised(nn.Module):
+    """Batch normalisation in checkpointed blocks, one inside another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.inner = nn.Sequential(nn.BatchNorm2d(4), nn.Tanh())
+        self.body = nn.Sequential(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.Tanh())
+        self.head = nn.Linear(5, 3)
+
+    def _block(self, x: Tensor) -> Any:
+        return self.body(checkpoint(self.inner, x, use_reentrant=False))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(checkpoint(self._block, self.stem(x), use_reentrant=False).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("way", ["attached", "unattached", "evaluate"])
+@pytest.mark.parametrize(
+    "regularizer",
+    [
+        attrreg.InputGradient(),
+        attrreg.IntegratedGradients(3),
+        attrreg.IntegratedGradients(3, chunk=None),
+        attrreg.GradCAM("stem"),
+        attrreg.ActivationDifference(fill=ZERO),
+        attrreg.InputGradient().using(attrreg.engines.FiniteDifference()),
+    ],
+)
+def test_checkpoints_recompute_without_moving_statistics(regularizer: Any, way: str) -> None:
+    x, mask, target = smooth_batch()
+    torch.manual_seed(0)
+    plain = Normalised().double()
+    F.cross_entropy(plain(x), target).backward()  # counts its own recomputation: PyTorch's way
+    torch.manual_seed(0)
+    model = Normalised().double()
+    if way == "evaluate":
+        penalty = regularizer.evaluate(model, x, mask, target)
+        logits, value = penalty.output, penalty.total
+    elif way == "attached":
+        with regularizer.attach(model):
+            logits = model(x)
+            value = regularizer(model, x, mask, target)
+    else:
+        logits, value = model(x), regularizer(model, x, mask, target)
+    (F.cross_entropy(logits, target) + value).backward()
+    for (name, buffer), other in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other, msg=name)
