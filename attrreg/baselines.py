@@ -160,15 +160,17 @@ class Noise(Baseline):
 
 @dataclass(frozen=True, repr=False)
 class OtherImage(Baseline):
-    """Another image of the batch, drawn at random for each image (itself included), as expected gradients use."""
+    """Another image of the batch, drawn at random for each image, with replacement, as expected gradients use."""
 
     draws: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
-        """`x` with its images permuted."""
-        if x.shape[0] == 1:
+        """For each image of `x` one of the others."""
+        count = x.shape[0]
+        if count == 1:
             raise ValueError("OtherImage: a batch of one has no other image, so every attribution would be zero. Use another baseline.")
-        return x[torch.randperm(x.shape[0], generator=generator, device=x.device)]
+        steps = torch.randint(1, count, (count,), generator=generator, device=x.device)
+        return x[(torch.arange(count, device=x.device) + steps) % count]
 
 
 @dataclass(frozen=True, repr=False)

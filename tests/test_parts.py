@@ -112,6 +112,15 @@ def test_fills() -> None:
     assert abs(float(drawn.std()) - 3) < 0.1 and abs(float(drawn.mean()) - 1) < 0.1
 
 
+def test_another_image_is_never_the_image_itself_and_any_of_the_others() -> None:
+    x = torch.arange(4.0).view(4, 1, 1, 1)
+    other = torch.stack([baselines.OtherImage()(x, None, GENERATOR).flatten() for _ in range(3000)])
+    for image in range(4):
+        counts = torch.bincount(other[:, image].long(), minlength=4)
+        assert counts[image] == 0
+        assert all(900 < counts[value] < 1100 for value in range(4) if value != image)  # 1000 expected, standard deviation 26
+
+
 def test_expected_gradients_average_to_integrated_gradients() -> None:
     model, (x, _, target) = SmoothNet().double(), smooth_batch()
     want = attrreg.IntegratedGradients(64, baselines.Mean()).attribute(model, x, target)
