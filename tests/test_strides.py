@@ -36,10 +36,21 @@ LAYOUTS = ["dense", "transposed", "last axes swapped", "sliced", "every second",
 STORED: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     **{
         name: LAYERS[name]
-        for name in ("batch norm", "layer norm of two axes", "group norm", "relu", "leaky relu", "silu", "cat", "linear of tokens")
+        for name in (
+            "batch norm",
+            "layer norm of two axes",
+            "RMS norm",
+            "group norm",
+            "relu",
+            "leaky relu",
+            "silu",
+            "cat",
+            "linear of tokens",
+        )
     },
     "convolution": (F.conv2d, [(2, 4, 5, 5), (6, 4, 3, 3), (6,)]),
     "depthwise convolution": (lambda x, w: F.conv2d(x, w, groups=4, padding=1), [(2, 4, 5, 5), (4, 1, 3, 3)]),
+    "wide depthwise convolution": (lambda x, w: F.conv2d(x, w, groups=4, padding=2), [(2, 4, 5, 5), (4, 1, 5, 5)]),
     "pointwise convolution": (F.conv2d, [(2, 4, 3, 3), (6, 4, 1, 1)]),
     "patches": (lambda x, w: F.conv2d(x, w, stride=2), [(2, 4, 6, 6), (6, 4, 2, 2)]),
     "transposed convolution": (F.conv_transpose1d, [(2, 4, 5), (4, 3, 2)]),

@@ -43,6 +43,7 @@ WITH_PHASE: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.batch_norm: norm.batch_norm,
     F.layer_norm: norm.layer_norm,
     F.group_norm: norm.group_norm,
+    F.rms_norm: norm.rms_norm,
 }
 
 

@@ -2,7 +2,7 @@
 
 PyTorch composes these second derivatives from many pointwise operations and saves what each of them needs. With
 xhat = (x - mu) r, r = 1 / sqrt(var + eps), and P(u) = u - mean(u) - xhat mean(u xhat), which is its own adjoint (means run
-over the M values that are normalised together, g is the weight):
+over the M values that are normalised together, g is the weight; RMS normalisation has no mean: mu = 0, P(u) = u - xhat mean(u xhat)):
 
     gx = r P(g gy)                                      the first order
     for v, the gradient with respect to gx, with a = mean(g gy xhat), b = mean(v xhat), phi = sum(v gx):
@@ -225,3 +225,63 @@ def group_norm(
         return y
     shift = _column(bias, y) if bias is not None else y.new_zeros(())
     return torch.addcmul(shift, y, _column(weight, y))
+
+
+class _RMSNorm(Function):
+    """As layer normalisation with a mean of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, g: Tensor, shape: list[int], eps: float, phase: Phase) -> Tensor:
+        r = x.square().mean(_last(shape), keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, g, r)
+        ctx.shape, ctx.eps, ctx.phase = shape, eps, phase
+        return (x * r).mul_(g)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        x, g, r = ctx.saved_tensors
+        gx = _RMSNormInputGradient.apply(gy, x, g, r, ctx.shape) if wanted(ctx, 0) else None
+        gg = None
+        if wanted(ctx, 1):  # not in an attribution; by operations that can be differentiated
+            r = r if not torch.is_grad_enabled() else x.square().mean(_last(ctx.shape), keepdim=True).add(ctx.eps).rsqrt()
+            gg = (gy * x * r).sum_to_size(g.shape)
+        return gx, gg, None, None, None
+
+
+class _RMSNormInputGradient(Function):
+    @staticmethod
+    def forward(ctx: Any, gy: Tensor, x: Tensor, g: Tensor, r: Tensor, shape: list[int]) -> Tensor:
+        u = (gy * g).mul_(r)
+        gx = torch.addcmul(u, x, (u * x).mean(_last(shape), keepdim=True) * r * r, value=-1)
+        ctx.save_for_backward(gy, x, g, r, gx)
+        ctx.shape = shape
+        return gx
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        gy, x, g, r, gx = ctx.saved_tensors
+        axes, count = _last(ctx.shape), math.prod(ctx.shape)
+        a, b = (g * gy * x).mean(axes, keepdim=True) * r, (v * x).mean(axes, keepdim=True) * r
+        phi = (v * gx).sum(axes, keepdim=True)
+        rpv = torch.addcmul(v, x, b * r, value=-1).mul_(r)
+        for_g = (gy * rpv).sum_to_size(g.shape) if ctx.needs_input_grad[2] else None
+        for_x = (x * (-r * r * phi / count)).addcmul_(rpv, -r * a).addcmul_(gx, -r * b)
+        return rpv.mul_(g), for_x, for_g, None, None
+
+
+def _last(shape: list[int]) -> list[int]:
+    return list(range(-len(shape), 0))
+
+
+def rms_norm(
+    phase: Phase, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """`F.rms_norm`."""
+    wide = torch.promote_types(input.dtype, torch.float32)
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    if input.dtype != wide:  # as in `layer_norm`
+        return rms_norm(phase, input.to(wide), normalized_shape, None if weight is None else weight.to(wide), eps).to(input.dtype)
+    shape = list(normalized_shape)
+    result: Tensor = _RMSNorm.apply(input, weight if weight is not None else input.new_ones(shape), shape, eps, phase)
+    return result
