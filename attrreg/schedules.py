@@ -220,8 +220,15 @@ class Scheduled:
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a checkpoint."""
-        self.step = state["step"]
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: it is not what `state_dict` gave.
+        """
+        step = state.get("step")
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0 or len(state) != 1:
+            raise ValueError(f"state must be {{'step': count}}, as state_dict() gives it, got {state!r}. Pass what was saved of it.")
+        self.step = step
 
     def __repr__(self) -> str:
         return f"attrreg.Scheduled({self.regularizer!r}, {self.schedule!r})"
