@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from attrreg.masks import from_boxes
 
@@ -239,7 +239,7 @@ class WithMasks:
     classes, weighted by their shares (`MultiLabelLogit`).
 
         mix = WithMasks(v2.CutMix(num_classes=10))
-        loader = DataLoader(data, batch_size=32, collate_fn=lambda samples: mix(default_collate(samples)))
+        loader = DataLoader(data, batch_size=32, collate_fn=mix.collate)
 
     Args:
         mix: called with images and labels, returns both; must treat all channels alike.
@@ -272,6 +272,10 @@ class WithMasks:
         images, relevant, share = mixed[:, :-2], mixed[:, -2] > 0, mixed[:, -1]
         whole = share.flatten(1).amin(dim=1) > 1 - 4 * torch.finfo(x.dtype).eps  # shares of a blend add up to 1 but for rounding
         return Sample(images.contiguous(), relevant | ~whole.view(-1, 1, 1), labels, whole)
+
+    def collate(self, samples: list[Sample]) -> Sample:
+        """Mix the batch that `default_collate` makes of samples: a loader's `collate_fn` that any worker process can be given."""
+        return self(default_collate(samples))
 
     def __repr__(self) -> str:
         return f"attrreg.data.WithMasks({self.mix!r})"

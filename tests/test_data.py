@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import FastCollateMixup, Mixup, create_transform
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 from torchvision import datasets, tv_tensors
 from torchvision import transforms as v1
 from torchvision.transforms import v2
@@ -267,7 +267,7 @@ def test_masks_follow_the_mix(name: str) -> None:
 def test_mixed_batches_train(folder: MaskedImageFolder) -> None:
     data = MaskedImageFolder(folder.root, folder.masks, FLOAT)
     mix = WithMasks(v2.RandomChoice([v2.CutMix(num_classes=2), v2.MixUp(num_classes=2)]))
-    loader = DataLoader(data, batch_size=8, shuffle=True, collate_fn=lambda samples: mix(default_collate(samples)))
+    loader = DataLoader(data, batch_size=8, shuffle=True, collate_fn=mix.collate)
     x, mask, y, annotated = next(iter(loader))
     model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     value = attrreg.InputGradient()(model, x, mask, target=y, annotated=annotated)
@@ -275,6 +275,14 @@ def test_mixed_batches_train(folder: MaskedImageFolder) -> None:
     torch.testing.assert_close(value, shared)
     (F.cross_entropy(model(x), y) + value).backward()
     assert annotated.any() and not annotated.all() and float(value.detach()) > 0
+
+
+def test_a_mix_goes_to_spawned_workers(folder: MaskedImageFolder) -> None:
+    # They are given the data set and the collate function as pickles.
+    given = MaskedImageFolder(folder.root, folder.masks, FLOAT), WithMasks(Mixup(cutmix_alpha=1.0, num_classes=2)).collate
+    data, collate = pickle.loads(pickle.dumps(given))
+    mixed = collate([data[0], data[1]])
+    assert mixed.label.shape == (2, 2) and mixed.mask.dtype == torch.bool
 
 
 def test_what_cannot_be_mixed() -> None:
