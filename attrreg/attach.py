@@ -21,8 +21,8 @@ from attrreg.wrappers import compiled, compiling, unwrap
 class Attachment:
     """Handle of `reg.attach(model)`: records the loop's own forwards until it is removed.
 
-    A context manager; `remove()` does the same as leaving it. Nothing is recorded while gradients are disabled, nor when it
-    is not `due`: a schedule skips the step.
+    A context manager; `remove()` does the same as leaving it. Nothing is recorded while gradients are disabled, and the output
+    alone when it is not `due`: a schedule skips the step.
     """
 
     def __init__(self, entry: nn.Module, sites: Mapping[str, bool], due: Callable[[], bool] = lambda: True, twice: bool = True) -> None:
@@ -110,9 +110,10 @@ class Attachment:
         arguments: dict[int | str, Any] = dict(enumerate(args)) | kwargs
         tensors = [(key, value) for key, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point()]
         images = next((item for item in tensors if item[1].dim() == 4), None)
-        if not torch.is_grad_enabled() or images is None or not self._due():
+        if not torch.is_grad_enabled() or images is None:
             return None
-        self._tap = Tap(model, self._sites, own=False, map=self._map, twice=self._twice)
+        sites = self._sites if self._due() else {}  # of a skipped step the output alone, for `Scheduled.evaluate`
+        self._tap = Tap(model, sites, own=False, map=self._map, twice=self._twice)
         arguments[images[0]] = self._tap.open(images[1])
         return tuple(arguments[i] for i in range(len(args))), {name: arguments[name] for name in kwargs}
 
@@ -149,6 +150,14 @@ def attached(model: nn.Module) -> Attachment | None:
         if isinstance(owner, Attachment) and owner.live:
             return owner
     return None
+
+
+def recorded_output(model: nn.Module, x: Tensor) -> tuple[Any] | None:
+    """What the loop's own forward on `x` returned, if it was recorded."""
+    model = unwrap(model)
+    attachment = attached(model)
+    recording = attachment.take(model, x, {}, twice=False) if attachment is not None else None
+    return None if recording is None else (recording.returned,)
 
 
 def _inert() -> Attachment:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from attrreg.masks import from_boxes
 
@@ -173,7 +173,7 @@ class MaskedImageFolder(Dataset[Sample]):
         annotated: whether each image has a mask, `(len,)` bool.
 
     Raises:
-        TypeError, ValueError: naming the argument: there are no images, or none of them has a mask.
+        TypeError, ValueError: naming the argument: there are no images, none of them has a mask, or transforms take no mask.
     """
 
     def __init__(
@@ -186,14 +186,14 @@ class MaskedImageFolder(Dataset[Sample]):
         if not isinstance(masks, MaskSource):
             raise TypeError(f"masks must be a data.MaskSource, got {masks!r}. Write MaskFolder('masks') or BoxFile('boxes.json').")
         _check_folder("MaskedImageFolder", root)
+        _check_transforms(transforms)
         self.root, self.masks, self.transforms, self.loader = Path(root), masks, transforms, loader or _rgb
         if isinstance(masks, MaskFolder) and Path(masks.root).resolve().is_relative_to(self.root.resolve()):
             raise ValueError(f"The masks in {masks.root} lie within the images of {root}, and would be taken for images. Move them out.")
         self.classes, self.names, self.targets = _images(self.root)
         self.annotated = torch.tensor([name in masks for name in self.names])
         if not self.annotated.any():
-            example = f" (for {self.names[0]}: {masks.path(self.names[0])})" if isinstance(masks, MaskFolder) else f" (say {self.names[0]})"
-            raise ValueError(f"None of the {len(self)} images of {root} has a mask in {masks}{example}. Check the paths and the suffix.")
+            raise ValueError(f"None of the {len(self)} images of {root} has a mask in {masks} ({_example(masks, self.names[0])}.")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -202,7 +202,7 @@ class MaskedImageFolder(Dataset[Sample]):
         """Read an image and its mask, and transform both.
 
         Raises:
-            ValueError: naming the file: the mask does not fit its image, or a transform lost it.
+            TypeError, ValueError: naming the file: the mask does not fit its image, or a transform lost it.
         """
         from torchvision.transforms.v2 import functional
         from torchvision.tv_tensors import Image, Mask
@@ -213,7 +213,10 @@ class MaskedImageFolder(Dataset[Sample]):
         mask = Mask(self.masks(name, size) if known else torch.ones(size, dtype=torch.bool))
         if self.transforms is None:
             return Sample(image, mask, self.targets[index], known)
-        moved_image, moved_mask = self.transforms(image, mask)
+        moved = self.transforms(image, mask)
+        if not isinstance(moved, (tuple, list)) or len(moved) != 2:
+            raise TypeError(f"transforms returned a {type(moved).__name__} for {name} and its mask. Return both: image, mask.")
+        moved_image, moved_mask = moved
         if moved_mask.shape[-2:] != moved_image.shape[-2:]:
             raise ValueError(
                 f"transforms made {name} {tuple(moved_image.shape)} and its mask {tuple(moved_mask.shape)}. Use transforms of "
@@ -236,7 +239,7 @@ class WithMasks:
     classes, weighted by their shares (`MultiLabelLogit`).
 
         mix = WithMasks(v2.CutMix(num_classes=10))
-        loader = DataLoader(data, batch_size=32, collate_fn=lambda samples: mix(default_collate(samples)))
+        loader = DataLoader(data, batch_size=32, collate_fn=mix.collate)
 
     Args:
         mix: called with images and labels, returns both; must treat all channels alike.
@@ -249,7 +252,7 @@ class WithMasks:
         """Mix a batch.
 
         Raises:
-            TypeError, ValueError: the images are integers, or the masks are soft or not of the images' size.
+            TypeError, ValueError: the images are integers, the masks are soft or not of the images' size, or the mix is none of tensors.
         """
         x, mask, label, annotated = batch
         if not x.is_floating_point():
@@ -259,10 +262,20 @@ class WithMasks:
         if mask.shape != (x.shape[0], *x.shape[2:]):
             raise ValueError(f"mask must be {(x.shape[0], *x.shape[2:])}, as the images, to be mixed; got {tuple(mask.shape)}. Resize it.")
         known = annotated.view(-1, 1, 1).expand_as(mask)
-        mixed, labels = self.mix(torch.cat([x, torch.stack([mask & known, known], dim=1).to(x)], dim=1), label)
+        stacked = torch.cat([x, torch.stack([mask & known, known], dim=1).to(x)], dim=1)
+        mixed, labels = self.mix(stacked, label)
+        if mixed.shape != stacked.shape or mixed.dtype != x.dtype:  # timm's FastCollateMixup rounds to integers
+            raise TypeError(
+                f"{type(self.mix).__name__} made {mixed.dtype} {tuple(mixed.shape)} of {x.dtype} {tuple(stacked.shape)}, in which masks "
+                "are lost. Use CutMix or MixUp of torchvision.transforms.v2, or timm.data.Mixup."
+            )
         images, relevant, share = mixed[:, :-2], mixed[:, -2] > 0, mixed[:, -1]
         whole = share.flatten(1).amin(dim=1) > 1 - 4 * torch.finfo(x.dtype).eps  # shares of a blend add up to 1 but for rounding
         return Sample(images.contiguous(), relevant | ~whole.view(-1, 1, 1), labels, whole)
+
+    def collate(self, samples: list[Sample]) -> Sample:
+        """Mix the batch that `default_collate` makes of samples: a loader's `collate_fn` that any worker process can be given."""
+        return self(default_collate(samples))
 
     def __repr__(self) -> str:
         return f"attrreg.data.WithMasks({self.mix!r})"
@@ -277,6 +290,24 @@ def _rgb(path: Path) -> Any:
 def _check_folder(who: str, root: str | Path) -> None:
     if not Path(root).is_dir():
         raise ValueError(f"{who}: there is no folder {root}. Give the path of one.")
+
+
+def _check_transforms(transforms: Transforms | None) -> None:
+    from torchvision.transforms import transforms as first
+
+    if type(transforms).__module__ == first.__name__:  # also what timm.data.create_transform makes
+        raise TypeError(
+            f"transforms is a {type(transforms).__name__} of torchvision.transforms, which moves an image without its mask. Use that of "
+            "torchvision.transforms.v2."
+        )
+
+
+def _example(masks: MaskSource, name: PurePosixPath) -> str:
+    if isinstance(masks, MaskFolder):
+        return f"for {name}: {masks.path(name)}). Check the paths and the suffix"
+    if isinstance(masks, BoxFile) and masks.boxes:
+        return f"an image is {name}, and in the file {next(iter(masks.boxes))}). Give each `file_name` as the path below the image root"
+    return f"say {name}). Check the paths"
 
 
 def _images(root: Path) -> tuple[list[str], list[PurePosixPath], list[int]]:

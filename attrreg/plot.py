@@ -57,7 +57,7 @@ def attributions(
         The figure.
 
     Raises:
-        ValueError: naming the argument whose shape or titles do not fit.
+        TypeError, ValueError: naming the argument whose type, shape, range or titles do not fit.
         ImportError: matplotlib is missing.
     """
     figure = _figure()
@@ -133,10 +133,13 @@ def _checked(
     captions: Mapping[str, Sequence[str]] | None,
 ) -> tuple[Tensor, Tensor]:
     """The mask as `(N, 1, H, W)` on the CPU, and which images have one."""
+    for argument, value in {"images": images, "mask": mask, **maps}.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}. Convert it, for example with torch.as_tensor.")
     if images.dim() != 4 or images.shape[0] == 0:
         raise ValueError(f"images must be (N, C, H, W), got {tuple(images.shape)}. Add or keep the missing axes.")
     count = images.shape[0]
-    known = torch.ones(count, dtype=torch.bool) if annotated is None else annotated.cpu()
+    known = torch.ones(count, dtype=torch.bool) if annotated is None else annotated.cpu().bool()
     relevant = mask.detach().cpu().float()
     relevant = relevant.expand(count, *mask.shape) if mask.dim() == 2 else relevant
     relevant = relevant.unsqueeze(1) if relevant.dim() == 3 else relevant
@@ -144,6 +147,8 @@ def _checked(
         raise ValueError(
             f"mask {tuple(mask.shape)} and annotated {tuple(known.shape)} do not fit {count} images. Give (N, H, W) and (N,), one an image."
         )
+    if relevant[known].numel() and not 0 <= float(relevant[known].min()) <= float(relevant[known].max()) <= 1:
+        raise ValueError("mask leaves [0, 1], in which 1 = relevant. Write `mask > 0`, or `mask == label` for a map of labels.")
     if not maps:
         raise ValueError('maps is empty. Give at least one, for example {"input gradient": phi}.')
     for name, map in maps.items():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from attrreg import penalty
-from attrreg.attach import Attachment
+from attrreg.attach import Attachment, recorded_output
 from attrreg.penalty import Penalty
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.spec import Spec
@@ -204,8 +204,7 @@ class Scheduled:
             terms = {name: weight * value for name, value in whole.terms.items()}
             result = Penalty(weight * whole.total, terms, whole.output)
         else:
-            inputs = settings.get("inputs")
-            output = model(**inputs) if isinstance(inputs, dict) else model(*(inputs if inputs is not None else (x,)))
+            (output,) = recorded_output(model, x) or (_plain_forward(model, x, settings.get("inputs")),)
             zero = _zero(model, x)
             result = Penalty(zero, {term.name: zero.detach() for term in self.regularizer.terms}, output)
         self.step += 1
@@ -220,11 +219,22 @@ class Scheduled:
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a checkpoint."""
-        self.step = state["step"]
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: it is not what `state_dict` gave.
+        """
+        step = state.get("step")
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0 or len(state) != 1:
+            raise ValueError(f"state must be {{'step': count}}, as state_dict() gives it, got {state!r}. Pass what was saved of it.")
+        self.step = step
 
     def __repr__(self) -> str:
         return f"attrreg.Scheduled({self.regularizer!r}, {self.schedule!r})"
+
+
+def _plain_forward(model: nn.Module, x: Tensor, inputs: Any) -> Any:
+    return model(**inputs) if isinstance(inputs, dict) else model(*(inputs if inputs is not None else (x,)))
 
 
 class _Nothing(Function):

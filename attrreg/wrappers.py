@@ -11,8 +11,17 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`: the one whose layers have the names."""
+    """The module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`: the one whose layers have the names.
+
+    Raises:
+        TypeError: it is TorchScript.
+    """
     while True:
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(
+                "The model is a TorchScript module, in which neither layers nor operators can be reached. Pass the module that it was "
+                "made from."
+            )
         if isinstance(model, (DataParallel, DistributedDataParallel)):
             model = model.module
         elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):  # torch._dynamo.OptimizedModule

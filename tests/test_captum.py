@@ -211,6 +211,7 @@ class Mine(captum.attr.Saliency):  # type: ignore[misc]
 LAYERED = {"layer": "body", "neuron_selector": (0, 1, 1)}
 BAD: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
     (TypeError, "pass the class captum.attr.Saliency, not an object of it", captum.attr.Saliency(nn.Identity()), {}),
+    (TypeError, "pass a class of captum.attr, such as captum.attr.Saliency, got 'Saliency'", "Saliency", {}),
     (TypeError, "Mine is not one of captum.attr's attributions", Mine, {}),
     (TypeError, "Linear is not one of captum.attr's attributions", nn.Linear, {}),
     (TypeError, "GradientAttribution is an abstract class", captum.attr.GradientAttribution, {}),

@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import Mixup
+from timm.data import FastCollateMixup, Mixup, create_transform
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 from torchvision import datasets, tv_tensors
+from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 import attrreg
@@ -184,7 +185,7 @@ def test_bad_files(root: Path, tmp_path: Path) -> None:
         MaskedImageFolder(tmp_path, MaskFolder(root / "masks"))
     with pytest.raises(ValueError, match=r"None of the 8 images of .*disc/000_m\.png\)\. Check the paths and the suffix"):
         MaskedImageFolder(root / "images", MaskFolder(root / "masks", "_m.png"))
-    with pytest.raises(ValueError, match=r"None of the 8 images .*boxes\.json.*say disc/000\.jpg"):
+    with pytest.raises(ValueError, match=r"None of the 8 images .*an image is disc/000\.jpg, and in the file 000\.jpg\).*path below"):
         MaskedImageFolder(root / "images", BoxFile(coco(tmp_path, images=[{"id": 7, "file_name": "000.jpg"}])))
     with pytest.raises(ValueError, match=r"lie within the images.*Move them out"):
         MaskedImageFolder(root, MaskFolder(root / "masks"))
@@ -206,6 +207,14 @@ def test_transforms_that_leave_the_mask_are_found(folder: MaskedImageFolder) -> 
     data = MaskedImageFolder(folder.root, folder.masks, lambda image, mask: (v2.functional.resize(image, [16, 16]), mask))
     with pytest.raises(ValueError, match=r"transforms made disc/000\.jpg .*transforms\.v2"):
         data[0]
+    with pytest.raises(TypeError, match=r"transforms returned a Image for disc/000\.jpg and its mask\. Return both"):
+        MaskedImageFolder(folder.root, folder.masks, lambda image, mask: image)[0]
+
+
+@pytest.mark.parametrize("transforms", [v1.Compose([v1.RandomCrop(16)]), v1.RandomHorizontalFlip(), create_transform(32)])
+def test_transforms_without_masks_are_refused(folder: MaskedImageFolder, transforms: Any) -> None:
+    with pytest.raises(TypeError, match=r"transforms is a \w+ of torchvision\.transforms,.*Use that of torchvision\.transforms\.v2"):
+        MaskedImageFolder(folder.root, folder.masks, transforms)
 
 
 # Mixing
@@ -258,7 +267,7 @@ def test_masks_follow_the_mix(name: str) -> None:
 def test_mixed_batches_train(folder: MaskedImageFolder) -> None:
     data = MaskedImageFolder(folder.root, folder.masks, FLOAT)
     mix = WithMasks(v2.RandomChoice([v2.CutMix(num_classes=2), v2.MixUp(num_classes=2)]))
-    loader = DataLoader(data, batch_size=8, shuffle=True, collate_fn=lambda samples: mix(default_collate(samples)))
+    loader = DataLoader(data, batch_size=8, shuffle=True, collate_fn=mix.collate)
     x, mask, y, annotated = next(iter(loader))
     model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     value = attrreg.InputGradient()(model, x, mask, target=y, annotated=annotated)
@@ -266,6 +275,14 @@ def test_mixed_batches_train(folder: MaskedImageFolder) -> None:
     torch.testing.assert_close(value, shared)
     (F.cross_entropy(model(x), y) + value).backward()
     assert annotated.any() and not annotated.all() and float(value.detach()) > 0
+
+
+def test_a_mix_goes_to_spawned_workers(folder: MaskedImageFolder) -> None:
+    # They are given the data set and the collate function as pickles.
+    given = MaskedImageFolder(folder.root, folder.masks, FLOAT), WithMasks(Mixup(cutmix_alpha=1.0, num_classes=2)).collate
+    data, collate = pickle.loads(pickle.dumps(given))
+    mixed = collate([data[0], data[1]])
+    assert mixed.label.shape == (2, 2) and mixed.mask.dtype == torch.bool
 
 
 def test_what_cannot_be_mixed() -> None:
@@ -276,3 +293,5 @@ def test_what_cannot_be_mixed() -> None:
         mix(given._replace(mask=given.mask[:, ::2, ::2]))
     with pytest.raises(TypeError, match=r"image must be floating point.*ToDtype"):
         mix(given._replace(image=given.image.byte()))
+    with pytest.raises(TypeError, match=r"FastCollateMixup made torch\.uint8 .* masks are lost\. Use CutMix"):
+        WithMasks(FastCollateMixup(num_classes=3))(given)

@@ -167,6 +167,7 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"images": torch.rand(3, 24, 24)}, r"images must be \(N, C, H, W\)"),
         ({"mask": torch.ones(2, 24, 24)}, r"mask \(2, 24, 24\) and annotated \(3,\) do not fit 3 images"),
         ({"annotated": torch.ones(2, dtype=torch.bool)}, r"annotated \(2,\) do not fit 3 images"),
+        ({"mask": torch.full((3, 24, 24), 255)}, r"mask leaves \[0, 1\].*mask > 0"),
         ({"maps": {}}, "maps is empty.*at least one"),
         ({"maps": {"phi": torch.rand(2, 3, 24, 24)}}, r"maps\['phi'\] is \(2, 3, 24, 24\).*for 3 images"),
         ({"maps": {"mask": torch.rand(3, 3, 24, 24)}}, "not called 'image' or 'mask'"),
@@ -179,6 +180,15 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         arguments: dict[str, Any] = {"images": x, "mask": mask, "maps": {"phi": phi}} | change
         plot.attributions(**arguments)
+
+
+@pytest.mark.parametrize("change", ["images", "mask", "phi"])
+def test_arrays_are_no_tensors(change: str) -> None:
+    x, mask, phi = case()
+    arguments: dict[str, Any] = {"images": x, "mask": mask, "phi": phi}
+    arguments[change] = arguments[change].numpy()
+    with pytest.raises(TypeError, match=f"{change} must be a tensor, got ndarray"):
+        plot.attributions(arguments["images"], arguments["mask"], {"phi": arguments["phi"]})
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,24 @@ def test_evaluate_on_a_skipped_step_is_the_plain_forward() -> None:
     (F.cross_entropy(second.output, target) + second.total).backward()
 
 
+def test_attached_evaluate_runs_no_forward_at_any_step() -> None:
+    model, x, mask, target = case()
+    forwards = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    regularizer = Scheduled(attrreg.InputGradient(), schedules.Every(2))
+    with regularizer.attach(model):
+        for _ in range(4):
+            output = model(x)
+            penalty = regularizer.evaluate(model, x, mask, target)
+            assert penalty.output is output
+            (F.cross_entropy(output, target) + penalty.total).backward()
+        regularizer.step = 1
+        output = model(x)
+        attrreg.InputGradient()(model, x, mask, target).backward()  # a skipped step's forward serves no other call
+        F.cross_entropy(output, target).backward()
+    assert len(forwards) == 6
+
+
 def test_the_zero_of_a_skipped_step_has_a_graph_and_no_gradient() -> None:
     model, x, mask, target = case()
     regularizer = Scheduled(attrreg.InputGradient(), schedules.Every(2))
@@ -161,6 +179,14 @@ def test_state_goes_through_a_checkpoint() -> None:
     assert other.step == 5
     assert repr(eval(repr(regularizer))) == repr(regularizer)
     assert pickle.loads(pickle.dumps(regularizer)).step == 5
+
+
+@pytest.mark.parametrize("state", [{}, {"step": "3"}, {"step": -1}, {"step": True}, {"step": 3, "param_groups": []}])
+def test_a_state_of_something_else_is_refused(state: Any) -> None:
+    regularizer = Scheduled(attrreg.InputGradient(), schedules.Every(3))
+    with pytest.raises(ValueError, match=r"state must be .*got .*Pass what was saved"):
+        regularizer.load_state_dict(state)
+    assert regularizer.step == 0
 
 
 def test_a_step_that_raises_does_not_count() -> None:

@@ -134,3 +134,12 @@ def test_bad_inputs() -> None:
         attrreg.InputGradient()(model, x, mask, target, inputs=(torch.tensor([0, 1, 2]), x.clone()))
     with pytest.raises(TypeError, match="inputs must be a tuple"):
         attrreg.InputGradient()(model, x, mask, target, inputs=[x])  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("attached", [False, True])
+def test_torchscript_is_refused(attached: bool) -> None:
+    x, mask, target = smooth_batch()
+    model = torch.jit.trace(SmoothNet().double(), x)
+    with pytest.raises(TypeError, match=r"TorchScript module.*Pass the module that it was made from"):
+        TERMS.attach(model) if attached else TERMS(model, x, mask, target)

@@ -77,10 +77,12 @@ def _known_name(attribution: Any) -> str:
     import captum.attr  # slow to import
 
     name = getattr(attribution, "__name__", "")
-    if not isinstance(attribution, type):
+    if isinstance(attribution, captum.attr.Attribution):
         raise TypeError(
             f"from_captum: pass the class captum.attr.{type(attribution).__name__}, not an object of it: the model comes with the call."
         )
+    if not isinstance(attribution, type):
+        raise TypeError(f"from_captum: pass a class of captum.attr, such as captum.attr.Saliency, got {attribution!r}.")
     if not issubclass(attribution, captum.attr.Attribution) or vars(captum.attr).get(name) is not attribution:
         raise TypeError(
             f"from_captum: {name} is not one of captum.attr's attributions, and nothing shows that its parameter gradient would be right. "

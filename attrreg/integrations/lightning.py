@@ -30,7 +30,7 @@ class AttributionPenalty(Callback):
 
     During `fit`, what `training_step` returns gets the penalty added, as if the line stood at its end. So precision plugins, gradient
     accumulation and strategies treat it as they treat the loss. The step's own forward is reused where it ran on the very tensor that
-    `batch` names as the images; else the penalty runs its own. Each term is logged as `penalty/NAME`.
+    `batch` names as the images; else the penalty runs its own. Each term is logged as `penalty/NAME`, over all ranks.
 
     Args:
         regularizer: a regularizer, or a `Scheduled` one, whose step is saved in checkpoints.
@@ -125,7 +125,7 @@ class AttributionPenalty(Callback):
         x, mask, target, annotated = self._mapped(batch)
         found = self._penalty(model, x, mask, target, annotated)
         logged = {f"penalty/{name}": value for name, value in found.terms.items()}
-        pl_module.log_dict(logged, batch_size=x.shape[0])
+        pl_module.log_dict(logged, batch_size=x.shape[0], sync_dist=True)  # a rank's own share may be 0; their mean is the penalty
         if isinstance(result, Mapping):
             return {**result, "loss": result["loss"] + found.total}
         return result + found.total

@@ -59,7 +59,7 @@ def build_loader(args: argparse.Namespace) -> DataLoader:
     collate = default_collate
     if args.mixup or args.cutmix:  # timm's Mixup would leave the masks where they were
         mix = WithMasks(Mixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, num_classes=len(data.classes)))
-        collate = lambda samples: mix(default_collate(samples))  # noqa: E731
+        collate = mix.collate
     return DataLoader(data, args.batch_size, shuffle=True, num_workers=args.workers, drop_last=True, collate_fn=collate)
 
 
