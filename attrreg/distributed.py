@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from attrreg.graph import trainable_leaves
 from attrreg.masks import All, Annotation
-from attrreg.wrappers import data_parallel
+from attrreg.wrappers import data_parallel, modules
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -90,8 +90,10 @@ def check_coupling(model: nn.Module) -> None:
     Raises:
         RuntimeError: `SyncBatchNorm` in train mode, on several ranks.
     """
-    coupled = (module for module in model.modules() if isinstance(module, nn.SyncBatchNorm) and module.training)
-    if several() and any(dist.get_world_size(module.process_group) > 1 for module in coupled):
+    if not several():
+        return
+    coupled = (module for module in modules(model) if isinstance(module, nn.SyncBatchNorm) and module.training)
+    if any(dist.get_world_size(module.process_group) > 1 for module in coupled):
         raise RuntimeError(
             "The model has SyncBatchNorm in train mode, whose backward exchanges sums between ranks that PyTorch cannot differentiate. Use "
             "BatchNorm, or put these layers into eval mode while the penalty trains."
@@ -126,7 +128,7 @@ def sharded(model: nn.Module) -> Iterator[nn.Module]:
     """The modules of a model under FSDP2's `fully_shard`."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported here: a third of a second, for nothing where nobody did
     kind = getattr(fsdp, "FSDPModule", None)
-    return (module for module in model.modules() if kind is not None and isinstance(module, kind))
+    return iter(()) if kind is None else (module for module in modules(model) if isinstance(module, kind))
 
 
 def _refuse_flattened(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from attrreg.ops import Phase, checkpoints_recompute_inside, twice_differentiabl
 from attrreg.ops.rectify import Rule, rectify
 from attrreg.sites import FEATURES, INPUT, OUTPUT, SPATIAL, SPECIAL, varies
 from attrreg.state import Rng, own_buffers
+from attrreg.wrappers import modules
 
 MAPS = 128  # how many of the last maps are kept for layer="auto": more than the last block of any timm model has
 HEADS = 4  # how many of the last layers may belong to an auxiliary head, and one more
@@ -195,8 +196,9 @@ class Tap:
                 for module in _projections(self._model):
                     self._hooks.append(module.register_forward_hook(self._take_features))
             elif site == SPATIAL:
-                for name, module in self._model.named_modules():
-                    if name and self._map in (None, name):
+                known = None if self._map is None else [(self._map, self._model.get_submodule(self._map))]
+                for name, module in known or self._model.named_modules():
+                    if name:
                         self._hooks.append(module.register_forward_hook(self._take_map(name)))
             elif site not in SPECIAL:
                 self._hooks.append(self._model.get_submodule(site).register_forward_hook(self._take(site)))
@@ -331,14 +333,9 @@ def _projections(model: nn.Module) -> list[nn.Module]:
 
 
 def _state(model: nn.Module) -> tuple[int, ...]:
-    """Versions of parameters and train/eval modes. By hand, because `model.parameters()` takes three times as long, twice each step."""
+    """Versions of parameters and train/eval modes."""
     found: list[int] = []
-    seen, pending = {model}, [model]
-    while pending:
-        module = pending.pop()
+    for module in modules(model):
         found.append(module.training)
         found += [parameter._version for parameter in module._parameters.values() if parameter is not None]
-        children = [child for child in module._modules.values() if child is not None and child not in seen]
-        seen.update(children)
-        pending += children
     return tuple(found)
