@@ -160,7 +160,7 @@ class Noise(Baseline):
 
 @dataclass(frozen=True, repr=False)
 class OtherImage(Baseline):
-    """Another image of the batch, drawn at random for each image, with replacement, as expected gradients use."""
+    """Another image of the batch for each image, drawn at random, each for one, as expected gradients use."""
 
     draws: ClassVar[bool] = True
 
@@ -169,8 +169,9 @@ class OtherImage(Baseline):
         count = x.shape[0]
         if count == 1:
             raise ValueError("OtherImage: a batch of one has no other image, so every attribution would be zero. Use another baseline.")
-        steps = torch.randint(1, count, (count,), generator=generator, device=x.device)
-        return x[(torch.arange(count, device=x.device) + steps) % count]
+        order = torch.randperm(count, generator=generator, device=x.device)
+        # To each image the one before it in a random round: a permutation that leaves none in its place.
+        return x[torch.empty_like(order).scatter_(0, order, order.roll(1))]
 
 
 @dataclass(frozen=True, repr=False)

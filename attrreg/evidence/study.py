@@ -178,15 +178,15 @@ def carry_out(plan: Plan, ledger: Ledger) -> dict[str, str]:
     Returns:
         For each data set that could not be had, by kind, how to get it. The others are run all the same.
     """
-    missing: dict[str, str] = {}
+    missing: dict[Training, str] = {}
     for stage in (_compare, _annotate):  # what is less often asked for comes last, should a run be stopped
         for training in plan.trainings:
-            if training.source.kind not in missing:
+            if training not in missing:
                 try:
                     stage(plan, training, ledger)
                 except Missing as error:
-                    missing[training.source.kind] = str(error)
-    return missing
+                    missing[training] = str(error)
+    return {training.source.kind: how for training, how in missing.items()}
 
 
 def _compare(plan: Plan, training: Training, ledger: Ledger) -> None:
