@@ -54,16 +54,22 @@ def interval(values: Sequence[float]) -> str:
 def markdown(plan: Plan, ledger: Ledger) -> str:
     """All tables of a plan, with what there is."""
     parts = []
-    for training in plan.trainings:
+    for training in _begun(plan, ledger):
         parts += [f"### {training.source.kind}", _conditions(plan, training, ledger)]
         parts += [_results(plan, training, selection, ledger) for selection in SELECTIONS]
         parts += [_maps(plan, training, ledger), _annotation(plan, training, ledger)]
     return "\n\n".join(part for part in parts if part)
 
 
+def _begun(plan: Plan, ledger: Ledger) -> list[Training]:
+    """The data sets of which there is anything to show."""
+    sources = [record.job.source for record in ledger.records.values()]
+    return [training for training in plan.trainings if training.source in sources]
+
+
 def _conditions(plan: Plan, training: Training, ledger: Ledger) -> str:
     found = [record for record in ledger.records.values() if record.job.source == training.source]
-    where = " and ".join(sorted({_where(record) for record in found})) or "nowhere yet"
+    where = " and ".join(sorted({_where(record) for record in found}))
     return (
         f"`{training.source!r}`, {training.epochs} epochs in batches of {training.batch}, {plan.trials} settings tried for each method. "
         f"Measured on {where}. Any row again: `attrreg evidence --rerun '{training.source.kind}/METHOD'` with the same file of results."
@@ -151,9 +157,10 @@ def plot(plan: Plan, ledger: Ledger, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    count = len(plan.trainings)
+    begun = _begun(plan, ledger)
+    count = len(begun)
     figure, axes = pyplot.subplots(2, count, figsize=(4.6 * count, 7.4), squeeze=False, layout="constrained", height_ratios=(2, 1))
-    for column, training in enumerate(plan.trainings):
+    for column, training in enumerate(begun):
         _points(axes[0][column], plan, training, ledger)
         _shares(axes[1][column], plan, training, ledger)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
