@@ -39,7 +39,7 @@ STORED: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
         for name in (
             "batch norm",
             "layer norm of two axes",
-            "RMS norm",
+            "RMS norm of two axes",
             "group norm",
             "relu",
             "leaky relu",
