@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attrreg.wrappers import modules
-
 
 @dataclass(frozen=True)
 class Rng:
@@ -49,7 +47,7 @@ class Buffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._originals = [(module, dict(module._buffers)) for module in modules(model)]
+        self._originals = [(module, dict(module._buffers)) for module in model.modules()]
         self._copies: dict[int, Tensor] = {}  # a buffer shared by two modules stays shared
         for _, buffers in self._originals:
             for buffer in buffers.values():

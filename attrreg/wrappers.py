@@ -10,16 +10,6 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
-def modules(model: nn.Module) -> list[nn.Module]:
-    """All modules of a model, each once. By hand, because `model.modules()` takes five times as long, several times each step."""
-    found, pending = {model: None}, [model]  # keeps the order, so that every process has the same
-    while pending:
-        children = [child for child in pending.pop()._modules.values() if child is not None and child not in found]
-        found.update(dict.fromkeys(children))
-        pending += children
-    return list(found)
-
-
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`: the one whose layers have the names.
 
@@ -58,7 +48,7 @@ def undistributed(model: nn.Module) -> nn.Module:
 
 def compiled(model: nn.Module) -> bool:
     """Whether any part of a model is compiled, by `torch.compile(module)` or by `module.compile()`."""
-    return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in modules(model))
+    return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules())
 
 
 def compiling() -> bool:

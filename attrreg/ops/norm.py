@@ -175,7 +175,7 @@ class _LayerNormInputGradient(Function):
     @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gy, x, g, mu, r, gx = ctx.saved_tensors
-        axes, count = list(range(-len(ctx.shape), 0)), math.prod(ctx.shape)
+        axes, count = _last(ctx.shape), math.prod(ctx.shape)
         rpv = aten.native_layer_norm_backward(v.contiguous(), x, ctx.shape, mu, r, None, None, [True, False, False])[0]
         # Products that are only summed share one tensor: a new one of this size costs as much as a pass over it.
         product = torch.empty_like(x)
