@@ -30,6 +30,7 @@ class Call:
         inputs: all that the model is called with, `x` among it; None: `x` alone.
         as_compiled: compiled parts of the model may run as that; otherwise as they are written.
         groups: the process groups over which means run.
+        shown: a map is asked for, and no penalty.
     """
 
     entry: nn.Module
@@ -41,6 +42,7 @@ class Call:
     inputs: Inputs = None
     as_compiled: bool = False
     groups: Groups = ()
+    shown: bool = False
 
     @property
     def model(self) -> nn.Module:

@@ -156,7 +156,7 @@ class MaskedImageFolder(Dataset[Sample]):
         for x, mask, y, annotated in DataLoader(MaskedImageFolder("images", MaskFolder("masks"), transforms), batch_size=32):
             loss = F.cross_entropy(model(x), y) + reg(model, x, mask, target=y, annotated=annotated)
 
-    A crop may leave the relevant region behind; the mask is then empty, which `SquaredOutside` accepts and `OutsideFraction` refuses.
+    A crop may leave the relevant region behind; the mask is then empty, which `LogOutside` accepts and `OutsideFraction` refuses.
     To leave such images out: `annotated & mask.flatten(1).any(1)`.
 
     Args:

@@ -94,7 +94,7 @@ def check(mask: Tensor, x: Tensor, annotated: Tensor | None, needs_region: str |
         first = int(empty.nonzero()[0])
         raise ValueError(
             f"mask of image {first} has no relevant pixel, and {needs_region} is undefined without one. Leave the image out "
-            "with `annotated=`, or use objectives.SquaredOutside() or AbsoluteOutside(), which accept empty masks."
+            "with `annotated=`, or use objectives.LogOutside(), which accepts empty masks."
         )
     return Annotation(torch.where(column, relevant, torch.ones_like(relevant)), flags, count, x.shape[0])
 

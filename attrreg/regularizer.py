@@ -150,7 +150,7 @@ class AttributionRegularizer(Spec, ABC):
         output: Select = None,
         inputs: Inputs = None,
     ) -> Tensor:
-        """Compute the attribution map itself, as Captum defines it.
+        """Compute the attribution map itself, as Captum defines it: a default score with a target is then the target's logit.
 
         Works also under `no_grad` and on a frozen model.
 
@@ -280,7 +280,7 @@ class MapRegularizer(SingleRegularizer):
         with torch.inference_mode(False), torch.enable_grad(), undone_on_error(x.device, generator):
             images = x.clone() if x.is_inference() else x
             annotation = None if mask is None else masks.check(mask, images, None)
-            call = Call(model, images, annotation, calls.check_target(target, images), generator, output, inputs)
+            call = Call(model, images, annotation, calls.check_target(target, images), generator, output, inputs, shown=True)
             check_needs(self.needs(), call, type(self).__name__)
             trace = Trace(call, self.needs(), differentiable=False)
             trace.run()

@@ -35,8 +35,8 @@ class Score(Spec, ABC):
         """Where the value passed to `__call__` is taken: the model's output by default."""
         return OUTPUT
 
-    def resolve(self, target: Tensor | None) -> Score:
-        """The score to use in a call with this target: itself."""
+    def resolve(self, target: Tensor | None, shown: bool = False) -> Score:
+        """The score to use in a call with this target, or for a map that is shown: itself."""
         return self
 
     def drawn(self, seed: int) -> Score:
@@ -136,7 +136,8 @@ class Contrast(Score):
         """Score `(N,)` of logits `(N, C)` for targets `(N,)`."""
         target = _required(target)
         others = value.scatter(1, target.unsqueeze(1), float("-inf"))
-        return (_at(value, target) - others.amax(dim=1)).abs()
+        margin = _at(value, target) - others.amax(dim=1)
+        return margin * margin.detach().sign()  # not abs(), whose gradient would claim to depend on the logits
 
 
 @dataclass(frozen=True, repr=False)
@@ -314,14 +315,21 @@ class RegressionOutput(Score):
 class ByTarget(Score):
     """The default of every regularizer: without `target=` it is `SumLogProb`; with it, what the target's shape says.
 
-    `(N,)` class indices: `TargetLogit`. `(N, C)`: `MultiLabelLogit`. `(N, H, W)`: `SegmentationLogit`.
+    `(N,)` class indices: `Contrast`, because a shortcut can also act on the other logits. `(N, C)`: `MultiLabelLogit`.
+    `(N, H, W)`: `SegmentationLogit`. A map that is only shown, by `.attribute`, is Captum's: of `TargetLogit`, not `Contrast`.
+
+    Args:
+        contrast: False for `TargetLogit` in penalties too.
     """
 
-    def resolve(self, target: Tensor | None) -> Score:
+    contrast: bool = True
+
+    def resolve(self, target: Tensor | None, shown: bool = False) -> Score:
         """The score that the call uses."""
         if target is None:
             return SumLogProb()
-        return {2: MultiLabelLogit(), 3: SegmentationLogit()}.get(target.dim(), TargetLogit())
+        of_classes = Contrast() if self.contrast and not shown else TargetLogit()
+        return {2: MultiLabelLogit(), 3: SegmentationLogit()}.get(target.dim(), of_classes)
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """The score that the target's shape says."""

@@ -217,7 +217,7 @@ class Trace:
         return torch.Generator(self.call.x.device).manual_seed(seed)
 
     def _concrete(self, score: Score) -> Score:
-        resolved = score.resolve(self.call.target)
+        resolved = score.resolve(self.call.target, self.call.shown)
         return resolved.drawn(self._score_seeds[score]) if score.draws else resolved
 
     def _differentiate(self, point: Point, replay: Rng) -> None:
@@ -284,7 +284,7 @@ def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:
         asked = [] if isinstance(need, Value) else [need.score]
         asked += [need.at.score] if isinstance(need.at, Ascent) else []
         for score in asked:
-            resolved = score.resolve(call.target)
+            resolved = score.resolve(call.target, call.shown)
             if call.target is not None:
                 resolved.check_target(call.target)
             elif resolved.needs_target:

@@ -195,7 +195,7 @@ def _gradients_with_graph(forward_fn: Any, inputs: Any, target_ind: Any = None, 
 
 def ours(case: Case) -> attrreg.MapRegularizer:
     """The same attribution, as a regularizer."""
-    return attrreg.from_captum(getattr(captum.attr, case.name), **case.settings)
+    return attrreg.from_captum(getattr(captum.attr, case.name), objective=SquaredOutside(), **case.settings)
 
 
 def penalty(case: Case, model: nn.Module) -> Tensor:

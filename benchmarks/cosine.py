@@ -37,7 +37,9 @@ KINDS = {
 def gradient(case: Case, engine: Engine) -> Tensor:
     """The penalty's gradient of all parameters, as one vector."""
     torch.manual_seed(0)
-    value = attrreg.InputGradient().using(engine)(case.model, case.x, case.mask, case.y)
+    value = attrreg.InputGradient(attrreg.scores.TargetLogit(), attrreg.objectives.SquaredOutside()).using(engine)(
+        case.model, case.x, case.mask, case.y
+    )
     parameters = list(case.model.parameters())
     found = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
     return torch.cat([part.flatten() for part in found]).double()

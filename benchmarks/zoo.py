@@ -43,7 +43,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Models by name; checked anew and printed, no table.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="float32 alone: no directional differences, no table.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Check those anew that did not pass.")] = False,
-    limit: Annotated[float, typer.Option(help="Seconds a model.")] = 300.0,
+    limit: Annotated[float, typer.Option(help="Seconds a model.")] = 900.0,
     memory: Annotated[float, typer.Option(help="GiB a model.")] = 12.0,
     jobs: Annotated[int, typer.Option(min=1, help="Models at a time.")] = 1,
 ) -> None:

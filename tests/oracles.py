@@ -48,6 +48,10 @@ def absolute_outside(map: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([((1 - m) * p.abs()).sum() for p, m in zip(map, mask, strict=True)])
 
 
+def log_outside(map: Tensor, mask: Tensor) -> Tensor:
+    return (1 + absolute_outside(map, mask) ** 2).log()
+
+
 def net_outside(map: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([((1 - m) * p).sum().abs() for p, m in zip(map, mask, strict=True)])
 

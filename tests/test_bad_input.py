@@ -77,7 +77,7 @@ BEFORE_COMPUTE: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], lis
     "empty mask, energy": (
         call(reg=IG + attrreg.InputXGradient(objective=objectives.Energy()), mask=torch.zeros(8, 8)),
         ValueError,
-        ["mask of image 0", "Energy", "SquaredOutside"],
+        ["mask of image 0", "Energy", "LogOutside"],
     ),
     "annotated dtype": (call(annotated=torch.ones(N)), TypeError, ["annotated", "float32", "bool"]),
     "annotated list": (call(annotated=[True] * N), TypeError, ["annotated", "list"]),
@@ -195,7 +195,7 @@ def test_fewer_than_two_classes(score: scores.Score) -> None:
 
 def test_logits_of_another_rank() -> None:
     model = nn.Conv2d(2, 3, 1).double()
-    with pytest.raises(ValueError, match=r"TargetLogit needs logits \(N, C\).*output="):
+    with pytest.raises(ValueError, match=r"Contrast needs logits \(N, C\).*output="):
         IG(model, x, mask, target)
 
 

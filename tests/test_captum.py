@@ -188,14 +188,14 @@ def test_terms_share_passes_with_others() -> None:
 
 
 def test_settings_are_captums_by_name_and_default() -> None:
-    make = attrreg.from_captum
-    assert make(captum.attr.Saliency, abs=False) == attrreg.InputGradient()
-    assert make(captum.attr.Saliency) == attrreg.InputGradient(absolute=True)
-    assert make(captum.attr.IntegratedGradients) == attrreg.IntegratedGradients(steps=50)
+    make, score = attrreg.from_captum, scores.ByTarget(contrast=False)
+    assert make(captum.attr.Saliency, abs=False) == attrreg.InputGradient(score)
+    assert make(captum.attr.Saliency) == attrreg.InputGradient(score, absolute=True)
+    assert make(captum.attr.IntegratedGradients) == attrreg.IntegratedGradients(steps=50, score=score)
     assert make(captum.attr.IntegratedGradients, method="riemann_left", baselines=0.5, n_steps=4) == attrreg.IntegratedGradients(
-        4, 0.5, "riemann_left"
+        4, 0.5, "riemann_left", score=score
     )
-    assert make(captum.attr.LayerGradCam, layer="a.b", relu_attributions=True) == attrreg.GradCAM("a.b", relu=True)
+    assert make(captum.attr.LayerGradCam, layer="a.b", relu_attributions=True) == attrreg.GradCAM("a.b", relu=True, score=score)
     energy, contrast = attrreg.objectives.Energy(), scores.Contrast()
     for name in TAKEN:
         term = attrreg.from_captum(getattr(captum.attr, name), objective=energy, **CASES[name].settings)

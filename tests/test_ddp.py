@@ -174,8 +174,8 @@ def test_against_an_oracle(two: Ranks) -> None:
     model = case.model()
     x, mask, target = (torch.cat(parts) for parts in zip(*shares(2), strict=True))
     flags = annotated(NONE + SOME)  # in the second step they have changed places
-    map = oracles.input_gradient(model, x, target, oracles.score_target_logit)
-    penalty = oracles.squared_outside(map, mask.double().unsqueeze(1))[flags].mean()
+    map = oracles.input_gradient(model, x, target, oracles.score_contrast)
+    penalty = oracles.log_outside(map, mask.double().unsqueeze(1))[flags].mean()
     want = gradients(model, F.cross_entropy(model(x), target) + penalty)
     results = two(train, case)
     assert sum(values[1] for values, _, _ in results) / 2 == pytest.approx(float(penalty.detach()), rel=1e-9)

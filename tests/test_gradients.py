@@ -29,6 +29,7 @@ SCORES: dict[str, tuple[Score, oracles.ScoreFunction]] = {
 OBJECTIVES: dict[str, tuple[Objective, Callable[[Tensor, Tensor], Tensor]]] = {
     "squared": (objectives.SquaredOutside(), oracles.squared_outside),
     "absolute": (objectives.AbsoluteOutside(), oracles.absolute_outside),
+    "log": (objectives.LogOutside(), oracles.log_outside),
     "net": (objectives.NetOutside(), oracles.net_outside),
     "fraction": (objectives.OutsideFraction(), oracles.outside_fraction),
     "energy": (objectives.Energy(), oracles.energy),
@@ -118,7 +119,7 @@ DRAWING: dict[str, AttributionRegularizer] = {
     "noise": attrreg.ActivationDifference("body", baselines.Noise()),
     "expected_gradients": attrreg.ExpectedGradients(),
     "expected_gradients_chunked": attrreg.ExpectedGradients(samples=3, chunk=2),
-    "expected_gradients_masked": attrreg.ExpectedGradients(baseline=baselines.Masked()),
+    "expected_gradients_masked": attrreg.ExpectedGradients(baseline=baselines.Masked(), objective=objectives.SquaredOutside()),
     "projection": attrreg.InputGradient(scores.RandomProjection()),
     "projection_on_a_path": attrreg.ExpectedGradients(2, baselines.Masked(), score=scores.RandomProjection("body")),
     "projection_cam": attrreg.GradCAM("stem", score=scores.RandomProjection()),
@@ -158,11 +159,11 @@ def test_equal_naive_double_backward_on_real_models(family: str, training: bool)
     regularizer = attrreg.InputGradient() + attrreg.GradCAM(layer=known.layer)
     got = regularizer.evaluate(model, x, mask, target)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        gradient = oracles.input_gradient(model, x, target, oracles.score_target_logit)
-        cam = oracles.grad_cam(model, x, target, oracles.score_target_logit, known.layer)
+        gradient = oracles.input_gradient(model, x, target, oracles.score_contrast)
+        cam = oracles.grad_cam(model, x, target, oracles.score_contrast, known.layer)
     relevant = mask.unsqueeze(1).double()
     small = torch.nn.functional.adaptive_avg_pool2d(relevant, (cam.shape[-2], cam.shape[-1]))
-    want = oracles.squared_outside(gradient, relevant).mean() + oracles.squared_outside(cam, small).mean()
+    want = oracles.log_outside(gradient, relevant).mean() + oracles.log_outside(cam, small).mean()
     torch.testing.assert_close(got.total, want, rtol=1e-8, atol=0)
     if family == "mobilenetv3":
         return  # PyTorch has no second derivative of hardsigmoid to compare with; tests/test_ops.py checks ours

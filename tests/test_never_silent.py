@@ -62,7 +62,8 @@ def test_class_token_pooling_leaves_no_patch_gradient() -> None:
 
 
 @pytest.mark.parametrize(
-    "objective", [objectives.SquaredOutside(), objectives.AbsoluteOutside(), objectives.OutsideFraction(), objectives.Energy()]
+    "objective",
+    [objectives.LogOutside(), objectives.SquaredOutside(), objectives.AbsoluteOutside(), objectives.OutsideFraction(), objectives.Energy()],
 )
 def test_a_head_of_zeros_is_no_error_and_no_nan(objective: Any) -> None:
     model = SmoothNet().double()

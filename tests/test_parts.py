@@ -21,7 +21,14 @@ GENERATOR = torch.Generator()
 
 @pytest.mark.parametrize(
     "objective",
-    [objectives.SquaredOutside(), objectives.AbsoluteOutside(), objectives.NetOutside(), objectives.OutsideFraction(), objectives.Energy()],
+    [
+        objectives.LogOutside(),
+        objectives.SquaredOutside(),
+        objectives.AbsoluteOutside(),
+        objectives.NetOutside(),
+        objectives.OutsideFraction(),
+        objectives.Energy(),
+    ],
 )
 def test_objectives_survive_zero_maps(objective: Any) -> None:
     map = torch.zeros(2, 3, 4, 4, requires_grad=True)

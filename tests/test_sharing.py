@@ -85,8 +85,8 @@ def test_four_terms_attached_cost_one_forward_and_one_inner_backward() -> None:
         (attrreg.InputGradient(), 1, 1),
         (FOUR, 2, 1),
         (attrreg.InputGradient(scores.SumLogProb()) + attrreg.InputXGradient(scores.TargetLogit()), 1, 2),
-        # The default score is the target's logit here, so it is shared with one that says so.
-        (attrreg.InputGradient() + attrreg.InputXGradient(scores.TargetLogit()), 1, 1),
+        # The default score is the contrast here, so it is shared with one that says so.
+        (attrreg.InputGradient() + attrreg.InputXGradient(scores.Contrast()), 1, 1),
         (attrreg.ActivationDifference(), 2, 0),
         # Equal terms draw one masked image between them; other fills need their own.
         (attrreg.ActivationDifference() + attrreg.ActivationDifference("body").named("second"), 2, 0),

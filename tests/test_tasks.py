@@ -77,7 +77,7 @@ def test_scores_of_other_tasks(name: str) -> None:
     labels = torch.zeros(()) if target is None else target
     map, cam = oracles.input_gradient(model, x, labels, oracle), oracles.grad_cam(model, x, labels, oracle, layer)
     relevant = mask.unsqueeze(1).double()
-    want = oracles.squared_outside(map, relevant).mean() + oracles.absolute_outside(cam, relevant).mean()
+    want = oracles.log_outside(map, relevant).mean() + oracles.absolute_outside(cam, relevant).mean()
     torch.testing.assert_close(value, want)
     assert_close(gradients(model, value), gradients(model, want), 1e-8)
     check_numerically(model, lambda: attrreg.InputGradient(score)(model, x, mask, target))

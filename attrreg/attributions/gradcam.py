@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from attrreg.needs import Grad, Need, Value
-from attrreg.objectives import Objective, SquaredOutside, check_score_and_objective
+from attrreg.objectives import LogOutside, Objective, check_score_and_objective
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
 from attrreg.sites import SPATIAL, check_layer_name
@@ -27,7 +27,7 @@ class GradCAM(MapRegularizer):
             everywhere would be clipped to nothing, and its penalty would have no gradient.
         semi: treat the weights w as constants when the penalty is differentiated. A different method, not an
             approximation: gradients reach the activations alone.
-        score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
+        score: what is differentiated; by default what `scores.ByTarget` says: the target's logit against the best other.
         objective: what is asked of phi.
 
     Raises:
@@ -46,7 +46,7 @@ class GradCAM(MapRegularizer):
     relu: bool = False
     semi: bool = False
     score: Score = ByTarget()
-    objective: Objective = SquaredOutside()
+    objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
         check_score_and_objective(self)

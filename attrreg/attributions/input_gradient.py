@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from attrreg.needs import Grad, Need, Value
-from attrreg.objectives import Objective, SquaredOutside
+from attrreg.objectives import LogOutside, Objective
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
 from attrreg.sites import INPUT
@@ -21,7 +21,7 @@ class InputGradient(MapRegularizer):
     phi = d score / d x, `(N, C, H, W)`, signed, in units of the score per unit of `x`.
 
     Args:
-        score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
+        score: what is differentiated; by default what `scores.ByTarget` says: the target's logit against the best other.
         objective: what is asked of phi.
         absolute: phi = |d score / d x|, which only objectives that read the sign (`Energy`) tell from the gradient.
 
@@ -34,7 +34,7 @@ class InputGradient(MapRegularizer):
     """
 
     score: Score = ByTarget()
-    objective: Objective = SquaredOutside()
+    objective: Objective = LogOutside()
     absolute: bool = False
 
     def needs(self) -> tuple[Need, ...]:
@@ -55,7 +55,7 @@ class InputXGradient(MapRegularizer):
     with a zero baseline (Hesse et al. 2021, arXiv 2111.07668).
 
     Args:
-        score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
+        score: what is differentiated; by default what `scores.ByTarget` says: the target's logit against the best other.
         objective: what is asked of phi.
 
     Cost:
@@ -66,7 +66,7 @@ class InputXGradient(MapRegularizer):
     """
 
     score: Score = ByTarget()
-    objective: Objective = SquaredOutside()
+    objective: Objective = LogOutside()
 
     def needs(self) -> tuple[Need, ...]:
         """The images and the gradient there."""

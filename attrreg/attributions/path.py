@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attrreg.baselines import Baseline, OtherImage, Zero, as_baseline
 from attrreg.needs import Grad, Need
-from attrreg.objectives import Objective, SquaredOutside, check_score_and_objective, requires_region
+from attrreg.objectives import LogOutside, Objective, check_score_and_objective, requires_region
 from attrreg.points import RULES, Path, Quadrature, RandomPlaces
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
@@ -31,7 +31,7 @@ class IntegratedGradients(MapRegularizer):
         chunk: how many steps' graphs are held in memory at a time. With fewer than `steps`, the memory is that of `chunk`
             steps, and each step is computed once more. None: all at once. Steps of a chunk share a pass where the model neither
             draws nor lets images meet but in batch normalisation, which is then done step by step.
-        score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
+        score: what is differentiated; by default what `scores.ByTarget` says: the target's logit against the best other.
         objective: what is asked of phi.
 
     Raises:
@@ -51,7 +51,7 @@ class IntegratedGradients(MapRegularizer):
     rule: str = "gausslegendre"
     chunk: int | None = 1
     score: Score = ByTarget()
-    objective: Objective = SquaredOutside()
+    objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
         check_score_and_objective(self)
@@ -85,7 +85,7 @@ class ExpectedGradients(MapRegularizer):
         baseline: what b is drawn from; by default the other images of the batch. `baselines.Masked(fill)` compares the image
             with itself without its irrelevant part.
         chunk: how many draws' graphs are held in memory at a time, as in `IntegratedGradients`.
-        score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
+        score: what is differentiated; by default what `scores.ByTarget` says: the target's logit against the best other.
         objective: what is asked of phi.
 
     Raises:
@@ -103,7 +103,7 @@ class ExpectedGradients(MapRegularizer):
     baseline: Baseline | Tensor | float = OtherImage()
     chunk: int | None = 1
     score: Score = ByTarget()
-    objective: Objective = SquaredOutside()
+    objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
         check_score_and_objective(self)
@@ -131,7 +131,7 @@ def path_baseline(regularizer: Any) -> Baseline:
     if baseline.needs_mask and requires_region(regularizer.objective):
         raise ValueError(
             f"{type(regularizer).__name__}: from {baseline!r} to the image only irrelevant pixels change, so the share of attribution "
-            "outside is 1 whatever the model does. Use objectives.SquaredOutside() or AbsoluteOutside(), or another baseline."
+            "outside is 1 whatever the model does. Use objectives.LogOutside(), or another baseline."
         )
     return baseline
 

@@ -30,12 +30,13 @@ IG_STEPS = 8
 INPUT_GRADIENT, GRAD_CAM, ACTIVATION_DIFFERENCE = "InputGradient", "GradCAM", "ActivationDifference"
 SUM, INTEGRATED_GRADIENTS = "all three", f"IntegratedGradients({IG_STEPS})"
 PENALTIES = (INPUT_GRADIENT, GRAD_CAM, ACTIVATION_DIFFERENCE, SUM, INTEGRATED_GRADIENTS)
+WRITTEN: dict[str, Any] = {"score": attrreg.scores.TargetLogit(), "objective": attrreg.objectives.SquaredOutside()}  # by people
 REGULARIZERS: dict[str, AttributionRegularizer] = {
-    INPUT_GRADIENT: attrreg.InputGradient(),
-    GRAD_CAM: attrreg.GradCAM(),
+    INPUT_GRADIENT: attrreg.InputGradient(**WRITTEN),
+    GRAD_CAM: attrreg.GradCAM(**WRITTEN),
     ACTIVATION_DIFFERENCE: attrreg.ActivationDifference(),
-    SUM: attrreg.InputGradient() + attrreg.GradCAM() + attrreg.ActivationDifference(),
-    INTEGRATED_GRADIENTS: attrreg.IntegratedGradients(steps=IG_STEPS, chunk=None),
+    SUM: attrreg.InputGradient(**WRITTEN) + attrreg.GradCAM(**WRITTEN) + attrreg.ActivationDifference(),
+    INTEGRATED_GRADIENTS: attrreg.IntegratedGradients(steps=IG_STEPS, chunk=None, **WRITTEN),
 }
 # Of convolutions and products, in plain steps: one forward, one gradient of the input and one of the weights are a third each.
 FLOORS = {INPUT_GRADIENT: 2.0, GRAD_CAM: 1.0, ACTIVATION_DIFFERENCE: 2.0, SUM: 3.0, INTEGRATED_GRADIENTS: 1 + 2.0 * IG_STEPS}
@@ -91,20 +92,21 @@ def of_curve(varied: str, value: int, case: Case) -> list[Strategy]:
     """What is compared where one number varies: the plain step, today's way and attrreg's."""
     plain = Strategy(PLAIN, lambda case: _cross_entropy(case, case.model(case.x)))
     if varied == "steps":
-        whole = attrreg.IntegratedGradients(steps=value, chunk=None)
+        whole = attrreg.IntegratedGradients(steps=value, chunk=None, **WRITTEN)
         chunked = replace(whole, chunk=1)
         today = _added(_integrated_gradients(value))
         return [plain, Strategy(TODAY, today), Strategy(ATTACHED, _with(whole), whole), Strategy(CHUNKED, _with(chunked), chunked)]
     if varied == "terms":
         layer = _layer(case)
         written = [_input_gradient, _grad_cam(layer), _activation_difference, _input_gradient][:value]
-        terms = [attrreg.InputGradient(), attrreg.GradCAM(), attrreg.ActivationDifference(), attrreg.InputXGradient()][:value]
+        ours = [REGULARIZERS[name] for name in (INPUT_GRADIENT, GRAD_CAM, ACTIVATION_DIFFERENCE)]
+        terms = [*ours, attrreg.InputXGradient(**WRITTEN)][:value]
         regularizer = sum(terms[1:], start=1.0 * terms[0])
         return [plain, Strategy(TODAY, _added(*written)), Strategy(ATTACHED, _with(regularizer), regularizer)]
     return [
         plain,
         Strategy(TODAY, _added(_input_gradient)),
-        Strategy(ATTACHED, _with(REGULARIZERS[INPUT_GRADIENT]), attrreg.InputGradient()),
+        Strategy(ATTACHED, _with(REGULARIZERS[INPUT_GRADIENT]), REGULARIZERS[INPUT_GRADIENT]),
     ]
 
 

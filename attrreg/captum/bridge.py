@@ -17,14 +17,14 @@ from attrreg.captum.noise import Kind, NoiseTunnel
 from attrreg.captum.perturbation import FeatureAblation, ShapleyValues
 from attrreg.captum.rectified import Deconvolution, GuidedBackprop, GuidedGradCam
 from attrreg.captum.refusals import ABSTRACT, REFUSED
-from attrreg.objectives import Objective, SquaredOutside
+from attrreg.objectives import LogOutside, Objective
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
 
 Index = int | tuple[int, ...]
 Images = Baseline | Tensor | float | None
 Builder = Callable[..., MapRegularizer]
-BY_TARGET, SQUARED = ByTarget(), SquaredOutside()
+BY_TARGET, DEFAULT = ByTarget(contrast=False), LogOutside()
 
 # Captum's arguments that a call of the regularizer gives, and where.
 AT_THE_CALL = MappingProxyType(
@@ -38,7 +38,7 @@ AT_THE_CALL = MappingProxyType(
 )
 
 
-def from_captum(attribution: type, /, *, score: Score = BY_TARGET, objective: Objective = SQUARED, **settings: Any) -> MapRegularizer:
+def from_captum(attribution: type, /, *, score: Score = BY_TARGET, objective: Objective = DEFAULT, **settings: Any) -> MapRegularizer:
     """A Captum attribution as a regularizer, trained through exactly.
 
         reg = attrreg.from_captum(captum.attr.IntegratedGradients, n_steps=8)

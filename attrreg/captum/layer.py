@@ -11,7 +11,7 @@ from torch import Tensor
 from attrreg.baselines import Baseline, Zero, as_baseline
 from attrreg.captum.between import Between, check_path
 from attrreg.needs import Grad, Need, Value
-from attrreg.objectives import Objective, SquaredOutside, check_score_and_objective
+from attrreg.objectives import LogOutside, Objective, check_score_and_objective
 from attrreg.points import At, places
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
@@ -39,8 +39,8 @@ class LayerActivation(MapRegularizer):
     """
 
     layer: str = "auto"
-    score: Score = ByTarget()
-    objective: Objective = SquaredOutside()
+    score: Score = ByTarget(contrast=False)
+    objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
         check_score_and_objective(self)
@@ -77,8 +77,8 @@ class LayerGradientXActivation(MapRegularizer):
 
     layer: str = "auto"
     multiply: bool = True
-    score: Score = ByTarget()
-    objective: Objective = SquaredOutside()
+    score: Score = ByTarget(contrast=False)
+    objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
         check_score_and_objective(self)
@@ -123,8 +123,8 @@ class InternalInfluence(MapRegularizer):
     steps: int = 50
     baseline: Baseline | Tensor | float = Zero()
     rule: str = "gausslegendre"
-    score: Score = ByTarget()
-    objective: Objective = SquaredOutside()
+    score: Score = ByTarget(contrast=False)
+    objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
         check_score_and_objective(self)
@@ -175,8 +175,8 @@ class LayerConductance(MapRegularizer):
     steps: int = 50
     baseline: Baseline | Tensor | float = Zero()
     rule: str = "gausslegendre"
-    score: Score = ByTarget()
-    objective: Objective = SquaredOutside()
+    score: Score = ByTarget(contrast=False)
+    objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
         check_score_and_objective(self)

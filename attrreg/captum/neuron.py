@@ -12,7 +12,7 @@ from attrreg.attributions.path import path_baseline
 from attrreg.baselines import Baseline, Zero, as_baseline
 from attrreg.captum.between import Between, check_path, start
 from attrreg.needs import Grad, Need, Value
-from attrreg.objectives import Objective, SquaredOutside, check_score_and_objective
+from attrreg.objectives import LogOutside, Objective, check_score_and_objective
 from attrreg.points import At, places
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
@@ -94,8 +94,8 @@ class NeuronConductance(MapRegularizer):
     baseline: Baseline | Tensor | float = Zero()
     rule: str = "riemann_trapezoid"
     multiply: bool = True
-    score: Score = ByTarget()
-    objective: Objective = SquaredOutside()
+    score: Score = ByTarget(contrast=False)
+    objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
         check_score_and_objective(self)

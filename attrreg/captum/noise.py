@@ -12,7 +12,7 @@ from torch import Tensor
 from attrreg.attributions.path import check_count
 from attrreg.baselines import Baseline, Noise
 from attrreg.needs import Need
-from attrreg.objectives import Objective, SquaredOutside, check_score_and_objective
+from attrreg.objectives import LogOutside, Objective, check_score_and_objective
 from attrreg.points import CLEAN, At
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import Score
@@ -73,7 +73,7 @@ class NoiseTunnel(MapRegularizer):
     kind: Kind = "smoothgrad"
     samples: int = 5
     std: float = 1.0
-    objective: Objective = SquaredOutside()
+    objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
         if not isinstance(self.of, MapRegularizer) or any(need.at != CLEAN for need in self.of.needs()):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attrreg.baselines import Baseline, Fixed, Zero, as_baseline
 from attrreg.needs import Need, Scored
-from attrreg.objectives import Objective, SquaredOutside, check_score_and_objective
+from attrreg.objectives import LogOutside, Objective, check_score_and_objective
 from attrreg.points import CLEAN, At, Point
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
@@ -84,8 +84,8 @@ class FeatureAblation(MapRegularizer):
 
     segments: Fixed | Tensor
     baseline: Baseline | Tensor | float = Zero()
-    score: Score = ByTarget()
-    objective: Objective = SquaredOutside()
+    score: Score = ByTarget(contrast=False)
+    objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
         check_score_and_objective(self)
@@ -140,8 +140,8 @@ class ShapleyValues(MapRegularizer):
 
     segments: Fixed | Tensor
     baseline: Baseline | Tensor | float = Zero()
-    score: Score = ByTarget()
-    objective: Objective = SquaredOutside()
+    score: Score = ByTarget(contrast=False)
+    objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
         check_score_and_objective(self)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrreg.needs import Grad, Need, Value
-from attrreg.objectives import Objective, SquaredOutside, check_score_and_objective
+from attrreg.objectives import LogOutside, Objective, check_score_and_objective
 from attrreg.ops.rectify import deconvolved, guided
 from attrreg.points import Rectified
 from attrreg.regularizer import MapRegularizer
@@ -42,8 +42,8 @@ class GuidedBackprop(MapRegularizer):
         (arXiv 1805.07039) show that the map recovers the image more than it explains the prediction.
     """
 
-    score: Score = ByTarget()
-    objective: Objective = SquaredOutside()
+    score: Score = ByTarget(contrast=False)
+    objective: Objective = LogOutside()
 
     def needs(self) -> tuple[Need, ...]:
         """The gradient under the rule."""
@@ -74,8 +74,8 @@ class Deconvolution(MapRegularizer):
         Zeiler and Fergus 2013, arXiv 1311.2901. Equals Captum's `Deconvolution`, with the difference of `GuidedBackprop`.
     """
 
-    score: Score = ByTarget()
-    objective: Objective = SquaredOutside()
+    score: Score = ByTarget(contrast=False)
+    objective: Objective = LogOutside()
 
     def needs(self) -> tuple[Need, ...]:
         """The gradient under the rule."""
@@ -107,8 +107,8 @@ class GuidedGradCam(MapRegularizer):
     """
 
     layer: str = "auto"
-    score: Score = ByTarget()
-    objective: Objective = SquaredOutside()
+    score: Score = ByTarget(contrast=False)
+    objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
         check_score_and_objective(self)

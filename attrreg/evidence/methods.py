@@ -73,7 +73,7 @@ METHODS = (
     Method("expected gradients", ExpectedGradients(chunk=None, score=Contrast(), objective=AbsoluteOutside()), 0.3),
     FEATURE_PATH,
     Method("Grad-CAM", GradCAM(score=SumLogProb(), objective=AbsoluteOutside()), 0.3),
-    Method("default", InputGradient(), 0.1),
+    Method("default", InputGradient(), 1.0),
 )
 
 

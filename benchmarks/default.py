@@ -1,0 +1,204 @@
+"""Which objective works at weight 1: the experiment behind the default.
+
+python -m benchmarks.default              train what benchmarks/results/default.jsonl lacks, then write the section of docs/objectives.md
+python -m benchmarks.default --page       the section alone
+
+`InputGradient` under each objective, at weights around 1, in many settings that change the scale of the gradient or its noise: networks,
+batch sizes, resolutions, data sets. An objective is a good default if, in every setting, weight 1 is near the best of its weights, and
+that best is near the best of all objectives.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+
+import timm
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from torch import Tensor, nn
+
+from attrreg import InputGradient, metrics, objectives
+from attrreg.evidence.data import Split, Task
+from attrreg.evidence.methods import Method
+from attrreg.evidence.shortcuts import decoy_fashion_mnist, decoy_mnist
+from attrreg.evidence.training import Budget, predict, train
+from attrreg.scores import SumLogProb, TargetLogit
+from benchmarks.page import ROOT, write_section
+
+RESULTS = ROOT / "benchmarks" / "results" / "default.jsonl"
+PAGE = ROOT / "docs" / "objectives.md"
+COMMAND = "python -m benchmarks.default"
+WEIGHTS = (0.1, 1.0, 10.0)
+SEEDS = (0,)
+NETWORKS: dict[str, dict[str, int]] = {
+    "test_resnet": {"output_stride": 8},
+    "test_efficientnet": {},
+    "test_convnext": {"patch_size": 2, "output_stride": 8},
+}
+RATES = {"test_resnet": 1e-2, "test_efficientnet": 1e-2, "test_convnext": 3e-3}
+DATA: dict[str, Callable[[int], Task]] = {
+    "decoy-mnist": lambda seed: decoy_mnist(3000, 500, 500, seed),
+    "decoy-fashion-mnist": lambda seed: decoy_fashion_mnist(3000, 500, 500, seed),
+}
+
+
+def _surprise(map: Tensor, mask: Tensor) -> Tensor:
+    """Minus the logarithm of the share inside, as if it were the probability of the right class."""
+    return -(1 - objectives.OutsideFraction()(map, mask)).clamp_min(1e-12).log()
+
+
+CANDIDATES: dict[str, InputGradient] = {
+    "default": InputGradient(),
+    "without target=": InputGradient(SumLogProb()),
+    "TargetLogit": InputGradient(TargetLogit()),
+    "SquaredOutside": InputGradient(objective=objectives.SquaredOutside()),
+    "AbsoluteOutside": InputGradient(objective=objectives.AbsoluteOutside()),
+    "OutsideFraction": InputGradient(objective=objectives.OutsideFraction()),
+    "-log share inside": InputGradient(objective=_surprise),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Under which conditions is trained.
+
+    Attributes:
+        data, network: names in `DATA`, `NETWORKS`.
+        batch: images a step.
+        size: pixels a side, to which images are enlarged.
+        epochs: passes over the training images.
+    """
+
+    data: str = "decoy-mnist"
+    network: str = "test_resnet"
+    batch: int = 32
+    size: int = 28
+    epochs: int = 3
+
+    def __str__(self) -> str:
+        return f"{self.data}, {self.network.removeprefix('test_')}, batch {self.batch}, {self.size} px"
+
+
+SETTINGS = (
+    Setting(),
+    Setting(network="test_efficientnet"),
+    Setting(network="test_convnext"),
+    Setting(size=56, epochs=2),
+    Setting(batch=128, epochs=6),
+    Setting(data="decoy-fashion-mnist"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training. `candidate` is None for plain training."""
+
+    setting: Setting
+    candidate: str | None
+    weight: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """For the file of results."""
+        return json.dumps(asdict(self))
+
+
+def rows() -> Iterator[Row]:
+    """All trainings; an objective's own weight first."""
+    for seed in SEEDS:
+        for setting in SETTINGS:
+            for weight in (0.0, *sorted(WEIGHTS, key=lambda weight: weight != 1)):
+                for candidate in CANDIDATES if weight else (None,):
+                    yield Row(setting, candidate, weight, seed)
+
+
+def run(row: Row) -> float:
+    """Train, and give the accuracy on test images in which the shortcut misleads."""
+    torch.set_num_threads(1)
+    setting = row.setting
+    task = DATA[setting.data](row.seed)
+    torch.manual_seed(row.seed)
+    model: nn.Module = timm.create_model(setting.network, in_chans=1, num_classes=task.classes, **NETWORKS[setting.network])
+    regularizer = None if row.candidate is None else CANDIDATES[row.candidate]
+    budget = Budget(setting.epochs, setting.batch, RATES[setting.network])
+    for _ in train(model, _prepared(task.train, task, setting.size), Method("one", regularizer, row.weight), budget, row.seed):
+        pass
+    test = _prepared(task.test, task, setting.size)
+    return metrics.accuracy(predict(model.eval(), test.images), test.labels)
+
+
+def _prepared(split: Split, task: Task, size: int) -> Split:
+    """Normalised, as usual, and enlarged."""
+    std, mean = torch.std_mean(task.train.images)
+    images, masks = ((split.images - mean) / std, split.masks)
+    if images.shape[-1] != size:
+        images = F.interpolate(images, (size, size))
+        masks = F.interpolate(masks[:, None].float(), (size, size))[:, 0] > 0
+    return replace(split, images=images, masks=masks)
+
+
+def load() -> dict[str, float]:
+    """Accuracies, by rows' names."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return {line["row"]: line["test"] for line in map(json.loads, lines)}
+
+
+def measure() -> None:
+    """Train what is missing, one training a core at a time."""
+    done = load()
+    todo = [row for row in rows() if row.name not in done]
+    workers = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(run, row): row for row in todo}
+        for future in track(as_completed(waiting), total=len(todo), description="training"):
+            with RESULTS.open("a") as file:
+                file.write(json.dumps({"row": waiting[future].name, "test": future.result()}) + "\n")
+
+
+def table(found: dict[str, float]) -> str:
+    """Accuracies at weight 1 and at the best weight, and what weight 1 loses against the best of all."""
+
+    def mean(setting: Setting, candidate: str | None, weight: float) -> float | None:
+        values = [found.get(Row(setting, candidate, weight, seed).name) for seed in SEEDS]
+        known = [value for value in values if value is not None]
+        return statistics.mean(known) if len(known) == len(SEEDS) else None
+
+    lines = ["| setting | plain | " + " | ".join(CANDIDATES) + " |", "|---" * (2 + len(CANDIDATES)) + "|"]
+    lost: dict[str, list[float]] = {objective: [] for objective in CANDIDATES}
+    for setting in SETTINGS:
+        plain = mean(setting, None, 0.0)
+        each = {objective: {weight: mean(setting, objective, weight) for weight in WEIGHTS} for objective in CANDIDATES}
+        if plain is None or any(value is None for values in each.values() for value in values.values()):
+            continue
+        known = {objective: {weight: value or 0.0 for weight, value in values.items()} for objective, values in each.items()}
+        best = max(value for values in known.values() for value in values.values())
+        cells = []
+        for objective, values in known.items():
+            lost[objective].append(best - values[1.0])
+            top = max(values, key=lambda weight: values[weight])
+            cells.append(f"{values[1.0]:.3f} ({values[top]:.3f} at {top:g})")
+        lines.append(f"| {setting} | {plain:.3f} | {' | '.join(cells)} |")
+    if all(lost.values()):
+        for words, statistic in (("mean", statistics.mean), ("worst", max)):
+            lines.append(f"| *{words} loss at weight 1* | | " + " | ".join(f"{statistic(values):.3f}" for values in lost.values()) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, then write."""
+    if sys.argv[1:] != ["--page"]:
+        measure()
+    write_section(PAGE, "default", COMMAND, table(load()))
+
+
+if __name__ == "__main__":
+    main()
