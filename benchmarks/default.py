@@ -26,6 +26,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from attrreg import InputGradient, metrics, objectives
+from attrreg.bench.run import environment
 from attrreg.evidence.data import Split, Task
 from attrreg.evidence.methods import Method
 from attrreg.evidence.shortcuts import decoy_fashion_mnist, decoy_mnist
@@ -113,10 +114,10 @@ class Row:
 
 
 def rows() -> Iterator[Row]:
-    """All trainings; an objective's own weight first."""
+    """All trainings; those at weight 1 first."""
     for seed in SEEDS:
-        for setting in SETTINGS:
-            for weight in (0.0, *sorted(WEIGHTS, key=lambda weight: weight != 1)):
+        for weight in (0.0, *sorted(WEIGHTS, key=lambda weight: weight != 1)):
+            for setting in SETTINGS:
                 for candidate in CANDIDATES if weight else (None,):
                     yield Row(setting, candidate, weight, seed)
 
@@ -165,7 +166,7 @@ def measure() -> None:
 
 
 def table(found: dict[str, float]) -> str:
-    """Accuracies at weight 1 and at the best weight, and what weight 1 loses against the best of all."""
+    """Accuracies at weight 1, in brackets those at the best weight where others were tried, and what weight 1 loses."""
 
     def mean(setting: Setting, candidate: str | None, weight: float) -> float | None:
         values = [found.get(Row(setting, candidate, weight, seed).name) for seed in SEEDS]
@@ -173,23 +174,25 @@ def table(found: dict[str, float]) -> str:
         return statistics.mean(known) if len(known) == len(SEEDS) else None
 
     lines = ["| setting | plain | " + " | ".join(CANDIDATES) + " |", "|---" * (2 + len(CANDIDATES)) + "|"]
-    lost: dict[str, list[float]] = {objective: [] for objective in CANDIDATES}
+    lost: dict[str, list[float]] = {candidate: [] for candidate in CANDIDATES}
     for setting in SETTINGS:
         plain = mean(setting, None, 0.0)
-        each = {objective: {weight: mean(setting, objective, weight) for weight in WEIGHTS} for objective in CANDIDATES}
-        if plain is None or any(value is None for values in each.values() for value in values.values()):
+        each = {
+            candidate: {weight: value for weight in WEIGHTS if (value := mean(setting, candidate, weight)) is not None}
+            for candidate in CANDIDATES
+        }
+        if plain is None or any(1.0 not in values for values in each.values()):
             continue
-        known = {objective: {weight: value or 0.0 for weight, value in values.items()} for objective, values in each.items()}
-        best = max(value for values in known.values() for value in values.values())
+        best = max(value for values in each.values() for value in values.values())
         cells = []
-        for objective, values in known.items():
-            lost[objective].append(best - values[1.0])
+        for candidate, values in each.items():
+            lost[candidate].append(best - values[1.0])
             top = max(values, key=lambda weight: values[weight])
-            cells.append(f"{values[1.0]:.3f} ({values[top]:.3f} at {top:g})")
+            cells.append(f"{values[1.0]:.3f}" + (f" ({values[top]:.3f} at {top:g})" if len(values) == len(WEIGHTS) else ""))
         lines.append(f"| {setting} | {plain:.3f} | {' | '.join(cells)} |")
     if all(lost.values()):
         for words, statistic in (("mean", statistics.mean), ("worst", max)):
-            lines.append(f"| *{words} loss at weight 1* | | " + " | ".join(f"{statistic(values):.3f}" for values in lost.values()) + " |")
+            lines.append(f"| *{words} loss to the best* | | " + " | ".join(f"{statistic(values):.3f}" for values in lost.values()) + " |")
     return "\n".join(lines)
 
 
@@ -197,7 +200,9 @@ def main() -> None:
     """Measure, then write."""
     if sys.argv[1:] != ["--page"]:
         measure()
-    write_section(PAGE, "default", COMMAND, table(load()))
+    here = environment("cpu")
+    written = f"Written on {here['date']}: torch {here['versions']['torch']}, timm {here['versions']['timm']}, {here['machine']} CPU."
+    write_section(PAGE, "default", COMMAND, table(load()), written)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -43,6 +44,25 @@ def test_shares_are_scale_free() -> None:
         value = share(map, mask)
         torch.testing.assert_close(share(1000 * map, mask), value)
         assert ((value >= 0) & (value <= 1)).all()
+
+
+def test_the_default_objective_is_relative_where_large_and_fades_where_small() -> None:
+    map, mask = torch.randn(3, 2, 5, 5, dtype=torch.float64), torch.zeros(3, 1, 5, 5)
+    value = objectives.LogOutside()
+    gained = value(1e6 * map, mask) - value(1e3 * map, mask)
+    torch.testing.assert_close(gained, torch.full_like(gained, 2 * math.log(1e3)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(value(2e-6 * map, mask), 4 * value(1e-6 * map, mask))
+
+
+def test_the_default_score_is_the_contrast_and_a_shown_map_captums() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    term = attrreg.InputGradient()
+    assert torch.equal(term(model, x, mask, target), attrreg.InputGradient(scores.Contrast())(model, x, mask, target))
+    assert torch.equal(term(model, x, mask), attrreg.InputGradient(scores.SumLogProb())(model, x, mask))
+    logit = attrreg.InputGradient(scores.TargetLogit())
+    assert torch.equal(term.attribute(model, x, target), logit.attribute(model, x, target))
+    as_captum = attrreg.InputGradient(scores.ByTarget(contrast=False))
+    assert torch.equal(as_captum(model, x, mask, target), logit(model, x, mask, target))
 
 
 def test_energy_without_positive_attribution_still_has_a_gradient() -> None:
