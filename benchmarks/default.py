@@ -11,12 +11,11 @@ that best is near the best of all objectives.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, replace
 
 import timm
@@ -30,6 +29,7 @@ from attrreg.bench.run import environment
 from attrreg.evidence.data import Split, Task
 from attrreg.evidence.methods import Method
 from attrreg.evidence.shortcuts import decoy_fashion_mnist, decoy_mnist
+from attrreg.evidence.study import processes
 from attrreg.evidence.training import Budget, predict, train
 from attrreg.scores import SumLogProb, TargetLogit
 from benchmarks.page import ROOT, write_section
@@ -158,7 +158,7 @@ def measure() -> None:
     done = load()
     todo = [row for row in rows() if row.name not in done]
     workers = len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with processes(workers) as pool:
         waiting = {pool.submit(run, row): row for row in todo}
         for future in track(as_completed(waiting), total=len(todo), description="training"):
             with RESULTS.open("a") as file:

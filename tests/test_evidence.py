@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -295,3 +298,29 @@ def test_without_the_extra(command: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("attrreg.evidence.command.NEEDED", ("no_such_package",))
     done = command()
     assert done.exit_code == 1 and "pip install 'attrreg[evidence]'" in done.output
+
+
+STARTS = """
+import os, time
+from attrreg.evidence.study import processes
+
+if __name__ == "__main__":
+    with processes(1) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="asks Linux who lives")
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    script = tmp_path / "starts.py"
+    script.write_text(STARTS)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(600):
+        if not Path(f"/proc/{worker}").exists() or "zombie" in Path(f"/proc/{worker}/status").read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it lives on")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -89,6 +91,23 @@ class Plan:
         return sum(each * training.epochs for training in self.trainings)
 
 
+def processes(count: int) -> ProcessPoolExecutor:
+    """Processes to train in, which end with the one that started them, however that ends."""
+    # Spawned: a forked child would share torch's threads and a CUDA context that it cannot use.
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _end_with_parent)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def load(path: Path, kinds: tuple[type[Source], ...] = sources.KINDS) -> dict[str, Record]:
     """The records of a file, by the names that their jobs had then; none if there is no file.
 
@@ -151,8 +170,7 @@ class Ledger:
             for job in todo:
                 self._keep(jobs.run(job, self.device, lambda epochs, job=job: self.advance(_doing(job), epochs)))  # type: ignore[misc]
             return
-        # Spawned: a forked child would share torch's threads and a CUDA context that it cannot use.
-        with ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn")) as pool:
+        with processes(self.workers) as pool:
             try:
                 for done in as_completed([pool.submit(jobs.run, job, self.device) for job in todo]):
                     record = done.result()
