@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import attrreg
-from attrreg import masks, objectives
+from attrreg import masks, objectives, scores
 from tests.models import SmoothNet, smooth_batch
 
 
@@ -49,7 +49,7 @@ def test_polarity_and_softness() -> None:
     model, (x, _, target) = SmoothNet().double(), smooth_batch()
     phi = attrreg.InputGradient().attribute(model, x, target)
     everything, nothing = torch.ones(8, 8), torch.zeros(8, 8)
-    absolute = attrreg.InputGradient(objective=objectives.AbsoluteOutside())
+    absolute = attrreg.InputGradient(scores.TargetLogit(), objectives.AbsoluteOutside())  # the score of the map
     assert float(absolute(model, x, everything, target).detach()) == 0
     per_image = phi.abs().sum(dim=(1, 2, 3))
     torch.testing.assert_close(absolute(model, x, nothing, target).detach(), per_image.mean())
