@@ -64,12 +64,12 @@ class Score(Spec, ABC):
                 f"{name} needs logits (N, C), but the model returned {tuple(value.shape)}. Select or pool them with `output=`, a "
                 "function of what the model returns, or use the score of your task."
             )
-        if value.shape[1] < self.classes:
+        classes = value.shape[1]
+        if classes < self.classes:
             raise ValueError(
-                f"{name} needs at least {self.classes} classes, but the model has {value.shape[1]}. Use scores.BinaryLogit() for one "
+                f"{name} needs at least {self.classes} classes, but the model has {classes}. Use scores.BinaryLogit() for one "
                 "logit, scores.RegressionOutput() for a number."
             )
-        classes = value.shape[1]
         if self.needs_target and target is not None and bool((target >= classes).any()):
             remedy = f"Pass class indices in [0, {classes})." if classes > 1 else "For one logit use scores.BinaryLogit()."
             raise ValueError(f"target has the class {int(target.max())}, but the model has {classes} classes. {remedy}")
@@ -316,10 +316,8 @@ class ByTarget(Score):
     """The default of every regularizer: without `target=` it is `SumLogProb`; with it, what the target's shape says.
 
     `(N,)` class indices: `Contrast`, because a shortcut can also act on the other logits. `(N, C)`: `MultiLabelLogit`.
-    `(N, H, W)`: `SegmentationLogit`. A map that is only shown, by `.attribute`, is Captum's: of `TargetLogit`, not `Contrast`.
-
-    Args:
-        contrast: False for `TargetLogit` in penalties too.
+    `(N, H, W)`: `SegmentationLogit`. A map that is only shown, by `.attribute`, is Captum's: of `TargetLogit`, not `Contrast`;
+    without `contrast` so are penalties.
     """
 
     contrast: bool = True
