@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from attrreg.graph import trainable_leaves
 from attrreg.masks import All, Annotation
+from attrreg.walk import modules
 from attrreg.wrappers import data_parallel
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def check_coupling(model: nn.Module) -> None:
     """
     if not several():
         return
-    coupled = (module for module in model.modules() if isinstance(module, nn.SyncBatchNorm) and module.training)
+    coupled = (module for module in modules(model) if isinstance(module, nn.SyncBatchNorm) and module.training)
     if any(dist.get_world_size(module.process_group) > 1 for module in coupled):
         raise RuntimeError(
             "The model has SyncBatchNorm in train mode, whose backward exchanges sums between ranks that PyTorch cannot differentiate. Use "
@@ -128,13 +129,13 @@ def sharded(model: nn.Module) -> Iterator[nn.Module]:
     """The modules of a model under FSDP2's `fully_shard`."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported here: a third of a second, for nothing where nobody did
     kind = getattr(fsdp, "FSDPModule", None)
-    return iter(()) if kind is None else (module for module in model.modules() if isinstance(module, kind))
+    return iter(()) if kind is None else (module for module in modules(model) if isinstance(module, kind))
 
 
 def _refuse_flattened(model: nn.Module) -> None:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(fsdp, "FullyShardedDataParallel", None)
-    if kind is not None and any(isinstance(module, kind) for module in model.modules()):
+    if kind is not None and any(isinstance(module, kind) for module in modules(model)):
         raise TypeError(
             "The model is in FullyShardedDataParallel (FSDP1), which flattens parameters, so that gradients of gradients do not reach "
             "them. Use torch.distributed.fsdp.fully_shard (FSDP2) or DistributedDataParallel."

@@ -16,6 +16,7 @@ from attrreg.part import couples
 from attrreg.runner import Runner
 from attrreg.scores import Score
 from attrreg.state import Rng, isolated
+from attrreg.walk import modules
 
 # Values in one pass's images. Small passes leave a machine idle between operators; beyond this size folding saved nothing on a CPU.
 BUDGET = 2**21
@@ -42,7 +43,7 @@ class PathGradients:
         self._wanted = wanted
         self._scores = scores
         self._replay = replay
-        self._coupled = any(couples(module) for module in runner.call.model.modules())
+        self._coupled = any(map(couples, modules(runner.call.model)))
         self._separable = runner.call.inputs is None and (runner.twice or not self._coupled) and _separable(runner.call.model)
 
     def room(self, pending: int) -> int:
@@ -80,7 +81,7 @@ class PathGradients:
 
 def _separable(model: nn.Module) -> bool:
     """Whether nothing in a model is known to draw, or to let images meet where our operators do not see it."""
-    for module in model.modules():
+    for module in modules(model):
         ours = isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm)
         if isinstance(module, ScriptModule) or (couples(module) and not ours):
             return False

@@ -21,6 +21,7 @@ from attrreg.ops import Phase, checkpoints_recompute_inside, twice_differentiabl
 from attrreg.ops.rectify import Rule, rectify
 from attrreg.sites import FEATURES, INPUT, OUTPUT, SPATIAL, SPECIAL, varies
 from attrreg.state import Rng, own_buffers
+from attrreg.walk import modules
 
 MAPS = 128  # how many of the last maps are kept for layer="auto": more than the last block of any timm model has
 HEADS = 4  # how many of the last layers may belong to an auxiliary head, and one more
@@ -41,7 +42,7 @@ class Recording:
         features: for the site `FEATURES`, what entered and left each of the last few layers that could be it.
         output: what the model returned, and `returned` what its wrappers made of that.
         rng: the state from which the forward drew, to replay it.
-        state: of the model, to tell whether it is the same still.
+        state: of the model, to tell whether it is the same still; empty for a pass of our own.
         phase: shared with the operators of the forward, to be told what a backward is for.
         half: it ran in float16.
     """
@@ -160,7 +161,7 @@ class Tap:
             self._problems[SPATIAL] = "every layer with a map ran more than once in one forward. Let the model run once on each image."
         if self._map is not None and maps:
             self._values[SPATIAL] = maps[-1][1]
-        state = _state(self._model)
+        state = () if self._own else _state(self._model)  # only the passes of the loop are asked for theirs
         # Scores are taken inside DDP's wrapper: under static_graph, a backward through that makes it believe the step's is done.
         inner = output if self._output is None else self._output
         return Recording(
@@ -185,7 +186,7 @@ class Tap:
 
     def _register(self) -> None:
         if self._rule is not None:
-            for module in self._model.modules():
+            for module in modules(self._model):
                 if isinstance(module, nn.ReLU):
                     self._hooks += self._replace_relu(module, self._rule)
         if self._own:
@@ -328,18 +329,11 @@ def _projections(model: nn.Module) -> list[nn.Module]:
     named = classifier() if callable(classifier) else None
     if isinstance(named, (tuple, list)) and named:
         named = named[0]
-    return [named] if isinstance(named, PROJECTIONS) else [module for module in model.modules() if isinstance(module, PROJECTIONS)]
+    return [named] if isinstance(named, PROJECTIONS) else [module for module in modules(model) if isinstance(module, PROJECTIONS)]
 
 
 def _state(model: nn.Module) -> tuple[int, ...]:
-    """Versions of parameters and train/eval modes. By hand, because `model.parameters()` takes three times as long, twice each step."""
-    found: list[int] = []
-    seen, pending = {model}, [model]
-    while pending:
-        module = pending.pop()
-        found.append(module.training)
-        found += [parameter._version for parameter in module._parameters.values() if parameter is not None]
-        children = [child for child in module._modules.values() if child is not None and child not in seen]
-        seen.update(children)
-        pending += children
-    return tuple(found)
+    """Versions of parameters and train/eval modes."""
+    found = modules(model)
+    versions = [parameter._version for module in found for parameter in module._parameters.values() if parameter is not None]
+    return (*(module.training for module in found), *versions)

@@ -13,6 +13,7 @@ from attrreg.attach import attached
 from attrreg.baselines import Fixed, OneOf
 from attrreg.call import Call
 from attrreg.needs import Need
+from attrreg.walk import modules
 
 
 def check_fraction(fraction: float, call: Call) -> None:
@@ -49,7 +50,7 @@ def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
         )
     if fraction == 1:
         whole = annotation.count == annotation.batch or attached(call.model) is not None
-        if whole or by_row or any(map(couples, call.model.modules())) or any(need.at.draws for need in needs):
+        if whole or by_row or any(map(couples, modules(call.model))) or any(need.at.draws for need in needs):
             return call
     indices = annotation.annotated.nonzero().squeeze(1)
     if fraction < 1:

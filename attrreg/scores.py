@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attrreg.sites import FEATURES, OUTPUT, check_layer_name
 from attrreg.spec import Spec
+from attrreg.targets import check_classes, required
 
 
 class Score(Spec, ABC):
@@ -50,7 +51,7 @@ class Score(Spec, ABC):
             TypeError, ValueError: naming `target`.
         """
         if self.needs_target:
-            _check_classes(target)
+            check_classes(target)
 
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
         """Check what the score is about to read; by default, that it is logits `(N, C)` with enough classes.
@@ -98,7 +99,7 @@ class TargetLogit(Score):
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Score `(N,)` of logits `(N, C)` for targets `(N,)`."""
-        return _at(value, _required(target))
+        return _at(value, required(target))
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,7 +111,7 @@ class TargetLogProb(Score):
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Score `(N,)` of logits `(N, C)` for targets `(N,)`."""
-        return _at(F.log_softmax(value, dim=1), _required(target))
+        return _at(F.log_softmax(value, dim=1), required(target))
 
 
 @dataclass(frozen=True, repr=False)
@@ -134,7 +135,7 @@ class Contrast(Score):
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Score `(N,)` of logits `(N, C)` for targets `(N,)`."""
-        target = _required(target)
+        target = required(target)
         others = value.scatter(1, target.unsqueeze(1), float("-inf"))
         margin = _at(value, target) - others.amax(dim=1)
         return margin * margin.detach().sign()  # not abs(), whose gradient would claim to depend on the logits
@@ -155,7 +156,7 @@ class TaskLoss(Score):
     def check_target(self, target: Tensor) -> None:
         """A function of the user's may take any target."""
         if self.function is None:
-            _check_classes(target)
+            check_classes(target)
 
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
         """A function of the user's may take any output."""
@@ -164,7 +165,7 @@ class TaskLoss(Score):
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Loss `(N,)` of logits `(N, C)` for targets `(N,)`."""
-        target = _required(target)
+        target = required(target)
         return F.cross_entropy(value, target, reduction="none") if self.function is None else self.function(value, target)
 
 
@@ -231,7 +232,7 @@ class MultiLabelLogit(Score):
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Score `(N,)` of logits `(N, C)` for targets `(N, C)`."""
-        return (value * _required(target).to(value.dtype)).sum(dim=1)
+        return (value * required(target).to(value.dtype)).sum(dim=1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -252,7 +253,7 @@ class BinaryLogit(Score):
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Score `(N,)` of logits `(N,)` or `(N, 1)` for targets `(N,)`."""
-        return value.flatten() * (2 * _required(target).flatten().to(value.dtype) - 1)
+        return value.flatten() * (2 * required(target).flatten().to(value.dtype) - 1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -276,17 +277,17 @@ class SegmentationLogit(Score):
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
         """Check that logits and target are maps of one size, and that the classes are in range."""
         if value.dim() != 4 or (target is not None and value.shape[2:] != target.shape[1:]):
-            sizes = f"{tuple(value.shape)} and {tuple(_required(target).shape)}"
+            sizes = f"{tuple(value.shape)} and {tuple(required(target).shape)}"
             raise ValueError(f"SegmentationLogit needs logits (N, C, H, W) and a target (N, H, W), got {sizes}. Resize one of them.")
-        kept = _required(target)[_required(target) != self.ignore_index]
+        kept = required(target)[required(target) != self.ignore_index]
         if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < max(2, value.shape[1]):
             raise ValueError(f"target has classes outside [0, {max(2, value.shape[1])}). Pass class indices, or set ignore_index.")
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Score `(N,)` of logits `(N, C, H, W)` for targets `(N, H, W)`."""
-        kept = _required(target) != self.ignore_index
+        kept = required(target) != self.ignore_index
         value = torch.cat((-value, value), dim=1) if value.shape[1] == 1 else value
-        chosen = value.gather(1, torch.where(kept, _required(target), 0).unsqueeze(1)).squeeze(1)
+        chosen = value.gather(1, torch.where(kept, required(target), 0).unsqueeze(1)).squeeze(1)
         return torch.where(kept, chosen, torch.zeros_like(chosen)).sum(dim=(1, 2))
 
 
@@ -336,21 +337,3 @@ class ByTarget(Score):
 
 def _at(values: Tensor, target: Tensor) -> Tensor:
     return values.gather(1, target.unsqueeze(1)).squeeze(1)
-
-
-def _required(target: Tensor | None) -> Tensor:
-    if target is None:
-        raise ValueError("This score needs a target. Pass `target=`, (N,) class indices.")
-    return target
-
-
-def _check_classes(target: Tensor) -> None:
-    if target.is_floating_point() or target.dtype is torch.bool:
-        others = "For one-hot labels write `target.argmax(1)`; one logit takes BinaryLogit(), regression RegressionOutput()."
-        raise TypeError(f"target must be class indices, got {target.dtype}. {others}")
-    if target.dim() != 1:
-        raise ValueError(f"target must be ({len(target)},), one class an image of x, got {tuple(target.shape)}. Reshape it.")
-    if bool((target < 0).any()):
-        raise ValueError(
-            f"target has the class {int(target.min())}, which is negative. Pass class indices, and leave out images to be ignored."
-        )

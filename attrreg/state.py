@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from attrreg.walk import modules
+
 
 @dataclass(frozen=True)
 class Rng:
@@ -47,7 +49,7 @@ class Buffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._originals = [(module, dict(module._buffers)) for module in model.modules()]
+        self._originals = [(module, dict(module._buffers)) for module in modules(model)]
         self._copies: dict[int, Tensor] = {}  # a buffer shared by two modules stays shared
         for _, buffers in self._originals:
             for buffer in buffers.values():
@@ -58,14 +60,16 @@ class Buffers:
     def stand_in(self) -> None:
         """Put the copies in place."""
         for module, buffers in self._originals:
-            module._buffers.update({name: self._copies[id(buffer)] for name, buffer in buffers.items() if buffer is not None})
+            if buffers:
+                module._buffers.update({name: self._copies[id(buffer)] for name, buffer in buffers.items() if buffer is not None})
 
     def put_back(self) -> None:
         """Put the originals in place, as they were, and remember what the pass left in theirs."""
         self._after = [dict(module._buffers) for module, _ in self._originals]
         for module, buffers in self._originals:
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            if buffers or module._buffers:
+                module._buffers.clear()
+                module._buffers.update(buffers)
 
     def commit(self) -> None:
         """Make what the pass did final (the originals are in place again)."""

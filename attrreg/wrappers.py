@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from attrreg.walk import modules
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`: the one whose layers have the names.
@@ -32,11 +34,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def data_parallel(model: nn.Module) -> DistributedDataParallel | None:
     """The `DistributedDataParallel` of a model: in what was passed, or the one inside whose forward the model is called."""
-    for module in model.modules():  # the model itself, or what another wrapper holds
+    for module in modules(model):  # the model itself, or what another wrapper holds
         if isinstance(module, DistributedDataParallel):
             return module
     active = DistributedDataParallel._get_active_ddp_module()
-    return active if active is not None and any(module is model for module in active.modules()) else None
+    return active if active is not None and any(module is model for module in modules(active)) else None
 
 
 def undistributed(model: nn.Module) -> nn.Module:
@@ -48,7 +50,7 @@ def undistributed(model: nn.Module) -> nn.Module:
 
 def compiled(model: nn.Module) -> bool:
     """Whether any part of a model is compiled, by `torch.compile(module)` or by `module.compile()`."""
-    return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules())
+    return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in modules(model))
 
 
 def compiling() -> bool:

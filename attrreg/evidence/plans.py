@@ -10,7 +10,7 @@ from attrreg.evidence.sources import Crosses, DecoyFashionMNIST, DecoyMNIST, Fol
 from attrreg.evidence.study import Plan, Training
 
 FULL = (
-    Training(Crosses(), epochs=20, batch=16),
+    Training(Crosses(), epochs=40, batch=16),
     Training(DecoyMNIST(), epochs=5, batch=32),
     Training(DecoyFashionMNIST(), epochs=5, batch=32),
     Training(StampBirds(), epochs=4, batch=32),
@@ -40,7 +40,7 @@ def plan(
     """
     trainings: tuple[Training, ...] = QUICK if quick else FULL
     if folder is not None:
-        trainings = (Training(folder, *((2, 16) if quick else (20, 16))),)
+        trainings = (Training(folder, *((2, 16) if quick else (40, 16))),)
     elif data:
         known = {training.source.kind: training for training in trainings}
         unknown = [kind for kind in data if kind not in known]

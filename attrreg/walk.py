@@ -1,0 +1,16 @@
+"""The modules of a model, fast: a penalty asks for them several times a step."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def modules(model: nn.Module) -> list[nn.Module]:
+    """What `model.modules()` gives, each once and the model first, but in another order and without its nested generators."""
+    found, seen = [model], {model}
+    for module in found:  # which grows meanwhile
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
