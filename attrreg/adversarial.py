@@ -140,7 +140,7 @@ class _Discriminator:
         """Make the network, without a mark on the random number generators."""
         layers: list[nn.Module] = []
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed accelerators too
             for before, after in zip((width, *self.hidden), (*self.hidden, 1), strict=True):
                 layers += [spectral_norm(nn.Linear(before, after)), nn.LeakyReLU(0.1)]
         self.width = width
@@ -151,6 +151,7 @@ class _Discriminator:
     def logits(self, features: Tensor) -> Tensor:
         """Of features `(N, ...)`; no gradient reaches the network's parameters."""
         assert self.network is not None
+        self._join(features.device)
         constants = {name: value.detach() for name, value in self.network.named_parameters()}
         logits: Tensor = torch.func.functional_call(self.network, constants, (self._flat(features),))
         return logits.squeeze(1)
@@ -166,6 +167,7 @@ class _Discriminator:
             )
         if not len(whole):
             return
+        self._join(whole.device)
         self.network.train()
         real, fake = (self.network(self._flat(features.detach())).squeeze(1) for features in (whole, without))
         loss = (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
@@ -191,6 +193,13 @@ class _Discriminator:
             assert self.network is not None and self.optimizer is not None
             self.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
+
+    def _join(self, device: torch.device) -> None:
+        """Move to where the features are: a checkpoint may have been loaded elsewhere."""
+        assert self.network is not None and self.optimizer is not None
+        if next(self.network.parameters()).device != device:
+            self.network.to(device)
+            self.optimizer.load_state_dict(self.optimizer.state_dict())  # which moves its moments to their parameters
 
     def _flat(self, features: Tensor) -> Tensor:
         assert self.network is not None

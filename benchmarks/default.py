@@ -109,8 +109,9 @@ class Row:
 
     @property
     def name(self) -> str:
-        """For the file of results."""
-        return json.dumps(asdict(self))
+        """For the file of results. It changes when the candidate of this name does."""
+        regularizer = None if self.candidate is None else repr(CANDIDATES[self.candidate]).replace("__main__", "benchmarks.default")
+        return json.dumps({**asdict(self), "regularizer": regularizer})
 
 
 def rows() -> Iterator[Row]:
@@ -166,7 +167,7 @@ def measure() -> None:
 
 
 def table(found: dict[str, float]) -> str:
-    """Accuracies at weight 1, in brackets those at the best weight where others were tried, and what weight 1 loses."""
+    """Accuracies at weight 1, in brackets those at the best weight where others were tried, and what is lost to the best one at 1."""
 
     def mean(setting: Setting, candidate: str | None, weight: float) -> float | None:
         values = [found.get(Row(setting, candidate, weight, seed).name) for seed in SEEDS]
@@ -183,7 +184,7 @@ def table(found: dict[str, float]) -> str:
         }
         if plain is None or any(1.0 not in values for values in each.values()):
             continue
-        best = max(value for values in each.values() for value in values.values())
+        best = max(values[1.0] for values in each.values())
         cells = []
         for candidate, values in each.items():
             lost[candidate].append(best - values[1.0])
@@ -192,7 +193,8 @@ def table(found: dict[str, float]) -> str:
         lines.append(f"| {setting} | {plain:.3f} | {' | '.join(cells)} |")
     if all(lost.values()):
         for words, statistic in (("mean", statistics.mean), ("worst", max)):
-            lines.append(f"| *{words} loss to the best* | | " + " | ".join(f"{statistic(values):.3f}" for values in lost.values()) + " |")
+            losses = " | ".join(f"{statistic(values):.3f}" for values in lost.values())
+            lines.append(f"| *{words} loss to the best at 1* | | {losses} |")
     return "\n".join(lines)
 
 

@@ -29,7 +29,7 @@ from attrreg.evidence.data import Task
 from attrreg.evidence.job import Job, Record
 from attrreg.evidence.methods import METHODS, method
 from attrreg.evidence.sources import Crosses, Folder, Source
-from attrreg.evidence.study import Ledger, Plan, Training
+from attrreg.evidence.study import Ledger, Plan, Training, Variants
 from tests.test_evidence_data import write_arrays
 
 CPU = torch.device("cpu")
@@ -68,6 +68,19 @@ def test_without_masks_every_method_is_plain_training(name: str) -> None:
     assert job.run(replace(JOB, method=name), CPU).outcomes["valid"]["loss"] != plain["valid"]["loss"]
     for selection in job.SELECTIONS:
         assert found[selection]["loss"] == pytest.approx(plain[selection]["loss"], rel=1e-5)
+
+
+def test_a_model_that_diverged_has_no_maps_and_is_not_chosen() -> None:
+    record = job.run(replace(JOB, method="RRR", rate=1e30, judged=True), CPU)
+    assert record.outcomes["valid"]["loss"] == float("inf") and "maps" not in record.outcomes["valid"]
+    assert Record.from_line(record.line()) == record
+
+
+def test_the_seed_is_that_of_draws_nobody_else_seeds() -> None:
+    before = torch.get_rng_state()
+    losses = [job.run(replace(JOB, source=Drops()), CPU).outcomes["valid"]["loss"] for _ in range(2) if torch.rand(())]
+    torch.set_rng_state(before)
+    assert losses[0] == losses[1]
 
 
 def test_names_tell_jobs_apart() -> None:
@@ -127,8 +140,19 @@ class Mine(Source):
             return nn.Sequential(nn.Conv2d(1, 2, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, task.classes))
 
 
+@dataclass(frozen=True)
+class Drops(Mine):
+    """Another, whose model draws while it trains."""
+
+    kind: ClassVar[str] = "drops"
+
+    def model(self, task: Task, seed: int) -> nn.Module:
+        return nn.Sequential(nn.Dropout(0.5), super().model(task, seed))
+
+
 KINDS: tuple[type[Source], ...] = (*sources.KINDS, Mine)
-MINE = Plan((Training(Mine(), 1, 8),), ("plain", "ActDiff"), trials=2, seeds=(0, 1), annotated=("ActDiff",), shares=(0.0, 1.0))
+VARIANTS = Variants(("ActDiff",), shares=(0.0, 1.0), sources=(Mine(24),))
+MINE = Plan((Training(Mine(), 1, 8, VARIANTS),), ("plain", "ActDiff"), trials=2, seeds=(0, 1))
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +204,9 @@ def test_tuning_is_equal_and_chooses_the_best(done: Path) -> None:
     assert [todo.rate for todo in plain] == [todo.rate for todo in actdiff]
     assert {todo.seed for todo in plain + actdiff} == {study.TUNING_SEED}
     assert len({todo.weight for todo in actdiff}) == 5 and {todo.weight for todo in plain} == {1.0}
+    default = study.trials(method("default"), training, 5)
+    assert [todo.rate for todo in default] == [todo.rate for todo in plain] and {todo.weight for todo in default} == {1.0}
+    assert all(set(ledger.records[todo.name].outcomes["valid"]) == {"epoch", "loss"} for todo in actdiff[:2])  # tuning sees no test
     low, high = study.RATES
     assert all(low <= todo.rate <= high for todo in plain)
     assert [todo.name for todo in study.trials(method("ActDiff"), training, 2)] == [todo.name for todo in actdiff[:2]]
@@ -197,13 +224,14 @@ def test_tuning_is_equal_and_chooses_the_best(done: Path) -> None:
         ({"trials": 0}, r"needs a trial and a seed.*\. "),
         ({"seeds": ()}, r"needs a trial and a seed.*\. "),
         ({"methods": ("magic",)}, r"method 'magic' is unknown\. "),
-        ({"annotated": ("RRR",)}, r"'RRR' is none of 'plain', 'ActDiff'\. "),
-        ({"qualities": ("good",)}, r"'good' is none of 'exact'.*\. "),
+        ({"trainings": (Training(TINY, 1, 8, Variants(("magic",))),)}, r"method 'magic' is unknown\. "),
     ],
 )
 def test_plans_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(MINE, **changes)
+    with pytest.raises(ValueError, match=r"'good' is none of 'exact'.*\. "):
+        Variants(qualities=("good",))
 
 
 # Tables
@@ -211,12 +239,10 @@ def test_plans_that_make_no_sense(changes: dict[str, Any], message: str) -> None
 
 def test_intervals() -> None:
     scipy = pytest.importorskip("scipy.stats")
-    for degrees, quantile in enumerate(report.STUDENT, start=1):
-        assert quantile == pytest.approx(scipy.t.ppf(0.975, degrees), abs=1e-3)
     values = [0.4, 0.5, 0.65, 0.7, 0.45]
     low, high = scipy.t.interval(0.95, 4, numpy.mean(values), scipy.sem(values))
     assert report.interval(values) == f"{low:.2f} to {high:.2f}"
-    assert report.interval([0.5]) == "-" and report.spread([0.5]) == "0.500" and report.spread([None]) == "-"
+    assert report.interval([0.5]) == report.interval([0.5, 0.5]) == "-" and report.spread([0.5]) == "0.500" and report.spread([None]) == "-"
     assert report.spread(values) == f"{numpy.mean(values):.3f} ± {numpy.std(values, ddof=1):.3f}"
 
 
@@ -228,9 +254,22 @@ def test_tables_have_the_numbers(done: Path, tmp_path: Path) -> None:
         assert [record.job.seed for record in found] == [0, 1]
         assert report.spread([record.outcomes[selection]["test"] for record in found]) in text
     assert "in-distribution validation" in text and "shifted validation" in text and "occlusion" in text
-    for words in ("| ActDiff | 0% |", "| ActDiff | 100% |", "| ActDiff | boxes |", "| ActDiff | exact |"):
-        line = next(line for line in text.splitlines() if line.startswith(words))
+    for words in ("all masks", "0% of the masks", "boxes masks", repr(Mine(24))):
+        line = next(line for line in text.splitlines() if line.startswith(f"| ActDiff | {words} |"))
         assert line.endswith("| 2 |")
+    plain, other = (study.rows(MINE, training, name, "valid", ledger) for name in MINE.methods)
+    differences = [b.outcomes["valid"]["worst"] - a.outcomes["valid"]["worst"] for a, b in zip(plain, other, strict=True)]
+    assert f"| {numpy.mean(differences):+.3f} ({report.interval(differences, -1.0)}) |" in text
+    kept = [
+        (report._test(some) - report._test(none)) / (report._test(whole) - report._test(none))
+        for none, some, whole in zip(
+            *(report.varied(MINE, training, "ActDiff", ledger)[words] for words in ("0% of the masks", "boxes masks", report.ALL)),
+            strict=True,
+        )
+        if report._test(whole) != report._test(none)
+    ]
+    line = next(line for line in text.splitlines() if line.startswith("| ActDiff | boxes masks |"))
+    assert f"| {report.spread(kept)} | 2 |" in line
     report.plot(MINE, ledger, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
@@ -274,6 +313,11 @@ def test_command_on_a_folder(command: Any, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     wanted = Folder(str(tmp_path), "train", "test", "valid", flip=True, sizes=(16, 4, 4), dilation=1)
     assert wanted in {record.job.source for record in study.load(tmp_path / "results.jsonl").values()}
+
+
+def test_command_without_any_data(command: Any, tmp_path: Path) -> None:
+    done = command("--data", "stampbirds", "--packages", str(tmp_path))
+    assert done.exit_code == 1 and "stampbirds was left out" in done.output and "nothing to show" in done.output
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,16 @@ def test_shares_of_annotated_images() -> None:
     assert other is not None and not torch.equal(other, before)
 
 
+def test_who_is_annotated_does_not_depend_on_the_order_of_training() -> None:
+    data, early = split(), []
+    for seed in range(20):
+        annotated = annotate(data, 0.2, "exact", seed).annotated
+        assert annotated is not None
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))  # as training has it
+        early.append(annotated[order[:100]].double().mean().item())
+    assert 0.15 < sum(early) / len(early) < 0.25
+
+
 def test_qualities_of_masks() -> None:
     data = split(20)
     made = {quality: annotate(data, 1.0, quality, 0).masks for quality in QUALITIES}
@@ -106,6 +116,19 @@ def test_folder_as_the_founding_paper_reads_it(tmp_path: Path) -> None:
         arrays.folder(tmp_path, names, sizes=(12, 8, 18))
 
 
+def test_images_of_a_split_are_scaled_alike(tmp_path: Path) -> None:
+    bytes_ = numpy.ones((8, 8), dtype=numpy.uint8), numpy.full((8, 8), 255, dtype=numpy.uint8)
+    shares = numpy.full((8, 8), 0.25), numpy.ones((8, 8))
+    standardised = numpy.full((8, 8), -1.5), numpy.full((8, 8), 2.5)
+    for images, expected in ((bytes_, [1 / 255, 1.0]), (shares, [0.25, 1.0]), (standardised, [-1.5, 2.5])):
+        for name in ("train", "valid", "test"):
+            write_arrays(tmp_path, name, 2)
+            for number, image in enumerate(images):
+                numpy.save(tmp_path / f"{name}_img_{number}.npy", image)
+        task = arrays.folder(tmp_path, similar="valid")
+        assert task.train.images.flatten(1)[:, 0].tolist() == pytest.approx(expected)
+
+
 def test_folder_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"train_labels\.csv does not exist\. "):
         arrays.folder(tmp_path)
@@ -118,6 +141,9 @@ def test_folder_says_what_is_wrong(tmp_path: Path) -> None:
         arrays.folder(tmp_path, similar="valid")
     numpy.save(tmp_path / "test_seg_1.npy", numpy.zeros((2, 2, 2, 2)))
     with pytest.raises(ValueError, match=r"must be \(H, W\) or \(H, W, C\)\. "):
+        arrays.folder(tmp_path, similar="valid")
+    (tmp_path / "valid_labels.csv").write_text("file,class\nvalid_1.npy,0\n")
+    with pytest.raises(ValueError, match=r"valid_1\.npy has no `img` in its name.*\. "):
         arrays.folder(tmp_path, similar="valid")
     (tmp_path / "valid_labels.csv").write_text("name\nx\n")
     with pytest.raises(ValueError, match=r"must have the columns file and class.*\. "):
@@ -161,11 +187,12 @@ def stamps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             if name.endswith("/"):
                 folder = name
                 continue
-            path = root / "tuxpaint/stamps/animals" / folder / f"{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stamp = image.new("RGBA", (30, 20), (0, 0, 0, 0))
-            stamp.paste((3 * count, 255 - 3 * count, blue, 255), (5, 5, 25, 15))
-            stamp.save(path)
+            for part in name.split("+"):  # a family is of one colour
+                path = root / "tuxpaint/stamps/animals" / folder / f"{part}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stamp = image.new("RGBA", (30, 20), (0, 0, 0, 0))
+                stamp.paste((3 * count, 255 - 3 * count, blue, 255), (5, 5, 25, 15))
+                stamp.save(path)
     for grey, listed_places in ((250, stampbirds.WATER), (10, stampbirds.PLANTS)):
         count = 0
         for package, names in listed_places:

@@ -215,14 +215,14 @@ def test_modules_average_over_batches(metric: Any, function: metrics.Measure) ->
     assert metric.images == 0
 
 
-@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric WorstGroupAccuracy was called before")
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric .* was called before")
 def test_modules_of_logits() -> None:
     generator = torch.Generator().manual_seed(1)
     logits = 100 * torch.randn(60, 2, generator=generator)  # where a sigmoid would tie
     target = torch.randint(2, (60,), generator=generator)
     groups = 2 * target + torch.randint(2, (60,), generator=generator)
     worst, area = modules.WorstGroupAccuracy(4), modules.LogitDifferenceAUC()
-    assert worst.compute().isnan()
+    assert worst.compute().isnan() and area.compute().isnan()
     for index in torch.arange(60).split(16):
         worst.update(logits[index], target[index], groups[index])
         area.update(logits[index], target[index])
@@ -238,6 +238,23 @@ def test_judged_module() -> None:
     metric.update(model, x[2:], mask[2:], target[2:])
     expected = metrics.judged(model, x, mask, target, attribution)
     assert metric.compute().item() == pytest.approx(expected.mean().item())
+    metric.reset()
+    holes = mask.clone()
+    holes[1:] = math.nan  # nobody drew these
+    for annotated in ([True, False, False, False], [False] * 4):
+        metric.update(model, x, holes, target, torch.tensor(annotated))
+    assert metric.compute().item() == pytest.approx(expected[0].item())
+
+
+def test_modules_do_not_look_at_masks_that_nobody_drew() -> None:
+    map, mask, annotated = torch.rand(3, 1, 6, 6), torch.rand(3, 6, 6), torch.tensor([True, False, True])
+    mask[1] = math.nan
+    metric = modules.ShareInside()
+    metric.update(map, mask, annotated)
+    metric.update(map, mask, torch.zeros(3, dtype=torch.bool))
+    metric.update(map, mask[0], annotated)  # one mask for all
+    expected = [*metrics.share_inside(map[annotated], mask[annotated]), *metrics.share_inside(map[annotated], mask[0])]
+    assert metric.compute().item() == pytest.approx(torch.stack(expected).mean().item())
 
 
 def test_modules_work_in_a_collection() -> None:

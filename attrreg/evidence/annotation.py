@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from attrreg.evidence.data import Split, dilate
 
 QUALITIES = ("exact", "dilated", "boxes", "shifted")
+OFFSET = 1_000_003
 
 
 def annotate(split: Split, share: float, quality: str, seed: int) -> Split:
@@ -33,7 +34,8 @@ def annotate(split: Split, share: float, quality: str, seed: int) -> Split:
 
 def _chosen(labels: Tensor, share: float, seed: int) -> Tensor:
     chosen = torch.zeros(len(labels), dtype=torch.bool)
-    order = torch.randperm(len(labels), generator=Generator().manual_seed(seed))
+    # Of a seed of its own: from that of the training, this would be the order of its first epoch.
+    order = torch.randperm(len(labels), generator=Generator().manual_seed(seed + OFFSET))
     for label in labels.unique().tolist():
         own = order[labels.cpu()[order] == label]
         chosen[own[: max(1, round(share * len(own))) if share > 0 else 0]] = True

@@ -88,7 +88,9 @@ def _split(root: Path, name: str, dilation: int) -> Split:
     if not rows or not {"file", "class"} <= rows[0].keys():
         raise ValueError(f"{table} must have the columns file and class, and a row an image. Add them.")
     names = [row["file"].replace("\\", "/").rsplit("/", 1)[-1] for row in rows]
-    images = torch.stack([_image(root / name) for name in names])
+    if unnamed := [name for name in names if "img" not in name]:
+        raise ValueError(f"{table}: {unnamed[0]} has no `img` in its name, so its mask, named `seg` there, cannot be found. Rename it.")
+    images = _scaled(torch.stack([_image(root / name) for name in names]))
     masks = torch.stack([_array(root / name.replace("img", "seg")) for name in names]) != 0
     if masks.dim() == 4:
         masks = masks.any(dim=-1)
@@ -102,8 +104,12 @@ def _split(root: Path, name: str, dilation: int) -> Split:
 
 def _image(path: Path) -> Tensor:
     image = _array(path).float()
-    image = image.unsqueeze(0) if image.dim() == 2 else image.movedim(-1, 0)
-    return image / 255 if float(image.max()) > 1 else image
+    return image.unsqueeze(0) if image.dim() == 2 else image.movedim(-1, 0)
+
+
+def _scaled(images: Tensor) -> Tensor:
+    """All images of a split alike: values above 1, with none below 0, are taken for 0 to 255."""
+    return images / 255 if float(images.max()) > 1 and float(images.min()) >= 0 else images
 
 
 def _array(path: Path) -> Tensor:

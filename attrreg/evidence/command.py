@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from attrreg.evidence.sources import Folder
     from attrreg.evidence.study import Ledger, Plan
 
-NEEDED = ("matplotlib", "optuna", "rich")
+NEEDED = ("matplotlib", "optuna", "rich", "scipy")
 OUT = Path("attrreg-evidence.jsonl")
 
 
@@ -75,6 +76,9 @@ def evidence(
         missing = study.carry_out(plan, ledger)
     for kind, how in missing.items():
         console.print(f"{kind} was left out. {how}", highlight=False, style="yellow", soft_wrap=True)
+    if not report.begun(plan, ledger):
+        console.print("There is nothing to show.")
+        raise typer.Exit(1)
     write(plan, ledger, out)
     console.print(f"Written: {out}, .md and .png beside it", highlight=False, soft_wrap=True)
     from rich.markdown import Markdown
@@ -107,11 +111,20 @@ def _again(what: str, ledger: Ledger, console: Console) -> None:
     rows = [record for record in ledger.records.values() if record.job.judged and what == f"{record.job.source.kind}/{record.job.method}"]
     found = [ledger.records[what]] if what in ledger.records else rows
     if not found:
-        raise typer.BadParameter(f"{ledger.path} has no {what!r}. Write DATA/METHOD, for example crosses/ActDiff.", param_hint="--rerun")
+        raise typer.BadParameter(
+            f"{ledger.path} has no {what!r}. Write DATA/METHOD, for example crosses/ActDiff, or the name in a line of that file.",
+            param_hint="--rerun",
+        )
     different = 0
     for record in found:
+        if record.job.name not in ledger.records:
+            console.print(f"{record.job.method} has changed since it was trained: it is another method now.", style="yellow")
         again = job.run(record.job, ledger.device)
-        same = again.outcomes == record.outcomes
+        # As JSON, in which NaN is NaN; tuning was not tested.
+        same = all(
+            json.dumps({key: again.outcomes[split].get(key) for key in kept}, sort_keys=True) == json.dumps(kept, sort_keys=True)
+            for split, kept in record.outcomes.items()
+        )
         different += not same
         console.print(f"{record.job.name} seed {record.job.seed}: {'the same numbers' if same else 'OTHER NUMBERS'}", highlight=False)
         console.print_json(data=again.outcomes["valid"])

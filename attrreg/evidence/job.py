@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -87,15 +88,13 @@ class Record:
 
     Attributes:
         job: what was trained.
-        outcomes: by the split on which the epoch was chosen: the epoch, what it was chosen by, and the numbers of the test.
-        train: accuracy on the training images after the last epoch.
+        outcomes: by the split on which the epoch was chosen: the epoch, what it was chosen by, and, if tested, the numbers of the test.
         seconds: time that it took.
         environment: where.
     """
 
     job: Job
     outcomes: dict[str, dict[str, Any]]
-    train: float
     seconds: float
     environment: dict[str, Any]
 
@@ -108,14 +107,14 @@ class Record:
     def from_line(line: str, kinds: tuple[type[Source], ...] = sources.KINDS) -> Record:
         """Back from JSON."""
         data = json.loads(line)
-        return Record(Job.from_dict(data["job"], kinds), data["outcomes"], data["train"], data["seconds"], data["environment"])
+        return Record(Job.from_dict(data["job"], kinds), data["outcomes"], data["seconds"], data["environment"])
 
 
 Note = Callable[[int], None]  # told of each epoch that is over
 
 
-def run(job: Job, device: torch.device, note: Note = lambda epochs: None) -> Record:
-    """Train and measure.
+def run(job: Job, device: torch.device, note: Note = lambda epochs: None, tested: bool = True) -> Record:
+    """Train and measure; for tuning without the test, which it must not see.
 
     After each epoch from a quarter on the cross-entropy is taken on both validation splits, and the weights with the lowest on each
     are kept: so one training shows what a user with shifted validation data would have, and one without. On one CPU thread, since sums
@@ -124,13 +123,20 @@ def run(job: Job, device: torch.device, note: Note = lambda epochs: None) -> Rec
     Raises:
         packages.Missing: a package that the data comes from is not here.
     """
-    with _one_thread():
-        return _run(job, device, note)
+    with _one_thread(), torch.random.fork_rng():
+        torch.manual_seed(job.seed)  # for a model or data of the user's that draw from the default generators
+        return _run(job, device, note, tested)
 
 
-def _run(job: Job, device: torch.device, note: Note) -> Record:
+@lru_cache(maxsize=2)
+def _task(source: Source, seed: int) -> Task:
+    """The data; kept, because the next job is often on the same."""
+    return source.task(seed)
+
+
+def _run(job: Job, device: torch.device, note: Note, tested: bool) -> Record:
     start = time.perf_counter()
-    task = job.source.task(job.seed).to(device)
+    task = _task(job.source, job.seed).to(device)
     data = annotate(task.train, job.annotated, job.quality, job.seed)
     model = job.source.model(task, job.seed).to(device)
     budget = Budget(job.epochs, job.batch, job.rate)
@@ -148,17 +154,17 @@ def _run(job: Job, device: torch.device, note: Note) -> Record:
             model.train()
             note(1)
     model.eval()
-    trained = metrics.accuracy(predict(model, task.train.images), task.train.labels)
     outcomes: dict[str, dict[str, Any]] = {}
+    measured: dict[int, dict[str, Any]] = {}  # where both splits chose one epoch, it is measured once
     for name in SELECTIONS:
         loss, epoch, state = best[name]
-        # Where both splits chose one epoch, it is measured once.
-        measured = next((found for found in outcomes.values() if found["epoch"] == epoch), None)
-        if measured is None:
-            model.load_state_dict(state)
-            measured = _outcome(model, task, job.judged)
-        outcomes[name] = {**measured, "epoch": epoch, "loss": loss}
-    return Record(job, outcomes, trained, round(time.perf_counter() - start, 1), _environment(device))
+        model.load_state_dict(state)
+        if tested and epoch not in measured:
+            measured[epoch] = _outcome(model, task)
+        outcomes[name] = {**measured.get(epoch, {}), "epoch": epoch, "loss": loss}
+    if tested and job.judged and all(bool(value.isfinite().all()) for value in model.state_dict().values()):
+        outcomes["valid"]["maps"] = _judgements(model, task.test)  # the last of SELECTIONS, whose weights the model has
+    return Record(job, outcomes, round(time.perf_counter() - start, 1), _environment(device))
 
 
 @contextmanager
@@ -177,9 +183,9 @@ def _loss(model: nn.Module, split: Split) -> float:
     return loss if loss == loss else float("inf")
 
 
-def _outcome(model: nn.Module, task: Task, judged: bool) -> dict[str, Any]:
+def _outcome(model: nn.Module, task: Task) -> dict[str, Any]:
     logits = predict(model, task.test.images)
-    found = {
+    return {
         "similar": _accuracy(model, task.similar),
         "valid": _accuracy(model, task.valid),
         "test": metrics.accuracy(logits, task.test.labels),
@@ -187,7 +193,6 @@ def _outcome(model: nn.Module, task: Task, judged: bool) -> dict[str, Any]:
         "worst": metrics.worst_group_accuracy(logits, task.test.labels, task.test.grouped),
         "clean": _accuracy(model, task.clean_test),
     }
-    return {**found, "maps": _judgements(model, task.test)} if judged else found
 
 
 def _accuracy(model: nn.Module, split: Split) -> float:

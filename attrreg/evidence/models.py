@@ -20,7 +20,7 @@ def small(classes: int, seed: int) -> nn.Module:
     Without `output_stride` that map would be 1x1, and Grad-CAM would have nothing to say about where.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model: nn.Module = timm.create_model("test_resnet", in_chans=1, num_classes=classes, output_stride=8)
     return model
 
@@ -28,7 +28,7 @@ def small(classes: int, seed: int) -> nn.Module:
 def resnet18(classes: int, channels: int, seed: int, width: int = 64) -> nn.Module:
     """ResNet-18 for small images, as in the founding paper: a 3x3 stem of stride 1, no max-pool; there with `width` 64."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         widths = tuple(width * 2**stage for stage in range(4))
         block = timm.models.resnet.BasicBlock
         model: nn.Module = timm.models.resnet.ResNet(block, (2, 2, 2, 2), num_classes=classes, in_chans=channels, channels=widths)
@@ -54,7 +54,7 @@ def pretrained_mobilenet(classes: int, seed: int) -> nn.Module:
         warnings.simplefilter("ignore")  # of a file in an old format
         given = torch.load(folder / "mobilenet_v2-b0353104.pth", map_location="cpu", weights_only=True)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model: nn.Module = timm.create_model("mobilenetv2_100", pretrained=False, num_classes=classes)
     counters = "num_batches_tracked"
     wanted = [name for name in model.state_dict() if not name.endswith(counters) and not name.startswith("classifier")]

@@ -7,21 +7,23 @@ from dataclasses import replace
 
 from attrreg.evidence.methods import METHODS, method
 from attrreg.evidence.sources import Crosses, DecoyFashionMNIST, DecoyMNIST, Folder, StampBirds
-from attrreg.evidence.study import Plan, Training
+from attrreg.evidence.study import Plan, Training, Variants
 
+MASKS = Variants(("ActDiff", "feature path"))
+CORRELATIONS = tuple(StampBirds(correlation=correlation) for correlation in (0.5, 0.8, 1.0))
 FULL = (
-    Training(Crosses(), epochs=40, batch=16),
-    Training(DecoyMNIST(), epochs=5, batch=32),
-    Training(DecoyFashionMNIST(), epochs=5, batch=32),
-    Training(StampBirds(), epochs=4, batch=32),
+    Training(Crosses(), 40, 16, MASKS),
+    Training(DecoyMNIST(), 5, 32, Variants(("ActDiff", "default"), qualities=())),
+    Training(DecoyFashionMNIST(), 5, 32),
+    Training(StampBirds(), 4, 32, Variants(("plain", "shuffled", "ActDiff"), shares=(), qualities=(), sources=CORRELATIONS)),
 )
+_FEW_BIRDS = StampBirds(train=24, valid=8, test=16, size=64)
 QUICK = (
-    Training(Crosses(train=120, valid=40, test=40, width=8), epochs=4, batch=20),
-    Training(DecoyMNIST(train=200, valid=100, test=100), epochs=2, batch=20),
-    Training(DecoyFashionMNIST(train=200, valid=100, test=100), epochs=2, batch=20),
-    Training(StampBirds(train=24, valid=8, test=16, size=64), epochs=1, batch=8),
+    Training(Crosses(train=120, valid=40, test=40, width=8), 4, 20, Variants(("ActDiff",))),
+    Training(DecoyMNIST(train=200, valid=100, test=100), 2, 20),
+    Training(DecoyFashionMNIST(train=200, valid=100, test=100), 2, 20),
+    Training(_FEW_BIRDS, 1, 8, Variants(("plain",), shares=(), qualities=(), sources=(replace(_FEW_BIRDS, correlation=0.5),))),
 )
-ANNOTATED = ("ActDiff", "feature path")
 
 
 def plan(
@@ -40,7 +42,7 @@ def plan(
     """
     trainings: tuple[Training, ...] = QUICK if quick else FULL
     if folder is not None:
-        trainings = (Training(folder, *((2, 16) if quick else (40, 16))),)
+        trainings = (Training(folder, 2 if quick else 40, 16, MASKS),)
     elif data:
         known = {training.source.kind: training for training in trainings}
         unknown = [kind for kind in data if kind not in known]
@@ -50,7 +52,4 @@ def plan(
     if epochs is not None:
         trainings = tuple(replace(training, epochs=epochs) for training in trainings)
     names = tuple(method(name).name for name in methods) if methods else tuple(known.name for known in METHODS)
-    annotated = tuple(name for name in ANNOTATED if name in names)
-    if quick:
-        return Plan(trainings, names, trials=1, seeds=(0,), annotated=annotated[:1])
-    return Plan(trainings, names, trials, tuple(range(seeds)), annotated)
+    return Plan(trainings, names, 1, (0,)) if quick else Plan(trainings, names, trials, tuple(range(seeds)))

@@ -26,6 +26,11 @@ class Source(ABC):
 
     kind: ClassVar[str]
 
+    @property
+    def label(self) -> str:
+        """What tells it from others of its kind in a table."""
+        return repr(self)
+
     @abstractmethod
     def task(self, seed: int) -> Task:
         """Make or read the data.
@@ -110,6 +115,11 @@ class StampBirds(Source):
     test: int = 400
     correlation: float = 0.95
     size: int = 96
+
+    @property
+    def label(self) -> str:
+        """By the correlation."""
+        return f"correlation {self.correlation:.0%}"
 
     def task(self, seed: int) -> Task:
         """Compose the images."""

@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 STAMPS = "tuxpaint-stamps-default"
 MATE = "mate-backgrounds"
 PLASMA = "plasma-workspace-wallpapers"
-BIRDS = """birds/ adelaide-rosella albino_peahen blackbird chicken_profile crow crowned_crane cuckoo drake duck gander guineafowl
-    helmeted_guineafowl hen heron_greatblue heron_greatblue_flying lark little-penguin magellanic_penguin magpie nandou ostrich owl peacock
-    pelican penguin pigeon pink_flamingo quetzal rainbow-lorikeet rooster seagull silver-gull tucan turkey vulture"""
-MAMMALS = """mammals/ badger elephant ferret giraffe hippopotamus pig pig_golden pig_golden2 rabbit_little rhino_black wildboar
-    mammals/apes/ chimp gorilla tamarin_emperor mammals/aquatic/ otter sea_lion mammals/bears/ bear european-bear
-    mammals/bovines/ bison bull cow cow_white gnu-baby-stand gnu-baby gnu-sitting gnu-stand goat indian_blackbuck mountaingoat ram sheep
-    sheep_lamb yak zebu mammals/camel/ camel dromedary mammals/cats/ lion-2 lion tiger tiger_sumatran
-    mammals/deer/ caribou deer doe wapiti mammals/dogs/ dingo dog fox mammals/equines/ donkey donkey_eating horse zebra
-    mammals/rodents/ beaver capybara marmot mouse rabbit-2 rabbit rat squirrel marsupials/ kangaroo koala wombat"""
+# Behind each folder its files; those joined by + show nearly the same, and are dealt to one split.
+BIRDS = """birds/ adelaide-rosella peacock+albino_peahen blackbird chicken_profile+hen+rooster crow crowned_crane cuckoo drake+duck gander
+    guineafowl+helmeted_guineafowl heron_greatblue+heron_greatblue_flying lark little-penguin magellanic_penguin magpie nandou ostrich owl
+    pelican penguin pigeon pink_flamingo quetzal rainbow-lorikeet seagull+silver-gull tucan turkey vulture"""
+MAMMALS = """mammals/ badger elephant ferret giraffe hippopotamus pig+pig_golden+pig_golden2 rabbit_little rhino_black wildboar
+    mammals/apes/ chimp gorilla tamarin_emperor mammals/aquatic/ otter sea_lion mammals/bears/ bear+european-bear
+    mammals/bovines/ bison bull cow+cow_white gnu-baby-stand+gnu-baby+gnu-sitting+gnu-stand goat indian_blackbuck mountaingoat ram
+    sheep+sheep_lamb yak zebu mammals/camel/ camel dromedary mammals/cats/ lion-2+lion tiger+tiger_sumatran
+    mammals/deer/ caribou deer doe wapiti mammals/dogs/ dingo dog fox mammals/equines/ donkey+donkey_eating horse zebra
+    mammals/rodents/ beaver capybara marmot mouse rabbit-2+rabbit rat squirrel marsupials/ kangaroo koala wombat"""
 WATER = ((MATE, "Aqua Storm"), (PLASMA, "BytheWater ColdRipple DarkestHour EveningGlow Kite summer_1am"))
 PLANTS = (
     (MATE, "Blinds FreshFlower Garden GreenMeadow LadyBird RainDrops TwoWings YellowFlower"),
@@ -48,8 +49,8 @@ def stampbirds(
     """Compose the task.
 
     Objects are split in three, backgrounds in two (of training and validation, of the test), both by the seed, so that no object and no
-    background of the test was seen before. Validation "as in training" has the correlation, the shifted one and the test have none: their
-    four groups, 2 * bird + water, are of one size. The clean test is the test on grey.
+    background of the test was seen before, nor an object that looks nearly the same. Validation "as in training" has the correlation,
+    the shifted one and the test have none: their four groups, 2 * bird + water, are of one size. The clean test is the test on grey.
 
     Args:
         train, valid, test: number of images, the last two multiples of 4.
@@ -71,7 +72,7 @@ def stampbirds(
         raise ValueError(f"correlation must be in [0.5, 1], got {correlation}. Write for example 0.95.")
     generator = Generator().manual_seed(seed)
     objects = [_parts(_files(names), (0.6, 0.15), generator) for names in (MAMMALS, BIRDS)]
-    places = [_parts(_photographs(names), (0.6, 0.0), generator) for names in (PLANTS, WATER)]
+    places = [_parts([[path] for path in _photographs(names)], (0.6, 0.0), generator) for names in (PLANTS, WATER)]
 
     def compose(count: int, part: int, where: int, correlation: float, plain: bool = False, state: Tensor | None = None) -> Split:
         draws = Generator().manual_seed(0)
@@ -127,11 +128,11 @@ def _any(files: Sequence[Path], generator: Generator) -> Path:
     return files[int(torch.randint(len(files), (), generator=generator))]
 
 
-def _parts(files: list[Path], shares: tuple[float, float], generator: Generator) -> tuple[list[Path], list[Path], list[Path]]:
-    """Files dealt out at random in three parts, of these shares and the rest."""
-    order = [files[index] for index in torch.randperm(len(files), generator=generator).tolist()]
+def _parts(families: list[list[Path]], shares: tuple[float, float], generator: Generator) -> list[list[Path]]:
+    """Files dealt out at random in three parts, of these shares and the rest, families together."""
+    order = [families[index] for index in torch.randperm(len(families), generator=generator).tolist()]
     one, two = round(shares[0] * len(order)), round((shares[0] + shares[1]) * len(order))
-    return order[:one], order[one:two], order[two:]
+    return [[path for family in part for path in family] for part in (order[:one], order[one:two], order[two:])]
 
 
 def _uniform(low: float, high: float, generator: Generator) -> float:
@@ -175,16 +176,16 @@ def _reduced(path: Path) -> Image:
         return kept.resize(size) if scale < 1 else kept
 
 
-def _files(names: str) -> list[Path]:
-    """Files of the stamps: names behind the folders they are in."""
+def _files(names: str) -> list[list[Path]]:
+    """Files of the stamps, by families."""
     root = packages.debian(STAMPS, "usr/share/tuxpaint/stamps/animals")
     folder, found = "", []
     for name in names.split():
         if name.endswith("/"):
             folder = name
         else:
-            found.append(root / folder / f"{name}.png")
-    return _existing(found, STAMPS)
+            found.append(_existing([root / folder / f"{part}.png" for part in name.split("+")], STAMPS))
+    return found
 
 
 def _photographs(names: Sequence[tuple[str, str]]) -> list[Path]:

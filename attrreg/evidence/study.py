@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,17 +32,50 @@ Advance = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
+class Variants:
+    """What some methods are trained on besides, at the settings that shifted validation chose: fewer masks, worse ones, other data.
+
+    Attributes:
+        methods: these.
+        shares: of the training images that have a mask.
+        qualities: of the masks, of `annotation.QUALITIES`.
+        sources: the other data sets.
+
+    Raises:
+        ValueError: a quality that there is not.
+    """
+
+    methods: tuple[str, ...] = ()
+    shares: tuple[float, ...] = SHARES
+    qualities: tuple[str, ...] = QUALITIES
+    sources: tuple[Source, ...] = ()
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.qualities if name not in QUALITIES]:
+            raise ValueError(f"{unknown[0]!r} is none of {', '.join(map(repr, QUALITIES))}. Write one of them, or leave it out.")
+
+    def of(self, best: Job) -> dict[str, Job]:
+        """The trainings, by words for what is other in them than in the method's own row, which is not among them."""
+        job = replace(best, judged=False)
+        shares = {f"{share:.0%} of the masks": replace(job, annotated=share) for share in self.shares if share != 1}
+        qualities = {f"{quality} masks": replace(job, quality=quality) for quality in self.qualities if quality != "exact"}
+        return shares | qualities | {source.label: replace(job, source=source) for source in self.sources}
+
+
+@dataclass(frozen=True)
 class Training:
     """A data set, and how long is trained on it.
 
     Attributes:
         source: the data set.
         epochs, batch: see `training.Budget`.
+        variants: what is trained besides.
     """
 
     source: Source
     epochs: int
     batch: int
+    variants: Variants = Variants()
 
 
 @dataclass(frozen=True)
@@ -54,22 +87,16 @@ class Plan:
         methods: names in `methods.METHODS`.
         trials: settings that are tried for each method: as many for each, on the same splits.
         seeds: trainings of each method with the settings chosen.
-        annotated: of these methods, those for which shares of annotated images and qualities of masks are compared too.
-        shares: those shares.
-        qualities: those qualities.
         judged: whether maps are judged.
 
     Raises:
-        ValueError: nothing to try or to train, or a method or quality that there is not.
+        ValueError: nothing to try or to train, or a method that there is not.
     """
 
     trainings: tuple[Training, ...]
     methods: tuple[str, ...]
     trials: int
     seeds: tuple[int, ...]
-    annotated: tuple[str, ...] = ()
-    shares: tuple[float, ...] = SHARES
-    qualities: tuple[str, ...] = QUALITIES
     judged: bool = True
 
     def __post_init__(self) -> None:
@@ -77,18 +104,21 @@ class Plan:
             raise ValueError(
                 f"A plan needs a trial and a seed, got trials={self.trials} and seeds={self.seeds}. Give at least one of each."
             )
-        for name in self.methods:
+        for name in (*self.methods, *(name for training in self.trainings for name in training.variants.methods)):
             method(name)
-        for given, known in ((self.annotated, self.methods), (self.qualities, QUALITIES)):
-            if unknown := [name for name in given if name not in known]:
-                raise ValueError(f"{unknown[0]!r} is none of {', '.join(map(repr, known))}. Add it there, or leave it out.")
+
+    def varied(self, training: Training) -> list[str]:
+        """The methods of which variants are trained."""
+        return [name for name in training.variants.methods if name in self.methods]
 
     def epochs(self) -> int:
         """An upper bound on the epochs of all jobs together, for a progress bar."""
-        rows = len(SELECTIONS) * len(self.seeds)
-        variants = len(set(self.shares) - {1.0}) + len(set(self.qualities) - {"exact"})
-        each = len(self.methods) * (self.trials + rows) + len(self.annotated) * variants * len(self.seeds)
-        return sum(each * training.epochs for training in self.trainings)
+        each = len(self.methods) * (self.trials + len(SELECTIONS) * len(self.seeds))
+        total = 0
+        for training in self.trainings:
+            variants = len(training.variants.of(trials(method("plain"), training, 1)[0]))
+            total += (each + len(self.varied(training)) * variants * len(self.seeds)) * training.epochs
+        return total
 
 
 def processes(count: int) -> ProcessPoolExecutor:
@@ -156,11 +186,9 @@ class Ledger:
         self.advance = advance
         self.workers = workers
         self.records = load(path, kinds)
-        if path.exists() and not (text := path.read_text()).endswith("\n"):
-            path.write_text(text[: text.rfind("\n") + 1])
 
-    def run(self, wanted: Iterable[Job]) -> None:
-        """Train those jobs that the file has no record of."""
+    def run(self, wanted: Iterable[Job], tested: bool = True) -> None:
+        """Train those jobs that the file has no record of. For `tested` see `job.run`."""
         unique = {job.name: job for job in wanted}
         todo = [job for name, job in unique.items() if name not in self.records]
         for name, job in unique.items():
@@ -168,11 +196,11 @@ class Ledger:
                 self.advance(_doing(job), job.epochs)
         if self.workers == 1 or len(todo) < 2:
             for job in todo:
-                self._keep(jobs.run(job, self.device, lambda epochs, job=job: self.advance(_doing(job), epochs)))  # type: ignore[misc]
+                self._keep(jobs.run(job, self.device, lambda epochs, job=job: self.advance(_doing(job), epochs), tested))  # type: ignore[misc]
             return
         with processes(self.workers) as pool:
             try:
-                for done in as_completed([pool.submit(jobs.run, job, self.device) for job in todo]):
+                for done in as_completed([pool.submit(jobs.run, job, self.device, tested=tested) for job in todo]):
                     record = done.result()
                     self._keep(record)
                     self.advance(_doing(record.job), record.job.epochs)
@@ -181,6 +209,8 @@ class Ledger:
                 raise
 
     def _keep(self, record: Record) -> None:
+        if self.path.exists() and not (text := self.path.read_text()).endswith("\n"):
+            self.path.write_text(text[: text.rfind("\n") + 1])  # a run was stopped while it wrote
         with self.path.open("a") as file:
             file.write(record.line() + "\n")
         self.records[record.job.name] = record
@@ -191,13 +221,13 @@ def _doing(job: Job) -> str:
 
 
 def carry_out(plan: Plan, ledger: Ledger) -> dict[str, str]:
-    """Run a plan: tune, train with what was chosen, compare annotations.
+    """Run a plan: tune, train with what was chosen, then the variants.
 
     Returns:
         For each data set that could not be had, by kind, how to get it. The others are run all the same.
     """
     missing: dict[Training, str] = {}
-    for stage in (_compare, _annotate):  # what is less often asked for comes last, should a run be stopped
+    for stage in (_compare, _vary):  # what is less often asked for comes last, should a run be stopped
         for training in plan.trainings:
             if training not in missing:
                 try:
@@ -208,7 +238,7 @@ def carry_out(plan: Plan, ledger: Ledger) -> dict[str, str]:
 
 
 def _compare(plan: Plan, training: Training, ledger: Ledger) -> None:
-    ledger.run(job for name in plan.methods for job in trials(method(name), training, plan.trials))
+    ledger.run((job for name in plan.methods for job in trials(method(name), training, plan.trials)), tested=False)
     ledger.run(
         replace(best, seed=seed, judged=plan.judged)
         for seed in plan.seeds
@@ -218,12 +248,16 @@ def _compare(plan: Plan, training: Training, ledger: Ledger) -> None:
     )
 
 
-def _annotate(plan: Plan, training: Training, ledger: Ledger) -> None:
-    ledger.run(fewer_masks(plan, training, ledger))
+def _vary(plan: Plan, training: Training, ledger: Ledger) -> None:
+    found = [best_of(plan, training, name, "valid", ledger) for name in plan.varied(training)]
+    ledger.run(
+        replace(job, seed=seed) for seed in plan.seeds for best in found if best is not None for job in training.variants.of(best).values()
+    )
 
 
 def trials(method: Method, training: Training, count: int) -> list[Job]:
-    """The settings to try: first a method's own weight, then spread evenly, the same rates and factors of the weight for each method.
+    """The settings to try: first a method's own weight, then spread evenly, the same rates and factors of the weight for each method
+    (of a weight that is fixed, none).
 
     One set of settings serves both selections, so the sampler must not look at results: it is optuna's low-discrepancy one. A handful
     of purely random settings can leave a half of the weights untried.
@@ -242,24 +276,9 @@ def trials(method: Method, training: Training, count: int) -> list[Job]:
         rate = trial.suggest_float("rate", *RATES, log=True)
         factor = trial.suggest_float("factor", 1 / SPREAD, SPREAD, log=True)
         study.tell(trial, 0.0)  # the sampler learns the names from a trial that is over
-        weight = method.weight * factor if method.weighted else 1.0
+        weight = (method.weight if method.fixed else method.weight * factor) if method.weighted else 1.0
         made.append(Job(training.source, method.name, TUNING_SEED, _rounded(rate), _rounded(weight), training.epochs, training.batch))
     return made
-
-
-def fewer_masks(plan: Plan, training: Training, ledger: Ledger) -> Iterator[Job]:
-    """Trainings with fewer masks and with worse ones, at the settings that the shifted validation chose with all and exact masks."""
-    for name in plan.annotated:
-        found = best_of(plan, training, name, "valid", ledger)
-        assert found is not None  # its trials were run for its own row
-        best = replace(found, judged=False)
-        for seed in plan.seeds:
-            for share in plan.shares:
-                if share != 1:
-                    yield replace(best, seed=seed, annotated=share)
-            for quality in plan.qualities:
-                if quality != "exact":
-                    yield replace(best, seed=seed, quality=quality)
 
 
 def best_of(plan: Plan, training: Training, name: str, selection: str, ledger: Ledger) -> Job | None:

@@ -37,9 +37,8 @@ class _Mean(Metric):
         for name in ("total", "images", "undefined"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def add(self, values: Tensor, annotated: Tensor | None) -> None:
-        """Count a batch's values `(N,)`, those of images with a mask."""
-        values = values if annotated is None else values[annotated]
+    def add(self, values: Tensor) -> None:
+        """Count values `(N,)` of images with a mask."""
         defined = ~values.isnan()
         self.total += values[defined].double().sum()
         self.images += defined.sum()
@@ -48,6 +47,11 @@ class _Mean(Metric):
     def compute(self) -> Tensor:
         """The mean, 0-dim. `undefined` says how many annotated images it leaves out."""
         return self.total / self.images
+
+
+def _annotated(annotated: Tensor | None, *parts: Tensor) -> tuple[Tensor, ...]:
+    """What a batch has of its annotated images; a mask `(H, W)` serves them all."""
+    return parts if annotated is None else tuple(part if part.dim() == 2 else part[annotated] for part in parts)
 
 
 class MapMetric(_Mean):
@@ -59,7 +63,9 @@ class MapMetric(_Mean):
 
     def update(self, map: Tensor, mask: Tensor, annotated: Tensor | None = None) -> None:
         """Count a batch: maps `(N, C, H, W)`, masks as the regularizers take them, `annotated` boolean `(N,)`."""
-        self.add(self.measure(map, mask), annotated)
+        if annotated is None or bool(annotated.any()):
+            map, mask = _annotated(annotated, map, mask)
+            self.add(self.measure(map, mask))
 
 
 class ShareInside(MapMetric):
@@ -125,7 +131,9 @@ class Judged(_Mean):
 
     def update(self, model: nn.Module, x: Tensor, mask: Tensor, target: Tensor, annotated: Tensor | None = None) -> None:
         """Count a batch. Arguments as in `metrics.judged`."""
-        self.add(judged(model, x, mask, target, self.attribution, self.measure), annotated)
+        if annotated is None or bool(annotated.any()):
+            x, target, mask = _annotated(annotated, x, target, mask)
+            self.add(judged(model, x, mask, target, self.attribution, self.measure))
 
 
 class WorstGroupAccuracy(Metric):
@@ -192,6 +200,8 @@ class LogitDifferenceAUC(Metric):
         self.targets.append(target)
 
     def compute(self) -> Tensor:
-        """The area, 0-dim."""
+        """The area, 0-dim; NaN before any image."""
+        if isinstance(self.logits, list) and not self.logits:
+            return torch.tensor(float("nan"))
         logits, targets = (torch.cat([part] if isinstance(part, Tensor) else part) for part in (self.logits, self.targets))
         return torch.tensor(auc(logits, targets), device=logits.device)
