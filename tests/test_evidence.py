@@ -311,6 +311,9 @@ def test_command_on_a_folder(command: Any, tmp_path: Path) -> None:
         "--folder", str(tmp_path), "--epochs", "1", "--flip", "--sizes", "16,4,4", "--splits", "train,test,valid", "--dilation", "1"
     )
     assert done.exit_code == 0, done.output
+    done = command("--folder", str(tmp_path), "--epochs", "1", "--similar", "valid")
+    assert done.exit_code == 0, done.output
+    assert Folder(str(tmp_path), similar="valid") in {record.job.source for record in study.load(tmp_path / "results.jsonl").values()}
     wanted = Folder(str(tmp_path), "train", "test", "valid", flip=True, sizes=(16, 4, 4), dilation=1)
     assert wanted in {record.job.source for record in study.load(tmp_path / "results.jsonl").values()}
 

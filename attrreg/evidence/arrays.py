@@ -58,7 +58,9 @@ def folder(
         order = torch.randperm(len(train), generator=generator)
         held = len(train) // 5
         if not held:
-            raise ValueError(f"{root}: {len(train)} training images are too few to hold a fifth back. Name a split with `similar=`.")
+            raise ValueError(
+                f"{root}: {len(train)} training images are too few to hold a fifth back. Name a split with `similar=` (--similar)."
+            )
         like_training, train = train.take(order[:held]), train.take(order[held:])
     if flip:
         valid, test = (replace(part, images=part.images.flip(-1), masks=part.masks.flip(-1)) for part in (valid, test))

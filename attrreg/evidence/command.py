@@ -25,6 +25,7 @@ def evidence(
     folder: Annotated[Path | None, typer.Option(help="Your own arrays in place of these: see docs/evidence.md.")] = None,
     splits: Annotated[str, typer.Option(help="Of --folder: the names of the training, validation and test splits.")] = "train,valid,test",
     sizes: Annotated[str, typer.Option(help="Of --folder: how many images of each, as in 500,128,128. Default: all.")] = "",
+    similar: Annotated[str, typer.Option(help="Of --folder: a split like training. Default: a fifth of training, or by --flip.")] = "",
     flip: Annotated[bool, typer.Option("--flip", help="Of --folder: mirror validation and test images, as the paper does.")] = False,
     dilation: Annotated[int, typer.Option(min=0, help="Of --folder: pixels by which masks are grown.")] = 0,
     method: Annotated[list[str] | None, typer.Option(help="Methods; again for each. Default: all.")] = None,
@@ -60,7 +61,7 @@ def evidence(
     if jobs is None:
         jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        own = None if folder is None else _folder(folder, splits, sizes, flip, dilation)
+        own = None if folder is None else _folder(folder, splits, similar, sizes, flip, dilation)
         plan = plans.plan(data, method, own, trials, seeds, epochs, quick)
         ledger = study.Ledger(out, torch.device(device), workers=jobs)
         torch.zeros(1, device=device)
@@ -86,14 +87,14 @@ def evidence(
     console.print(Markdown(report.markdown(plan, ledger)))
 
 
-def _folder(root: Path, splits: str, sizes: str, flip: bool, dilation: int) -> Folder:
+def _folder(root: Path, splits: str, similar: str, sizes: str, flip: bool, dilation: int) -> Folder:
     from attrreg.evidence.sources import Folder
 
     names = splits.split(",")
     if len(names) != 3:
         raise ValueError(f"--splits must be three names, got {splits!r}. Write train,valid,test.")
     counts = tuple(int(count) for count in sizes.split(",")) if sizes else ()
-    return Folder(str(root), names[0], names[1], names[2], flip=flip, sizes=counts, dilation=dilation)
+    return Folder(str(root), names[0], names[1], names[2], similar or None, flip=flip, sizes=counts, dilation=dilation)
 
 
 def write(plan: Plan, ledger: Ledger, out: Path) -> None:
