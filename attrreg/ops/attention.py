@@ -32,9 +32,8 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """P."""
-    scores = (q * scale) @ k.transpose(-2, -1)
+def _weights(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """P of s q k^T, which may be written over."""
     if mask is None:
         return scores.softmax(-1)
     scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
@@ -83,7 +82,7 @@ class _AttentionGradients(Function):
         if log_sum is not None:
             kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
             return *kernel(_rows(go), q, k, v, o, log_sum, 0.0, False, attn_mask=None, scale=scale), None
-        weights = _weights(q, k, mask, scale)
+        weights = _weights((q * scale) @ k.transpose(-2, -1), mask)
         gv = weights.transpose(-2, -1) @ go
         inner = aten._softmax_backward_data(go @ v.transpose(-2, -1), weights, -1, q.dtype)
         gmask = inner.sum_to_size(mask.shape) if for_mask and mask is not None else None
@@ -96,8 +95,8 @@ class _AttentionGradients(Function):
         shapes, s = [tensor.shape for tensor in originals], ctx.scale
         # One copy of what comes as views of a projection; then every product is one call, with its sum and scale.
         go, q, k, v, uq, uk, uv, o = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (*originals, *outer[:3], o))
-        weights = _weights(originals[1], originals[2], mask, s)
-        full, p = weights.shape, weights.view(-1, *weights.shape[-2:])
+        full = *shapes[1][:-1], shapes[2][-2]
+        p = _weights(torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=s).view(full), mask).view(-1, *full[-2:])
         a = torch.bmm(uq, k.mT).baddbmm_(q, uk.mT, beta=s, alpha=s)
         if outer[3] is not None:
             a.view(full).add_(outer[3])

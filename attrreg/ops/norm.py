@@ -175,16 +175,19 @@ class _LayerNormInputGradient(Function):
     @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gy, x, g, mu, r, gx = ctx.saved_tensors
-        axes, count = _last(ctx.shape), math.prod(ctx.shape)
+        count = math.prod(ctx.shape)
         rpv = aten.native_layer_norm_backward(v.contiguous(), x, ctx.shape, mu, r, None, None, [True, False, False])[0]
-        # Products that are only summed share one tensor: a new one of this size costs as much as a pass over it.
-        product = torch.empty_like(x)
-        for_g = torch.mul(gy, rpv, out=product).sum(list(range(x.dim() - len(ctx.shape)))) if ctx.needs_input_grad[2] else None
+        # Products that are only summed share one tensor: a new one of this size costs as much as a pass over it. Sums with a weight
+        # are products with a vector, which is g / M for the mean of g times something.
+        product = torch.mul(gy, rpv)
+        rows, vector, weighted = product.view(-1, count), g.reshape(-1) / count, -r * r
+        for_g = rows.sum(0).view(ctx.shape) if ctx.needs_input_grad[2] else None
+        phi = torch.mv(rows, vector).view(r.shape)  # over M, since sum(v gx) = sum(g gy r P(v))
         centred = x - mu
-        a = torch.mul(gy, centred, out=product).mul_(g).mean(axes, keepdim=True) * r
-        b = torch.mul(v, centred, out=product).mean(axes, keepdim=True) * r
-        phi = torch.mul(v, gx, out=product).sum(axes, keepdim=True)
-        for_x = centred.mul_(-r * r * phi / count).addcmul_(rpv, -r * a).addcmul_(gx, -r * b)
+        torch.mul(gy, centred, out=product)
+        a = torch.mv(rows, vector).view(r.shape)  # over r, as is b
+        b = torch.mul(v, centred, out=product).mean(_last(ctx.shape), keepdim=True)
+        for_x = centred.mul_(weighted * phi).addcmul_(rpv, weighted * a).addcmul_(gx, weighted * b)
         return rpv.mul_(g), for_x, for_g, None, None, None
 
 
