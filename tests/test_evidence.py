@@ -198,6 +198,18 @@ def test_several_jobs_at_a_time_give_the_same_numbers(tmp_path: Path) -> None:
         ledgers[1].run(Job(sources.StampBirds(8, 8, 8, size=32), "plain", seed, 1e-3, 1.0, 1, 8) for seed in range(3))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_job_that_fails_does_not_stop_the_others(tmp_path: Path, workers: int) -> None:
+    ledger = Ledger(tmp_path / "some.jsonl", CPU, workers=workers)
+    todo = [replace(JOB, batch=99), JOB, replace(JOB, seed=1)]
+    with pytest.raises(
+        RuntimeError, match=r"1 of 3 trainings failed, the first Job\(.*batch=99.*\. What is done is in .*some\.jsonl"
+    ) as error:
+        ledger.run(todo)
+    assert isinstance(error.value.__cause__, ValueError)
+    assert set(study.load(ledger.path)) == {job.name for job in todo[1:]}
+
+
 def test_tuning_is_equal_and_chooses_the_best(done: Path) -> None:
     training, ledger = MINE.trainings[0], Ledger(done, CPU, kinds=KINDS)
     plain, actdiff = (study.trials(method(name), training, 5) for name in MINE.methods)

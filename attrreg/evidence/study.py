@@ -7,9 +7,10 @@ import multiprocessing
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -188,22 +189,43 @@ class Ledger:
         self.records = load(path, kinds)
 
     def run(self, wanted: Iterable[Job], tested: bool = True) -> None:
-        """Train those jobs that the file has no record of. For `tested` see `job.run`."""
+        """Train those jobs that the file has no record of. One that fails does not stop the others. For `tested` see `job.run`.
+
+        Raises:
+            packages.Missing: a package that the data comes from is not here.
+            RuntimeError: a job failed; when the others are done.
+        """
         unique = {job.name: job for job in wanted}
         todo = [job for name, job in unique.items() if name not in self.records]
         for name, job in unique.items():
             if name in self.records:
                 self.advance(_doing(job), job.epochs)
+        failed: list[tuple[Job, Exception]] = []
+        for job, result in self._results(todo, tested):
+            try:
+                self._keep(result())
+            except Missing:
+                raise
+            except Exception as error:  # what it was is said at the end
+                failed.append((job, error))
+        if failed:
+            raise RuntimeError(
+                f"{len(failed)} of {len(todo)} trainings failed, the first {failed[0][0]}. What is done is in {self.path}, and a new run goes "
+                "on from it."
+            ) from failed[0][1]
+
+    def _results(self, todo: Sequence[Job], tested: bool) -> Iterator[tuple[Job, Callable[[], Record]]]:
+        """Each job as it is done, and what gives its record or raises its error."""
         if self.workers == 1 or len(todo) < 2:
             for job in todo:
-                self._keep(jobs.run(job, self.device, lambda epochs, job=job: self.advance(_doing(job), epochs), tested))  # type: ignore[misc]
+                yield job, partial(jobs.run, job, self.device, partial(self.advance, _doing(job)), tested)
             return
         with processes(self.workers) as pool:
             try:
-                for done in as_completed([pool.submit(jobs.run, job, self.device, tested=tested) for job in todo]):
-                    record = done.result()
-                    self._keep(record)
-                    self.advance(_doing(record.job), record.job.epochs)
+                waiting = {pool.submit(jobs.run, job, self.device, tested=tested): job for job in todo}
+                for done in as_completed(waiting):
+                    yield waiting[done], done.result
+                    self.advance(_doing(waiting[done]), waiting[done].epochs)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
