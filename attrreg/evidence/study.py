@@ -210,8 +210,8 @@ class Ledger:
                 failed.append((job, error))
         if failed:
             raise RuntimeError(
-                f"{len(failed)} of {len(todo)} trainings failed, the first {failed[0][0]}. What is done is in {self.path}, and a new run goes "
-                "on from it."
+                f"{len(failed)} of {len(todo)} trainings failed, the first {failed[0][0]}. What is done is in {self.path}, and a new run "
+                "goes on from it."
             ) from failed[0][1]
 
     def _results(self, todo: Sequence[Job], tested: bool) -> Iterator[tuple[Job, Callable[[], Record]]]:
