@@ -41,6 +41,20 @@ def _weights(scores: Tensor, mask: Tensor | None) -> Tensor:
     return result
 
 
+def _gradients(
+    go: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, o: Tensor, log_sum: Tensor | None, scale: float, for_mask: bool
+) -> tuple[Tensor | None, ...]:
+    """gq, gk, gv, gmask."""
+    if log_sum is not None:
+        kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return *kernel(_rows(go), q, k, v, o, log_sum, 0.0, False, attn_mask=None, scale=scale), None
+    weights = _weights((q * scale) @ k.transpose(-2, -1), mask)
+    gv = weights.transpose(-2, -1) @ go
+    inner = aten._softmax_backward_data(go @ v.transpose(-2, -1), weights, -1, q.dtype)
+    gmask = inner.sum_to_size(mask.shape) if for_mask and mask is not None else None
+    return (inner @ k).mul_(scale), (inner.transpose(-2, -1) @ q).mul_(scale), gv, gmask
+
+
 class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -59,8 +73,9 @@ class _Attention(Function):
     @staticmethod
     def backward(ctx: Any, go: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, o, *log_sum = ctx.saved_tensors
-        for_mask = ctx.needs_input_grad[3]
-        return *_AttentionGradients.apply(go, q, k, v, mask, o.detach(), *log_sum or (None,), ctx.scale, for_mask), None
+        arguments = go, q, k, v, mask, o.detach(), log_sum[0] if log_sum else None, ctx.scale, ctx.needs_input_grad[3]
+        found = _AttentionGradients.apply(*arguments) if torch.is_grad_enabled() else _gradients(*arguments)
+        return *found, None
 
 
 class _AttentionGradients(Function):
@@ -79,14 +94,7 @@ class _AttentionGradients(Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(go, q, k, v, mask, o)
         ctx.scale = scale
-        if log_sum is not None:
-            kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
-            return *kernel(_rows(go), q, k, v, o, log_sum, 0.0, False, attn_mask=None, scale=scale), None
-        weights = _weights((q * scale) @ k.transpose(-2, -1), mask)
-        gv = weights.transpose(-2, -1) @ go
-        inner = aten._softmax_backward_data(go @ v.transpose(-2, -1), weights, -1, q.dtype)
-        gmask = inner.sum_to_size(mask.shape) if for_mask and mask is not None else None
-        return (inner @ k).mul_(scale), (inner.transpose(-2, -1) @ q).mul_(scale), gv, gmask
+        return _gradients(go, q, k, v, mask, o, log_sum, scale, for_mask)
 
     @staticmethod
     @once_differentiable
