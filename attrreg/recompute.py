@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from attrreg.graph import trainable_leaves
 from attrreg.points import Stop
+from attrreg.walk import modules
 
 
 class Gradients(Protocol):
@@ -83,7 +84,7 @@ class _Step:
         }
 
     def _training(self) -> list[bool]:
-        return [module.training for module in self._model.modules()]
+        return [module.training for module in modules(self._model)]
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         if self._training() != self._modes:

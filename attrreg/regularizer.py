@@ -67,8 +67,7 @@ class AttributionRegularizer(Spec, ABC):
             model: any module that maps `x` to logits. It is left as it was, its buffers, modes and `.grad` included.
             x: images `(N, C, H, W)`, floating point; may be the result of differentiable operations.
             mask: `(N, H, W)`, `(N, 1, H, W)` or `(H, W)`, boolean or in [0, 1], of any size: 1 = relevant.
-            target: classes `(N,)`, or what the score takes. The default score goes by its shape, see `scores.ByTarget`: for classes it
-                is `scores.Contrast`, the target's logit against the best other; without a target `scores.SumLogProb`.
+            target: classes `(N,)`, or what the score takes. The default score goes by it: see `scores.ByTarget`.
             annotated: boolean `(N,)`: the images that have a mask. None: all.
             generator: where the terms' own random draws come from; None: PyTorch's default generator on the CPU.
             output: where the logits are in what the model returns, if that is not a tensor: an index, key, attribute or function.

@@ -11,7 +11,6 @@ that best is near the best of all objectives.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from attrreg.bench.run import environment
 from attrreg.evidence.data import Split, Task
 from attrreg.evidence.methods import Method
 from attrreg.evidence.shortcuts import decoy_fashion_mnist, decoy_mnist
-from attrreg.evidence.study import processes
+from attrreg.evidence.study import cores, processes
 from attrreg.evidence.training import Budget, predict, train
 from attrreg.scores import SumLogProb, TargetLogit
 from benchmarks.page import ROOT, write_section
@@ -110,7 +109,7 @@ class Row:
     @property
     def name(self) -> str:
         """For the file of results. It changes when the candidate of this name does."""
-        regularizer = None if self.candidate is None else repr(CANDIDATES[self.candidate]).replace("__main__", "benchmarks.default")
+        regularizer = None if self.candidate is None else repr(CANDIDATES[self.candidate])
         return json.dumps({**asdict(self), "regularizer": regularizer})
 
 
@@ -158,8 +157,7 @@ def measure() -> None:
     """Train what is missing, one training a core at a time."""
     done = load()
     todo = [row for row in rows() if row.name not in done]
-    workers = len(os.sched_getaffinity(0))
-    with processes(workers) as pool:
+    with processes(cores()) as pool:
         waiting = {pool.submit(run, row): row for row in todo}
         for future in track(as_completed(waiting), total=len(todo), description="training"):
             with RESULTS.open("a") as file:
@@ -208,4 +206,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks import default  # so that what it names, in results too, is named alike however it was started
+
+    default.main()

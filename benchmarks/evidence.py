@@ -34,7 +34,8 @@ def write_page() -> None:
         write_section(PAGE, "tuned", COMMAND, "Nothing was run yet.")
         return
     report.plot(plan, ledger, PICTURE)
-    write_section(PAGE, "tuned", COMMAND, report.markdown(plan, ledger), f"![test accuracy of each method]({PICTURE.name})")
+    tables = report.markdown(plan, ledger).replace(str(RESULTS), str(RESULTS.relative_to(ROOT)))  # as it is called from a clone's root
+    write_section(PAGE, "tuned", COMMAND, tables, f"![test accuracy of each method]({PICTURE.name})")
 
 
 def main() -> None:

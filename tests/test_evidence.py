@@ -1,13 +1,9 @@
-"""The comparison: its jobs, equal tuning, going on from a file, tables, the command."""
+"""The comparison: its jobs, equal tuning, going on from a file, tables."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,18 +15,14 @@ from torch import nn
 
 pytest.importorskip("optuna")
 pytest.importorskip("matplotlib")
-pytest.importorskip("rich")
-pytest.importorskip("typer")
-from typer.testing import CliRunner
+pytest.importorskip("scipy")
 
-from attrreg import cli
-from attrreg.evidence import job, packages, plans, report, shortcuts, sources, study
+from attrreg.evidence import job, packages, report, shortcuts, sources, study
 from attrreg.evidence.data import Task
 from attrreg.evidence.job import Job, Record
 from attrreg.evidence.methods import METHODS, method
-from attrreg.evidence.sources import Crosses, Folder, Source
+from attrreg.evidence.sources import Crosses, Source
 from attrreg.evidence.study import Ledger, Plan, Training, Variants
-from tests.test_evidence_data import write_arrays
 
 CPU = torch.device("cpu")
 TINY = Crosses(train=24, valid=8, test=8, width=4)
@@ -77,9 +69,10 @@ def test_a_model_that_diverged_has_no_maps_and_is_not_chosen() -> None:
 
 
 def test_the_seed_is_that_of_draws_nobody_else_seeds() -> None:
-    before = torch.get_rng_state()
-    losses = [job.run(replace(JOB, source=Drops()), CPU).outcomes["valid"]["loss"] for _ in range(2) if torch.rand(())]
-    torch.set_rng_state(before)
+    losses = []
+    for _ in range(2):
+        torch.rand(())  # moves the default generator on
+        losses.append(job.run(replace(JOB, source=Drops()), CPU).outcomes["valid"]["loss"])
     assert losses[0] == losses[1]
 
 
@@ -176,6 +169,10 @@ def test_a_run_goes_on_where_it_was(done: Path, tmp_path: Path, monkeypatch: pyt
     assert sum(epochs) <= MINE.epochs()
     numbers = [{line["name"]: line["outcomes"] for line in map(json.loads, path.read_text().splitlines())} for path in (done, cut)]
     assert numbers[0] == numbers[1]
+    cut.write_text("\n".join(lines))  # stopped before the end of its last line
+    whole = Ledger(cut, CPU, kinds=KINDS)
+    whole.run([replace(JOB, seed=5)])
+    assert set(study.load(cut, KINDS)) == {*numbers[0], replace(JOB, seed=5).name}
     cut.write_text("nothing\n" + lines[0] + "\n")
     with pytest.raises(ValueError, match=r"line 1 is no record.*\. Take it out"):
         Ledger(cut, CPU, kinds=KINDS)
@@ -258,6 +255,19 @@ def test_intervals() -> None:
     assert report.spread(values) == f"{numpy.mean(values):.3f} ± {numpy.std(values, ddof=1):.3f}"
 
 
+def records(values: dict[int, float]) -> list[Record]:
+    """Made up: by seed, a number."""
+    return [Record(replace(JOB, seed=seed), {"valid": {"worst": value, "test": value}}, 1.0, {}) for seed, value in values.items()]
+
+
+def test_gains_are_seed_by_seed() -> None:
+    found, plain = records({0: 0.5, 1: 0.9, 2: 0.4, 7: 1.0}), records({2: 0.1, 1: 0.2, 0: 0.3})
+    assert report.gain(found, plain, "valid") == f"+0.400 ({report.interval([0.2, 0.7, 0.3], -1.0)})"
+    assert report.gain(plain[:1], found, "valid") == "-0.300 (-)" and report.gain(found[3:], plain, "valid") == "-"
+    whole = records({0: 0.7, 1: 0.2, 2: 0.7})  # nothing to be kept with seed 1, nothing known with 7
+    assert report.gain_kept(found, plain, whole) == pytest.approx([0.5, 0.5])
+
+
 def test_tables_have_the_numbers(done: Path, tmp_path: Path) -> None:
     ledger, training = Ledger(done, CPU, kinds=KINDS), MINE.trainings[0]
     text = report.markdown(MINE, ledger)
@@ -272,114 +282,9 @@ def test_tables_have_the_numbers(done: Path, tmp_path: Path) -> None:
     plain, other = (study.rows(MINE, training, name, "valid", ledger) for name in MINE.methods)
     differences = [b.outcomes["valid"]["worst"] - a.outcomes["valid"]["worst"] for a, b in zip(plain, other, strict=True)]
     assert f"| {numpy.mean(differences):+.3f} ({report.interval(differences, -1.0)}) |" in text
-    kept = [
-        (report._test(some) - report._test(none)) / (report._test(whole) - report._test(none))
-        for none, some, whole in zip(
-            *(report.varied(MINE, training, "ActDiff", ledger)[words] for words in ("0% of the masks", "boxes masks", report.ALL)),
-            strict=True,
-        )
-        if report._test(whole) != report._test(none)
-    ]
+    variants = report.varied(MINE, training, "ActDiff", ledger)
+    kept = report.gain_kept(variants["boxes masks"], variants["0% of the masks"], variants["all masks"])
     line = next(line for line in text.splitlines() if line.startswith("| ActDiff | boxes masks |"))
     assert f"| {report.spread(kept)} | 2 |" in line
     report.plot(MINE, ledger, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-
-
-# Command
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    monkeypatch.setattr(plans, "QUICK", (Training(TINY, 1, 8), Training(sources.StampBirds(8, 8, 8, size=32), 1, 8)))
-    out = tmp_path / "results.jsonl"
-    yield lambda *words: CliRunner().invoke(
-        cli.build_app(), ["evidence", "--quick", "--jobs", "1", "--out", str(out), "--method", "plain", *words]
-    )
-
-
-def test_command(command: Any, tmp_path: Path) -> None:
-    done = command("--method", "ActDiff", "--packages", str(tmp_path))
-    assert done.exit_code == 0, done.output
-    assert "stampbirds was left out. The Debian package tuxpaint-stamps-default is not here." in done.output
-    assert "crosses" in (tmp_path / "results.md").read_text()
-    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
-    again = command("--rerun", "crosses/ActDiff")
-    assert again.exit_code == 0 and "the same numbers" in again.output
-    text = (tmp_path / "results.jsonl").read_text()
-    (tmp_path / "results.jsonl").write_text(text.replace('"worst": ', '"worst": 7'))
-    other = command("--rerun", "crosses/ActDiff")
-    assert other.exit_code == 1 and "OTHER NUMBERS" in other.output
-
-
-def test_command_on_a_folder(command: Any, tmp_path: Path) -> None:
-    for name, count in (("train", 20), ("valid", 4), ("test", 4)):
-        write_arrays(tmp_path, name, count)
-    done = command("--folder", str(tmp_path), "--epochs", "1")
-    assert done.exit_code == 0, done.output
-    record = next(iter(study.load(tmp_path / "results.jsonl").values()))
-    assert record.job.source == Folder(str(tmp_path))
-    done = command(
-        "--folder", str(tmp_path), "--epochs", "1", "--flip", "--sizes", "16,4,4", "--splits", "train,test,valid", "--dilation", "1"
-    )
-    assert done.exit_code == 0, done.output
-    done = command("--folder", str(tmp_path), "--epochs", "1", "--similar", "valid")
-    assert done.exit_code == 0, done.output
-    assert Folder(str(tmp_path), similar="valid") in {record.job.source for record in study.load(tmp_path / "results.jsonl").values()}
-    wanted = Folder(str(tmp_path), "train", "test", "valid", flip=True, sizes=(16, 4, 4), dilation=1)
-    assert wanted in {record.job.source for record in study.load(tmp_path / "results.jsonl").values()}
-
-
-def test_command_without_any_data(command: Any, tmp_path: Path) -> None:
-    done = command("--data", "stampbirds", "--packages", str(tmp_path))
-    assert done.exit_code == 1 and "stampbirds was left out" in done.output and "nothing to show" in done.output
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (("--data", "imagenet"), "imagenet"),
-        (("--method", "magic"), "magic"),
-        (("--out", "x.json"), ".jsonl"),
-        (("--rerun", "crosses/magic"), "crosses/magic"),
-        (("--device", "abacus"), "abacus"),
-        (("--folder", "/no/such/folder"), "train_labels.csv"),
-        (("--folder", "/no/such/folder", "--splits", "a,b"), "--splits must be three names"),
-        (("--folder", "/no/such/folder", "--sizes", "5"), "sizes must be three numbers"),
-    ],
-)
-def test_bad_options(command: Any, words: tuple[str, ...], says: str) -> None:
-    done = command(*words)
-    assert done.exit_code == 2 and says in done.output
-
-
-def test_without_the_extra(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attrreg.evidence.command.NEEDED", ("no_such_package",))
-    done = command()
-    assert done.exit_code == 1 and "pip install 'attrreg[evidence]'" in done.output
-
-
-STARTS = """
-import os, time
-from attrreg.evidence.study import processes
-
-if __name__ == "__main__":
-    with processes(1) as pool:
-        print(pool.submit(os.getpid).result(), flush=True)
-        pool.submit(time.sleep, 600).result()
-"""
-
-
-@pytest.mark.skipif(not Path("/proc").exists(), reason="asks Linux who lives")
-def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
-    script = tmp_path / "starts.py"
-    script.write_text(STARTS)
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        worker = int(parent.stdout.readline())
-        parent.kill()
-    for _ in range(600):
-        if not Path(f"/proc/{worker}").exists() or "zombie" in Path(f"/proc/{worker}/status").read_text():
-            return
-        time.sleep(0.1)
-    raise AssertionError("it lives on")

@@ -58,12 +58,10 @@ def evidence(
         from attrreg.evidence import plans, report, study
         from attrreg.progress import bar
 
-    if jobs is None:
-        jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         own = None if folder is None else _folder(folder, splits, similar, sizes, flip, dilation)
         plan = plans.plan(data, method, own, trials, seeds, epochs, quick)
-        ledger = study.Ledger(out, torch.device(device), workers=jobs)
+        ledger = study.Ledger(out, torch.device(device), workers=study.cores() if jobs is None else jobs)
         torch.zeros(1, device=device)
         if own is not None:
             own.task(0)

@@ -158,8 +158,8 @@ def _run(job: Job, device: torch.device, note: Note, tested: bool) -> Record:
     measured: dict[int, dict[str, Any]] = {}  # where both splits chose one epoch, it is measured once
     for name in SELECTIONS:
         loss, epoch, state = best[name]
-        model.load_state_dict(state)
         if tested and epoch not in measured:
+            model.load_state_dict(state)
             measured[epoch] = _outcome(model, task)
         outcomes[name] = {**measured.get(epoch, {}), "epoch": epoch, "loss": loss}
     if tested and job.judged and all(bool(value.isfinite().all()) for value in model.state_dict().values()):

@@ -57,16 +57,14 @@ def _adversary(weight: float) -> AdversarialInvariance:
     return AdversarialInvariance(weight, every=10, rate=1e-2)
 
 
-# Weights are those of the papers where these have one, for means over the batch: GradMask's .203 of a sum over 32 images, the
-# adversary's 10. RRR has .015 in its own paper (1000 for pixels in 0..255) and 320 in the founding one (10, a sum): between them.
-
-
 PLAIN = Method("plain")
 FEATURE_PATH = Method(
     "feature path",
     ExpectedGradients(baseline=Masked(), score=RandomProjection(), objective=NetOutside(), chunk=None),
     1.0,
 )
+# Weights are those of the papers where these have one, for means over the batch: GradMask's .203 of a sum over 32 images, the
+# adversary's 10. RRR has .015 in its own paper (1000 for pixels in 0..255) and 320 in the founding one (10, a sum): between them.
 METHODS = (
     PLAIN,
     Method("masked", transform=ReplaceOutside()),

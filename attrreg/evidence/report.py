@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from attrreg.evidence.job import SELECTIONS, Record
 from attrreg.evidence.methods import PLAIN, method
-from attrreg.evidence.study import Ledger, Plan, Training, best_of, rows
+from attrreg.evidence.study import Ledger, Plan, Training, best_of, masks, rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ALL = "all masks"
 WORDS = {"similar": "in-distribution validation", "valid": "shifted validation"}
 # What papers report: the head of a column, and the cell of each method that they have.
 PUBLISHED: dict[str, tuple[str, dict[str, str]]] = {
@@ -60,8 +59,8 @@ def interval(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> st
 
 def gain(found: Sequence[Record], reference: Sequence[Record], selection: str) -> str:
     """What a row's worst group is above another's, seed by seed: mean and 95% interval of the mean."""
-    others = {record.job.seed: record.outcomes[selection]["worst"] for record in reference}
-    values = [record.outcomes[selection]["worst"] - others[record.job.seed] for record in found if record.job.seed in others]
+    others = _by_seed(reference, selection, "worst")
+    values = [value - others[seed] for seed, value in _by_seed(found, selection, "worst").items() if seed in others]
     return f"{statistics.mean(values):+.3f} ({interval(values, -1.0)})" if values else "-"
 
 
@@ -92,7 +91,7 @@ def _conditions(plan: Plan, training: Training, ledger: Ledger) -> str:
     where = " and ".join(sorted({_where(record) for record in _records(training, ledger)}))
     return (
         f"`{training.source!r}`, {training.epochs} epochs in batches of {training.batch}, {plan.trials} settings tried for each method. "
-        f"Measured on {where}. Any row again: `attrreg evidence --rerun '{training.source.kind}/METHOD' --out {ledger.path.name}`."
+        f"Measured on {where}. Any row again: `attrreg evidence --rerun '{training.source.kind}/METHOD' --out {ledger.path}`."
     )
 
 
@@ -152,19 +151,11 @@ def _variants(plan: Plan, training: Training, ledger: Ledger) -> str:
     lines = []
     for name in plan.varied(training):
         found = varied(plan, training, name, ledger)
-        plain = {record.job.seed: _test(record) for record in found.get(f"{0:.0%} of the masks", [])}
-        whole = {record.job.seed: _test(record) for record in found[ALL]}
         for words, records in found.items():
             if records:
-                kept = [
-                    (_test(record) - plain[seed]) / (whole[seed] - plain[seed])
-                    for record in records
-                    if (seed := record.job.seed) in plain and whole.get(seed, plain[seed]) != plain[seed]
-                ]
-                worst = _values(records, "valid", "worst")
-                lines.append(
-                    [name, words, spread([_test(r) for r in records]), spread(worst), interval(worst), spread(kept), str(len(records))]
-                )
+                tests, worst = (_values(records, "valid", what) for what in ("test", "worst"))
+                kept = gain_kept(records, found.get(masks(0), []), found[masks(1)])
+                lines.append([name, words, spread(tests), spread(worst), interval(worst), spread(kept), str(len(records))])
     words = (
         "Fewer masks, worse ones, other data, at the settings that shifted validation chose for the row above. *Gain kept*: of the test "
         "accuracy that all masks bring over none, seed by seed."
@@ -173,18 +164,26 @@ def _variants(plan: Plan, training: Training, ledger: Ledger) -> str:
     return f"{words}\n\n{_table(head, lines)}" if lines else ""
 
 
+def gain_kept(records: Sequence[Record], without: Sequence[Record], whole: Sequence[Record]) -> list[float]:
+    """Of the test accuracy that all masks bring over none, the share that records have: a number for each seed that has one."""
+    some, none, all_ = (_by_seed(each, "valid", "test") for each in (records, without, whole))
+    return [
+        (some[seed] - none[seed]) / (all_[seed] - none[seed]) for seed in some if seed in none and seed in all_ and all_[seed] != none[seed]
+    ]
+
+
 def varied(plan: Plan, training: Training, name: str, ledger: Ledger) -> dict[str, list[Record]]:
     """A method's row and the variants of it, by words for what is other in them."""
     best = best_of(plan, training, name, "valid", ledger)
-    found: dict[str, list[Record]] = {ALL: rows(plan, training, name, "valid", ledger)}
+    found: dict[str, list[Record]] = {masks(1): rows(plan, training, name, "valid", ledger)}
     for words, job in training.variants.of(best).items() if best is not None else ():
         records = (ledger.records.get(replace(job, seed=seed).name) for seed in plan.seeds)
         found[words] = [record for record in records if record is not None]
     return found
 
 
-def _test(record: Record) -> float:
-    return float(record.outcomes["valid"]["test"])
+def _by_seed(records: Iterable[Record], selection: str, what: str) -> dict[int, float]:
+    return {record.job.seed: record.outcomes[selection][what] for record in records}
 
 
 def _values(records: Iterable[Record], selection: str, what: str) -> list[Any]:
@@ -230,9 +229,12 @@ def _shares(axis: Axes, plan: Plan, training: Training, ledger: Ledger) -> None:
     shares = training.variants.shares
     for name, dash in zip(plan.varied(training), ("-", "--", ":", "-."), strict=False):
         found = varied(plan, training, name, ledger)
-        each = [found.get(ALL if share == 1 else f"{share:.0%} of the masks", []) for share in shares]
-        values = [(index, statistics.mean(map(_test, records))) for index, records in enumerate(each) if records]
-        axis.plot([index for index, _ in values], [value for _, value in values], dash, marker=".", label=name)
+        values = {
+            index: statistics.mean(_values(records, "valid", "test"))
+            for index, share in enumerate(shares)
+            if (records := found.get(masks(share)))
+        }
+        axis.plot(list(values), list(values.values()), dash, marker=".", label=name)
     if not shares or not plan.varied(training):
         axis.set_axis_off()
         return

@@ -10,8 +10,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +31,11 @@ SPREAD = 30.0  # how far above and below that weight weights are tried
 TUNING_SEED = 1000  # no row of a table has it
 
 Advance = Callable[[str, int], None]
+
+
+def masks(share: float) -> str:
+    """Words for a share of the training images that have a mask."""
+    return "all masks" if share == 1 else f"{share:.0%} of the masks"
 
 
 @dataclass(frozen=True)
@@ -55,12 +61,15 @@ class Variants:
         if unknown := [name for name in self.qualities if name not in QUALITIES]:
             raise ValueError(f"{unknown[0]!r} is none of {', '.join(map(repr, QUALITIES))}. Write one of them, or leave it out.")
 
+    def changes(self) -> dict[str, dict[str, Any]]:
+        """What is other in each than in the method's own row, which is not among them, by words for it."""
+        shares = {masks(share): {"annotated": share} for share in self.shares if share != 1}
+        qualities = {f"{quality} masks": {"quality": quality} for quality in self.qualities if quality != "exact"}
+        return shares | qualities | {source.label: {"source": source} for source in self.sources}
+
     def of(self, best: Job) -> dict[str, Job]:
-        """The trainings, by words for what is other in them than in the method's own row, which is not among them."""
-        job = replace(best, judged=False)
-        shares = {f"{share:.0%} of the masks": replace(job, annotated=share) for share in self.shares if share != 1}
-        qualities = {f"{quality} masks": replace(job, quality=quality) for quality in self.qualities if quality != "exact"}
-        return shares | qualities | {source.label: replace(job, source=source) for source in self.sources}
+        """The trainings, by the same words."""
+        return {words: replace(best, judged=False, **change) for words, change in self.changes().items()}
 
 
 @dataclass(frozen=True)
@@ -117,9 +126,14 @@ class Plan:
         each = len(self.methods) * (self.trials + len(SELECTIONS) * len(self.seeds))
         total = 0
         for training in self.trainings:
-            variants = len(training.variants.of(trials(method("plain"), training, 1)[0]))
-            total += (each + len(self.varied(training)) * variants * len(self.seeds)) * training.epochs
+            variants = len(self.varied(training)) * len(training.variants.changes())
+            total += (each + variants * len(self.seeds)) * training.epochs
         return total
+
+
+def cores() -> int:
+    """How many trainings this process can run at a time, on one CPU thread each."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processes(count: int) -> ProcessPoolExecutor:
@@ -200,6 +214,7 @@ class Ledger:
         for name, job in unique.items():
             if name in self.records:
                 self.advance(_doing(job), job.epochs)
+        self._mend()
         failed: list[tuple[Job, Exception]] = []
         for job, result in self._results(todo, tested):
             try:
@@ -230,9 +245,18 @@ class Ledger:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
+    def _mend(self) -> None:
+        """End the file's last line, or take it out: a run that was stopped while it wrote left a part of it, or all but its end."""
+        text = self.path.read_text() if self.path.exists() else ""
+        last = text[text.rfind("\n") + 1 :]
+        if last:
+            try:
+                json.loads(last)
+                self.path.write_text(text + "\n")
+            except ValueError:
+                self.path.write_text(text.removesuffix(last))
+
     def _keep(self, record: Record) -> None:
-        if self.path.exists() and not (text := self.path.read_text()).endswith("\n"):
-            self.path.write_text(text[: text.rfind("\n") + 1])  # a run was stopped while it wrote
         with self.path.open("a") as file:
             file.write(record.line() + "\n")
         self.records[record.job.name] = record
@@ -284,6 +308,16 @@ def trials(method: Method, training: Training, count: int) -> list[Job]:
     One set of settings serves both selections, so the sampler must not look at results: it is optuna's low-discrepancy one. A handful
     of purely random settings can leave a half of the weights untried.
     """
+    made = []
+    for rate, factor in _settings(count):
+        weight = (method.weight if method.fixed else method.weight * factor) if method.weighted else 1.0
+        made.append(Job(training.source, method.name, TUNING_SEED, _rounded(rate), _rounded(weight), training.epochs, training.batch))
+    return made
+
+
+@cache
+def _settings(count: int) -> list[tuple[float, float]]:
+    """Rates, and factors of a weight."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -295,11 +329,8 @@ def trials(method: Method, training: Training, count: int) -> list[Job]:
     made = []
     for _ in range(count):
         trial = study.ask()
-        rate = trial.suggest_float("rate", *RATES, log=True)
-        factor = trial.suggest_float("factor", 1 / SPREAD, SPREAD, log=True)
+        made.append((trial.suggest_float("rate", *RATES, log=True), trial.suggest_float("factor", 1 / SPREAD, SPREAD, log=True)))
         study.tell(trial, 0.0)  # the sampler learns the names from a trial that is over
-        weight = (method.weight if method.fixed else method.weight * factor) if method.weighted else 1.0
-        made.append(Job(training.source, method.name, TUNING_SEED, _rounded(rate), _rounded(weight), training.epochs, training.batch))
     return made
 
 

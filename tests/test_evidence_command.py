@@ -1,0 +1,122 @@
+"""`attrreg evidence`, and the processes that it trains in."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("optuna")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("scipy")
+pytest.importorskip("typer")
+from typer.testing import CliRunner
+
+from attrreg import cli
+from attrreg.evidence import plans, sources, study
+from attrreg.evidence.sources import Folder
+from attrreg.evidence.study import Training
+from tests.test_evidence import TINY
+from tests.test_evidence_data import write_arrays
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    monkeypatch.setattr(plans, "QUICK", (Training(TINY, 1, 8), Training(sources.StampBirds(8, 8, 8, size=32), 1, 8)))
+    out = tmp_path / "results.jsonl"
+    yield lambda *words: CliRunner().invoke(
+        cli.build_app(), ["evidence", "--quick", "--jobs", "1", "--out", str(out), "--method", "plain", *words]
+    )
+
+
+def test_command(command: Any, tmp_path: Path) -> None:
+    done = command("--method", "ActDiff", "--packages", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert "stampbirds was left out. The Debian package tuxpaint-stamps-default is not here." in done.output
+    assert "crosses" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    again = command("--rerun", "crosses/ActDiff")
+    assert again.exit_code == 0 and "the same numbers" in again.output
+    text = (tmp_path / "results.jsonl").read_text()
+    (tmp_path / "results.jsonl").write_text(text.replace('"worst": ', '"worst": 7'))
+    other = command("--rerun", "crosses/ActDiff")
+    assert other.exit_code == 1 and "OTHER NUMBERS" in other.output
+
+
+def test_command_on_a_folder(command: Any, tmp_path: Path) -> None:
+    for name, count in (("train", 20), ("valid", 4), ("test", 4)):
+        write_arrays(tmp_path, name, count)
+    done = command("--folder", str(tmp_path), "--epochs", "1")
+    assert done.exit_code == 0, done.output
+    record = next(iter(study.load(tmp_path / "results.jsonl").values()))
+    assert record.job.source == Folder(str(tmp_path))
+    done = command(
+        "--folder", str(tmp_path), "--epochs", "1", "--flip", "--sizes", "16,4,4", "--splits", "train,test,valid", "--dilation", "1"
+    )
+    assert done.exit_code == 0, done.output
+    done = command("--folder", str(tmp_path), "--epochs", "1", "--similar", "valid")
+    assert done.exit_code == 0, done.output
+    assert Folder(str(tmp_path), similar="valid") in {record.job.source for record in study.load(tmp_path / "results.jsonl").values()}
+    wanted = Folder(str(tmp_path), "train", "test", "valid", flip=True, sizes=(16, 4, 4), dilation=1)
+    assert wanted in {record.job.source for record in study.load(tmp_path / "results.jsonl").values()}
+
+
+def test_command_without_any_data(command: Any, tmp_path: Path) -> None:
+    done = command("--data", "stampbirds", "--packages", str(tmp_path))
+    assert done.exit_code == 1 and "stampbirds was left out" in done.output and "nothing to show" in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--data", "imagenet"), "imagenet"),
+        (("--method", "magic"), "magic"),
+        (("--out", "x.json"), ".jsonl"),
+        (("--rerun", "crosses/magic"), "crosses/magic"),
+        (("--device", "abacus"), "abacus"),
+        (("--folder", "/no/such/folder"), "train_labels.csv"),
+        (("--folder", "/no/such/folder", "--splits", "a,b"), "--splits must be three names"),
+        (("--folder", "/no/such/folder", "--sizes", "5"), "sizes must be three numbers"),
+    ],
+)
+def test_bad_options(command: Any, words: tuple[str, ...], says: str) -> None:
+    done = command(*words)
+    assert done.exit_code == 2 and says in done.output
+
+
+def test_without_the_extra(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attrreg.evidence.command.NEEDED", ("no_such_package",))
+    done = command()
+    assert done.exit_code == 1 and "pip install 'attrreg[evidence]'" in done.output
+
+
+STARTS = """
+import os, time
+from attrreg.evidence.study import processes
+
+if __name__ == "__main__":
+    with processes(1) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="asks Linux who lives")
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    script = tmp_path / "starts.py"
+    script.write_text(STARTS)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(600):
+        if not Path(f"/proc/{worker}").exists() or "zombie" in Path(f"/proc/{worker}/status").read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it lives on")
