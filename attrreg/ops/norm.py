@@ -165,17 +165,17 @@ class _LayerNorm(Function):
 class _LayerNormInputGradient(Function):
     @staticmethod
     def forward(ctx: Any, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, shape: list[int]) -> Tensor:
-        gx = aten.native_layer_norm_backward(gy, x, shape, mu, r, g, None, [True, False, False])[0]
-        ctx.save_for_backward(gy, x, g, mu, r, gx)
+        ctx.save_for_backward(gy, x, g, mu, r)
         ctx.shape = shape
-        result: Tensor = gx
+        result: Tensor = aten.native_layer_norm_backward(gy, x, shape, mu, r, g, None, [True, False, False])[0]
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        gy, x, g, mu, r, gx = ctx.saved_tensors
+        gy, x, g, mu, r = ctx.saved_tensors
         count = math.prod(ctx.shape)
+        gx = aten.native_layer_norm_backward(gy, x, ctx.shape, mu, r, g, None, [True, False, False])[0]  # one pass, not worth keeping
         rpv = aten.native_layer_norm_backward(v.contiguous(), x, ctx.shape, mu, r, None, None, [True, False, False])[0]
         # Products that are only summed share one tensor: a new one of this size costs as much as a pass over it. Sums with a weight
         # are products with a vector, which is g / M for the mean of g times something.
