@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from attrreg import InputGradient, metrics, objectives
 from attrreg.bench.run import environment
 from attrreg.evidence.data import Split, Task
+from attrreg.evidence.ledger import cores, processes
 from attrreg.evidence.methods import Method
 from attrreg.evidence.shortcuts import decoy_fashion_mnist, decoy_mnist
-from attrreg.evidence.study import cores, processes
 from attrreg.evidence.training import Budget, predict, train
 from attrreg.scores import SumLogProb, TargetLogit
 from benchmarks.page import ROOT, write_section

@@ -17,7 +17,7 @@ import typer
 
 from attrreg.evidence import plans, report
 from attrreg.evidence.command import evidence
-from attrreg.evidence.study import Ledger
+from attrreg.evidence.ledger import Ledger
 from benchmarks.page import ROOT, write_section
 
 RESULTS = ROOT / "benchmarks" / "results" / "evidence.jsonl"

@@ -20,9 +20,10 @@ pytest.importorskip("scipy")
 from attrreg.evidence import job, packages, report, shortcuts, sources, study
 from attrreg.evidence.data import Task
 from attrreg.evidence.job import Job, Record
+from attrreg.evidence.ledger import Failed, Ledger, load
 from attrreg.evidence.methods import METHODS, method
 from attrreg.evidence.sources import Crosses, Source
-from attrreg.evidence.study import Ledger, Plan, Training, Variants
+from attrreg.evidence.study import Plan, Training, Variants
 
 CPU = torch.device("cpu")
 TINY = Crosses(train=24, valid=8, test=8, width=4)
@@ -172,7 +173,7 @@ def test_a_run_goes_on_where_it_was(done: Path, tmp_path: Path, monkeypatch: pyt
     cut.write_text("\n".join(lines))  # stopped before the end of its last line
     whole = Ledger(cut, CPU, kinds=KINDS)
     whole.run([replace(JOB, seed=5)])
-    assert set(study.load(cut, KINDS)) == {*numbers[0], replace(JOB, seed=5).name}
+    assert set(load(cut, KINDS)) == {*numbers[0], replace(JOB, seed=5).name}
     cut.write_text("nothing\n" + lines[0] + "\n")
     with pytest.raises(ValueError, match=r"line 1 is no record.*\. Take it out"):
         Ledger(cut, CPU, kinds=KINDS)
@@ -190,7 +191,7 @@ def test_several_jobs_at_a_time_give_the_same_numbers(tmp_path: Path) -> None:
         told.clear()
     one, two = ({name: record.outcomes for name, record in ledger.records.items()} for ledger in ledgers)
     assert one == two and len(one) == 2
-    assert two == {name: record.outcomes for name, record in study.load(tmp_path / "2.jsonl").items()}
+    assert two == {name: record.outcomes for name, record in load(tmp_path / "2.jsonl").items()}
     with pytest.raises(packages.Missing, match="tuxpaint"):
         ledgers[1].run(Job(sources.StampBirds(8, 8, 8, size=32), "plain", seed, 1e-3, 1.0, 1, 8) for seed in range(3))
 
@@ -199,12 +200,10 @@ def test_several_jobs_at_a_time_give_the_same_numbers(tmp_path: Path) -> None:
 def test_a_job_that_fails_does_not_stop_the_others(tmp_path: Path, workers: int) -> None:
     ledger = Ledger(tmp_path / "some.jsonl", CPU, workers=workers)
     todo = [replace(JOB, batch=99), JOB, replace(JOB, seed=1)]
-    with pytest.raises(
-        RuntimeError, match=r"1 of 3 trainings failed, the first Job\(.*batch=99.*\. What is done is in .*some\.jsonl"
-    ) as error:
+    with pytest.raises(Failed, match=r"1 of 3 trainings failed, the first Job\(.*batch=99.*\. What is done is in .*some\.jsonl") as error:
         ledger.run(todo)
     assert isinstance(error.value.__cause__, ValueError)
-    assert set(study.load(ledger.path)) == {job.name for job in todo[1:]}
+    assert set(load(ledger.path)) == {job.name for job in todo[1:]}
 
 
 def test_tuning_is_equal_and_chooses_the_best(done: Path) -> None:

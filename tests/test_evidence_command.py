@@ -19,9 +19,10 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from attrreg import cli
-from attrreg.evidence import plans, sources, study
+from attrreg.evidence import job, plans, sources
+from attrreg.evidence.ledger import Failed, load
 from attrreg.evidence.sources import Folder
-from attrreg.evidence.study import Training
+from attrreg.evidence.study import Training, Variants
 from tests.test_evidence import TINY
 from tests.test_evidence_data import write_arrays
 
@@ -54,7 +55,7 @@ def test_command_on_a_folder(command: Any, tmp_path: Path) -> None:
         write_arrays(tmp_path, name, count)
     done = command("--folder", str(tmp_path), "--epochs", "1")
     assert done.exit_code == 0, done.output
-    record = next(iter(study.load(tmp_path / "results.jsonl").values()))
+    record = next(iter(load(tmp_path / "results.jsonl").values()))
     assert record.job.source == Folder(str(tmp_path))
     done = command(
         "--folder", str(tmp_path), "--epochs", "1", "--flip", "--sizes", "16,4,4", "--splits", "train,test,valid", "--dilation", "1"
@@ -62,9 +63,26 @@ def test_command_on_a_folder(command: Any, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     done = command("--folder", str(tmp_path), "--epochs", "1", "--similar", "valid")
     assert done.exit_code == 0, done.output
-    assert Folder(str(tmp_path), similar="valid") in {record.job.source for record in study.load(tmp_path / "results.jsonl").values()}
+    assert Folder(str(tmp_path), similar="valid") in {record.job.source for record in load(tmp_path / "results.jsonl").values()}
     wanted = Folder(str(tmp_path), "train", "test", "valid", flip=True, sizes=(16, 4, 4), dilation=1)
-    assert wanted in {record.job.source for record in study.load(tmp_path / "results.jsonl").values()}
+    assert wanted in {record.job.source for record in load(tmp_path / "results.jsonl").values()}
+
+
+def test_command_writes_what_is_done_when_a_training_fails(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "QUICK", (Training(TINY, 1, 8, Variants(("plain",), shares=(0.0,), qualities=())),))
+    original = job.run
+
+    def run(todo: job.Job, *rest: Any) -> job.Record:
+        if todo.method == "ActDiff" and todo.seed == 0:
+            raise ValueError("its loss is not a number")
+        return original(todo, *rest)
+
+    monkeypatch.setattr(job, "run", run)
+    done = command("--method", "ActDiff")
+    assert isinstance(done.exception, Failed) and "method='ActDiff', seed=0" in str(done.exception)
+    assert "plain" in (tmp_path / "results.md").read_text()
+    varied = {record.job.method for record in load(tmp_path / "results.jsonl").values() if record.job.annotated == 0}
+    assert varied == {"plain"}  # the stage that comes after was run
 
 
 def test_command_without_any_data(command: Any, tmp_path: Path) -> None:
@@ -98,7 +116,7 @@ def test_without_the_extra(command: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 STARTS = """
 import os, time
-from attrreg.evidence.study import processes
+from attrreg.evidence.ledger import processes
 
 if __name__ == "__main__":
     with processes(1) as pool:

@@ -13,8 +13,9 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from attrreg.evidence.ledger import Ledger
     from attrreg.evidence.sources import Folder
-    from attrreg.evidence.study import Ledger, Plan
+    from attrreg.evidence.study import Plan
 
 NEEDED = ("matplotlib", "optuna", "rich", "scipy")
 OUT = Path("attrreg-evidence.jsonl")
@@ -56,12 +57,13 @@ def evidence(
         import torch
 
         from attrreg.evidence import plans, report, study
+        from attrreg.evidence.ledger import Failed, Ledger, cores
         from attrreg.progress import bar
 
     try:
         own = None if folder is None else _folder(folder, splits, similar, sizes, flip, dilation)
         plan = plans.plan(data, method, own, trials, seeds, epochs, quick)
-        ledger = study.Ledger(out, torch.device(device), workers=study.cores() if jobs is None else jobs)
+        ledger = Ledger(out, torch.device(device), workers=cores() if jobs is None else jobs)
         torch.zeros(1, device=device)
         if own is not None:
             own.task(0)
@@ -72,17 +74,23 @@ def evidence(
         return
     with bar(console, plan.epochs()) as advance:
         ledger.advance = advance
-        missing = study.carry_out(plan, ledger)
+        missing, failed = {}, None
+        try:
+            missing = study.carry_out(plan, ledger)
+        except Failed as error:  # raised when what is done is written
+            failed = error
     for kind, how in missing.items():
         console.print(f"{kind} was left out. {how}", highlight=False, style="yellow", soft_wrap=True)
     if not report.begun(plan, ledger):
         console.print("There is nothing to show.")
-        raise typer.Exit(1)
+        raise failed or typer.Exit(1)
     write(plan, ledger, out)
     console.print(f"Written: {out}, .md and .png beside it", highlight=False, soft_wrap=True)
     from rich.markdown import Markdown
 
     console.print(Markdown(report.markdown(plan, ledger)))
+    if failed is not None:
+        raise failed
 
 
 def _folder(root: Path, splits: str, similar: str, sizes: str, flip: bool, dilation: int) -> Folder:

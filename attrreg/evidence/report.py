@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrreg.evidence.job import SELECTIONS, Record
+from attrreg.evidence.ledger import Ledger
 from attrreg.evidence.methods import PLAIN, method
-from attrreg.evidence.study import Ledger, Plan, Training, best_of, masks, rows
+from attrreg.evidence.study import Plan, Training, best_of, masks, rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,161 @@
+"""The records of trainings, in a file that a run goes on from, and the processes that train."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from attrreg.evidence import job as jobs
+from attrreg.evidence import sources
+from attrreg.evidence.job import Job, Record
+from attrreg.evidence.packages import Missing
+from attrreg.evidence.sources import Source
+
+Advance = Callable[[str, int], None]
+
+
+def cores() -> int:
+    """How many trainings this process can run at a time, on one CPU thread each."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processes(count: int) -> ProcessPoolExecutor:
+    """Processes to train in, which end with the one that started them, however that ends."""
+    # Spawned: a forked child would share torch's threads and a CUDA context that it cannot use.
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _end_with_parent)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def load(path: Path, kinds: tuple[type[Source], ...] = sources.KINDS) -> dict[str, Record]:
+    """The records of a file, by the names that their jobs had then; none if there is no file.
+
+    A last line that was cut off when a run was stopped is left out.
+
+    Raises:
+        ValueError: another line is no record.
+    """
+    if not path.exists():
+        return {}
+    found: dict[str, Record] = {}
+    lines = path.read_text().split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            found[json.loads(line)["name"]] = Record.from_line(line, kinds)
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                continue
+            raise ValueError(f"{path}, line {number} is no record ({error}). Take it out, or give another file.") from error
+    return found
+
+
+class Failed(RuntimeError):
+    """Trainings failed. The others' records are kept."""
+
+
+class Ledger:
+    """Runs jobs, each once in a file's life.
+
+    Args:
+        path: the file, a line of JSON a record; it is gone on from.
+        device: where to train.
+        advance: told what is being done, and how many epochs of it are over.
+        kinds: the data sets that records can be of.
+        workers: how many jobs are run at a time, each in a process of its own where there are several.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        device: torch.device,
+        advance: Advance = lambda doing, epochs: None,
+        kinds: tuple[type[Source], ...] = sources.KINDS,
+        workers: int = 1,
+    ) -> None:
+        self.path = path
+        self.device = device
+        self.advance = advance
+        self.workers = workers
+        self.records = load(path, kinds)
+
+    def run(self, wanted: Iterable[Job], tested: bool = True) -> None:
+        """Train those jobs that the file has no record of. One that fails does not stop the others. For `tested` see `job.run`.
+
+        Raises:
+            packages.Missing: a package that the data comes from is not here.
+            Failed: a job did; when the others are done.
+        """
+        unique = {job.name: job for job in wanted}
+        todo = [job for name, job in unique.items() if name not in self.records]
+        for name, job in unique.items():
+            if name in self.records:
+                self.advance(_doing(job), job.epochs)
+        self._mend()
+        failed: list[tuple[Job, Exception]] = []
+        for job, result in self._results(todo, tested):
+            try:
+                self._keep(result())
+            except Missing:
+                raise
+            except Exception as error:  # what it was is said at the end
+                failed.append((job, error))
+        if failed:
+            raise Failed(
+                f"{len(failed)} of {len(todo)} trainings failed, the first {failed[0][0]}. What is done is in {self.path}, and a new run "
+                "goes on from it."
+            ) from failed[0][1]
+
+    def _results(self, todo: Sequence[Job], tested: bool) -> Iterator[tuple[Job, Callable[[], Record]]]:
+        """Each job as it is done, and what gives its record or raises its error."""
+        if self.workers == 1 or len(todo) < 2:
+            for job in todo:
+                yield job, partial(jobs.run, job, self.device, partial(self.advance, _doing(job)), tested)
+            return
+        with processes(self.workers) as pool:
+            try:
+                waiting = {pool.submit(jobs.run, job, self.device, tested=tested): job for job in todo}
+                for done in as_completed(waiting):
+                    yield waiting[done], done.result
+                    self.advance(_doing(waiting[done]), waiting[done].epochs)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _mend(self) -> None:
+        """End the file's last line, or take it out: a run that was stopped while it wrote left a part of it, or all but its end."""
+        text = self.path.read_text() if self.path.exists() else ""
+        last = text[text.rfind("\n") + 1 :]
+        if last:
+            try:
+                json.loads(last)
+                self.path.write_text(text + "\n")
+            except ValueError:
+                self.path.write_text(text.removesuffix(last))
+
+    def _keep(self, record: Record) -> None:
+        with self.path.open("a") as file:
+            file.write(record.line() + "\n")
+        self.records[record.job.name] = record
+
+
+def _doing(job: Job) -> str:
+    return f"{job.source.kind}: {job.method}"
