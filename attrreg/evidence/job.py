@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from functools import lru_cache
 from typing import Any
 
@@ -219,6 +220,7 @@ def _mean(values: Tensor) -> float | None:
 
 def _environment(device: torch.device) -> dict[str, Any]:
     return {
+        "date": date.today().isoformat(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),

@@ -89,10 +89,13 @@ def _records(training: Training, ledger: Ledger) -> list[Record]:
 
 
 def _conditions(plan: Plan, training: Training, ledger: Ledger) -> str:
-    where = " and ".join(sorted({_where(record) for record in _records(training, ledger)}))
+    records = _records(training, ledger)
+    where = " and ".join(sorted({_where(record) for record in records}))
+    dates = sorted({record.environment["date"] for record in records})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return (
         f"`{training.source!r}`, {training.epochs} epochs in batches of {training.batch}, {plan.trials} settings tried for each method. "
-        f"Measured on {where}. Any row again: `attrreg evidence --rerun '{training.source.kind}/METHOD' --out {ledger.path}`."
+        f"Measured {when} on {where}. Any row again: `attrreg evidence --rerun '{training.source.kind}/METHOD' --out {ledger.path}`."
     )
 
 
