@@ -275,15 +275,15 @@ def test_tables_have_the_numbers(done: Path, tmp_path: Path) -> None:
         assert [record.job.seed for record in found] == [0, 1]
         assert report.spread([record.outcomes[selection]["test"] for record in found]) in text
     assert "in-distribution validation" in text and "shifted validation" in text and "occlusion" in text
-    for words in ("all masks", "0% of the masks", "boxes masks", repr(Mine(24))):
+    for words in ("all masks", "0% of the masks", "masks: boxes", repr(Mine(24))):
         line = next(line for line in text.splitlines() if line.startswith(f"| ActDiff | {words} |"))
         assert line.endswith("| 2 |")
     plain, other = (study.rows(MINE, training, name, "valid", ledger) for name in MINE.methods)
     differences = [b.outcomes["valid"]["worst"] - a.outcomes["valid"]["worst"] for a, b in zip(plain, other, strict=True)]
     assert f"| {numpy.mean(differences):+.3f} ({report.interval(differences, -1.0)}) |" in text
     variants = report.varied(MINE, training, "ActDiff", ledger)
-    kept = report.gain_kept(variants["boxes masks"], variants["0% of the masks"], variants["all masks"])
-    line = next(line for line in text.splitlines() if line.startswith("| ActDiff | boxes masks |"))
+    kept = report.gain_kept(variants["masks: boxes"], variants["0% of the masks"], variants["all masks"])
+    line = next(line for line in text.splitlines() if line.startswith("| ActDiff | masks: boxes |"))
     assert f"| {report.spread(kept)} | 2 |" in line
     report.plot(MINE, ledger, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

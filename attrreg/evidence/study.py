@@ -53,7 +53,7 @@ class Variants:
     def changes(self) -> dict[str, dict[str, Any]]:
         """What is other in each than in the method's own row, which is not among them, by words for it."""
         shares = {masks(share): {"annotated": share} for share in self.shares if share != 1}
-        qualities = {f"{quality} masks": {"quality": quality} for quality in self.qualities if quality != "exact"}
+        qualities = {f"masks: {quality}": {"quality": quality} for quality in self.qualities if quality != "exact"}
         return shares | qualities | {source.label: {"source": source} for source in self.sources}
 
     def of(self, best: Job) -> dict[str, Job]:
