@@ -224,5 +224,6 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),  # CPUs of another kind round in another way
         "device": str(device),
     }
