@@ -13,7 +13,7 @@ from attrreg.evidence.data import Split
 from attrreg.evidence.methods import Method, Penalised
 from attrreg.transforms import ReplaceOutside
 
-CHUNK = 256
+CHUNK = 64  # larger ones take longer: the system has to find new memory for each layer's output
 
 
 @dataclass(frozen=True)
