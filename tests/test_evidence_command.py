@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 from attrreg import cli
 from attrreg.evidence import job, plans, sources
 from attrreg.evidence.ledger import Failed, load
+from attrreg.evidence.packages import Missing
 from attrreg.evidence.sources import Folder
 from attrreg.evidence.study import Training, Variants
 from tests.test_evidence import TINY
@@ -69,10 +71,13 @@ def test_command_on_a_folder(command: Any, tmp_path: Path) -> None:
 
 
 def test_command_writes_what_is_done_when_a_training_fails(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "QUICK", (Training(TINY, 1, 8, Variants(("plain",), shares=(0.0,), qualities=())),))
+    absent = Training(replace(TINY, train=9), 1, 8)
+    monkeypatch.setattr(plans, "QUICK", (Training(TINY, 1, 8, Variants(("plain",), shares=(0.0,), qualities=())), absent))
     original = job.run
 
     def run(todo: job.Job, *rest: Any) -> job.Record:
+        if todo.source == absent.source:
+            raise Missing("Install it.")
         if todo.method == "ActDiff" and todo.seed == 0:
             raise ValueError("its loss is not a number")
         return original(todo, *rest)
@@ -83,6 +88,7 @@ def test_command_writes_what_is_done_when_a_training_fails(command: Any, tmp_pat
     assert "plain" in (tmp_path / "results.md").read_text()
     varied = {record.job.method for record in load(tmp_path / "results.jsonl").values() if record.job.annotated == 0}
     assert varied == {"plain"}  # the stage that comes after was run
+    assert "was left out. Install it." in done.output
 
 
 def test_command_without_any_data(command: Any, tmp_path: Path) -> None:

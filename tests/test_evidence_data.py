@@ -289,3 +289,5 @@ def test_pretrained_mobilenet_is_torchvisions() -> None:
         found = ours.forward_features(x)  # type: ignore[operator]
         torch.testing.assert_close(found, theirs.eval().features(x), atol=1e-3, rtol=1e-3)
     assert ours(x).shape == (2, 2)
+    # A new head must leave the softmax unsaturated, as timm's own does not for two classes.
+    assert torch.nn.functional.cross_entropy(ours(x), torch.tensor([0, 1])).item() == pytest.approx(torch.tensor(2.0).log().item(), abs=0.3)

@@ -74,11 +74,11 @@ def evidence(
         return
     with bar(console, plan.epochs()) as advance:
         ledger.advance = advance
-        missing, failed = {}, None
+        failed = None
         try:
             missing = study.carry_out(plan, ledger)
         except Failed as error:  # raised when what is done is written
-            failed = error
+            failed, missing = error, error.missing
     for kind, how in missing.items():
         console.print(f"{kind} was left out. {how}", highlight=False, style="yellow", soft_wrap=True)
     if not report.begun(plan, ledger):

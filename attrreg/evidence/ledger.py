@@ -69,7 +69,15 @@ def load(path: Path, kinds: tuple[type[Source], ...] = sources.KINDS) -> dict[st
 
 
 class Failed(RuntimeError):
-    """Trainings failed. The others' records are kept."""
+    """Trainings failed. The others' records are kept.
+
+    Attributes:
+        missing: what `study.carry_out` would have returned.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.missing: dict[str, str] = {}
 
 
 class Ledger:

@@ -140,9 +140,11 @@ def carry_out(plan: Plan, ledger: Ledger) -> dict[str, str]:
                     missing[training] = str(error)
                 except Failed as error:
                     failed.append(error)
+    left_out = {training.source.kind: how for training, how in missing.items()}
     if failed:
+        failed[0].missing = left_out
         raise failed[0]
-    return {training.source.kind: how for training, how in missing.items()}
+    return left_out
 
 
 def _compare(plan: Plan, training: Training, ledger: Ledger) -> None:
