@@ -5,16 +5,13 @@ python -m benchmarks.captum                under a minute on one core; fails if 
 
 from __future__ import annotations
 
-import datetime
-import platform
 import sys
-from importlib.metadata import version
 
 from rich.console import Console
 from rich.progress import track
 
-import attrreg
 from attrreg.captum.refusals import REFUSED
+from attrreg.environment import environment, sentence
 from benchmarks.captum_check import STEP, TOLERANCE, Result, cases, check, ours
 from benchmarks.page import ROOT, write_section
 
@@ -68,14 +65,12 @@ def main() -> None:
     console = Console()
     results = [check(case) for case in track(cases(), "attributions", console=console)]
     taken = [result for result in results if result.case.accepted]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("captum", "torch"))
     words = (
         "*equal*: to the last bit; *none*: a tensor without a graph; *raises*: its backward does; *wrong by*: the error of the parameter "
         "gradient, 100% where it is zero; *right*: as the column *gradient*."
     )
     note = (
-        f"{datetime.date.today().isoformat()}, attrreg {attrreg.__version__}, {versions}, Python {platform.python_version()}, "
-        f"{platform.machine()} CPU; float64, central differences of step {STEP:g} along one direction for each parameter tensor, errors "
+        f"{sentence(environment())}; float64, central differences of step {STEP:g} along one direction for each parameter tensor, errors "
         "relative to the largest derivative."
     )
     left = [result for result in results if not result.case.accepted]

@@ -5,9 +5,6 @@ python -m benchmarks.cosine
 
 from __future__ import annotations
 
-import datetime
-from importlib.metadata import version
-
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -17,6 +14,7 @@ from torch import Tensor
 import attrreg
 from attrreg.bench.cases import MODELS, Case, build
 from attrreg.engines import DoubleBackward, Engine, FiniteDifference
+from attrreg.environment import environment, sentence
 from benchmarks.page import ROOT, write_section
 
 PAGE = ROOT / "docs" / "paying_less.md"
@@ -63,7 +61,7 @@ def main() -> None:
     for name in track(MODELS, "cosines", console=Console()):
         values = [f"{value:.3f}" for train in (True, False) for value in cosines(name, train)]
         lines.append(f"| {name} | {KINDS[name]} | " + " | ".join(values) + " |")
-    note = f"{datetime.date.today().isoformat()}, torch {version('torch')}, timm {version('timm')}; batches of 8, 64 px, on the CPU."
+    note = f"{sentence(environment())}; batches of 8, 64 px, on the CPU."
     write_section(PAGE, "cosine", "python -m benchmarks.cosine", "\n".join(lines), note)
 
 

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import timm
 import torch
@@ -24,7 +25,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from attrreg import InputGradient, metrics, objectives
-from attrreg.bench.run import environment
+from attrreg.environment import environment, sentence
 from attrreg.evidence.data import Split, Task
 from attrreg.evidence.ledger import cores, processes
 from attrreg.evidence.methods import Method
@@ -122,8 +123,8 @@ def rows() -> Iterator[Row]:
                     yield Row(setting, candidate, weight, seed)
 
 
-def run(row: Row) -> float:
-    """Train, and give the accuracy on test images in which the shortcut misleads."""
+def run(row: Row) -> dict[str, Any]:
+    """Train, and give the accuracy on test images in which the shortcut misleads, as a line of the results."""
     torch.set_num_threads(1)
     setting = row.setting
     task = DATA[setting.data](row.seed)
@@ -134,7 +135,8 @@ def run(row: Row) -> float:
     for _ in train(model, _prepared(task.train, task, setting.size), Method("one", regularizer, row.weight), budget, row.seed):
         pass
     test = _prepared(task.test, task, setting.size)
-    return metrics.accuracy(predict(model.eval(), test.images), test.labels)
+    accuracy = metrics.accuracy(predict(model.eval(), test.images), test.labels)
+    return {"row": row.name, "test": accuracy, "environment": environment()}
 
 
 def _prepared(split: Split, task: Task, size: int) -> Split:
@@ -147,10 +149,10 @@ def _prepared(split: Split, task: Task, size: int) -> Split:
     return replace(split, images=images, masks=masks)
 
 
-def load() -> dict[str, float]:
-    """Accuracies, by rows' names."""
+def load() -> dict[str, dict[str, Any]]:
+    """Lines of the results, by rows' names."""
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return {line["row"]: line["test"] for line in map(json.loads, lines)}
+    return {line["row"]: line for line in map(json.loads, lines)}
 
 
 def measure() -> None:
@@ -158,18 +160,18 @@ def measure() -> None:
     done = load()
     todo = [row for row in rows() if row.name not in done]
     with processes(cores()) as pool:
-        waiting = {pool.submit(run, row): row for row in todo}
+        waiting = [pool.submit(run, row) for row in todo]
         for future in track(as_completed(waiting), total=len(todo), description="training"):
             with RESULTS.open("a") as file:
-                file.write(json.dumps({"row": waiting[future].name, "test": future.result()}) + "\n")
+                file.write(json.dumps(future.result()) + "\n")
 
 
-def table(found: dict[str, float]) -> str:
+def table(found: dict[str, dict[str, Any]]) -> str:
     """Accuracies at weight 1, in brackets those at the best weight where others were tried, and what is lost to the best one at 1."""
 
     def mean(setting: Setting, candidate: str | None, weight: float) -> float | None:
-        values = [found.get(Row(setting, candidate, weight, seed).name) for seed in SEEDS]
-        known = [value for value in values if value is not None]
+        names = [Row(setting, candidate, weight, seed).name for seed in SEEDS]
+        known = [found[name]["test"] for name in names if name in found]
         return statistics.mean(known) if len(known) == len(SEEDS) else None
 
     lines = ["| setting | plain | " + " | ".join(CANDIDATES) + " |", "|---" * (2 + len(CANDIDATES)) + "|"]
@@ -200,9 +202,10 @@ def main() -> None:
     """Measure, then write."""
     if sys.argv[1:] != ["--page"]:
         measure()
-    here = environment("cpu")
-    written = f"Written on {here['date']}: torch {here['versions']['torch']}, timm {here['versions']['timm']}, {here['machine']} CPU."
-    write_section(PAGE, "default", COMMAND, table(load()), written)
+    found = load()
+    dates = [line["environment"]["date"] for line in found.values()]
+    last = max(found.values(), key=lambda line: line["environment"]["date"])
+    write_section(PAGE, "default", COMMAND, table(found), f"Measured since {min(dates)}, the last {sentence(last['environment'])}.")
 
 
 if __name__ == "__main__":

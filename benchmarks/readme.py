@@ -1,25 +1,20 @@
 """Writes the demo's picture and table into the README.
 
-    python -m benchmarks.readme                     # runs `attrreg demo` first, about three minutes
-    python -m benchmarks.readme run.json            # from a run of `attrreg demo --out run.png`
-
-The date is that of the run, the machine and the versions are this one's.
+python -m benchmarks.readme                     # runs `attrreg demo` first, about three minutes
+python -m benchmarks.readme run.json            # from a run of `attrreg demo --out run.png`
 """
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from attrreg.environment import sentence
 from benchmarks.page import ROOT, write_section
 
 
@@ -32,10 +27,8 @@ def table(run: dict[str, Any]) -> list[str]:
     return lines
 
 
-def section(run: dict[str, Any], day: datetime.date) -> list[str]:
+def section(run: dict[str, Any]) -> list[str]:
     """What stands between the two marks."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "captum"))
-    where = f"{platform.machine()} CPU, {os.cpu_count()} cores, {run['threads']} thread(s), Python {platform.python_version()}, {packages}"
     intro = (
         f"Decoy-MNIST: {run['train_images']:,} real digits with a grey patch in a corner that spells the label in training and is random "
         f"in the test; the mask says where the digit is. Every model has the same start and {run['steps']} steps. Accuracy on "
@@ -44,7 +37,7 @@ def section(run: dict[str, Any], day: datetime.date) -> list[str]:
         "library's defaults but those of `attrreg/demo/settings.py`, which `python -m benchmarks.tune_demo` chose on other digits whose "
         "patch misleads as it does in the test: a help that plain training does not get. The images are not normalised."
     )
-    note = f"Seed {run['seed']}, {day.isoformat()}, {where}; by `attrreg demo`."
+    note = f"Seed {run['seed']}, {sentence(run['environment'])}; by `attrreg demo`."
     return [intro, "\n".join(table(run)), note]
 
 
@@ -55,9 +48,8 @@ def main(numbers: Path | None) -> None:
             numbers = Path(folder) / "run.json"
             subprocess.run([sys.executable, "-m", "attrreg.cli", "demo", "--out", str(numbers.with_suffix(".png"))], check=True)
         run = json.loads(numbers.read_text())
-        day = datetime.date.fromtimestamp(numbers.stat().st_mtime)
         shutil.copy(numbers.with_suffix(".png"), ROOT / "docs" / "demo.png")
-    write_section(ROOT / "README.md", "demo", "python -m benchmarks.readme", *section(run, day))
+    write_section(ROOT / "README.md", "demo", "python -m benchmarks.readme", *section(run))
 
 
 if __name__ == "__main__":

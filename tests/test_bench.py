@@ -14,6 +14,7 @@ from attrreg.bench import measure, report, run, strategies
 from attrreg.bench.cases import Case, build
 from attrreg.bench.measure import Cost, Step
 from attrreg.cli import build_app
+from attrreg.environment import environment
 from benchmarks import check
 from tests.models import assert_close
 
@@ -105,7 +106,7 @@ def record_with(ratio: float, memory: float) -> run.Record:
     plan = run.Plan(("resnet18",), (strategies.INPUT_GRADIENT,), 2, 64, 1, 0, False, "cpu", None)
     ways = {strategies.TODAY: Cost(4.0, 4, 4, 1, 1, 4.0, 1, 3), strategies.LAZY: Cost(1.3, 1, 1, 1, 1, 1, 1, 1)}
     ours = Cost(ratio, ratio, ratio, 1, 1, memory, 1, 2)
-    return run.Record(plan, run.environment("cpu"), {"resnet18": {strategies.INPUT_GRADIENT: {**ways, strategies.ATTACHED: ours}}})
+    return run.Record(plan, environment("cpu"), {"resnet18": {strategies.INPUT_GRADIENT: {**ways, strategies.ATTACHED: ours}}})
 
 
 def test_promises_are_kept_or_missed(tmp_path: Path) -> None:

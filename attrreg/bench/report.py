@@ -13,6 +13,7 @@ from rich.table import Table
 from attrreg.bench.measure import Cost
 from attrreg.bench.run import Record, names, ratios
 from attrreg.bench.strategies import ATTACHED, DETACHED, FLOORS, INTEGRATED_GRADIENTS
+from attrreg.environment import sentence
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,13 +55,10 @@ def markdown(record: Record) -> str:
 
 
 def _conditions(record: Record) -> str:
-    plan, where = record.plan, record.environment
-    packages = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
-    machine = where["accelerator"] or f"{where['machine']} CPU, {where['cores']} cores, {where['threads']} thread(s), load {where['load']}"
+    plan = record.plan
     return (
-        f"Measured {where['date']} on {machine}; attrreg {where['attrreg']}, {packages}, Python {where['python']}; batches of {plan.batch} "
-        f"images of {plan.size} px, {plan.autocast or 'float32'}, {plan.rounds} rounds after {plan.warmup} of warm-up (the path method: "
-        f"{plan.rounds_of(INTEGRATED_GRADIENTS)[0]})."
+        f"Measured {sentence(record.environment)}; batches of {plan.batch} images of {plan.size} px, {plan.autocast or 'float32'}, "
+        f"{plan.rounds} rounds after {plan.warmup} of warm-up (the path method: {plan.rounds_of(INTEGRATED_GRADIENTS)[0]})."
     )
 
 

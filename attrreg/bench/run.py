@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import date
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
-import attrreg
 from attrreg.bench import cases, strategies
 from attrreg.bench.cases import Case
 from attrreg.bench.measure import Cost, costs
+from attrreg.environment import environment
 
 Note = Callable[[str], None]  # called after each round, with what is being measured
 
@@ -62,7 +58,7 @@ class Record:
     Attributes:
         costs: model -> penalty -> strategy -> its cost.
         curves: what is varied -> strategy -> (value, cost) pairs.
-        environment: versions, machine, load.
+        environment: see `environment.environment`.
     """
 
     plan: Plan
@@ -91,22 +87,6 @@ class Record:
 
 CURVE_ROUNDS = 5
 CURVES: dict[str, tuple[int, ...]] = {"batch": (2, 4, 8, 16), "resolution": (32, 64, 96, 128), "steps": (1, 2, 4, 8), "terms": (1, 2, 3, 4)}
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Where this was measured."""
-    accelerator = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    return {
-        "date": date.today().isoformat(),
-        "attrreg": attrreg.__version__,
-        "versions": {name: version(name) for name in ("torch", "timm", "captum")},
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "accelerator": accelerator,
-        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-    }
 
 
 def measure(plan: Plan, note: Note, save: Callable[[Record], None] = lambda record: None) -> Record:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from attrreg import plot
 from attrreg.demo import train
+from attrreg.environment import environment
 from attrreg.evidence.training import predict
 
 ROWS = 4
@@ -78,7 +78,7 @@ def notes(run: train.Run) -> str:
 
 
 def save_json(run: train.Run, path: Path) -> None:
-    """Write the settings and the numbers, with the versions they were measured with."""
+    """Write the settings and the numbers, when and where they were measured."""
     methods = [
         {"regularizer": repr(method.term), **asdict(result)} for method, result in zip(run.settings.methods, run.results, strict=True)
     ]
@@ -91,9 +91,7 @@ def save_json(run: train.Run, path: Path) -> None:
         "steps": setting.steps,
         "batch": setting.batch,
         "device": str(setting.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        "environment": environment(setting.device),
         "methods": methods,
     }
     path.write_text(json.dumps(content, indent=2) + "\n")

@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import date
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attrreg import InputGradient, IntegratedGradients, metrics
+from attrreg.environment import environment
 from attrreg.evidence import sources
 from attrreg.evidence.annotation import annotate
 from attrreg.evidence.data import Split, Task
@@ -91,7 +90,7 @@ class Record:
         job: what was trained.
         outcomes: by the split on which the epoch was chosen: the epoch, what it was chosen by, and, if tested, the numbers of the test.
         seconds: time that it took.
-        environment: where.
+        environment: see `environment.environment`.
     """
 
     job: Job
@@ -165,7 +164,7 @@ def _run(job: Job, device: torch.device, note: Note, tested: bool) -> Record:
         outcomes[name] = {**measured.get(epoch, {}), "epoch": epoch, "loss": loss}
     if tested and job.judged and all(bool(value.isfinite().all()) for value in model.state_dict().values()):
         outcomes["valid"]["maps"] = _judgements(model, task.test)  # the last of SELECTIONS, whose weights the model has
-    return Record(job, outcomes, round(time.perf_counter() - start, 1), _environment(device))
+    return Record(job, outcomes, round(time.perf_counter() - start, 1), environment(device))
 
 
 @contextmanager
@@ -216,14 +215,3 @@ def _judgements(model: nn.Module, split: Split) -> dict[str, dict[str, float | N
 def _mean(values: Tensor) -> float | None:
     mean = values.nanmean().item()
     return mean if mean == mean else None  # JSON has no NaN
-
-
-def _environment(device: torch.device) -> dict[str, Any]:
-    return {
-        "date": date.today().isoformat(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),  # CPUs of another kind round in another way
-        "device": str(device),
-    }

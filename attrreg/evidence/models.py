@@ -56,7 +56,7 @@ def pretrained_mobilenet(classes: int, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model: nn.Module = timm.create_model("mobilenetv2_100", pretrained=False)
-        # timm draws a head's first weights up to 1/sqrt(classes), however many features there are: logits of dozens for two classes. The
+        # timm draws a head's first weights up to 1/sqrt(classes), however many features there are: of two classes and 1,280 features the
         # softmax would be saturated before training, and what is learnt, and any penalty on it, would show that and not the method.
         model.reset_classifier(classes)  # type: ignore[operator]  # torch's own head
     counters = "num_batches_tracked"

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attrreg.environment import machine
 from attrreg.evidence.job import SELECTIONS, Record
 from attrreg.evidence.ledger import Ledger
 from attrreg.evidence.methods import PLAIN, method
@@ -101,7 +102,7 @@ def _conditions(plan: Plan, training: Training, ledger: Ledger) -> str:
 
 def _where(record: Record) -> str:
     where = record.environment
-    return f"{where['machine']} {where['device']}, torch {where['torch']}"
+    return f"{machine(where)}, torch {where['versions']['torch']}"
 
 
 def _results(plan: Plan, training: Training, selection: str, ledger: Ledger) -> str:

@@ -1,0 +1,44 @@
+"""When and where something was measured: for records, and in words."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from datetime import date
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "timm", "captum")
+
+
+def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Now and here, for JSON."""
+    return {
+        "date": date.today().isoformat(),
+        "attrreg": version("attrreg"),
+        "versions": {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),  # CPUs of another kind round in another way
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None,
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def machine(where: Mapping[str, Any]) -> str:
+    """The accelerator of an environment, or its CPU."""
+    capability = f" ({where['capability']})" if "capability" in where else ""  # which the first records do not have
+    return where["accelerator"] or f"{where['machine']} CPU{capability}"
+
+
+def sentence(where: Mapping[str, Any]) -> str:
+    """An environment without a full stop."""
+    packages = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+    load = "" if where["load"] is None else f", load {where['load']}"
+    used = "" if where["accelerator"] else f", {where['cores']} cores, {where['threads']} thread(s){load}"
+    return f"{where['date']} on {machine(where)}{used}; attrreg {where['attrreg']}, {packages}, Python {where['python']}"
