@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,8 +19,8 @@ from attrreg.scores import Score
 from attrreg.state import Rng, isolated
 from attrreg.walk import modules
 
-# Values in one pass's images. Small passes leave a machine idle between operators; beyond this size folding saved nothing on a CPU.
-BUDGET = 2**21
+# Values in one pass's images. Small passes leave a machine idle between operators; larger ones leave the caches of a CPU.
+BUDGET = 2**20
 
 
 class PathGradients:
@@ -47,8 +48,11 @@ class PathGradients:
         self._separable = runner.call.inputs is None and (runner.twice or not self._coupled) and _separable(runner.call.model)
 
     def room(self, pending: int) -> int:
-        """How many of the places that are left may come as one batch."""
-        return max(1, min(pending, BUDGET // self._runner.call.x.numel())) if self._separable else 1
+        """How many of the places that are left may come as one batch: as many in each, rather than a small rest."""
+        if not self._separable:
+            return 1
+        batches = math.ceil(pending / max(1, BUDGET // self._runner.call.x.numel()))
+        return math.ceil(pending / batches)
 
     def __call__(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]]:
         """For each place, one gradient a score, of the shape of its images."""
