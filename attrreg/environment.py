@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+import attrreg
+
 PACKAGES = ("torch", "timm", "captum")
 
 
@@ -18,7 +20,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     """Now and here, for JSON."""
     return {
         "date": date.today().isoformat(),
-        "attrreg": version("attrreg"),
+        "attrreg": attrreg.__version__,
         "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": platform.machine(),

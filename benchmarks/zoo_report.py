@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
 from collections import Counter
 from typing import Any
 
-import timm
-import torch
 import torchvision
 
-import attrreg
+from attrreg.environment import environment
 from benchmarks.zoo_check import CLEAR
 
 Record = dict[str, Any]
@@ -54,16 +49,13 @@ def status(record: Record, kind: str) -> str:
 
 def page(records: list[Record], rank: int, tolerance: float) -> str:
     """The page."""
+    here = environment()
     introduction = INTRODUCTION.format(
         which="the smallest" if rank == 1 else f"number {rank} from below",
         rank="" if rank == 1 else f" --rank {rank}",
-        date=datetime.date.today().isoformat(),
-        attrreg=attrreg.__version__,
-        torch=torch.__version__,
-        timm=timm.__version__,
+        **here["versions"],
+        **{name: here[name] for name in ("date", "attrreg", "python", "cores")},
         torchvision=torchvision.__version__,
-        python=platform.python_version(),
-        cores=os.cpu_count(),
         tolerance=tolerance,
     )
     if rank == 1:
