@@ -190,6 +190,15 @@ def check_convolution(function: Any, tensors: tuple[Tensor, Tensor, Tensor | Non
     assert found[1][0].is_contiguous() or not found[0][0].is_contiguous()  # code that follows may take a view
 
 
+@pytest.mark.parametrize("side", [2, 4, 6])  # all by products; only the gradient of weights; all but that
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_wide_convolutions_of_one_pixel(side: int, bias: bool, format: torch.memory_format) -> None:
+    x = torch.randn(3, 128, side, side, dtype=torch.float64).to(memory_format=format)
+    w, b = torch.randn(96, 128, 1, 1, dtype=torch.float64) / 128, torch.randn(96, dtype=torch.float64)
+    check_convolution(F.conv2d, (x, w, b if bias else None), {})
+
+
 def test_a_gradient_of_the_input_alone_does_no_work_for_the_weights() -> None:
     x, w = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(4, 1, 3, 3, requires_grad=True)
     phase = Phase()
@@ -231,6 +240,10 @@ LAYERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
         [(4, 6, 3, 5), (6,), (6,)],
     ),
     "batch norm without weight": (lambda x: F.batch_norm(x, None, None, training=True), [(4, 6, 3, 5)]),
+    "batch norm of small planes": (
+        lambda x, w, b: F.batch_norm(x, MEAN.to(x.dtype, copy=True), VARIANCE.to(x.dtype, copy=True), w, b, training=True),
+        [(128, 6, 2, 3), (6,), (6,)],
+    ),
     "batch norm of vectors": (lambda x, w: F.batch_norm(x, None, None, w, training=True, eps=0.1), [(7, 6), (6,)]),
     "batch norm of volumes": (lambda x, w: F.batch_norm(x, None, None, w, training=True), [(2, 6, 2, 3, 2), (6,)]),
     "batch norm, channels last": (
@@ -238,6 +251,10 @@ LAYERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
         [(4, 6, 3, 5), (6,)],
     ),
     "batch norm, eval": (lambda x, w, b: F.batch_norm(x, MEAN.to(x.dtype), VARIANCE.to(x.dtype), w, b), [(4, 6, 3, 5), (6,), (6,)]),
+    "batch norm of small planes, eval": (
+        lambda x, w, b: F.batch_norm(x, MEAN.to(x.dtype), VARIANCE.to(x.dtype), w, b),
+        [(128, 6, 2, 3), (6,), (6,)],
+    ),
     "batch norm, eval, without weight": (lambda x: F.batch_norm(x, MEAN.to(x.dtype), VARIANCE.to(x.dtype)), [(4, 6, 3)]),
     "layer norm": (lambda x, w, b: F.layer_norm(x, (5,), w, b), [(4, 6, 5), (5,), (5,)]),
     "layer norm of two axes": (lambda x, w: F.layer_norm(x, (6, 5), w, eps=0.1), [(4, 6, 5), (6, 5)]),
@@ -271,13 +288,13 @@ LAYERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("name", "extra"), [(name, extra) for name in LAYERS for extra in (False, True) if not extra or "batch" in name])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_layers_equal_pytorchs_double_backward(name: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_layers_equal_pytorchs_double_backward(name: str, extra: bool, dtype: torch.dtype, tolerance: float) -> None:
     function, shapes = LAYERS[name]
     inputs = [(2 * torch.randn(shape, dtype=torch.float64)).to(dtype).requires_grad_() for shape in shapes]
     found = []
-    for context in (nullcontext(), twice_differentiable(Phase())):
+    for context in (nullcontext(), twice_differentiable(Phase(extra=extra))):
         with context:
             y = function(*inputs)
         weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
@@ -287,6 +304,19 @@ def test_layers_equal_pytorchs_double_backward(name: str, dtype: torch.dtype, to
         found.append([y, *first, *by_input, *by_all])
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.detach().abs().max()))
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 2, 2), (8, 3, 5, 5), (8, 3, 40)])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_batch_norm_of_an_extra_pass_is_exact_far_from_zero(shape: tuple[int, ...], offset: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator) + offset
+    x[:, 1] = offset  # a channel without variance, which rounding must not give one
+    with twice_differentiable(Phase(extra=True)):
+        got = F.batch_norm(x, None, None, training=True)
+    want = F.batch_norm(x.double(), None, None, training=True)
+    # A float32 of 1e4 is known to 1e-3, and so is its mean: PyTorch's own kernel is no closer.
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=2e-6 + 1e-7 * offset)
 
 
 def test_batch_norm_moves_its_statistics_as_pytorchs() -> None:

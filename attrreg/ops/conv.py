@@ -8,9 +8,10 @@ native kernels for all three, grouped or not, and each is written here with the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,10 +24,17 @@ from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
 
+PRODUCTS = (torch.float32, torch.float64)  # types in which matrix products can be faster
 
-@dataclass(frozen=True)
-class Geometry:
-    """The settings of a convolution, one number an axis."""
+
+@dataclass(frozen=True, eq=False)
+class Convolution:
+    """The settings of a convolution, one number an axis, and what is faster than PyTorch's kernels for images and weights of these sizes.
+
+    Attributes:
+        pixels: a weight of one pixel meets every position once, so that images and their gradients are matrix products.
+        weight_product: the gradient of weights from those of the output, images, weights and this; None: PyTorch's.
+    """
 
     stride: list[int]
     padding: list[int]
@@ -34,67 +42,110 @@ class Geometry:
     output_padding: list[int]
     transposed: bool
     groups: int
+    pixels: bool = False
+    weight_product: Callable[[Tensor, Tensor, Tensor, Convolution], Tensor] | None = None
 
     def convolve(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """y(x, w) + b."""
-        if self._is_pointwise(x, w):
+        if self.pixels:
             return pointwise.convolve(x, w, b)
         return torch.convolution(x, w, b, self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
 
-    def backward(self, gy: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients with respect to image, weight and bias that `mask` asks for."""
-        if self._is_pointwise(x, w):
-            gx = pointwise.input_gradient(gy, w) if mask[0] else None
-            return gx, pointwise.weight_gradient(gy, x, w) if mask[1] else None, _bias_gradient(gy) if mask[2] else None
-        own = self._weight_products(gy, x, w) if mask[1] else None
-        if own is not None:
-            gx, _, gb = self.backward(gy, x, w, [mask[0], False, mask[2]]) if mask[0] or mask[2] else (None, None, None)
-            return gx, own, gb
-        channels = [w.shape[1] * self.groups if self.transposed else w.shape[0]]
-        sizes = (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
-        gradients: tuple[Tensor, Tensor, Tensor] = aten.convolution_backward(gy, x, w, channels if mask[2] else None, *sizes, mask)
-        return gradients
+    def backward(self, gy: Tensor, x: Tensor, w: Tensor, image: bool, weight: bool, bias: bool) -> tuple[Tensor | None, ...]:
+        """The gradients with respect to image, weight and bias that are asked for."""
+        gx = gw = gb = None
+        if image and self.pixels:
+            gx = pointwise.input_gradient(gy, w)
+        if weight and self.weight_product is not None:
+            gw = self.weight_product(gy, x, w, self)
+        if bias:
+            gb = _bias_gradient(gy)
+        mask = [image and gx is None, weight and gw is None, False]
+        if mask[0] or mask[1]:
+            sizes = (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
+            rest = aten.convolution_backward(gy, x, w, None, *sizes, mask)
+            gx, gw = rest[0] if mask[0] else gx, rest[1] if mask[1] else gw
+        return gx, gw, gb
+
+    def positions(self, image: Sequence[int], weight: Sequence[int]) -> int:
+        """Of an output."""
+        seen = zip(image[2:], weight[2:], self.stride, self.padding, self.dilation, strict=True)
+        return math.prod((size + 2 * pad - step * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, pad, step in seen)
 
     def input_gradient(self, gy: Tensor, w: Tensor, like: Tensor) -> Tensor:
         """gx(gy, w), of the shape of an image."""
-        gx = self.backward(gy, like, w, [True, False, False])[0]
+        gx = self.backward(gy, like, w, True, False, False)[0]
         assert gx is not None
         return gx
 
     def weight_gradient(self, gy: Tensor, x: Tensor, like: Tensor) -> Tensor:
         """gw(gy, x), of the shape of a weight."""
-        gw = self.backward(gy, x, like, [False, True, False])[1]
+        gw = self.backward(gy, x, like, False, True, False)[1]
         assert gw is not None
         return gw
 
-    def _weight_products(self, gy: Tensor, x: Tensor, w: Tensor) -> Tensor | None:
-        """The weight gradient by matrix products, where a library's is slower; else None."""
-        if x.dim() != 4 or self.transposed or not _by_products(x):
-            return None
-        # Weights are many and positions few, as in the last stage of a network on small images: a library mostly lays out the weights.
-        if self.groups == 1 and gy.shape[0] * gy[0, 0].numel() <= w.shape[0] // 2:
-            return self._product_of_columns(gy, x, w)
-        if self.groups == x.shape[1] == w.shape[0] and depthwise.is_slow(x, w):
-            return depthwise.weight_gradient(gy, x, w, self.stride, self.padding, self.dilation)
-        return None
 
-    def _product_of_columns(self, gy: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        columns = F.unfold(x, tuple(w.shape[2:]), tuple(self.dilation), tuple(self.padding), tuple(self.stride)).transpose(0, 1).flatten(1)
-        gw: Tensor = aten._unsafe_view(gy.transpose(0, 1).flatten(1) @ columns.t(), w.shape)
-        return gw
-
-    def _is_pointwise(self, x: Tensor, w: Tensor) -> bool:
-        return w[0, 0].numel() == 1 and self.plain and _by_products(x)
-
-    @cached_property
-    def plain(self) -> bool:
-        """Whether every position is looked at once, by all channels."""
-        return not self.transposed and self.groups == 1 and set(self.stride) == {1} and not any(self.padding)
+def _each(value: int | Sequence[int], axes: int) -> list[int]:
+    return [value] * axes if isinstance(value, int) else list(value) * (axes if len(value) == 1 else 1)
 
 
-def _by_products(x: Tensor) -> bool:
-    """Whether matrix products are worth considering: on the CPU, in the types that its kernels for convolutions are slow in."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.numel() > 0
+@lru_cache(maxsize=4096)  # to find out costs as much as a small convolution
+def _convolution(
+    image: tuple[int, ...],
+    weight: tuple[int, ...],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    products: bool,
+    channels_last: bool,
+    transposed: bool = False,
+    output_padding: Any = 0,
+) -> Convolution:
+    """What to compute with, for these shapes.
+
+    Args:
+        image: `(N, C, ...)`.
+        weight: of the layer.
+        stride: this and the others as PyTorch's functions take them, lists as tuples.
+        padding: in numbers.
+        dilation: see stride.
+        groups: see stride.
+        products: whether matrix products are to be considered.
+        channels_last: the image is laid out so.
+        transposed: the convolution is.
+        output_padding: see stride.
+    """
+    axes = len(weight) - 2
+    numbers = [_each(value, axes) for value in (stride, padding, dilation, output_padding)]
+    settings = Convolution(numbers[0], numbers[1], numbers[2], numbers[3], transposed, groups)
+    if not products or transposed or 0 in image:
+        return settings
+    if set(weight[2:]) == {1} and groups == 1 and set(settings.stride) == {1} and not any(settings.padding):
+        images, weights = pointwise.by_products(math.prod(image[2:]), math.prod(weight))
+        return replace(settings, pixels=images, weight_product=_weight_of_pixels if weights else None)
+    if axes != 2:
+        return settings
+    # Weights are many and positions few, as in the last stage of a network on small images: a library mostly lays out the weights.
+    if groups == 1 and image[0] * settings.positions(image, weight) <= weight[0] // 2:
+        return replace(settings, weight_product=_weight_of_columns)
+    if groups == image[1] == weight[0] and depthwise.is_slow(image[2:], weight[2:], channels_last):
+        return replace(settings, weight_product=_weight_of_channels)
+    return settings
+
+
+def _weight_of_pixels(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor:
+    return pointwise.weight_gradient(gy, x, w)
+
+
+def _weight_of_columns(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor:
+    columns = F.unfold(x, tuple(w.shape[2:]), tuple(settings.dilation), tuple(settings.padding), tuple(settings.stride))
+    gw: Tensor = aten._unsafe_view(gy.transpose(0, 1).flatten(1) @ columns.transpose(0, 1).flatten(1).t(), w.shape)
+    return gw
+
+
+def _weight_of_channels(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor:
+    return depthwise.weight_gradient(gy, x, w, settings.stride, settings.padding, settings.dilation)
 
 
 def _bias_gradient(gy: Tensor) -> Tensor:
@@ -105,20 +156,19 @@ class _Convolve(Function):
     """y(x, w) + b."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry, phase: Phase) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, kind: Convolution, phase: Phase) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.geometry, ctx.phase = geometry, phase
-        return geometry.convolve(x, w, b)
+        ctx.kind, ctx.phase = kind, phase
+        return kind.convolve(x, w, b)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
-        for_x, for_w, for_b = (wanted(ctx, index) for index in range(3))
+        for_x, for_w, for_b = wanted(ctx, 3)
         if not torch.is_grad_enabled():  # nobody differentiates again: one call for all three
-            gx, gw, gb = ctx.geometry.backward(gy, x, w, [for_x, for_w, for_b])
-            return gx if for_x else None, gw if for_w else None, gb if for_b else None, None, None
-        gx = _InputGradient.apply(gy, w, x.detach(), ctx.geometry, ctx.phase) if for_x else None
-        gw = _WeightGradient.apply(gy, x, w.detach(), ctx.geometry, ctx.phase) if for_w else None
+            return *ctx.kind.backward(gy, x, w, for_x, for_w, for_b), None, None
+        gx = _InputGradient.apply(gy, w, x.detach(), ctx.kind, ctx.phase) if for_x else None
+        gw = _WeightGradient.apply(gy, x, w.detach(), ctx.kind, ctx.phase) if for_w else None
         return gx, gw, _bias_gradient(gy) if for_b else None, None, None
 
 
@@ -126,65 +176,60 @@ class _InputGradient(Function):
     """gx(gy, w)."""
 
     @staticmethod
-    def forward(ctx: Any, gy: Tensor, w: Tensor, like: Tensor, geometry: Geometry, phase: Phase) -> Tensor:
+    def forward(ctx: Any, gy: Tensor, w: Tensor, like: Tensor, kind: Convolution, phase: Phase) -> Tensor:
         ctx.save_for_backward(gy, w)
-        ctx.geometry, ctx.phase = geometry, phase
-        return geometry.input_gradient(gy, w, like)
+        ctx.kind, ctx.phase = kind, phase
+        return kind.input_gradient(gy, w, like)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gy, w = ctx.saved_tensors
+        for_gy, for_w = wanted(ctx, 2)
         if not torch.is_grad_enabled():
-            for_gy = ctx.geometry.convolve(v, w, None) if wanted(ctx, 0) else None
-            return for_gy, ctx.geometry.weight_gradient(gy, v, w) if wanted(ctx, 1) else None, None, None, None
-        for_gy = _Convolve.apply(v, w, None, ctx.geometry, ctx.phase) if wanted(ctx, 0) else None
-        for_w = _WeightGradient.apply(gy, v, w.detach(), ctx.geometry, ctx.phase) if wanted(ctx, 1) else None
-        return for_gy, for_w, None, None, None
+            kind = ctx.kind
+            return kind.convolve(v, w, None) if for_gy else None, kind.weight_gradient(gy, v, w) if for_w else None, None, None, None
+        ggy = _Convolve.apply(v, w, None, ctx.kind, ctx.phase) if for_gy else None
+        gw = _WeightGradient.apply(gy, v, w.detach(), ctx.kind, ctx.phase) if for_w else None
+        return ggy, gw, None, None, None
 
 
 class _WeightGradient(Function):
     """gw(gy, x)."""
 
     @staticmethod
-    def forward(ctx: Any, gy: Tensor, x: Tensor, like: Tensor, geometry: Geometry, phase: Phase) -> Tensor:
+    def forward(ctx: Any, gy: Tensor, x: Tensor, like: Tensor, kind: Convolution, phase: Phase) -> Tensor:
         ctx.save_for_backward(gy, x)
-        ctx.geometry, ctx.phase = geometry, phase
-        return geometry.weight_gradient(gy, x, like)
+        ctx.kind, ctx.phase = kind, phase
+        return kind.weight_gradient(gy, x, like)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gy, x = ctx.saved_tensors
-        for_gy = _Convolve.apply(x, v, None, ctx.geometry, ctx.phase) if wanted(ctx, 0) else None
-        for_x = _InputGradient.apply(gy, v, x.detach(), ctx.geometry, ctx.phase) if wanted(ctx, 1) else None
-        return for_gy, for_x, None, None, None
-
-
-def _each(value: int | Sequence[int], axes: int) -> list[int]:
-    return [value] * axes if isinstance(value, int) else list(value) * (axes if len(value) == 1 else 1)
-
-
-@lru_cache(maxsize=4096)  # of a few numbers each; to make one costs as much as a small convolution
-def _geometry(
-    axes: int, stride: Any, padding: Any, dilation: Any, groups: int, transposed: bool = False, output_padding: Any = 0
-) -> Geometry:
-    each = [_each(value, axes) for value in (stride, padding, dilation, output_padding)]
-    return Geometry(each[0], each[1], each[2], each[3], transposed, groups)
+        for_gy, for_x = wanted(ctx, 2)
+        ggy = _Convolve.apply(x, v, None, ctx.kind, ctx.phase) if for_gy else None
+        gx = _InputGradient.apply(gy, v, x.detach(), ctx.kind, ctx.phase) if for_x else None
+        return ggy, gx, None, None, None
 
 
 def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _apply(x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry, phase: Phase) -> Tensor:
+def _apply(x: Tensor, w: Tensor, b: Tensor | None, phase: Phase, *settings: Any) -> Tensor:
     device = x.device.type
     if torch.is_autocast_enabled(device):
         # As autocast does for the convolutions it knows; inside the function it must not cast again.
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            return _apply(x.to(dtype), w.to(dtype), b if b is None else b.to(dtype), geometry, phase)
+            return _apply(x.to(dtype), w.to(dtype), b if b is None else b.to(dtype), phase, *settings)
     if x.dim() < w.dim():
-        return _apply(x.unsqueeze(0), w, b, geometry, phase).squeeze(0)
-    y: Tensor = _Convolve.apply(x, w, b, geometry, phase)
+        return _apply(x.unsqueeze(0), w, b, phase, *settings).squeeze(0)
+    stride, padding, dilation, groups, *rest = settings
+    # On the CPU, in the types that its kernels for convolutions are slow in.
+    products = device == "cpu" and x.dtype in PRODUCTS
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last) if x.dim() == 4 else False
+    kind = _convolution(x.shape, w.shape, stride, padding, dilation, groups, products, channels_last, *rest)
+    y: Tensor = _Convolve.apply(x, w, b, kind, phase)
     return y
 
 
@@ -202,15 +247,15 @@ def convolve(
     stride, padding, dilation = _hashable(stride), _hashable(padding), _hashable(dilation)
     if _is_patches(input.dim(), tuple(weight.shape), stride, padding, dilation, groups):
         return _patches(input, weight, bias)
-    axes = weight.dim() - 2
     if padding == "same":
+        axes = weight.dim() - 2
         total = [d * (k - 1) for d, k in zip(_each(dilation, axes), weight.shape[2:], strict=True)]
         if any(t % 2 for t in total):  # the far side gets the one more
             input = F.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
         padding = tuple(t // 2 for t in total)
     elif padding == "valid":
         padding = 0
-    return _apply(input, weight, bias, _geometry(axes, stride, padding, dilation, groups), phase)
+    return _apply(input, weight, bias, phase, stride, padding, dilation, groups)
 
 
 @lru_cache(maxsize=4096)
@@ -248,4 +293,4 @@ def convolve_transposed(
 ) -> Tensor:
     """`F.conv_transpose1d`, `F.conv_transpose2d`, `F.conv_transpose3d`."""
     settings = (_hashable(value) for value in (stride, padding, dilation))
-    return _apply(input, weight, bias, _geometry(weight.dim() - 2, *settings, groups, True, _hashable(output_padding)), phase)
+    return _apply(input, weight, bias, phase, *settings, groups, True, _hashable(output_padding))

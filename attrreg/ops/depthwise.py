@@ -21,14 +21,12 @@ WIDE = 5  # kernels of fewer columns have fast weight gradients, but on images s
 EXCESS, EXCESS_CHANNELS_LAST = 8, 2  # how much wider than the kernel the image may be: beyond, the product computes too much
 
 
-def is_slow(x: Tensor, w: Tensor) -> bool:
-    """Whether PyTorch's weight gradient of images `(N, C, H, W)` and weights `(C, 1, h, w)` is slower than the products are."""
-    height, width = x.shape[2:]
-    high, wide = w.shape[2:]
+def is_slow(image: Sequence[int], kernel: Sequence[int], channels_last: bool) -> bool:
+    """Whether PyTorch's weight gradient of images of `(H, W)` and kernels of `(h, w)` is slower than the products are."""
+    (height, width), (high, wide) = image, kernel
     if height < high or width < wide:
-        return w[0, 0].numel() > 1
-    contiguous = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
-    return wide >= WIDE and width <= wide * (EXCESS if contiguous else EXCESS_CHANNELS_LAST)
+        return high * wide > 1
+    return wide >= WIDE and width <= wide * (EXCESS_CHANNELS_LAST if channels_last else EXCESS)
 
 
 def weight_gradient(gy: Tensor, x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:

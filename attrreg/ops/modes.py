@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from attrreg.ops import activation, attention, concatenate, conv, distance, norm
+from attrreg.ops import activation, attention, batch_norm, concatenate, conv, distance, norm
 from attrreg.ops.phase import Phase
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
@@ -40,7 +40,7 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
 WITH_PHASE: dict[Callable[..., Any], Callable[..., Tensor]] = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), conv.convolve),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), conv.convolve_transposed),
-    F.batch_norm: norm.batch_norm,
+    F.batch_norm: batch_norm.batch_norm,
     F.layer_norm: norm.layer_norm,
     F.group_norm: norm.group_norm,
     F.rms_norm: norm.rms_norm,

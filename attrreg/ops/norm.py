@@ -1,4 +1,4 @@
-"""Normalisation layers whose double backward is a closed form of few passes over memory.
+"""Normalisation whose double backward is a closed form of few passes over memory.
 
 PyTorch composes these second derivatives from many pointwise operations and saves what each of them needs. With
 xhat = (x - mu) r, r = 1 / sqrt(var + eps), and P(u) = u - mean(u) - xhat mean(u xhat), which is its own adjoint (means run
@@ -23,120 +23,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from attrreg.ops.channels import Channels
 from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    """One value a channel, to be broadcast over `(N, C, ...)`."""
-    return values.view(1, -1, *[1] * (like.dim() - 2))
-
-
-class _BatchNorm(Function):
-    """Train-mode batch normalisation: by the batch's own statistics."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, g: Tensor, b: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float, eps: float, phase: Phase
-    ) -> Tensor:
-        y, mu, r = aten.native_batch_norm(x, g, b, mean, var, True, momentum, eps)
-        ctx.save_for_backward(x, g, mu, r)
-        ctx.eps, ctx.phase = eps, phase
-        result: Tensor = y
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, g, mu, r = ctx.saved_tensors
-        mask = [wanted(ctx, index) for index in range(3)]
-        if not torch.is_grad_enabled():
-            gradients = aten.native_batch_norm_backward(gy, x, g, None, None, mu, r, True, ctx.eps, mask)
-            return *(gradient if asked else None for gradient, asked in zip(gradients, mask, strict=True)), *[None] * 5
-        axes = [0, *range(2, x.dim())]
-        gx = _BatchNormInputGradient.apply(gy, x, g, mu, r, ctx.eps) if mask[0] else None
-        gg = None
-        if mask[1]:  # not in an attribution; by operations that can be differentiated, mean and variance included
-            var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
-            gg = (gy * (x - mean) * (var + ctx.eps).rsqrt()).sum(axes)
-        return gx, gg, gy.sum(axes) if mask[2] else None, *[None] * 5
-
-
-class _BatchNormInputGradient(Function):
-    @staticmethod
-    def forward(ctx: Any, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, eps: float) -> Tensor:
-        # The native kernel sums gy xhat and gy on its way, so it gives these for nothing.
-        gx, gy_xhat, gy_sum = aten.native_batch_norm_backward(gy, x, g, None, None, mu, r, True, eps, [True] * 3)
-        ctx.save_for_backward(gy, x, g, mu, r, gx, gy_xhat, gy_sum)
-        ctx.eps = eps
-        result: Tensor = gx
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        gy, x, g, mu, r, gx, gy_xhat, gy_sum = ctx.saved_tensors
-        count = x.numel() // x.shape[1]
-        for_gy, v_xhat, _ = aten.native_batch_norm_backward(v, x, g, None, None, mu, r, True, ctx.eps, [True] * 3)
-        # sum(v (gy - mean(gy))): what the kernel sums for a tensor with this mean and a deviation of one.
-        ones = torch.ones_like(r)
-        v_gy = aten.native_batch_norm_backward(v, gy, None, None, None, gy_sum / count, ones, True, ctx.eps, [False, True, False])[1]
-        q = r / count
-        b = q * v_xhat
-        for_g = torch.addcmul(r * v_gy, b, gy_xhat, value=-1)
-        # Of the operators that could compute -k (x - mu), the one in a single vectorised pass.
-        for_x = torch.native_batch_norm(x, q * r * (g * for_g).neg_(), None, mu, ones, False, 0.0, 0.0)[0]
-        for_x.addcmul_(for_gy, _column(q * gy_xhat, x), value=-1).addcmul_(gx, _column(b, x), value=-1)
-        return for_gy, for_x, for_g, None, None, None
-
-
-def batch_norm(
-    phase: Phase,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """`F.batch_norm`; where places of a path share the batch, of each place by itself."""
-    places = phase.places if training else 1
-    if training:
-        phase.normalised.add(input.shape[0])
-    if places == 1 or input.shape[0] % places:
-        return _batch_norm(phase, input, running_mean, running_var, weight, bias, training, momentum, eps)
-    # The places of an image lie side by side, so they can be channels. Statistics of a path's passes are thrown away.
-    channels = input.reshape(-1, places * input.shape[1], *input.shape[2:])
-    weights, biases = (None if values is None else values.repeat(places) for values in (weight, bias))
-    return _batch_norm(phase, channels, None, None, weights, biases, training, momentum, eps).reshape(input.shape)
-
-
-def _batch_norm(
-    phase: Phase,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    if input.dtype != torch.promote_types(input.dtype, torch.float32) or not (training or running_mean is not None):
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    channels = input.shape[1]
-    g = weight if weight is not None else input.new_ones(channels)
-    b = bias if bias is not None else input.new_zeros(channels)
-    if training:
-        if input.numel() == channels:
-            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)  # which refuses it
-        result: Tensor = _BatchNorm.apply(input, g, b, running_mean, running_var, momentum, eps, phase)
-        return result
-    assert running_mean is not None and running_var is not None
-    scale = g * (running_var + eps).rsqrt()
-    return torch.addcmul(_column(b - running_mean * scale, input), input, _column(scale, input))
 
 
 class _LayerNorm(Function):
@@ -151,7 +41,7 @@ class _LayerNorm(Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, g, b, mu, r = ctx.saved_tensors
-        mask = [wanted(ctx, index) for index in range(3)]
+        mask = wanted(ctx, 3)
         gy = gy.contiguous()
         if not torch.is_grad_enabled():
             gradients = aten.native_layer_norm_backward(gy, x, ctx.shape, mu, r, g, b, mask)
@@ -226,8 +116,7 @@ def group_norm(
     y = layer_norm(phase, grouped, grouped.shape[-1:], None, None, eps).reshape(input.shape)
     if weight is None:
         return y
-    shift = _column(bias, y) if bias is not None else y.new_zeros(())
-    return torch.addcmul(shift, y, _column(weight, y))
+    return Channels.of(y).affine(y, weight, bias if bias is not None else torch.zeros_like(weight))
 
 
 class _RMSNorm(Function):
@@ -243,9 +132,10 @@ class _RMSNorm(Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, g, r = ctx.saved_tensors
-        gx = _RMSNormInputGradient.apply(gy, x, g, r, ctx.shape) if wanted(ctx, 0) else None
+        for_x, for_g = wanted(ctx, 2)
+        gx = _RMSNormInputGradient.apply(gy, x, g, r, ctx.shape) if for_x else None
         gg = None
-        if wanted(ctx, 1):  # not in an attribution; by operations that can be differentiated
+        if for_g:  # not in an attribution; by operations that can be differentiated
             r = r if not torch.is_grad_enabled() else x.square().mean(_last(ctx.shape), keepdim=True).add(ctx.eps).rsqrt()
             gg = (gy * x * r).sum_to_size(g.shape)
         return gx, gg, None, None, None

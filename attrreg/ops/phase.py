@@ -19,6 +19,7 @@ class Phase:
 
     Attributes:
         inner: the running backward makes an attribution: nobody asks for the gradients of weights.
+        extra: the pass is none that the user's loop asked for: what it leaves in the model is thrown away, and only its gradients stay.
         places: how many places of a path share the batch, those of an image side by side.
         normalised: the batch sizes that were normalised by their own statistics.
         active: what runs now will be differentiated twice. False before the first layer at which a gradient is taken.
@@ -26,6 +27,7 @@ class Phase:
 
     inner: bool = False
     active: bool = True
+    extra: bool = False
     places: int = 1
     normalised: set[int] = field(default_factory=set)
 
@@ -39,11 +41,14 @@ class Phase:
             self.inner = False
 
 
-def wanted(ctx: Any, index: int) -> bool:
-    """Whether the running backward asks for the gradient of an input."""
-    if not ctx.needs_input_grad[index]:  # also the bias that is None, which has no entry below
-        return False
+def wanted(ctx: Any, count: int) -> list[bool]:
+    """Which gradients of its first inputs the running backward asks a function for."""
+    nodes = ctx.next_functions
+    return [needed and _executes(nodes[index][0], index, ctx.phase) for index, needed in enumerate(ctx.needs_input_grad[:count])]
+
+
+def _executes(node: Any, index: int, phase: Phase) -> bool:
     try:
-        return torch._C._will_engine_execute_node(ctx.next_functions[index][0])
+        return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # a leaf under autograd.grad, of which PyTorch will not tell
-        return index == 0 or not ctx.phase.inner
+        return index == 0 or not phase.inner

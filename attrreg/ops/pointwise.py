@@ -1,6 +1,7 @@
 """1x1 convolutions as matrix products.
 
-On the CPU they are up to three times as fast as PyTorch's convolutions of one pixel, of which each derivative calls one more.
+On the CPU they are up to three times as fast as PyTorch's convolutions of one pixel, of which each derivative calls one more; but not
+always, and `by_products` says when.
 """
 
 from __future__ import annotations
@@ -11,6 +12,18 @@ from torch import Tensor
 
 aten = torch.ops.aten
 FEW = 8  # positions: products of so few columns are slow, so that all images are put into one
+NARROW = 2**13  # values of a weight: PyTorch's convolution takes longer to prepare than to compute
+
+
+def by_products(positions: int, weights: int) -> tuple[bool, bool]:
+    """Where products are as fast as PyTorch's convolution or faster: for images and their gradients, and for gradients of weights.
+
+    Args:
+        positions: of an image.
+        weights: values of the weight.
+    """
+    narrow = weights <= NARROW
+    return narrow or positions <= FEW or positions >= 4 * FEW, narrow or positions <= 2 * FEW
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -19,7 +32,7 @@ def _is_channels_last(x: Tensor) -> bool:
 
 def _rows(x: Tensor) -> bool:
     """Whether to take all images as rows of channels, in one product; else one product an image."""
-    return _is_channels_last(x) or x[0, 0].numel() <= FEW
+    return x.shape[2:].numel() <= FEW or _is_channels_last(x)
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -32,18 +45,15 @@ def convolve(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 
 
 def _times(matrix: Tensor, x: Tensor, b: Tensor | None) -> Tensor:
-    """A matrix `(out, in)` times each position of `(N, in, ...)`, laid out as that."""
+    """A matrix `(out, in)` times each position of `(N, in, ...)`, laid out as that. No view: autograd functions must not return one."""
     n, out, places = x.shape[0], matrix.shape[0], x.shape[2:]
-    # Written into, because an autograd function must not return a view.
+    if not _rows(x):
+        matrices, flat = matrix.expand(n, -1, -1), x.flatten(2)
+        product = torch.bmm(matrices, flat) if b is None else torch.baddbmm(b[:, None], matrices, flat)
+        result: Tensor = aten._unsafe_view(product, (n, out, *places))
+        return result
     format = torch.channels_last if _is_channels_last(x) and not x.is_contiguous() else torch.contiguous_format
     y = torch.empty((n, out, *places), dtype=x.dtype, device=x.device, memory_format=format)
-    if not _rows(x):
-        matrices, flat = matrix.expand(n, -1, -1), y.view(n, out, -1)
-        if b is None:
-            torch.bmm(matrices, x.flatten(2), out=flat)
-        else:
-            torch.baddbmm(b[:, None], matrices, x.flatten(2), out=flat)
-        return y
     rows = y.movedim(1, -1)
     if not rows.is_contiguous():
         return y.copy_(F.linear(_as_rows(x), matrix, b).view(n, *places, out).movedim(-1, 1))
@@ -56,7 +66,8 @@ def _times(matrix: Tensor, x: Tensor, b: Tensor | None) -> Tensor:
 
 def input_gradient(gy: Tensor, w: Tensor) -> Tensor:
     """gx(gy, w)."""
-    return _times(w.flatten(1).t(), gy, None)
+    # Of a transposed matrix, products with each image are slow.
+    return _times(w.flatten(1).t() if _rows(gy) else w.flatten(1).t().contiguous(), gy, None)
 
 
 def weight_gradient(gy: Tensor, x: Tensor, w: Tensor) -> Tensor:
@@ -64,7 +75,7 @@ def weight_gradient(gy: Tensor, x: Tensor, w: Tensor) -> Tensor:
     (n, channels), out = x.shape[:2], gy.shape[1]
     if _rows(x):
         product = _as_rows(gy).t() @ _as_rows(x)
-    elif out * channels <= 2 * (out + channels) * x[0, 0].numel():
+    elif out * channels <= 2 * (out + channels) * x.shape[2:].numel():
         product = torch.bmm(gy.flatten(2), x.flatten(2).mT).sum(0) if n > 1 else gy[0].flatten(1) @ x[0].flatten(1).t()
     else:  # a matrix for each image would be larger than the images
         product = gy.transpose(0, 1).reshape(out, -1) @ x.transpose(0, 1).reshape(channels, -1).t()
