@@ -102,6 +102,7 @@ class Tap:
         extra: bool = False,
     ) -> None:
         self._model = model
+        self._extra = extra
         self._map = map
         self._sites = sites
         self._own = own
@@ -118,14 +119,14 @@ class Tap:
         self._written = 0
         self._hooks: list[RemovableHandle] = []
         self._operators = ExitStack()
-        self._phase = Phase(extra=extra, places=places)
+        self._phase = Phase(places=places)
 
     def open(self, x: Tensor) -> Tensor:
         """Put the hooks in place, for a forward on `x`; returns the tensor to call the model with."""
         self._x, self._version, self._rng, self._half = x, x._version, Rng.of(x.device), _in_half(x)
         try:
             self._register()
-            self._operators.enter_context(checkpoints_recompute_inside(_recomputing(self._model, self._phase)))
+            self._operators.enter_context(checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra)))
             taken = {site for site, gradient in self._sites.items() if gradient}
             if taken and self._twice:  # else no gradient is taken that could be differentiated again
                 # What comes before the first of them is differentiated once, by PyTorch's own operators.
@@ -267,10 +268,10 @@ class Tap:
         return hook
 
 
-def _recomputing(model: nn.Module, phase: Phase) -> Callable[[], AbstractContextManager[object]]:
+def _recomputing(model: nn.Module, phase: Phase, extra: bool) -> Callable[[], AbstractContextManager[object]]:
     """Where checkpointed blocks are recomputed, without holding on to what the pass recorded."""
     # BatchNorm counts a recomputation as a batch. In the backward of the loop's own forward that is PyTorch's way.
-    return lambda: own_buffers(model) if phase.extra or phase.inner else nullcontext()
+    return lambda: own_buffers(model) if extra or phase.inner else nullcontext()
 
 
 def _in_half(x: Tensor) -> bool:

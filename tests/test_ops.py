@@ -288,13 +288,13 @@ LAYERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "extra"), [(name, extra) for name in LAYERS for extra in (False, True) if not extra or "batch" in name])
+@pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_layers_equal_pytorchs_double_backward(name: str, extra: bool, dtype: torch.dtype, tolerance: float) -> None:
+def test_layers_equal_pytorchs_double_backward(name: str, dtype: torch.dtype, tolerance: float) -> None:
     function, shapes = LAYERS[name]
     inputs = [(2 * torch.randn(shape, dtype=torch.float64)).to(dtype).requires_grad_() for shape in shapes]
     found = []
-    for context in (nullcontext(), twice_differentiable(Phase(extra=extra))):
+    for context in (nullcontext(), twice_differentiable(Phase())):
         with context:
             y = function(*inputs)
         weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
@@ -304,19 +304,6 @@ def test_layers_equal_pytorchs_double_backward(name: str, extra: bool, dtype: to
         found.append([y, *first, *by_input, *by_all])
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.detach().abs().max()))
-
-
-@pytest.mark.parametrize("shape", [(8, 3, 2, 2), (8, 3, 5, 5), (8, 3, 40)])
-@pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_batch_norm_of_an_extra_pass_is_exact_far_from_zero(shape: tuple[int, ...], offset: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator) + offset
-    x[:, 1] = offset  # a channel without variance, which rounding must not give one
-    with twice_differentiable(Phase(extra=True)):
-        got = F.batch_norm(x, None, None, training=True)
-    want = F.batch_norm(x.double(), None, None, training=True)
-    # A float32 of 1e4 is known to 1e-3, and so is its mean: PyTorch's own kernel is no closer.
-    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=2e-6 + 1e-7 * offset)
 
 
 def test_batch_norm_moves_its_statistics_as_pytorchs() -> None:

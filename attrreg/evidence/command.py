@@ -113,6 +113,7 @@ def write(plan: Plan, ledger: Ledger, out: Path) -> None:
 
 def _again(what: str, ledger: Ledger, console: Console) -> None:
     """Train records again and say whether the numbers are the same."""
+    from attrreg.environment import machine
     from attrreg.evidence import job
 
     rows = [record for record in ledger.records.values() if record.job.judged and what == f"{record.job.source.kind}/{record.job.method}"]
@@ -136,5 +137,10 @@ def _again(what: str, ledger: Ledger, console: Console) -> None:
         console.print(f"{record.job.name} seed {record.job.seed}: {'the same numbers' if same else 'OTHER NUMBERS'}", highlight=False)
         console.print_json(data=again.outcomes["valid"])
     if different:
-        console.print(f"{different} of {len(found)} differ. Versions and machine must be those of the record.", style="red")
+        where = sorted({f"{machine(record.environment)}, torch {record.environment['versions']['torch']}" for record in found})
+        console.print(
+            f"{different} of {len(found)} differ. They were measured on {'; '.join(where)}: only there, and by the same version of "
+            "attrreg, do all sums round the same way. Train twice here to see that this machine repeats its own.",
+            style="red",
+        )
         raise typer.Exit(1)

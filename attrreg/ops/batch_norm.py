@@ -1,7 +1,7 @@
 """Batch normalisation, with the second derivative of `attrreg.ops.norm` and around PyTorch's slow kernels.
 
-On the CPU, PyTorch takes the statistics of a batch value by value, and the backward of planes of fewer values than a vector register
-holds likewise: each about ten times slower than a pass over memory. Here they are operations on whole rows.
+On the CPU, PyTorch's backward takes planes of fewer values than a vector register holds value by value, ten times slower than a pass
+over memory. Here that is done by operations on whole rows.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from attrreg.ops.phase import Phase, wanted
 aten = torch.ops.aten
 
 
-def _products(channels: Channels, u: Tensor, x: Tensor, mu: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """sum(u (x - mu)) r and sum(u), one value a channel."""
+def _product(channels: Channels, u: Tensor, x: Tensor, mu: Tensor) -> Tensor:
+    """sum(u (x - mu)), one value a channel."""
     if channels.few:
-        u, x = channels.flat(u), channels.flat(x)
-        return channels.total((x - channels.row(mu)).mul_(u)).mul_(r), channels.total(u)
-    _, product, total = aten.native_batch_norm_backward(u, x, None, None, None, mu, r, True, 0.0, [False, True, True])
-    return product, total
+        return channels.total((channels.flat(x) - channels.row(mu)).mul_(channels.flat(u)))
+    ones = torch.ones_like(mu)
+    # What the kernel sums for a tensor with this mean and a deviation of one.
+    product: Tensor = aten.native_batch_norm_backward(u, x, None, None, None, mu, ones, True, 0.0, [False, True, False])[1]
+    return product
 
 
 def _first_order(channels: Channels, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,18 +46,6 @@ def _first_order(channels: Channels, gy: Tensor, x: Tensor, g: Tensor, mu: Tenso
     return channels.unflat(gx), gy_xhat, gy_sum
 
 
-def _normalise(channels: Channels, x: Tensor, g: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """By the batch's own statistics: what comes out, the mean, and one over the deviation."""
-    rows, count = x.view(len(x), -1), channels.count
-    mu = channels.total(rows) / count
-    y = rows - channels.row(mu)
-    squares, rest = _products(channels, y.view_as(x), y.view_as(x), torch.zeros_like(mu), torch.ones_like(mu))
-    variance = squares.addcmul_(rest, rest, value=-1 / count).div_(count)  # less what the mean was rounded by
-    r = variance.add_(eps).rsqrt_()
-    torch.addcmul(channels.row(b), y, channels.row(g * r), out=y)
-    return channels.unflat(y), mu, r
-
-
 class _BatchNorm(Function):
     """Train-mode batch normalisation: by the batch's own statistics."""
 
@@ -64,15 +53,11 @@ class _BatchNorm(Function):
     def forward(
         ctx: Any, x: Tensor, g: Tensor, b: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float, eps: float, phase: Phase
     ) -> Tensor:
-        channels = Channels.of(x)
-        # The last bit differs, so not where a pass is the user's own forward; the running statistics of others are thrown away.
-        if phase.extra and channels.rows and x.dtype == g.dtype == b.dtype:
-            y, mu, r = _normalise(channels, x, g, b, eps)
-        else:
-            y, mu, r = aten.native_batch_norm(x, g, b, mean, var, True, momentum, eps)
+        y, mu, r = aten.native_batch_norm(x, g, b, mean, var, True, momentum, eps)
         ctx.save_for_backward(x, g, mu, r)
-        ctx.channels, ctx.eps, ctx.phase = channels, eps, phase
-        return y
+        ctx.channels, ctx.eps, ctx.phase = Channels.of(x), eps, phase
+        result: Tensor = y
+        return result
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
@@ -104,10 +89,10 @@ class _InputGradient(Function):
         gy, x, g, mu, r, gx, gy_xhat, gy_sum = ctx.saved_tensors
         channels = ctx.channels
         for_gy, v_xhat, _ = _first_order(channels, v, x, g, mu, r, ctx.eps)
-        v_gy, _ = _products(channels, v, gy, gy_sum / channels.count, r)  # r sum(v (gy - mean(gy)))
+        v_gy = _product(channels, v, gy, gy_sum / channels.count)  # sum(v (gy - mean(gy)))
         q = r / channels.count
         b = q * v_xhat
-        for_g = torch.addcmul(v_gy, b, gy_xhat, value=-1)
+        for_g = torch.addcmul(r * v_gy, b, gy_xhat, value=-1)
         slope = q * r * (g * for_g).neg_()
         if channels.few:
             for_x = (channels.flat(x) - channels.row(mu)).mul_(channels.row(slope))

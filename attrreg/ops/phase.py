@@ -19,7 +19,6 @@ class Phase:
 
     Attributes:
         inner: the running backward makes an attribution: nobody asks for the gradients of weights.
-        extra: the pass is none that the user's loop asked for: what it leaves in the model is thrown away, and only its gradients stay.
         places: how many places of a path share the batch, those of an image side by side.
         normalised: the batch sizes that were normalised by their own statistics.
         active: what runs now will be differentiated twice. False before the first layer at which a gradient is taken.
@@ -27,7 +26,6 @@ class Phase:
 
     inner: bool = False
     active: bool = True
-    extra: bool = False
     places: int = 1
     normalised: set[int] = field(default_factory=set)
 
