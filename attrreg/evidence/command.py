@@ -13,9 +13,10 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from attrreg.evidence.job import Record
     from attrreg.evidence.ledger import Ledger
     from attrreg.evidence.sources import Folder
-    from attrreg.evidence.study import Plan, Record
+    from attrreg.evidence.study import Plan
 
 NEEDED = ("matplotlib", "optuna", "rich", "scipy")
 OUT = Path("attrreg-evidence.jsonl")
