@@ -124,22 +124,22 @@ def _again(what: str, ledger: Ledger, console: Console) -> None:
             f"{ledger.path} has no {what!r}. Write DATA/METHOD, for example crosses/ActDiff, or the name in a line of that file.",
             param_hint="--rerun",
         )
-    different = 0
+    different = []
     for record in found:
         if record.job.name not in ledger.records:
             console.print(f"{record.job.method} has changed since it was trained: it is another method now.", style="yellow")
         again = job.run(record.job, ledger.device)
         said = "the same numbers"
         if not _same(again, record):
-            different += 1
+            different.append(record)
             repeats = _same(job.run(record.job, ledger.device), again)
             said = f"OTHER NUMBERS; trained twice here: {'the same both times' if repeats else 'NOT THE SAME both times'}"
         console.print(f"{record.job.name} seed {record.job.seed}: {said}", highlight=False)
         console.print_json(data=again.outcomes["valid"])
     if different:
-        where = sorted({f"{machine(record.environment)}, torch {record.environment['versions']['torch']}" for record in found})
+        where = sorted({f"{machine(record.environment)}, torch {record.environment['versions']['torch']}" for record in different})
         console.print(
-            f"{different} of {len(found)} differ from the record, which was measured on {'; '.join(where)}. Only there, and by the same "
+            f"{len(different)} of {len(found)} differ from the record, measured on {'; '.join(where)}. Only there, and by the same "
             "state of attrreg, do all sums round the same way.",
             style="red",
         )

@@ -6,6 +6,7 @@ over memory. Here that is done by operations on whole rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,11 +31,13 @@ def _product(channels: Channels, u: Tensor, x: Tensor, mu: Tensor) -> Tensor:
     return product
 
 
-def _first_order(channels: Channels, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """g r P(gy), sum(gy xhat) and sum(gy), which the native kernel sums on its way."""
+def _first_order(
+    channels: Channels, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, eps: float, mask: Sequence[bool] = (True, True, True)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """g r P(gy), sum(gy xhat) and sum(gy), which the native kernel sums on its way. It leaves out what is masked."""
     if not channels.few:
         gradients: tuple[Tensor, Tensor, Tensor]
-        gradients = aten.native_batch_norm_backward(gy, x, g, None, None, mu, r, True, eps, [True] * 3)
+        gradients = aten.native_batch_norm_backward(gy, x, g, None, None, mu, r, True, eps, mask)
         return gradients
     rows, centred = channels.flat(gy), channels.flat(x) - channels.row(mu)
     product = centred * rows
@@ -64,7 +67,7 @@ class _BatchNorm(Function):
         x, g, mu, r = ctx.saved_tensors
         mask = wanted(ctx, 3)
         if not torch.is_grad_enabled():
-            gradients = _first_order(ctx.channels, gy, x, g, mu, r, ctx.eps)
+            gradients = _first_order(ctx.channels, gy, x, g, mu, r, ctx.eps, mask)
             return *(gradient if asked else None for gradient, asked in zip(gradients, mask, strict=True)), *[None] * 5
         axes = [0, *range(2, x.dim())]
         gx = _InputGradient.apply(gy, x, g, mu, r, ctx.channels, ctx.eps) if mask[0] else None

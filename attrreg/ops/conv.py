@@ -227,8 +227,7 @@ def _apply(x: Tensor, w: Tensor, b: Tensor | None, phase: Phase, *settings: Any)
     stride, padding, dilation, groups, *rest = settings
     # On the CPU, in the types that its kernels for convolutions are slow in.
     products = device == "cpu" and x.dtype in PRODUCTS
-    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last) if x.dim() == 4 else False
-    kind = _convolution(x.shape, w.shape, stride, padding, dilation, groups, products, channels_last, *rest)
+    kind = _convolution(x.shape, w.shape, stride, padding, dilation, groups, products, pointwise.is_only_channels_last(x), *rest)
     y: Tensor = _Convolve.apply(x, w, b, kind, phase)
     return y
 
@@ -272,7 +271,7 @@ def _patches(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     # A matrix product: the input gradient of such a convolution, an ordinary training step's never, is slow on the CPU.
     n, channels, height, width = x.shape
     high, wide = w.shape[2:]
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    channels_last = pointwise.is_only_channels_last(x)
     rows, columns = height // high, width // wide
     x = x[:, :, : rows * high, : columns * wide].reshape(n, channels, rows, high, columns, wide)
     y = F.linear(x.permute(0, 2, 4, 1, 3, 5).reshape(n, rows, columns, channels * high * wide), w.flatten(1), b)

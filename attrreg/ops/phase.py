@@ -41,7 +41,7 @@ class Phase:
 
 def wanted(ctx: Any, count: int) -> list[bool]:
     """Which gradients of its first inputs the running backward asks a function for."""
-    nodes = ctx.next_functions
+    nodes = ctx.next_functions  # a bias that is None has no entry, and needs none
     return [needed and _executes(nodes[index][0], index, ctx.phase) for index, needed in enumerate(ctx.needs_input_grad[:count])]
 
 

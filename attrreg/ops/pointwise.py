@@ -30,6 +30,11 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
+def is_only_channels_last(x: Tensor) -> bool:
+    """Whether a tensor is laid out so, and not also contiguous, as one of a single channel or position is."""
+    return _is_channels_last(x) and not x.is_contiguous()
+
+
 def _rows(x: Tensor) -> bool:
     """Whether to take all images as rows of channels, in one product; else one product an image."""
     return x.shape[2:].numel() <= FEW or _is_channels_last(x)
@@ -52,7 +57,7 @@ def _times(matrix: Tensor, x: Tensor, b: Tensor | None) -> Tensor:
         product = torch.bmm(matrices, flat) if b is None else torch.baddbmm(b[:, None], matrices, flat)
         result: Tensor = aten._unsafe_view(product, (n, out, *places))
         return result
-    format = torch.channels_last if _is_channels_last(x) and not x.is_contiguous() else torch.contiguous_format
+    format = torch.channels_last if is_only_channels_last(x) else torch.contiguous_format
     y = torch.empty((n, out, *places), dtype=x.dtype, device=x.device, memory_format=format)
     rows = y.movedim(1, -1)
     if not rows.is_contiguous():
