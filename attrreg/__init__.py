@@ -16,6 +16,7 @@ from attrreg.attributions import (
 )
 from attrreg.captum import from_captum
 from attrreg.layers import layers
+from attrreg.memory import keep_memory
 from attrreg.penalty import Penalty
 from attrreg.regularizer import AttributionRegularizer, MapRegularizer, SingleRegularizer
 from attrreg.schedules import Scheduled
@@ -41,6 +42,7 @@ __all__ = [
     "data",
     "engines",
     "from_captum",
+    "keep_memory",
     "layers",
     "masks",
     "metrics",

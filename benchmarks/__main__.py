@@ -1,6 +1,7 @@
 """The microbenchmarks, and the page that shows them.
 
-python -m benchmarks                       `attrreg bench`, and docs/performance.md from it; about an hour on two cores
+python -m benchmarks                       `attrreg bench`, and docs/performance.md from it; more than an hour on two cores
+python -m benchmarks --no-keep-memory      the same for the page's section on memory that is given back
 python -m benchmarks --quick --out x.json  any option of `attrreg bench`; with --out, the page stays as it is
 """
 
@@ -22,18 +23,18 @@ PAGE = ROOT / "docs" / "performance.md"
 
 def write_page(numbers: Path) -> None:
     """Put a run's tables between the page's marks, and its pictures beside the page."""
-    device = numbers.stem
+    section = numbers.stem
     pictures = []
     for source, name, words in (
-        (numbers.with_suffix(".png"), f"performance-{device}.png", "time and memory of each way"),
-        (numbers.with_name(f"{device}-curves.png"), f"performance-{device}-curves.png", "time and memory against batch, size and steps"),
+        (numbers.with_suffix(".png"), f"performance-{section}.png", "time and memory of each way"),
+        (numbers.with_name(f"{section}-curves.png"), f"performance-{section}-curves.png", "time and memory against batch, size and steps"),
     ):
         if source.exists():
             shutil.move(source, PAGE.with_name(name))
         if PAGE.with_name(name).exists():
             pictures.append(f"![{words}]({name})")
     record = report.load(numbers)
-    write_section(PAGE, device, "python -m benchmarks", report.markdown(record), check.missed(record), *pictures)
+    write_section(PAGE, section, "python -m benchmarks", report.markdown(record), check.missed(record), *pictures)
     numbers.with_suffix(".md").unlink(missing_ok=True)
 
 
@@ -43,7 +44,7 @@ def main() -> None:
     device = next((b for a, b in zip(sys.argv, sys.argv[1:], strict=False) if a == "--device"), "cpu").split(":")[0]
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(bench)
-    numbers = check.results(device)
+    numbers = check.results(f"{device}-returned" if "--no-keep-memory" in sys.argv else device)
     numbers.parent.mkdir(exist_ok=True)
     app(args=[*sys.argv[1:], *(["--out", str(numbers)] if own else [])], standalone_mode=not own, prog_name="python -m benchmarks")
     if own:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attrreg.ops import Phase, twice_differentiable
+from attrreg.ops import Phase, strided, twice_differentiable
 
 
 @pytest.mark.parametrize("function", [F.hardsigmoid, F.hardswish])
@@ -190,12 +191,33 @@ def check_convolution(function: Any, tensors: tuple[Tensor, Tensor, Tensor | Non
     assert found[1][0].is_contiguous() or not found[0][0].is_contiguous()  # code that follows may take a view
 
 
-@pytest.mark.parametrize("side", [2, 4, 6])  # all by products; only the gradient of weights; all but that
+@st.composite
+def first_convolutions(draw: Any) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]:
+    kernel, sides = ([draw(st.integers(low, high)) for _ in range(2)] for low, high in ((5, 9), (9, 16)))
+    stride, padding = draw(st.integers(2, 4)), [draw(st.integers(0, 5)) for _ in range(2)]
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    x = torch.randn(2, draw(st.integers(1, 4)), *sides, dtype=torch.float64)
+    if draw(st.booleans()):
+        x = x.to(memory_format=torch.channels_last)
+    w, b = torch.randn(3, x.shape[1], *kernel, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    return (x, w, b if draw(st.booleans()) else None), {"stride": stride, "padding": padding}
+
+
+@given(first_convolutions())
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+def test_wide_strided_convolutions_of_few_channels(case: tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]) -> None:
+    with patch.object(strided, "input_gradient", wraps=strided.input_gradient) as spy:
+        check_convolution(F.conv2d, *case)
+    assert spy.called
+
+
+@pytest.mark.parametrize("channels", [128, 256])
+@pytest.mark.parametrize("side", [1, 2, 4])  # all by products; the gradient of weights, and the rest where there are fewer; nothing
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
-def test_wide_convolutions_of_one_pixel(side: int, bias: bool, format: torch.memory_format) -> None:
-    x = torch.randn(3, 128, side, side, dtype=torch.float64).to(memory_format=format)
-    w, b = torch.randn(96, 128, 1, 1, dtype=torch.float64) / 128, torch.randn(96, dtype=torch.float64)
+def test_wide_convolutions_of_one_pixel(side: int, channels: int, bias: bool, format: torch.memory_format) -> None:
+    x = torch.randn(3, channels, side, side, dtype=torch.float64).to(memory_format=format)
+    w, b = torch.randn(96, channels, 1, 1, dtype=torch.float64) / channels, torch.randn(96, dtype=torch.float64)
     check_convolution(F.conv2d, (x, w, b if bias else None), {})
 
 

@@ -20,6 +20,9 @@ def bench(
     device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
     autocast: Annotated[str | None, typer.Option(help="Compute under autocast, for example in bfloat16.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's own choice.")] = None,
+    keep_memory: Annotated[
+        bool, typer.Option(help="Measure with attrreg.keep_memory() for all ways alike, where the C library has it, or as Python starts.")
+    ] = True,
     curves: Annotated[bool, typer.Option(help="Also cost against batch, resolution, steps and terms, on the first model.")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="Under two minutes: three small models, two penalties, few rounds.")] = False,
     out: Annotated[Path, typer.Option(help="The numbers to write (.json); tables (.md) and pictures (.png) go beside it.")] = Path(
@@ -41,6 +44,7 @@ def bench(
         import torch
 
         from attrreg.bench import cases, report, run, strategies
+        from attrreg.memory import keep_memory as keep
         from attrreg.progress import bar
 
     if threads is not None:
@@ -60,6 +64,7 @@ def bench(
         curves=curves and not quick,
         device=device,
         autocast=autocast,
+        keep_memory=keep_memory and device == "cpu" and keep(),
     )
     try:
         with bar(console, plan.total()) as advance:

@@ -56,9 +56,10 @@ def markdown(record: Record) -> str:
 
 def _conditions(record: Record) -> str:
     plan = record.plan
+    memory = " Memory is kept from step to step (`attrreg.keep_memory`)." if plan.keep_memory else ""
     return (
         f"Measured {sentence(record.environment)}; batches of {plan.batch} images of {plan.size} px, {plan.autocast or 'float32'}, "
-        f"{plan.rounds} rounds after {plan.warmup} of warm-up (the path method: {plan.rounds_of(INTEGRATED_GRADIENTS)[0]})."
+        f"{plan.rounds} rounds after {plan.warmup} of warm-up (the path method: {plan.rounds_of(INTEGRATED_GRADIENTS)[0]}).{memory}"
     )
 
 

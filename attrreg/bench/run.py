@@ -27,6 +27,7 @@ class Plan:
         rounds, warmup: see `measure.costs`; the path method, ten times as slow, gets a third of the rounds.
         curves: whether to measure cost against batch, resolution, steps and number of terms too, on the first model.
         autocast: the type of torch.autocast, or None.
+        keep_memory: whether `attrreg.keep_memory` was called, for all ways alike.
     """
 
     models: tuple[str, ...]
@@ -38,6 +39,7 @@ class Plan:
     curves: bool
     device: str
     autocast: str | None
+    keep_memory: bool = False
 
     def rounds_of(self, penalty: str) -> tuple[int, int]:
         """Rounds that count, and those before."""

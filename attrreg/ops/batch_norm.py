@@ -21,13 +21,12 @@ from attrreg.ops.phase import Phase, wanted
 aten = torch.ops.aten
 
 
-def _product(channels: Channels, u: Tensor, x: Tensor, mu: Tensor) -> Tensor:
-    """sum(u (x - mu)), one value a channel."""
+def _product(channels: Channels, u: Tensor, x: Tensor, mu: Tensor, r: Tensor) -> Tensor:
+    """r sum(u (x - mu)), one value a channel."""
     if channels.few:
-        return channels.total((channels.flat(x) - channels.row(mu)).mul_(channels.flat(u)))
-    ones = torch.ones_like(mu)
-    # What the kernel sums for a tensor with this mean and a deviation of one.
-    product: Tensor = aten.native_batch_norm_backward(u, x, None, None, None, mu, ones, True, 0.0, [False, True, False])[1]
+        return channels.total((channels.flat(x) - channels.row(mu)).mul_(channels.flat(u))).mul_(r)
+    # What the kernel sums for a tensor with this mean and this deviation.
+    product: Tensor = aten.native_batch_norm_backward(u, x, None, None, None, mu, r, True, 0.0, [False, True, False])[1]
     return product
 
 
@@ -92,18 +91,16 @@ class _InputGradient(Function):
         gy, x, g, mu, r, gx, gy_xhat, gy_sum = ctx.saved_tensors
         channels = ctx.channels
         for_gy, v_xhat, _ = _first_order(channels, v, x, g, mu, r, ctx.eps)
-        v_gy = _product(channels, v, gy, gy_sum / channels.count)  # sum(v (gy - mean(gy)))
-        q = r / channels.count
+        v_gy = _product(channels, v, gy, gy_sum / channels.count, r)  # r sum(v (gy - mean(gy)))
+        q = r / -channels.count
         b = q * v_xhat
-        for_g = torch.addcmul(r * v_gy, b, gy_xhat, value=-1)
-        slope = q * r * (g * for_g).neg_()
+        for_g = torch.addcmul(v_gy, b, gy_xhat)
+        slope = q * r * g * for_g
         if channels.few:
             for_x = (channels.flat(x) - channels.row(mu)).mul_(channels.row(slope))
         else:  # of the operators that could compute k (x - mu), the one in a single vectorised pass
             for_x = torch.native_batch_norm(x, slope, None, mu, torch.ones_like(r), False, 0.0, 0.0)[0]
-        for_x.addcmul_(channels.flat(for_gy), channels.along(q * gy_xhat), value=-1).addcmul_(
-            channels.flat(gx), channels.along(b), value=-1
-        )
+        for_x.addcmul_(channels.flat(for_gy), channels.along(q * gy_xhat)).addcmul_(channels.flat(gx), channels.along(b))
         return for_gy, channels.unflat(for_x), for_g, None, None, None, None
 
 

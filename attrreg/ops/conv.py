@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from attrreg.ops import depthwise, pointwise
+from attrreg.ops import depthwise, pointwise, strided
 from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
@@ -33,6 +33,7 @@ class Convolution:
 
     Attributes:
         pixels: a weight of one pixel meets every position once, so that images and their gradients are matrix products.
+        remainders: the gradient of images by remainders of the stride.
         weight_product: the gradient of weights from those of the output, images, weights and this; None: PyTorch's.
     """
 
@@ -43,6 +44,7 @@ class Convolution:
     transposed: bool
     groups: int
     pixels: bool = False
+    remainders: bool = False
     weight_product: Callable[[Tensor, Tensor, Tensor, Convolution], Tensor] | None = None
 
     def convolve(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -56,6 +58,8 @@ class Convolution:
         gx = gw = gb = None
         if image and self.pixels:
             gx = pointwise.input_gradient(gy, w)
+        elif image and self.remainders:
+            gx = strided.input_gradient(gy, w, x.shape[2:], self.stride[0], self.padding)
         if weight and self.weight_product is not None:
             gw = self.weight_product(gy, x, w, self)
         if bias:
@@ -126,8 +130,10 @@ def _convolution(
         return replace(settings, pixels=images, weight_product=_weight_of_pixels if weights else None)
     if axes != 2:
         return settings
+    if strided.is_slow(image[1], weight[2:], settings.stride, settings.dilation, groups):
+        return replace(settings, remainders=True)
     # Weights are many and positions few, as in the last stage of a network on small images: a library mostly lays out the weights.
-    if groups == 1 and image[0] * settings.positions(image, weight) <= weight[0] // 2:
+    if groups == 1 and image[0] * settings.positions(image, weight) <= weight[0] // 8:
         return replace(settings, weight_product=_weight_of_columns)
     if groups == image[1] == weight[0] and depthwise.is_slow(image[2:], weight[2:], channels_last):
         return replace(settings, weight_product=_weight_of_channels)

@@ -1,7 +1,8 @@
 """1x1 convolutions as matrix products.
 
-On the CPU they are up to three times as fast as PyTorch's convolutions of one pixel, of which each derivative calls one more; but not
-always, and `by_products` says when.
+PyTorch's convolution prepares longer than it computes where there is little to compute, and each of its derivatives calls one more.
+Where there is much, it is the faster one: its kernels are generated for the processor at hand, and its products not always (on AMD's
+with AVX-512 they run at half the speed). `by_products` says where the line is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from torch import Tensor
 
 aten = torch.ops.aten
 FEW = 8  # positions: products of so few columns are slow, so that all images are put into one
-NARROW = 2**13  # values of a weight: PyTorch's convolution takes longer to prepare than to compute
+NARROW = 2**12  # values of a weight, up to which products win at any number of positions
+MIDDLING = 2**14  # the same at few positions
 
 
 def by_products(positions: int, weights: int) -> tuple[bool, bool]:
@@ -22,8 +24,8 @@ def by_products(positions: int, weights: int) -> tuple[bool, bool]:
         positions: of an image.
         weights: values of the weight.
     """
-    narrow = weights <= NARROW
-    return narrow or positions <= FEW or positions >= 4 * FEW, narrow or positions <= 2 * FEW
+    few = positions <= FEW
+    return weights <= NARROW or positions == 1 or (few and weights <= MIDDLING), weights <= NARROW or few
 
 
 def _is_channels_last(x: Tensor) -> bool:
