@@ -155,7 +155,7 @@ def convolutions(draw: Any) -> tuple[bool, tuple[Tensor, Tensor, Tensor | None],
         if settings["padding"] == "same":
             settings["stride"] = 1
         if special:
-            settings |= {"padding": 0, "dilation": 1, "stride": 1 if special == "pointwise" else tuple(kernel)}
+            settings |= {"padding": 0, "dilation": 1, "stride": draw(st.integers(1, 2)) if special == "pointwise" else tuple(kernel)}
     torch.manual_seed(draw(st.integers(0, 2**31)))
     batch = [2] if draw(st.integers(0, 4)) else []
     sides = [draw(st.integers(1 if special == "pointwise" else 5, 7)) for _ in range(axes)]
@@ -211,14 +211,15 @@ def test_wide_strided_convolutions_of_few_channels(case: tuple[tuple[Tensor, Ten
     assert spy.called
 
 
-@pytest.mark.parametrize("channels", [128, 256])
-@pytest.mark.parametrize("side", [1, 2, 4])  # all by products; the gradient of weights, and the rest where there are fewer; nothing
+@pytest.mark.parametrize("channels", [32, 256])
+@pytest.mark.parametrize("side", [1, 2, 4, 9])  # all by products, also without places; the gradient of weights; nothing
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
-def test_wide_convolutions_of_one_pixel(side: int, channels: int, bias: bool, format: torch.memory_format) -> None:
+def test_wide_convolutions_of_one_pixel(side: int, channels: int, bias: bool, stride: int, format: torch.memory_format) -> None:
     x = torch.randn(3, channels, side, side, dtype=torch.float64).to(memory_format=format)
     w, b = torch.randn(96, channels, 1, 1, dtype=torch.float64) / channels, torch.randn(96, dtype=torch.float64)
-    check_convolution(F.conv2d, (x, w, b if bias else None), {})
+    check_convolution(F.conv2d, (x, w, b if bias else None), {"stride": stride})
 
 
 def test_a_gradient_of_the_input_alone_does_no_work_for_the_weights() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from attrreg.ops import depthwise, pointwise, strided
+from attrreg.ops.linear import linear, product
 from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
@@ -125,15 +126,15 @@ def _convolution(
     settings = Convolution(numbers[0], numbers[1], numbers[2], numbers[3], transposed, groups)
     if not products or transposed or 0 in image:
         return settings
-    if set(weight[2:]) == {1} and groups == 1 and set(settings.stride) == {1} and not any(settings.padding):
-        images, weights = pointwise.by_products(math.prod(image[2:]), math.prod(weight))
-        return replace(settings, pixels=images, weight_product=_weight_of_pixels if weights else None)
+    if set(weight[2:]) == {1} and groups == 1 and not any(settings.padding):
+        images, weights = pointwise.by_products(settings.positions(image, weight), math.prod(weight), channels_last)
+        return replace(settings, pixels=images and set(settings.stride) == {1}, weight_product=_weight_of_pixels if weights else None)
     if axes != 2:
         return settings
     if strided.is_slow(image[1], weight[2:], settings.stride, settings.dilation, groups):
         return replace(settings, remainders=True)
     # Weights are many and positions few, as in the last stage of a network on small images: a library mostly lays out the weights.
-    if groups == 1 and image[0] * settings.positions(image, weight) <= weight[0] // 8:
+    if groups == 1 and image[0] * settings.positions(image, weight) <= weight[0] // 4:
         return replace(settings, weight_product=_weight_of_columns)
     if groups == image[1] == weight[0] and depthwise.is_slow(image[2:], weight[2:], channels_last):
         return replace(settings, weight_product=_weight_of_channels)
@@ -141,12 +142,14 @@ def _convolution(
 
 
 def _weight_of_pixels(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor:
+    if set(settings.stride) != {1}:
+        x = x[(slice(None), slice(None), *(slice(None, None, step) for step in settings.stride))]
     return pointwise.weight_gradient(gy, x, w)
 
 
 def _weight_of_columns(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor:
     columns = F.unfold(x, tuple(w.shape[2:]), tuple(settings.dilation), tuple(settings.padding), tuple(settings.stride))
-    gw: Tensor = aten._unsafe_view(gy.transpose(0, 1).flatten(1) @ columns.transpose(0, 1).flatten(1).t(), w.shape)
+    gw: Tensor = aten._unsafe_view(product(gy.transpose(0, 1).flatten(1), columns.transpose(0, 1).flatten(1)), w.shape)
     return gw
 
 
@@ -251,7 +254,7 @@ def convolve(
     """`F.conv1d`, `F.conv2d`, `F.conv3d`."""
     stride, padding, dilation = _hashable(stride), _hashable(padding), _hashable(dilation)
     if _is_patches(input.dim(), tuple(weight.shape), stride, padding, dilation, groups):
-        return _patches(input, weight, bias)
+        return _patches(phase, input, weight, bias)
     if padding == "same":
         axes = weight.dim() - 2
         total = [d * (k - 1) for d, k in zip(_each(dilation, axes), weight.shape[2:], strict=True)]
@@ -273,14 +276,14 @@ def _is_patches(dim: int, weight: tuple[int, ...], stride: Any, padding: Any, di
     return kernel == _each(stride, 2) and min(kernel) > 1 and not padded and _each(dilation, 2) == [1, 1]
 
 
-def _patches(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+def _patches(phase: Phase, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     # A matrix product: the input gradient of such a convolution, an ordinary training step's never, is slow on the CPU.
     n, channels, height, width = x.shape
     high, wide = w.shape[2:]
     channels_last = pointwise.is_only_channels_last(x)
     rows, columns = height // high, width // wide
     x = x[:, :, : rows * high, : columns * wide].reshape(n, channels, rows, high, columns, wide)
-    y = F.linear(x.permute(0, 2, 4, 1, 3, 5).reshape(n, rows, columns, channels * high * wide), w.flatten(1), b)
+    y = linear(phase, x.permute(0, 2, 4, 1, 3, 5).reshape(n, rows, columns, channels * high * wide), w.flatten(1), b)
     # Laid out as a convolution would: code that follows may take a `view`.
     return y.permute(0, 3, 1, 2) if channels_last else y.permute(0, 3, 1, 2).contiguous()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from attrreg.ops import activation, attention, batch_norm, concatenate, conv, distance, norm
+from attrreg.ops import activation, attention, batch_norm, concatenate, conv, distance, linear, norm
 from attrreg.ops.phase import Phase
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
@@ -40,6 +40,7 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
 WITH_PHASE: dict[Callable[..., Any], Callable[..., Tensor]] = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), conv.convolve),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), conv.convolve_transposed),
+    F.linear: linear.linear,
     F.batch_norm: batch_norm.batch_norm,
     F.layer_norm: norm.layer_norm,
     F.group_norm: norm.group_norm,
@@ -58,6 +59,8 @@ class _Replace(TorchFunctionMode):
         if not self._phase.active:
             with sdpa_kernel(attention.FUSED) if func is F.scaled_dot_product_attention else nullcontext():
                 return func(*args, **(kwargs or {}))
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func has rules for PyTorch's functions only
+            return func(*args, **(kwargs or {}))
         if func in WITH_PHASE:
             return WITH_PHASE[func](self._phase, *args, **(kwargs or {}))
         chosen: Callable[..., Any] = REPLACEMENTS.get(func, func)

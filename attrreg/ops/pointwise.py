@@ -1,31 +1,32 @@
 """1x1 convolutions as matrix products.
 
 PyTorch's convolution prepares longer than it computes where there is little to compute, and each of its derivatives calls one more.
-Where there is much, it is the faster one: its kernels are generated for the processor at hand, and its products not always (on AMD's
-with AVX-512 they run at half the speed). `by_products` says where the line is.
+Where there is much, it computes images fast if they are wide, but the gradient of weights slowly. `by_products` says where the line is.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from attrreg.ops.linear import product
 
 aten = torch.ops.aten
 FEW = 8  # positions: products of so few columns are slow, so that all images are put into one
+SOME = 64  # positions, up to which gradients of weights as products win
 NARROW = 2**12  # values of a weight, up to which products win at any number of positions
-MIDDLING = 2**14  # the same at few positions
 
 
-def by_products(positions: int, weights: int) -> tuple[bool, bool]:
+def by_products(positions: int, weights: int, channels_last: bool) -> tuple[bool, bool]:
     """Where products are as fast as PyTorch's convolution or faster: for images and their gradients, and for gradients of weights.
 
     Args:
-        positions: of an image.
+        positions: of an output image.
         weights: values of the weight.
+        channels_last: images are laid out so, and rows of channels need no copy.
     """
-    few = positions <= FEW
-    return weights <= NARROW or positions == 1 or (few and weights <= MIDDLING), weights <= NARROW or few
+    always = weights <= NARROW or channels_last
+    return always or positions <= FEW, always or positions <= SOME
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -54,21 +55,20 @@ def convolve(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 def _times(matrix: Tensor, x: Tensor, b: Tensor | None) -> Tensor:
     """A matrix `(out, in)` times each position of `(N, in, ...)`, laid out as that. No view: autograd functions must not return one."""
     n, out, places = x.shape[0], matrix.shape[0], x.shape[2:]
+    result: Tensor
     if not _rows(x):
         matrices, flat = matrix.expand(n, -1, -1), x.flatten(2)
-        product = torch.bmm(matrices, flat) if b is None else torch.baddbmm(b[:, None], matrices, flat)
-        result: Tensor = aten._unsafe_view(product, (n, out, *places))
+        images = torch.bmm(matrices, flat) if b is None else torch.baddbmm(b[:, None], matrices, flat)
+        result = aten._unsafe_view(images, (n, out, *places))
         return result
-    format = torch.channels_last if is_only_channels_last(x) else torch.contiguous_format
-    y = torch.empty((n, out, *places), dtype=x.dtype, device=x.device, memory_format=format)
-    rows = y.movedim(1, -1)
-    if not rows.is_contiguous():
-        return y.copy_(F.linear(_as_rows(x), matrix, b).view(n, *places, out).movedim(-1, 1))
-    if b is None:
-        torch.mm(_as_rows(x), matrix.t(), out=rows.view(-1, out))
-    else:
-        torch.addmm(b, _as_rows(x), matrix.t(), out=rows.view(-1, out))
-    return y
+    rows = product(_as_rows(x), matrix, b)
+    if places.numel() == 1:
+        result = aten._unsafe_view(rows, (n, out, *places))
+        return result
+    shaped = rows.view(n, *places, out).movedim(-1, 1)
+    if is_only_channels_last(x):  # there is no view without a copy that does not count as one
+        return torch.empty(0, dtype=x.dtype).set_(rows.untyped_storage(), 0, shaped.shape, shaped.stride())
+    return shaped.clone(memory_format=torch.contiguous_format)
 
 
 def input_gradient(gy: Tensor, w: Tensor) -> Tensor:
@@ -81,10 +81,10 @@ def weight_gradient(gy: Tensor, x: Tensor, w: Tensor) -> Tensor:
     """gw(gy, x), of the shape of w."""
     (n, channels), out = x.shape[:2], gy.shape[1]
     if _rows(x):
-        product = _as_rows(gy).t() @ _as_rows(x)
-    elif out * channels <= 2 * (out + channels) * x.shape[2:].numel():
-        product = torch.bmm(gy.flatten(2), x.flatten(2).mT).sum(0) if n > 1 else gy[0].flatten(1) @ x[0].flatten(1).t()
-    else:  # a matrix for each image would be larger than the images
-        product = gy.transpose(0, 1).reshape(out, -1) @ x.transpose(0, 1).reshape(channels, -1).t()
-    result: Tensor = aten._unsafe_view(product, w.shape)
+        found = product(_as_rows(gy).t(), _as_rows(x).t())
+    elif n > 1 and out * channels <= min(NARROW, 2 * (out + channels) * x.shape[2:].numel()):  # no larger than images in another order
+        found = torch.bmm(gy.flatten(2), x.flatten(2).mT).sum(0)
+    else:
+        found = product(gy.transpose(0, 1).reshape(out, -1), x.transpose(0, 1).reshape(channels, -1))
+    result: Tensor = aten._unsafe_view(found, w.shape)
     return result

@@ -1,0 +1,75 @@
+"""Linear layers by the faster of two matrix products.
+
+PyTorch's own derivatives of a linear layer are exact and few at every order. What is slow on some processors is the product itself:
+PyTorch takes MKL's, which on AMD's with AVX-512 runs at half the speed of oneDNN's, and nowhere that was measured much faster.
+All derivatives of a layer are such products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from attrreg.ops.phase import Phase, wanted
+
+aten = torch.ops.aten
+MUCH = 2**22  # multiplications, below which oneDNN prepares longer than it computes
+WIDE = 128  # rows and columns of a result, below which oneDNN is slow where both matrices are stored by columns
+PLAIN = (Tensor, torch.nn.Parameter)  # not distributed, quantized or otherwise special
+
+# What torch.compile takes for linear layers on the CPU; there is no public name.
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+def product(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
+    """a b^T + shift, of `(rows, inner)` and `(columns, inner)`."""
+    rows, columns = a.shape[0], b.shape[0]
+    by_columns = a.stride(-1) != 1 and b.stride(-1) != 1
+    if a.numel() * columns < MUCH or (by_columns and min(rows, columns) < WIDE) or not _suited(a):
+        return F.linear(a, b, shift)
+    assert _ONEDNN is not None
+    result: Tensor = _ONEDNN.default(a, b, shift, "none", [], "")
+    return result
+
+
+def _suited(a: Tensor) -> bool:
+    return _ONEDNN is not None and bool(torch.backends.mkldnn.enabled) and a.device.type == "cpu" and a.dtype == torch.float32
+
+
+class _Product(Function):
+    """a b^T + shift, whose derivatives are products again."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, shift: Tensor | None, phase: Phase) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.phase = phase
+        return product(a, b, shift)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = ctx.saved_tensors
+        for_a, for_b, for_shift = wanted(ctx, 3)
+        again = torch.is_grad_enabled()
+        ga = gb = None
+        if for_a:
+            ga = _Product.apply(g, b.t(), None, ctx.phase) if again else product(g, b.t())
+        if for_b:
+            gb = _Product.apply(g.t(), a.t(), None, ctx.phase) if again else product(g.t(), a.t())
+        return ga, gb, g.sum(0) if for_shift else None, None
+
+
+def linear(phase: Phase, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`."""
+    if input.dim() < 2 or weight.dim() != 2 or input.numel() * weight.shape[0] < MUCH or not _suited(input):
+        return F.linear(input, weight, bias)
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    if torch.is_autocast_enabled("cpu") or any(type(tensor) not in PLAIN or tensor.dtype != input.dtype for tensor in tensors):
+        return F.linear(input, weight, bias)
+    y = _Product.apply(input.reshape(-1, weight.shape[1]), weight, bias, phase)
+    # Not as a view: a layer may go on to work in place, which on views is slow or refused.
+    result: Tensor = aten._unsafe_view(y, (*input.shape[:-1], weight.shape[0]))
+    return result

@@ -1,0 +1,168 @@
+"""Linear layers by the faster of two products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import attrreg
+from attrreg.ops import Phase, linear, pointwise, twice_differentiable
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of PyTorch has no oneDNN")
+
+
+@contextmanager
+def always_onednn() -> Iterator[list[tuple[int, ...]]]:
+    """Also where it is slower; the sizes it is called with."""
+    calls: list[tuple[int, ...]] = []
+    kernel: Any = linear._ONEDNN
+    assert kernel is not None, "PyTorch has no torch.ops.mkldnn._linear_pointwise any more"
+
+    class Counted:
+        @staticmethod
+        def default(a: Tensor, *rest: Any) -> Tensor:
+            calls.append(tuple(a.shape))
+            result: Tensor = kernel.default(a, *rest)
+            return result
+
+    with patch.multiple(linear, MUCH=0, WIDE=0, _ONEDNN=Counted):
+        yield calls
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+
+
+def derivatives(function: Any, inputs: list[Tensor]) -> list[Tensor]:
+    """The value, the first and the second derivatives."""
+    y = function(*inputs)
+    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+    first = torch.autograd.grad((torch.tanh(y) * weight).sum(), inputs, create_graph=True)
+    by_input = torch.autograd.grad(first[0].square().sum(), inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
+    by_all = torch.autograd.grad(torch.stack([gradient.square().sum() for gradient in first]).sum(), inputs)
+    return [each.detach() for each in (y, *first, *by_input, *by_all)]
+
+
+def compare(function: Any, inputs: list[Tensor]) -> None:
+    """By oneDNN, values and derivatives are as exact as PyTorch's own, of which some are small differences of large numbers."""
+
+    def ours(*tensors: Tensor) -> Any:
+        with twice_differentiable(Phase()):
+            return function(*tensors)
+
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    exact = derivatives(function, [tensor.detach().double().requires_grad_() for tensor in inputs])
+    wanted = derivatives(function, leaves)
+    with always_onednn() as calls:
+        found = derivatives(ours, leaves)
+    assert calls
+    for got, want, true in zip(found, wanted, exact, strict=True):
+        error, pytorchs = (float((each - true).abs().max()) for each in (got, want))
+        assert error <= 1e-5 * float(true.abs().max()) + 2 * pytorchs
+
+
+@needs_onednn
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.booleans(),
+    st.sampled_from(["dense", "transposed", "strided", "weight transposed"]),
+)
+@settings(deadline=None, max_examples=100)
+def test_equal_pytorchs_derivatives(places: list[int], inner: int, columns: int, bias: bool, layout: str) -> None:
+    inputs = [torch.randn(*places, inner), torch.randn(columns, inner) / inner**0.5, torch.randn(columns)][: 2 + bias]
+    if layout == "transposed":
+        inputs[0] = torch.randn(inner, *places).movedim(0, -1)
+    elif layout == "strided":
+        inputs[0] = torch.randn(*places, 2 * inner)[..., ::2]
+    elif layout == "weight transposed":
+        inputs[1] = torch.randn(inner, columns).t() / inner**0.5
+    compare(lambda *tensors: F.linear(*tensors).mul_(1), inputs)  # in place: it is no view
+
+
+@needs_onednn
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("kernel", "side"), [(1, 1), (1, 2), (1, 5), (2, 4), (3, 2)])  # pixels, patches, columns
+def test_convolutions_by_products(kernel: int, side: int, format: torch.memory_format) -> None:
+    x, w = torch.randn(3, 8, side, side).to(memory_format=format), torch.randn(64, 8, kernel, kernel) / 8
+    stride, padding = (2, 0) if kernel == 2 else (1, kernel // 2)
+    with patch.object(pointwise, "NARROW", 0):
+        compare(lambda x, w, b: F.conv2d(x, w, b, stride, padding), [x, w, torch.randn(64)])
+
+
+@needs_onednn
+def test_a_whole_model() -> None:
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+    model = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.Flatten(2), nn.Linear(16, 16), block, nn.Flatten(), nn.Linear(256, 4))
+    x, mask, target = torch.randn(5, 3, 16, 16), torch.rand(5, 1, 16, 16).round(), torch.arange(5) % 4
+    reg = attrreg.InputGradient(score=attrreg.scores.TargetLogit(), objective=attrreg.objectives.SquaredOutside())
+    found = []
+    for context in (patch.object(linear, "MUCH", 10**12), always_onednn()):
+        model.zero_grad()
+        with context as calls:
+            reg(model, x, mask, target=target).backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert calls and len(found[0]) == len(found[1]) > 5
+    for got, want in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+class Other(Tensor):
+    """A kind of tensor that is not PyTorch's."""
+
+
+@needs_onednn
+@pytest.mark.parametrize("why", ["double", "autocast", "subclass", "vector", "mixed", "off"])
+def test_pytorchs_own_where_it_is_not_meant_for_that(why: str) -> None:
+    x, w = torch.randn(4, 8), torch.randn(6, 8)
+    if why == "double":
+        x, w = x.double(), w.double()
+    elif why == "subclass":
+        w = w.as_subclass(Other)
+    elif why == "vector":
+        x = x[0]
+    elif why == "mixed":
+        w = w.to(torch.bfloat16)
+    autocast = torch.autocast("cpu", torch.bfloat16) if why == "autocast" else nullcontext()
+    off = switched_off() if why == "off" else nullcontext()
+    with always_onednn() as calls, twice_differentiable(Phase()), autocast, off:
+        if why == "mixed":
+            with pytest.raises(RuntimeError, match="dtype"):  # PyTorch's own error
+                F.linear(x, w)
+        else:
+            assert F.linear(x, w).shape == (*x.shape[:-1], 6)
+    assert not calls
+
+
+def test_models_that_use_torch_func_inside() -> None:
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.heads = nn.Conv2d(3, 8, 3), nn.Parameter(torch.randn(4, 10, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            features = torch.func.vmap(lambda image: F.conv2d(image[None], self.stem.weight)[0])(x).relu().mean((2, 3))
+            return torch.func.vmap(lambda head: F.linear(features, head))(self.heads).mean(0)
+
+    model, x, target = Ensemble(), torch.randn(4, 3, 8, 8), torch.arange(4)
+    mask = torch.zeros(4, 1, 8, 8)
+    mask[..., :4] = 1
+    reg = attrreg.InputGradient(score=attrreg.scores.TargetLogit(), objective=attrreg.objectives.SquaredOutside())
+    reg(model, x, mask, target=target).backward()
+    assert model.stem.weight.grad is not None and model.stem.weight.grad.any()
