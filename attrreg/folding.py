@@ -19,16 +19,16 @@ from attrreg.scores import Score
 from attrreg.state import Rng, isolated
 from attrreg.walk import modules
 
-# Values in one pass's images. Small passes leave a machine idle between operators; larger ones leave the caches of a CPU.
-BUDGET = 2**20
+# Values in one pass's images. Small passes leave a machine idle between operators; in larger ones there is nothing left to gain.
+BUDGET = 2**21
 
 
 class PathGradients:
     """The gradients of scores at places of a path.
 
-    Places share a batch if nothing is drawn (each place repeats the draws of the clean pass) and if images meet in nothing but batch
-    normalisation of the whole batch, which our operator does place by place. Modules tell whether that is to be expected, the pass
-    whether it was so; if not, it is thrown away, and each place runs alone.
+    Places share a batch if each can have the draws of the clean pass (`ops.draws` knows dropout and stochastic depth) and if images
+    meet in nothing but batch normalisation of the whole batch, which our operator does place by place. Modules tell whether that is to
+    be expected, the pass whether it was so; if not, it is thrown away, and each place runs alone.
 
     A chunked path's backward keeps this object, so it holds nothing that passes computed.
 
@@ -45,7 +45,7 @@ class PathGradients:
         self._scores = scores
         self._replay = replay
         self._coupled = any(map(couples, modules(runner.call.model)))
-        self._separable = runner.call.inputs is None and (runner.twice or not self._coupled) and _separable(runner.call.model)
+        self._separable = runner.call.inputs is None and _separable(runner.call.model, runner.twice)
 
     def room(self, pending: int) -> int:
         """How many of the places that are left may come as one batch: as many in each, rather than a small rest."""
@@ -83,13 +83,13 @@ class PathGradients:
         return [list(each) for each in zip(*(gradient.unflatten(0, (-1, places)).unbind(1) for gradient in found), strict=True)]
 
 
-def _separable(model: nn.Module) -> bool:
-    """Whether nothing in a model is known to draw, or to let images meet where our operators do not see it."""
+def _separable(model: nn.Module, ours: bool) -> bool:
+    """Whether nothing in a model is known to draw, or to let images meet, where our operators do not see it; `ours`: they run."""
     for module in modules(model):
-        ours = isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm)
-        if isinstance(module, ScriptModule) or (couples(module) and not ours):
+        seen = ours and isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm)
+        if isinstance(module, ScriptModule) or (couples(module) and not seen):
             return False
         drops = module.p if isinstance(module, _DropoutNd) else getattr(module, "drop_prob", 0)
-        if module.training and isinstance(drops, (int, float)) and drops > 0:
+        if module.training and not ours and isinstance(drops, (int, float)) and drops > 0:
             return False
     return True

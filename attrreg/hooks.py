@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from attrreg.graph import LEAF
 from attrreg.ops import Phase, checkpoints_recompute_inside, twice_differentiable
+from attrreg.ops.draws import Draws
 from attrreg.ops.rectify import Rule, rectify
 from attrreg.sites import FEATURES, INPUT, OUTPUT, SPATIAL, SPECIAL, varies
 from attrreg.state import Rng, own_buffers
@@ -124,6 +125,8 @@ class Tap:
     def open(self, x: Tensor) -> Tensor:
         """Put the hooks in place, for a forward on `x`; returns the tensor to call the model with."""
         self._x, self._version, self._rng, self._half = x, x._version, Rng.of(x.device), _in_half(x)
+        places = self._phase.places
+        self._phase.draws = Draws(x.shape[0] // places, places, self._rng) if places > 1 else None
         try:
             self._register()
             self._operators.enter_context(checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra)))

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import EvoNorm2dB0
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import StochasticDepth
 
 import attrreg
 from attrreg import baselines, folding, scores
@@ -30,6 +33,29 @@ class Mixed(nn.Module):
         rows = self.norm(x.permute(2, 0, 3, 1).flatten(0, 2))  # the height before the batch
         logits: Tensor = self.net(rows.unflatten(0, (x.shape[2], x.shape[0], x.shape[3])).permute(1, 3, 0, 2))
         return logits
+
+
+class Dropped(nn.Module):
+    """Something that draws, on features `(N, 4, 32, 32)`."""
+
+    def __init__(self, drop: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.drop, self.head = nn.Conv2d(2, 4, 3, padding=1), drop, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        logits: Tensor = self.head(F.silu(self.drop(h * 1) + 0.1 * h).mean((2, 3)))
+        return logits
+
+
+def _batch_in_the_middle(h: Tensor) -> Tensor:
+    tokens = h.flatten(2).permute(2, 0, 1)
+    return F.dropout(tokens, 0.5).permute(1, 2, 0).reshape(h.shape)
+
+
+def _checkpointed_dropout(h: Tensor) -> Tensor:
+    result: Tensor = checkpoint(lambda h: F.dropout(F.silu(h), 0.5), h, use_reentrant=False)
+    return result
 
 
 class Custom(nn.Module):
@@ -64,7 +90,21 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "a residual net": (lambda: timm.create_model("test_resnet", num_classes=3, in_chans=2), True),
     "a checkpointed net": (checkpointed, True),
     "a transformer": (lambda: timm.create_model("test_vit", num_classes=3, in_chans=2, img_size=32), True),
-    "dropout": (lambda: SmoothNet(dropout=0.5), False),
+    "dropout": (lambda: SmoothNet(dropout=0.5), True),
+    "dropout of channels": (lambda: Dropped(lambda h: F.dropout2d(h, 0.5)), True),
+    "dropout in place": (lambda: Dropped(lambda h: F.dropout(h, 0.5, inplace=True)), True),
+    "dropout of what no image has": (lambda: Dropped(lambda h: h * F.dropout(torch.ones_like(h[0]), 0.5)), True),
+    "dropout in channels last": (lambda: Dropped(lambda h: F.dropout(h.to(memory_format=torch.channels_last), 0.5)), True),
+    "dropout of another kind": (lambda: Dropped(lambda h: F.alpha_dropout(h, 0.5, True)), False),
+    "dropout, the batch in the middle": (lambda: Dropped(_batch_in_the_middle), False),
+    "dropout, the batch in windows": (lambda: Dropped(lambda h: F.dropout(h.flatten(0, 1), 0.5).unflatten(0, h.shape[:2])), False),
+    "noise": (lambda: Dropped(lambda h: h + torch.randn_like(h)), False),
+    "stochastic depth": (lambda: timm.create_model("test_vit", num_classes=3, in_chans=2, img_size=32, drop_path_rate=0.5), True),
+    "torchvision's stochastic depth": (lambda: Dropped(StochasticDepth(0.5, "row")), True),
+    "that of whole batches": (lambda: Dropped(StochasticDepth(0.5, "batch")), True),
+    "dropout in attention": (lambda: timm.create_model("test_vit", num_classes=3, in_chans=2, img_size=32, attn_drop_rate=0.5), False),
+    "dropout in checkpoints": (lambda: Dropped(_checkpointed_dropout), False),
+    "dropout and batch norm": (lambda: SmoothNet(norm=True, dropout=0.5), True),
     "batch norm of other rows": (Mixed, False),
     "a norm of its own": (Custom, False),
     "evonorm": (evolved, False),

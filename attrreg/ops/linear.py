@@ -18,19 +18,30 @@ from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
 MUCH = 2**22  # multiplications, below which oneDNN prepares longer than it computes
-WIDE = 128  # rows and columns of a result, below which oneDNN is slow where both matrices are stored by columns
+WIDE = 64  # rows and columns of a result, below which oneDNN is slow where both matrices are stored by columns
 PLAIN = (Tensor, torch.nn.Parameter)  # not distributed, quantized or otherwise special
 
 # What torch.compile takes for linear layers on the CPU; there is no public name.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_VECTORS_OF_16 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # with shorter ones, the copy costs more than the faster product gains
 
 
 def product(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
     """a b^T + shift, of `(rows, inner)` and `(columns, inner)`."""
-    rows, columns = a.shape[0], b.shape[0]
-    by_columns = a.stride(-1) != 1 and b.stride(-1) != 1
-    if a.numel() * columns < MUCH or (by_columns and min(rows, columns) < WIDE) or not _suited(a):
+    (rows, inner), columns = a.shape, b.shape[0]
+    if rows * inner * columns < MUCH or not _suited(a):
         return F.linear(a, b, shift)
+    if a.stride(-1) == 1 or b.stride(-1) == 1:
+        return _by_onednn(a, b, shift)
+    # Both by columns, as for the gradient of weights. oneDNN copies the first, which should be the smaller one then.
+    if min(rows, columns) < WIDE or not _VECTORS_OF_16:
+        return F.linear(a, b, shift)
+    if shift is None and (rows - columns) * inner > 2 * rows * columns:
+        return _by_onednn(b, a, None).t().contiguous()
+    return _by_onednn(a, b, shift)
+
+
+def _by_onednn(a: Tensor, b: Tensor, shift: Tensor | None) -> Tensor:
     assert _ONEDNN is not None
     result: Tensor = _ONEDNN.default(a, b, shift, "none", [], "")
     return result

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from attrreg.ops import activation, attention, batch_norm, concatenate, conv, distance, linear, norm
+from attrreg.ops import activation, attention, batch_norm, concatenate, conv, distance, draws, linear, norm
 from attrreg.ops.phase import Phase
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
@@ -56,6 +56,8 @@ class _Replace(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self._phase.draws is not None and func in draws.KNOWN:
+            return draws.KNOWN[func](self._phase.draws, func, *args, **(kwargs or {}))
         if not self._phase.active:
             with sdpa_kernel(attention.FUSED) if func is F.scaled_dot_product_attention else nullcontext():
                 return func(*args, **(kwargs or {}))
@@ -80,6 +82,7 @@ def twice_differentiable(phase: Phase) -> Iterator[None]:
 
     def start() -> None:
         phase.active = True  # the recomputation must not change operators midway, where the first run did
+        phase.draws = None  # PyTorch winds back its own generators only
 
     # PyTorch captures autocast and generators for the recomputation, but not function modes or attention kernels.
     with _operators(phase), checkpoints_recompute_inside(lambda: _operators(phase), start):

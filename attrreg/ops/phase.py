@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from attrreg.ops.draws import Draws
+
 
 @dataclass
 class Phase:
@@ -20,6 +22,7 @@ class Phase:
     Attributes:
         inner: the running backward makes an attribution: nobody asks for the gradients of weights.
         places: how many places of a path share the batch, those of an image side by side.
+        draws: what they draw, where they are several.
         normalised: the batch sizes that were normalised by their own statistics.
         active: what runs now will be differentiated twice. False before the first layer at which a gradient is taken.
     """
@@ -27,6 +30,7 @@ class Phase:
     inner: bool = False
     active: bool = True
     places: int = 1
+    draws: Draws | None = None
     normalised: set[int] = field(default_factory=set)
 
     @contextmanager

@@ -1,0 +1,68 @@
+"""Dropout and stochastic depth in a pass over several places of a path: each place gets what its image would get alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attrreg.state import Rng
+
+Draw = Callable[[Tensor], Tensor]
+
+
+class Draws:
+    """What one pass draws whose batch has each image at several places, side by side.
+
+    It is drawn for the images once and repeated for their places, from a generator of its own: the default one moves only if
+    something was drawn that is not known here, or whose batch is not told from its shape.
+
+    Args:
+        images: in the batch, each counted once.
+        places: of each image.
+        start: from where a pass over the images alone would draw.
+    """
+
+    def __init__(self, images: int, places: int, start: Rng) -> None:
+        self._images = images
+        self._places = places
+        self._state = start
+
+    def dropout(self, function: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        """`F.dropout` and its kinds for whole channels: `function`."""
+        noise = self._once(input, lambda like: function(torch.ones_like(like), p)) if training and p else None
+        if noise is None:
+            plain: Tensor = function(input, p, training, inplace)
+            return plain
+        return input.mul_(noise) if inplace else input * noise
+
+    def bernoulli_(self, function: Any, input: Tensor, p: Any = 0.5, *, generator: torch.Generator | None = None) -> Tensor:
+        """`Tensor.bernoulli_`."""
+        given = generator is not None or isinstance(p, Tensor)
+        drawn = None if given else self._once(input, lambda like: torch.empty_like(like).bernoulli_(p))
+        return function(input, p, generator=generator) if drawn is None else input.copy_(drawn)
+
+    def _once(self, tensor: Tensor, draw: Draw) -> Tensor | None:
+        """What is drawn for a tensor of the batch, or of no batch at all; None: not known which."""
+        rows, shape = self._images * self._places, list(tensor.shape)
+        if shape and shape[0] == rows and shape.count(rows) == 1:
+            return self._drawn(tensor[:: self._places], draw).repeat_interleave(self._places, dim=0)
+        return None if any(size % rows == 0 for size in shape) else self._drawn(tensor, draw)
+
+    def _drawn(self, like: Tensor, draw: Draw) -> Tensor:
+        before = Rng.of(like.device)
+        self._state.restore()
+        try:
+            return draw(like.detach())
+        finally:
+            self._state = Rng.of(like.device)
+            before.restore()
+
+
+KNOWN: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d), Draws.dropout),
+    Tensor.bernoulli_: Draws.bernoulli_,
+}
