@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
@@ -55,6 +56,13 @@ def test_where_they_are_used() -> None:
             y.sum().backward()
         return spy.called
 
-    assert used(14, 5) and used(7, 7) and used(2, 3) and used(8, 5, channels_last=True)
-    assert not used(14, 3) and not used(64, 5) and not used(28, 5, channels_last=True)  # PyTorch's is fast, or the product too large
+    assert used(14, 5) and used(7, 7) and used(2, 3) and used(4, 5, channels_last=True)
+    assert not used(14, 3) and not used(64, 5) and not used(8, 5, channels_last=True)  # PyTorch's is fast, or the product too large
     assert not used(14, 5, groups=2) and not used(2, 1)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_on_images_much_wider_than_the_kernel(format: torch.memory_format) -> None:
+    x, w = torch.randn(2, 3, 9, 40, dtype=torch.float64).to(memory_format=format), torch.randn(3, 1, 5, 5, dtype=torch.float64)
+    assert depthwise.is_slow(x.shape[2:], w.shape[2:], channels_last=False) == (False, True)
+    check_convolution(F.conv2d, (x, w, None), {"padding": 2, "groups": 3})

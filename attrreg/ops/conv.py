@@ -57,6 +57,8 @@ class Convolution:
     def backward(self, gy: Tensor, x: Tensor, w: Tensor, image: bool, weight: bool, bias: bool) -> tuple[Tensor | None, ...]:
         """The gradients with respect to image, weight and bias that are asked for."""
         gx = gw = gb = None
+        if self.pixels and pointwise.is_only_channels_last(x):  # two layouts in one operation are slow, here and in layers before
+            gy = gy.contiguous(memory_format=torch.channels_last)
         if image and self.pixels:
             gx = pointwise.input_gradient(gy, w)
         elif image and self.remainders:
@@ -136,8 +138,9 @@ def _convolution(
     # Weights are many and positions few, as in the last stage of a network on small images: a library mostly lays out the weights.
     if groups == 1 and image[0] * settings.positions(image, weight) <= weight[0] // 4:
         return replace(settings, weight_product=_weight_of_columns)
-    if groups == image[1] == weight[0] and depthwise.is_slow(image[2:], weight[2:], channels_last):
-        return replace(settings, weight_product=_weight_of_channels)
+    if groups == image[1] == weight[0]:
+        than_products, than_last = depthwise.is_slow(image[2:], weight[2:], channels_last)
+        return replace(settings, weight_product=_weight_of_channels if than_products else _weight_in_other_layout if than_last else None)
     return settings
 
 
@@ -155,6 +158,11 @@ def _weight_of_columns(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) 
 
 def _weight_of_channels(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor:
     return depthwise.weight_gradient(gy, x, w, settings.stride, settings.padding, settings.dilation)
+
+
+def _weight_in_other_layout(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor:
+    gy, x = (images.contiguous(memory_format=torch.channels_last) for images in (gy, x))
+    return replace(settings, weight_product=None).weight_gradient(gy, x, w)
 
 
 def _bias_gradient(gy: Tensor) -> Tensor:

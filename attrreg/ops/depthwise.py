@@ -1,7 +1,7 @@
-"""Weight gradients of depthwise convolutions as matrix products.
+"""Weight gradients of depthwise convolutions, as matrix products or in another layout.
 
-On the CPU PyTorch's are up to a hundred times as slow as the convolution itself where kernels are wide. With n images, rows r and
-columns s of the output (i of the image), a and b rows and columns of the kernel:
+On the CPU PyTorch's are up to a hundred times as slow as the convolution itself where kernels are wide, least so in `channels_last`. With n
+images, rows r and columns s of the output (i of the image), a and b rows and columns of the kernel:
 
     gw[c, a, b] = sum_s G_a[c, s, s + b],   G_a[c, s, i] = sum_{n, r} gy[n, c, r, s] x[n, c, r + a, i]
 
@@ -18,15 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WIDE = 5  # kernels of fewer columns have fast weight gradients, but on images smaller than they are
-EXCESS, EXCESS_CHANNELS_LAST = 8, 2  # how much wider than the kernel the image may be: beyond, the product computes too much
+EXCESS = 6  # how much wider than the kernel the image may be: beyond, products compute too much
 
 
-def is_slow(image: Sequence[int], kernel: Sequence[int], channels_last: bool) -> bool:
-    """Whether PyTorch's weight gradient of images of `(H, W)` and kernels of `(h, w)` is slower than the products are."""
+def is_slow(image: Sequence[int], kernel: Sequence[int], channels_last: bool) -> tuple[bool, bool]:
+    """Whether PyTorch's, of images `(H, W)` and kernels `(h, w)`, is slower than products, or than itself in `channels_last`."""
     (height, width), (high, wide) = image, kernel
     if height < high or width < wide:
-        return high * wide > 1
-    return wide >= WIDE and width <= wide * (EXCESS_CHANNELS_LAST if channels_last else EXCESS)
+        return high * wide > 1, False
+    if channels_last or wide < WIDE:
+        return False, False
+    return width <= wide * EXCESS, width > wide * EXCESS
 
 
 def weight_gradient(gy: Tensor, x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
