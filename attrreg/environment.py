@@ -7,6 +7,7 @@ import platform
 from collections.abc import Mapping
 from datetime import date
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "processor": _processor(),  # how fast the libraries' products are depends on who made it
         "capability": torch.backends.cpu.get_cpu_capability(),  # CPUs of another kind round in another way
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -35,7 +37,16 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
 def machine(where: Mapping[str, Any]) -> str:
     """The accelerator of an environment, or its CPU."""
     capability = f" ({where['capability']})" if "capability" in where else ""  # which the first records do not have
-    return where["accelerator"] or f"{where['machine']} CPU{capability}"
+    return where["accelerator"] or f"{where.get('processor') or where['machine']} CPU{capability}"
+
+
+def _processor() -> str | None:
+    """The CPU's name, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def sentence(where: Mapping[str, Any]) -> str:
