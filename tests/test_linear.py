@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import attrreg
+from attrreg.bench import measure, strategies
+from attrreg.bench.cases import build
 from attrreg.ops import Phase, linear, pointwise, twice_differentiable
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of PyTorch has no oneDNN")
@@ -24,7 +26,7 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 def always_onednn() -> Iterator[list[tuple[int, ...]]]:
     """Also where it is slower; the sizes it is called with."""
     calls: list[tuple[int, ...]] = []
-    kernel: Any = linear._ONEDNN
+    kernel: Any = linear.ONEDNN
     assert kernel is not None, "PyTorch has no torch.ops.mkldnn._linear_pointwise any more"
 
     class Counted:
@@ -34,7 +36,7 @@ def always_onednn() -> Iterator[list[tuple[int, ...]]]:
             result: Tensor = kernel.default(a, *rest)
             return result
 
-    with patch.multiple(linear, MUCH=0, WIDE=0, _VECTORS_OF_16=True, _ONEDNN=Counted):
+    with patch.multiple(linear, MUCH=0, WIDE=0, _VECTORS_OF_16=True, ONEDNN=Counted):
         yield calls
 
 
@@ -121,6 +123,16 @@ def test_a_whole_model() -> None:
     assert calls and len(found[0]) == len(found[1]) > 5
     for got, want in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+@needs_onednn
+def test_its_operations_count() -> None:
+    case = build("test_vit", batch=2, size=160, device=torch.device("cpu"))
+    step = next(way for way in strategies.strategies(strategies.INPUT_GRADIENT, case) if way.name == strategies.ATTACHED).prepare(case)
+    plainly = measure._operations(step)
+    with always_onednn() as calls:
+        assert measure._operations(step) == plainly
+    assert calls
 
 
 class Other(Tensor):

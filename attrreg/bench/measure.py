@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from attrreg.bench.cases import Case
 from attrreg.bench.memory import LiveStorage
+from attrreg.ops.linear import ONEDNN
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,13 @@ def _operations(step: Step) -> float:
     return float(counter.total / step.count)
 
 
+def _of_a_product(a: Tensor, b: Tensor, *rest: Any, out_val: Tensor) -> int:
+    return 2 * a.numel() * b.shape[0]
+
+
+FORMULAS = {**flop_registry, ONEDNN: _of_a_product}
+
+
 class _Operations(TorchDispatchMode):
     """Counts by PyTorch's own formulas, whose FlopCounterMode also hooks into autograd, and fails there on a graph like ours."""
 
@@ -148,7 +157,7 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
+        count = FORMULAS.get(func._overloadpacket)
         if count is not None:
             self.total += count(*args, **(kwargs or {}), out_val=out)
         return out

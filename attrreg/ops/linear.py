@@ -22,7 +22,7 @@ WIDE = 64  # rows and columns of a result, below which oneDNN is slow where both
 PLAIN = (Tensor, torch.nn.Parameter)  # not distributed, quantized or otherwise special
 
 # What torch.compile takes for linear layers on the CPU; there is no public name.
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _VECTORS_OF_16 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # with shorter ones, the copy costs more than the faster product gains
 
 
@@ -42,13 +42,13 @@ def product(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
 
 
 def _by_onednn(a: Tensor, b: Tensor, shift: Tensor | None) -> Tensor:
-    assert _ONEDNN is not None
-    result: Tensor = _ONEDNN.default(a, b, shift, "none", [], "")
+    assert ONEDNN is not None
+    result: Tensor = ONEDNN.default(a, b, shift, "none", [], "")
     return result
 
 
 def _suited(a: Tensor) -> bool:
-    return _ONEDNN is not None and bool(torch.backends.mkldnn.enabled) and a.device.type == "cpu" and a.dtype == torch.float32
+    return ONEDNN is not None and bool(torch.backends.mkldnn.enabled) and a.device.type == "cpu" and a.dtype == torch.float32
 
 
 class _Product(Function):
