@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from attrreg.walk import modules
 
 # Values in one pass's images. Small passes leave a machine idle between operators; in larger ones there is nothing left to gain.
 BUDGET = 2**21
+
+# Models in which a pass turned out not to be shareable, in these modes: not to be tried in vain at every step.
+_REFUSED: WeakKeyDictionary[nn.Module, list[bool]] = WeakKeyDictionary()
 
 
 class PathGradients:
@@ -44,8 +48,11 @@ class PathGradients:
         self._wanted = wanted
         self._scores = scores
         self._replay = replay
+        self._modes = [module.training for module in modules(runner.call.model)]
         self._coupled = any(map(couples, modules(runner.call.model)))
         self._separable = runner.call.inputs is None and _separable(runner.call.model, runner.twice)
+        self._separable = self._separable and _REFUSED.get(runner.call.model) != self._modes
+        self._after: Rng | None = None
 
     def room(self, pending: int) -> int:
         """How many of the places that are left may come as one batch: as many in each, rather than a small rest."""
@@ -61,6 +68,7 @@ class PathGradients:
             if together is not None:
                 return together
             self._separable = False
+            _REFUSED[self._runner.call.model] = self._modes
         return [self._alone(image, create_graph) for image in images]
 
     def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:
@@ -78,9 +86,21 @@ class PathGradients:
             drew = not Rng.of(batch.device).same(self._replay)
         if drew or (self._coupled and recording.phase.normalised != {batch.shape[0]}):
             return None
+        if not (recording.phase.draws is None or self._as_alone(recording.phase.draws.state, images[0])):
+            return None
         found = [runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
         # Not by index, whose backward is a tensor of zeros for each place.
         return [list(each) for each in zip(*(gradient.unflatten(0, (-1, places)).unbind(1) for gradient in found), strict=True)]
+
+    def _as_alone(self, state: Rng, images: Tensor) -> bool:
+        """Whether a pass drew what one over the images alone draws. To know that, one such forward has to run."""
+        if state.same(self._replay):
+            return True
+        if self._after is None:
+            with torch.no_grad(), isolated(self._runner.call.model, self._replay):
+                self._runner.forward(images.detach(), {})
+                self._after = Rng.of(images.device)
+        return state.same(self._after)
 
 
 def _separable(model: nn.Module, ours: bool) -> bool:

@@ -141,6 +141,49 @@ def test_places_in_one_batch_equal_places_alone(name: str, kind: str, monkeypatc
     assert (counted.forward < counted_alone.forward) == shares
 
 
+class DropConnect(nn.Module):
+    """Dropout of something with as many rows as the batch of all places."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.net, self.table = SmoothNet(classes=rows), nn.Parameter(torch.randn(rows, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x) @ F.dropout(self.table, 0.5)
+        return logits
+
+
+class MicroBatches(nn.Module):
+    """Dropout in parts of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Dropped(lambda h: F.dropout(h, 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.net(part) for part in x.split(3)])
+
+
+@pytest.mark.parametrize("build", [lambda: DropConnect(12), MicroBatches])
+def test_shapes_that_are_mistaken_for_a_batch(build: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, regularizer = build().double(), REGULARIZERS["integrated gradients"]
+    value, found, counted = results(model, regularizer)
+    assert counted == Passes(1 + 1 + 4, 4)  # thrown away, a forward to compare with, each place alone
+    _, _, again = results(model, regularizer)
+    assert again == Passes(4, 4)  # it is remembered
+    monkeypatch.setattr(folding, "BUDGET", 1)
+    alone, want, _ = results(model, regularizer)
+    torch.testing.assert_close(value, alone, rtol=1e-12, atol=0)
+    assert_close(found, want, 1e-10)
+
+
+def test_a_refusal_is_for_a_models_modes() -> None:
+    model, regularizer = Dropped(nn.AlphaDropout(0.5)).double(), REGULARIZERS["integrated gradients"]
+    assert [results(model, regularizer)[2].forward for _ in range(2)] == [5, 4]
+    assert results(model.eval(), regularizer)[2].forward == 1
+    assert results(copy.deepcopy(model).train(), regularizer)[2].forward == 5
+
+
 def test_maps_in_one_batch() -> None:
     x, _, target = batch(3, channels=2, size=8, classes=3)
     model = SmoothNet(norm=True).double().eval()

@@ -19,7 +19,8 @@ from attrreg.bench import measure, strategies
 from attrreg.bench.cases import build
 from attrreg.ops import Phase, linear, pointwise, twice_differentiable
 
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of PyTorch has no oneDNN")
+there = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+needs_onednn = pytest.mark.skipif(not there, reason="oneDNN's products are for x86 with AVX2")
 
 
 @contextmanager
@@ -83,7 +84,7 @@ def compare(function: Any, inputs: list[Tensor]) -> None:
     st.integers(1, 40),
     st.integers(1, 40),
     st.booleans(),
-    st.sampled_from(["dense", "transposed", "strided", "weight transposed"]),
+    st.sampled_from(["dense", "transposed", "strided", "expanded", "overlapping", "weight transposed", "weight strided"]),
 )
 @settings(deadline=None, max_examples=100)
 def test_equal_pytorchs_derivatives(places: list[int], inner: int, columns: int, bias: bool, layout: str) -> None:
@@ -92,8 +93,14 @@ def test_equal_pytorchs_derivatives(places: list[int], inner: int, columns: int,
         inputs[0] = torch.randn(inner, *places).movedim(0, -1)
     elif layout == "strided":
         inputs[0] = torch.randn(*places, 2 * inner)[..., ::2]
+    elif layout == "expanded":
+        inputs[0] = torch.randn(inner).expand(*places, inner)
+    elif layout == "overlapping":
+        inputs[0] = torch.randn(60).unfold(0, inner, 1)
     elif layout == "weight transposed":
         inputs[1] = torch.randn(inner, columns).t() / inner**0.5
+    elif layout == "weight strided":
+        inputs[1] = torch.randn(columns, 2 * inner)[:, ::2] / inner**0.5
     compare(lambda *tensors: F.linear(*tensors).mul_(1), inputs)  # in place: it is no view
 
 
@@ -140,7 +147,7 @@ class Other(Tensor):
 
 
 @needs_onednn
-@pytest.mark.parametrize("why", ["double", "autocast", "subclass", "vector", "mixed", "off"])
+@pytest.mark.parametrize("why", ["double", "autocast", "subclass", "vector", "mixed", "one bias", "off"])
 def test_pytorchs_own_where_it_is_not_meant_for_that(why: str) -> None:
     x, w = torch.randn(4, 8), torch.randn(6, 8)
     if why == "double":
@@ -158,8 +165,19 @@ def test_pytorchs_own_where_it_is_not_meant_for_that(why: str) -> None:
             with pytest.raises(RuntimeError, match="dtype"):  # PyTorch's own error
                 F.linear(x, w)
         else:
-            assert F.linear(x, w).shape == (*x.shape[:-1], 6)
+            bias = torch.zeros(1) if why == "one bias" else None
+            assert F.linear(x, w, bias).shape == (*x.shape[:-1], 6)
     assert not calls
+
+
+@needs_onednn
+def test_nothing_is_saved_that_no_derivative_needs() -> None:
+    x, w = torch.randn(4, 8), torch.randn(6, 8, requires_grad=True)
+    with always_onednn(), twice_differentiable(Phase()):
+        y = F.linear(x.requires_grad_() * 1, w.detach())
+        hidden = F.linear(x, w)
+        assert [saved is None for saved in y.grad_fn.next_functions[0][0].saved_tensors] == [True, False]
+        assert [saved is None for saved in hidden.grad_fn.next_functions[0][0].saved_tensors] == [False, False]
 
 
 def test_models_that_use_torch_func_inside() -> None:

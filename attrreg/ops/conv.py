@@ -146,7 +146,10 @@ def _convolution(
 
 def _weight_of_pixels(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor:
     if set(settings.stride) != {1}:
+        channels_last = pointwise.is_only_channels_last(x)
         x = x[(slice(None), slice(None), *(slice(None, None, step) for step in settings.stride))]
+        if channels_last:
+            gy, x = (images.contiguous(memory_format=torch.channels_last) for images in (gy, x))
     return pointwise.weight_gradient(gy, x, w)
 
 

@@ -17,8 +17,13 @@ Draw = Callable[[Tensor], Tensor]
 class Draws:
     """What one pass draws whose batch has each image at several places, side by side.
 
-    It is drawn for the images once and repeated for their places, from a generator of its own: the default one moves only if
-    something was drawn that is not known here, or whose batch is not told from its shape.
+    It is drawn for the images once and repeated for their places, from generators of its own: the default ones move only if something was
+    drawn that is not known here, or whose batch is not told from its shape.
+
+    Attributes:
+        state: of its generators. At the end it has to be that of the default ones after a pass over the images alone: a shape can be
+            mistaken for that of a batch.
+        stopped: from now on PyTorch draws.
 
     Args:
         images: in the batch, each counted once.
@@ -29,11 +34,14 @@ class Draws:
     def __init__(self, images: int, places: int, start: Rng) -> None:
         self._images = images
         self._places = places
-        self._state = start
+        self.state = start
+        self.stopped = False
 
     def dropout(self, function: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         """`F.dropout` and its kinds for whole channels: `function`."""
-        noise = self._once(input, lambda like: function(torch.ones_like(like), p)) if training and p else None
+        # Off the CPU, the order of what is drawn depends on the layout.
+        known = training and p and (input.device.type == "cpu" or input.is_contiguous())
+        noise = self._once(input, lambda like: function(torch.ones_like(like), p)) if known else None
         if noise is None:
             plain: Tensor = function(input, p, training, inplace)
             return plain
@@ -54,11 +62,11 @@ class Draws:
 
     def _drawn(self, like: Tensor, draw: Draw) -> Tensor:
         before = Rng.of(like.device)
-        self._state.restore()
+        self.state.restore()
         try:
             return draw(like.detach())
         finally:
-            self._state = Rng.of(like.device)
+            self.state = Rng.of(like.device)
             before.restore()
 
 

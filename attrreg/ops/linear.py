@@ -21,15 +21,17 @@ MUCH = 2**22  # multiplications, below which oneDNN prepares longer than it comp
 WIDE = 64  # rows and columns of a result, below which oneDNN is slow where both matrices are stored by columns
 PLAIN = (Tensor, torch.nn.Parameter)  # not distributed, quantized or otherwise special
 
-# What torch.compile takes for linear layers on the CPU; there is no public name.
-ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-_VECTORS_OF_16 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # with shorter ones, the copy costs more than the faster product gains
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+_VECTORS_OF_16 = _CAPABILITY == "AVX512"  # with shorter ones, the copy costs more than the faster product gains
+# What torch.compile takes for linear layers on the CPU; there is no public name. Measured on x86 only.
+_THERE = torch.backends.mkldnn.is_available() and _CAPABILITY in ("AVX2", "AVX512")
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _THERE else None
 
 
 def product(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
     """a b^T + shift, of `(rows, inner)` and `(columns, inner)`."""
     (rows, inner), columns = a.shape, b.shape[0]
-    if rows * inner * columns < MUCH or not _suited(a):
+    if rows * inner * columns < MUCH or not (_suited(a) and _suited(b)):
         return F.linear(a, b, shift)
     if a.stride(-1) == 1 or b.stride(-1) == 1:
         return _by_onednn(a, b, shift)
@@ -43,12 +45,15 @@ def product(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
 
 def _by_onednn(a: Tensor, b: Tensor, shift: Tensor | None) -> Tensor:
     assert ONEDNN is not None
+    if not (b.is_contiguous() or b.t().is_contiguous()):  # which it takes only by a scalar loop
+        b = b.t().contiguous().t()
     result: Tensor = ONEDNN.default(a, b, shift, "none", [], "")
     return result
 
 
-def _suited(a: Tensor) -> bool:
-    return ONEDNN is not None and bool(torch.backends.mkldnn.enabled) and a.device.type == "cpu" and a.dtype == torch.float32
+def _suited(tensor: Tensor) -> bool:
+    kind = type(tensor) in PLAIN and tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+    return kind and ONEDNN is not None and bool(torch.backends.mkldnn.enabled)
 
 
 class _Product(Function):
@@ -56,7 +61,8 @@ class _Product(Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, shift: Tensor | None, phase: Phase) -> Tensor:
-        ctx.save_for_backward(a, b)
+        # As PyTorch's own: what no derivative needs may be freed or changed.
+        ctx.save_for_backward(a if ctx.needs_input_grad[1] else None, b if ctx.needs_input_grad[0] else None)
         ctx.phase = phase
         return product(a, b, shift)
 
@@ -75,10 +81,9 @@ class _Product(Function):
 
 def linear(phase: Phase, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`."""
-    if input.dim() < 2 or weight.dim() != 2 or input.numel() * weight.shape[0] < MUCH or not _suited(input):
+    if input.dim() < 2 or weight.dim() != 2 or input.numel() * weight.shape[0] < MUCH or torch.is_autocast_enabled("cpu"):
         return F.linear(input, weight, bias)
-    tensors = (input, weight) if bias is None else (input, weight, bias)
-    if torch.is_autocast_enabled("cpu") or any(type(tensor) not in PLAIN or tensor.dtype != input.dtype for tensor in tensors):
+    if not (_suited(input) and _suited(weight) and (bias is None or (_suited(bias) and bias.shape == weight.shape[:1]))):
         return F.linear(input, weight, bias)
     y = _Product.apply(input.reshape(-1, weight.shape[1]), weight, bias, phase)
     # Not as a view: a layer may go on to work in place, which on views is slow or refused.

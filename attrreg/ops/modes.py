@@ -56,13 +56,13 @@ class _Replace(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if self._phase.draws is not None and func in draws.KNOWN:
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func has rules for PyTorch's functions only
+            return func(*args, **(kwargs or {}))
+        if self._phase.draws is not None and not self._phase.draws.stopped and func in draws.KNOWN:
             return draws.KNOWN[func](self._phase.draws, func, *args, **(kwargs or {}))
         if not self._phase.active:
             with sdpa_kernel(attention.FUSED) if func is F.scaled_dot_product_attention else nullcontext():
                 return func(*args, **(kwargs or {}))
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func has rules for PyTorch's functions only
-            return func(*args, **(kwargs or {}))
         if func in WITH_PHASE:
             return WITH_PHASE[func](self._phase, *args, **(kwargs or {}))
         chosen: Callable[..., Any] = REPLACEMENTS.get(func, func)
@@ -82,7 +82,8 @@ def twice_differentiable(phase: Phase) -> Iterator[None]:
 
     def start() -> None:
         phase.active = True  # the recomputation must not change operators midway, where the first run did
-        phase.draws = None  # PyTorch winds back its own generators only
+        if phase.draws is not None:
+            phase.draws.stopped = True  # PyTorch winds back its own generators only
 
     # PyTorch captures autocast and generators for the recomputation, but not function modes or attention kernels.
     with _operators(phase), checkpoints_recompute_inside(lambda: _operators(phase), start):

@@ -67,7 +67,7 @@ def _times(matrix: Tensor, x: Tensor, b: Tensor | None) -> Tensor:
         return result
     shaped = rows.view(n, *places, out).movedim(-1, 1)
     if is_only_channels_last(x):  # there is no view without a copy that does not count as one
-        return torch.empty(0, dtype=x.dtype).set_(rows.untyped_storage(), 0, shaped.shape, shaped.stride())
+        return x.new_empty(0).set_(rows.untyped_storage(), 0, shaped.shape, shaped.stride())
     return shaped.clone(memory_format=torch.contiguous_format)
 
 
