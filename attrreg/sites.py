@@ -12,6 +12,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from attrreg.walk import modules
+
 INPUT = "<input>"  # the images
 OUTPUT = "<output>"  # the logits: what the model returns, after `output=`
 FEATURES = "<features>"  # what enters the last linear or convolutional layer that the logits come from: the pooled features
@@ -108,7 +110,7 @@ def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Tensor:
 
 def _convolves_to(model: nn.Module, site: str, channels: int) -> bool:
     # A stride may differ between the axes, so that the shape alone would not tell.
-    layers = [layer for layer in model.get_submodule(site).modules() if isinstance(layer, NCHW)]
+    layers = (layer for layer in reversed(modules(model.get_submodule(site))) if isinstance(layer, NCHW))  # the last is the likeliest
     return any(getattr(layer, "out_channels", getattr(layer, "num_features", None)) == channels for layer in layers)
 
 

@@ -73,9 +73,10 @@ def compare(function: Any, inputs: list[Tensor]) -> None:
     with always_onednn() as calls:
         found = derivatives(ours, leaves)
     assert calls
+    rounding = 1e-6 * max(float(each.abs().max()) for each in exact)  # of numbers that cancel
     for got, want, true in zip(found, wanted, exact, strict=True):
         error, pytorchs = (float((each - true).abs().max()) for each in (got, want))
-        assert error <= 1e-5 * float(true.abs().max()) + 2 * pytorchs
+        assert error <= 1e-5 * float(true.abs().max()) + 2 * pytorchs + rounding
 
 
 @needs_onednn
@@ -108,10 +109,10 @@ def test_equal_pytorchs_derivatives(places: list[int], inner: int, columns: int,
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("kernel", "side"), [(1, 1), (1, 2), (1, 5), (2, 4), (3, 2)])  # pixels, patches, columns
 def test_convolutions_by_products(kernel: int, side: int, format: torch.memory_format) -> None:
-    x, w = torch.randn(3, 8, side, side).to(memory_format=format), torch.randn(64, 8, kernel, kernel) / 8
+    x, w = torch.randn(3, 8, side, side).to(memory_format=format), torch.randn(320, 8, kernel, kernel) / 8
     stride, padding = (2, 0) if kernel == 2 else (1, kernel // 2)
     with patch.object(pointwise, "NARROW", 0):
-        compare(lambda x, w, b: F.conv2d(x, w, b, stride, padding), [x, w, torch.randn(64)])
+        compare(lambda x, w, b: F.conv2d(x, w, b, stride, padding), [x, w, torch.randn(320)])
 
 
 @needs_onednn
@@ -174,10 +175,10 @@ def test_pytorchs_own_where_it_is_not_meant_for_that(why: str) -> None:
 def test_nothing_is_saved_that_no_derivative_needs() -> None:
     x, w = torch.randn(4, 8), torch.randn(6, 8, requires_grad=True)
     with always_onednn(), twice_differentiable(Phase()):
-        y = F.linear(x.requires_grad_() * 1, w.detach())
-        hidden = F.linear(x, w)
-        assert [saved is None for saved in y.grad_fn.next_functions[0][0].saved_tensors] == [True, False]
-        assert [saved is None for saved in hidden.grad_fn.next_functions[0][0].saved_tensors] == [False, False]
+        frozen, used = F.linear(x.requires_grad_() * 1, w.detach()), F.linear(x, w)
+    for y, saved in ((frozen, [False, True]), (used, [True, True])):
+        node: Any = y.grad_fn
+        assert [tensor is not None for tensor in node.next_functions[0][0].saved_tensors] == saved
 
 
 def test_models_that_use_torch_func_inside() -> None:

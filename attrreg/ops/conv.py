@@ -129,7 +129,7 @@ def _convolution(
     if not products or transposed or 0 in image:
         return settings
     if set(weight[2:]) == {1} and groups == 1 and not any(settings.padding):
-        images, weights = pointwise.by_products(settings.positions(image, weight), math.prod(weight), channels_last)
+        images, weights = pointwise.by_products(image[0], settings.positions(image, weight), weight[1], weight[0], channels_last)
         return replace(settings, pixels=images and set(settings.stride) == {1}, weight_product=_weight_of_pixels if weights else None)
     if axes != 2:
         return settings

@@ -48,6 +48,9 @@ WITH_PHASE: dict[Callable[..., Any], Callable[..., Tensor]] = {
 }
 
 
+OURS = {*REPLACEMENTS, *WITH_PHASE, *draws.KNOWN}
+
+
 class _Replace(TorchFunctionMode):
     def __init__(self, phase: Phase) -> None:
         super().__init__()
@@ -56,6 +59,8 @@ class _Replace(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func not in OURS:  # first: a model asks for shapes more often than it computes
+            return func(*args, **(kwargs or {}))
         if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func has rules for PyTorch's functions only
             return func(*args, **(kwargs or {}))
         if self._phase.draws is not None and not self._phase.draws.stopped and func in draws.KNOWN:
@@ -65,8 +70,7 @@ class _Replace(TorchFunctionMode):
                 return func(*args, **(kwargs or {}))
         if func in WITH_PHASE:
             return WITH_PHASE[func](self._phase, *args, **(kwargs or {}))
-        chosen: Callable[..., Any] = REPLACEMENTS.get(func, func)
-        return chosen(*args, **(kwargs or {}))
+        return REPLACEMENTS[func](*args, **(kwargs or {})) if func in REPLACEMENTS else func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -13,20 +13,21 @@ from attrreg.ops.linear import product
 
 aten = torch.ops.aten
 FEW = 8  # positions: products of so few columns are slow, so that all images are put into one
-SOME = 64  # positions, up to which gradients of weights as products win
 NARROW = 2**12  # values of a weight, up to which products win at any number of positions
 
 
-def by_products(positions: int, weights: int, channels_last: bool) -> tuple[bool, bool]:
+def by_products(images: int, positions: int, inner: int, outer: int, channels_last: bool) -> tuple[bool, bool]:
     """Where products are as fast as PyTorch's convolution or faster: for images and their gradients, and for gradients of weights.
 
     Args:
+        images: in the batch.
         positions: of an output image.
-        weights: values of the weight.
+        inner: channels of the input.
+        outer: those of the output.
         channels_last: images are laid out so, and rows of channels need no copy.
     """
-    always = weights <= NARROW or channels_last
-    return always or positions <= FEW, always or positions <= SOME
+    always = inner * outer <= NARROW or channels_last or positions <= FEW
+    return always, always or images * positions <= max(inner, outer) // 4  # a library mostly lays out the weights
 
 
 def _is_channels_last(x: Tensor) -> bool:
