@@ -1,6 +1,7 @@
 """How it is measured: time by interleaved rounds and paired ratios, memory and operations in passes of their own.
 
-Shared machines are slow by turns, so a time means little and the ratio of two times of the same round means much.
+Shared machines are slow by turns, so a time means little and the ratio of two times of the same round means much. A round lies between two
+plain steps, and what is slow for a part of it shows in one of them.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Cost:
     """What a step costs as a multiple of the plain step.
 
     Attributes:
-        ratio: the median over rounds of the time, over that of the same round's plain step; `low` and `high`: its quartiles.
+        ratio: the median over rounds of the time, over the mean of the plain steps at both ends; `low` and `high`: its quartiles.
         seconds: the median time, `fastest` the least.
         memory: peak bytes above the parameters, over those of the plain step; `bytes` themselves.
         operations: floating-point operations of convolutions, products and attention, over those of the plain step.
@@ -74,18 +75,20 @@ def costs(steps: Mapping[str, Step], plain: str, rounds: int, warmup: int, note:
         note: called after each round.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
+    bases: list[float] = []
     for index in range(warmup + rounds):
         gc.collect()  # here rather than in the middle of a step
-        for name, step in steps.items():
-            seconds = _timed(step) / step.count
-            if index >= warmup:
-                times[name].append(seconds)
+        base = _timed(steps[plain])
+        taken = {name: base if name == plain else _timed(step) / step.count for name, step in steps.items()}
+        bases.append((base + _timed(steps[plain])) / 2)
+        for name in steps if index >= warmup else ():
+            times[name].append(taken[name])
         note()
     memory = {name: peak(step) for name, step in steps.items()}
     operations = {name: _operations(step) for name, step in steps.items()}
     result = {}
     for name in steps:
-        ratios = [own / base for own, base in zip(times[name], times[plain], strict=True)]
+        ratios = [1.0 if name == plain else own / base for own, base in zip(times[name], bases[warmup:], strict=True)]
         low, middle, high = _quartiles(ratios)
         result[name] = Cost(
             ratio=middle,
