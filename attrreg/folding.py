@@ -18,7 +18,7 @@ from attrreg.part import couples
 from attrreg.runner import Runner
 from attrreg.scores import Score
 from attrreg.state import Rng, isolated
-from attrreg.walk import modules
+from attrreg.walk import modes, modules
 
 # Values in one pass's images. Small passes leave a machine idle between operators; in larger ones there is nothing left to gain.
 BUDGET = 2**21
@@ -48,10 +48,10 @@ class PathGradients:
         self._wanted = wanted
         self._scores = scores
         self._replay = replay
-        self._modes = [module.training for module in modules(runner.call.model)]
-        self._coupled = any(map(couples, modules(runner.call.model)))
-        self._separable = runner.call.inputs is None and _separable(runner.call.model, runner.twice)
-        self._separable = self._separable and _REFUSED.get(runner.call.model) != self._modes
+        model = runner.call.model
+        self._modes = modes(model)
+        self._coupled = any(map(couples, modules(model)))
+        self._separable = runner.call.inputs is None and _REFUSED.get(model) != self._modes and _separable(model, runner.twice)
         self._after: Rng | None = None
 
     def room(self, pending: int) -> int:

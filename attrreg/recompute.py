@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from attrreg.graph import trainable_leaves
 from attrreg.points import Stop
-from attrreg.walk import modules
+from attrreg.walk import modes
 
 
 class Gradients(Protocol):
@@ -76,18 +76,15 @@ class _Step:
         self._stops = stops
         self._gradients = gradients
         self._model = model
-        self._modes = self._training()
+        self._modes = modes(model)
         self._autocast: dict[str, Any] = {
             "device_type": device_type,
             "enabled": torch.is_autocast_enabled(device_type),
             "dtype": torch.get_autocast_dtype(device_type),
         }
 
-    def _training(self) -> list[bool]:
-        return [module.training for module in modules(self._model)]
-
     def __call__(self, x: Tensor) -> list[Tensor]:
-        if self._training() != self._modes:
+        if modes(self._model) != self._modes:
             raise RuntimeError(
                 "The model changed between train and eval mode between the penalty and its backward, where chunked path methods "
                 "recompute. Call backward first, or pass chunk=None."

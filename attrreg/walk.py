@@ -14,3 +14,8 @@ def modules(model: nn.Module) -> list[nn.Module]:
                 seen.add(child)
                 found.append(child)
     return found
+
+
+def modes(model: nn.Module) -> list[bool]:
+    """Which modules are in train mode, to be compared with what it was."""
+    return [module.training for module in modules(model)]

@@ -148,7 +148,7 @@ class Other(Tensor):
 
 
 @needs_onednn
-@pytest.mark.parametrize("why", ["double", "autocast", "subclass", "vector", "mixed", "one bias", "off"])
+@pytest.mark.parametrize("why", ["double", "autocast", "subclass", "vector", "mixed", "misfit", "one bias", "off"])
 def test_pytorchs_own_where_it_is_not_meant_for_that(why: str) -> None:
     x, w = torch.randn(4, 8), torch.randn(6, 8)
     if why == "double":
@@ -159,11 +159,13 @@ def test_pytorchs_own_where_it_is_not_meant_for_that(why: str) -> None:
         x = x[0]
     elif why == "mixed":
         w = w.to(torch.bfloat16)
+    elif why == "misfit":
+        w = w[:, :4]
     autocast = torch.autocast("cpu", torch.bfloat16) if why == "autocast" else nullcontext()
     off = switched_off() if why == "off" else nullcontext()
     with always_onednn() as calls, twice_differentiable(Phase()), autocast, off:
-        if why == "mixed":
-            with pytest.raises(RuntimeError, match="dtype"):  # PyTorch's own error
+        if why in ("mixed", "misfit"):
+            with pytest.raises(RuntimeError, match="dtype" if why == "mixed" else "cannot be multiplied"):  # PyTorch's own error
                 F.linear(x, w)
         else:
             bias = torch.zeros(1) if why == "one bias" else None

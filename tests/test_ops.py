@@ -211,7 +211,7 @@ def test_wide_strided_convolutions_of_few_channels(case: tuple[tuple[Tensor, Ten
     assert spy.called
 
 
-@pytest.mark.parametrize("channels", [32, 256])
+@pytest.mark.parametrize("channels", [32, 128, 256])
 @pytest.mark.parametrize("side", [1, 2, 4, 9])  # all by products, also without places; the gradient of weights; nothing
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])

@@ -68,7 +68,7 @@ def costs(steps: Mapping[str, Step], plain: str, rounds: int, warmup: int, note:
     """Measure all steps against one of them.
 
     Args:
-        steps: by name.
+        steps: by name, the plain one first.
         plain: the name of the step that the others are compared with.
         rounds: in each, every step runs once.
         warmup: rounds before those, not counted.
@@ -78,17 +78,18 @@ def costs(steps: Mapping[str, Step], plain: str, rounds: int, warmup: int, note:
     bases: list[float] = []
     for index in range(warmup + rounds):
         gc.collect()  # here rather than in the middle of a step
-        base = _timed(steps[plain])
-        taken = {name: base if name == plain else _timed(step) / step.count for name, step in steps.items()}
-        bases.append((base + _timed(steps[plain])) / 2)
-        for name in steps if index >= warmup else ():
-            times[name].append(taken[name])
+        taken = {name: _timed(step) / step.count for name, step in steps.items()}
+        again = _timed(steps[plain]) / steps[plain].count
+        if index >= warmup:
+            bases.append((taken[plain] + again) / 2)
+            for name, seconds in taken.items():
+                times[name].append(seconds)
         note()
     memory = {name: peak(step) for name, step in steps.items()}
     operations = {name: _operations(step) for name, step in steps.items()}
     result = {}
     for name in steps:
-        ratios = [1.0 if name == plain else own / base for own, base in zip(times[name], bases[warmup:], strict=True)]
+        ratios = [1.0 if name == plain else own / base for own, base in zip(times[name], bases, strict=True)]
         low, middle, high = _quartiles(ratios)
         result[name] = Cost(
             ratio=middle,

@@ -30,9 +30,9 @@ ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _THERE else Non
 
 def product(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
     """a b^T + shift, of `(rows, inner)` and `(columns, inner)`."""
-    (rows, inner), columns = a.shape, b.shape[0]
-    if rows * inner * columns < MUCH or not (_suited(a) and _suited(b)):
+    if not _worth_it(a, b):
         return F.linear(a, b, shift)
+    (rows, inner), columns = a.shape, b.shape[0]
     if a.stride(-1) == 1 or b.stride(-1) == 1:
         return _by_onednn(a, b, shift)
     # Both by columns, as for the gradient of weights. oneDNN copies the first, which should be the smaller one then.
@@ -49,6 +49,11 @@ def _by_onednn(a: Tensor, b: Tensor, shift: Tensor | None) -> Tensor:
         b = b.t().contiguous().t()
     result: Tensor = ONEDNN.default(a, b, shift, "none", [], "")
     return result
+
+
+def _worth_it(a: Tensor, b: Tensor) -> bool:
+    """Whether oneDNN may be the faster one, of `(..., inner)` and `(columns, inner)`."""
+    return a.numel() * b.shape[0] >= MUCH and _suited(a) and _suited(b)
 
 
 def _suited(tensor: Tensor) -> bool:
@@ -81,9 +86,10 @@ class _Product(Function):
 
 def linear(phase: Phase, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`."""
-    if input.dim() < 2 or weight.dim() != 2 or input.numel() * weight.shape[0] < MUCH or torch.is_autocast_enabled("cpu"):
+    fits = input.dim() > 1 and weight.dim() == 2 and input.shape[-1] == weight.shape[1]  # else PyTorch says what is wrong
+    if not fits or not _worth_it(input, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(input, weight, bias)
-    if not (_suited(input) and _suited(weight) and (bias is None or (_suited(bias) and bias.shape == weight.shape[:1]))):
+    if bias is not None and not (_suited(bias) and bias.shape == weight.shape[:1]):
         return F.linear(input, weight, bias)
     y = _Product.apply(input.reshape(-1, weight.shape[1]), weight, bias, phase)
     # Not as a view: a layer may go on to work in place, which on views is slow or refused.

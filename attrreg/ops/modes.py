@@ -59,18 +59,20 @@ class _Replace(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func not in OURS:  # first: a model asks for shapes more often than it computes
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func has rules for PyTorch's functions only
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         if self._phase.draws is not None and not self._phase.draws.stopped and func in draws.KNOWN:
-            return draws.KNOWN[func](self._phase.draws, func, *args, **(kwargs or {}))
+            return draws.KNOWN[func](self._phase.draws, func, *args, **kwargs)
         if not self._phase.active:
             with sdpa_kernel(attention.FUSED) if func is F.scaled_dot_product_attention else nullcontext():
-                return func(*args, **(kwargs or {}))
+                return func(*args, **kwargs)
         if func in WITH_PHASE:
-            return WITH_PHASE[func](self._phase, *args, **(kwargs or {}))
-        return REPLACEMENTS[func](*args, **(kwargs or {})) if func in REPLACEMENTS else func(*args, **(kwargs or {}))
+            return WITH_PHASE[func](self._phase, *args, **kwargs)
+        chosen: Callable[..., Any] = REPLACEMENTS.get(func, func)
+        return chosen(*args, **kwargs)
 
 
 @contextmanager
