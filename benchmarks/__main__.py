@@ -2,6 +2,7 @@
 
 python -m benchmarks                       `attrreg bench`, and docs/performance.md from it; more than an hour on two cores
 python -m benchmarks --no-keep-memory      the same for the page's section on memory that is given back
+python -m benchmarks --model a --model b   the same for the page's section on models outside the default nine
 python -m benchmarks --quick --out x.json  any option of `attrreg bench`; with --out, the page stays as it is
 """
 
@@ -44,7 +45,8 @@ def main() -> None:
     device = next((b for a, b in zip(sys.argv, sys.argv[1:], strict=False) if a == "--device"), "cpu").split(":")[0]
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(bench)
-    numbers = check.results(f"{device}-returned" if "--no-keep-memory" in sys.argv else device)
+    section = "-returned" if "--no-keep-memory" in sys.argv else "-others" if any(a.startswith("--model") for a in sys.argv) else ""
+    numbers = check.results(device + section)
     numbers.parent.mkdir(exist_ok=True)
     app(args=[*sys.argv[1:], *(["--out", str(numbers)] if own else [])], standalone_mode=not own, prog_name="python -m benchmarks")
     if own:
