@@ -17,9 +17,10 @@ import typer
 from attrreg.bench import report
 from attrreg.bench.command import bench
 from benchmarks import check
-from benchmarks.page import ROOT, write_section
+from benchmarks.page import ROOT, marks, write_section
 
 PAGE = ROOT / "docs" / "performance.md"
+COMMAND = "python -m benchmarks"
 
 
 def write_page(numbers: Path) -> None:
@@ -35,18 +36,23 @@ def write_page(numbers: Path) -> None:
         if PAGE.with_name(name).exists():
             pictures.append(f"![{words}]({name})")
     record = report.load(numbers)
-    write_section(PAGE, section, "python -m benchmarks", report.markdown(record), check.missed(record), *pictures)
+    write_section(PAGE, section, COMMAND, report.markdown(record), check.missed(record), *pictures)
     numbers.with_suffix(".md").unlink(missing_ok=True)
+
+
+def _given(option: str, default: str) -> str:
+    return next((value for name, value in zip(sys.argv, sys.argv[1:], strict=False) if name == option), default)
 
 
 def main() -> None:
     """Run `attrreg bench` with its own options; without `--out`, for the page."""
     own = not any(argument.startswith("--out") or argument == "--help" for argument in sys.argv[1:])
-    device = next((b for a, b in zip(sys.argv, sys.argv[1:], strict=False) if a == "--device"), "cpu").split(":")[0]
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(bench)
-    section = "-returned" if "--no-keep-memory" in sys.argv else "-others" if any(a.startswith("--model") for a in sys.argv) else ""
-    numbers = check.results(device + section)
+    kind = "returned" if "--no-keep-memory" in sys.argv else "others" if any(a.startswith("--model") for a in sys.argv) else ""
+    numbers = check.results("-".join(filter(None, [_given("--device", "cpu").split(":")[0], _given("--autocast", ""), kind])))
+    if own and marks(numbers.stem, COMMAND)[0] not in PAGE.read_text():  # rather than after an hour
+        sys.exit(f"docs/{PAGE.name} has no section {numbers.stem}. Pass --out for a file of your own.")
     numbers.parent.mkdir(exist_ok=True)
     app(args=[*sys.argv[1:], *(["--out", str(numbers)] if own else [])], standalone_mode=not own, prog_name="python -m benchmarks")
     if own:

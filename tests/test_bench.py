@@ -16,6 +16,7 @@ from attrreg.bench.measure import Cost, Step
 from attrreg.cli import build_app
 from attrreg.environment import environment
 from benchmarks import check
+from benchmarks.__main__ import main
 from tests.models import assert_close
 
 CPU = torch.device("cpu")
@@ -122,3 +123,9 @@ def test_promises_are_kept_or_missed(tmp_path: Path) -> None:
 def test_losses_are_named() -> None:
     assert "slower than *own forward" in report.markdown(record_with(4.5, 2.0))
     assert "Nowhere in this run" in report.markdown(record_with(2.0, 2.0))
+
+
+def test_a_section_that_the_page_lacks_is_refused_before_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--device", "cuda", "--model", "resnet18"])
+    with pytest.raises(SystemExit, match=r"no section cuda-others\. Pass --out"):
+        main()
