@@ -19,6 +19,8 @@ PACKAGES = ("torch", "timm", "captum")
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     """Now and here, for JSON."""
+    cuda = torch.device(device).type == "cuda"
+    tf32 = {"convolutions": torch.backends.cudnn.allow_tf32, "products": torch.backends.cuda.matmul.allow_tf32}
     return {
         "date": date.today().isoformat(),
         "attrreg": attrreg.__version__,
@@ -29,7 +31,8 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),  # CPUs of another kind round in another way
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None,
+        "accelerator": torch.cuda.get_device_name(device) if cuda else None,
+        "tf32": [name for name, allowed in tf32.items() if allowed] if cuda else None,
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
 
@@ -53,5 +56,6 @@ def sentence(where: Mapping[str, Any]) -> str:
     """An environment without a full stop."""
     packages = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     load = "" if where["load"] is None else f", load {where['load']}"
-    used = "" if where["accelerator"] else f", {where['cores']} cores, {where['threads']} thread(s){load}"
+    tf32 = f", float32 {' and '.join(where['tf32'])} in TF32" if where.get("tf32") else ""
+    used = tf32 if where["accelerator"] else f", {where['cores']} cores, {where['threads']} thread(s){load}"
     return f"{where['date']} on {machine(where)}{used}; attrreg {where['attrreg']}, {packages}, Python {where['python']}"

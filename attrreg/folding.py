@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from attrreg import sites
+from attrreg.ops.draws import Draws
 from attrreg.part import couples
 from attrreg.runner import Runner
 from attrreg.scores import Score
@@ -52,7 +53,7 @@ class PathGradients:
         self._modes = modes(model)
         self._coupled = any(map(couples, modules(model)))
         self._separable = runner.call.inputs is None and _REFUSED.get(model) != self._modes and _separable(model, runner.twice)
-        self._after: Rng | None = None
+        self._once: tuple[Rng, list[torch.Size]] | None = None  # where a pass over the images alone ends, and what it drew
 
     def room(self, pending: int) -> int:
         """How many of the places that are left may come as one batch: as many in each, rather than a small rest."""
@@ -86,21 +87,23 @@ class PathGradients:
             drew = not Rng.of(batch.device).same(self._replay)
         if drew or (self._coupled and recording.phase.normalised != {batch.shape[0]}):
             return None
-        if not (recording.phase.draws is None or self._as_alone(recording.phase.draws.state, images[0])):
+        if recording.phase.draws is not None and not self._as_alone(recording.phase.draws, images[0]):
             return None
         found = [runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
         # Not by index, whose backward is a tensor of zeros for each place.
         return [list(each) for each in zip(*(gradient.unflatten(0, (-1, places)).unbind(1) for gradient in found), strict=True)]
 
-    def _as_alone(self, state: Rng, images: Tensor) -> bool:
+    def _as_alone(self, draws: Draws, images: Tensor) -> bool:
         """Whether a pass drew what one over the images alone draws. To know that, one such forward has to run."""
-        if state.same(self._replay):
+        if draws.state.same(self._replay):
             return True
-        if self._after is None:
+        if self._once is None:
             with torch.no_grad(), isolated(self._runner.call.model, self._replay):
-                self._runner.forward(images.detach(), {})
-                self._after = Rng.of(images.device)
-        return state.same(self._after)
+                recording = self._runner.forward(images.detach(), self._wanted)  # the same sites: operators are watched up to them
+                noted = recording.phase.draws
+                self._once = Rng.of(images.device), [] if noted is None else noted.shapes
+        state, shapes = self._once
+        return draws.state.same(state) and draws.shapes == shapes
 
 
 def _separable(model: nn.Module, ours: bool) -> bool:

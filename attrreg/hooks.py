@@ -126,7 +126,7 @@ class Tap:
         """Put the hooks in place, for a forward on `x`; returns the tensor to call the model with."""
         self._x, self._version, self._rng, self._half = x, x._version, Rng.of(x.device), _in_half(x)
         places = self._phase.places
-        self._phase.draws = Draws(x.shape[0] // places, places, self._rng) if places > 1 else None
+        self._phase.draws = Draws(x.shape[0] // places, places, self._rng)
         try:
             self._register()
             self._operators.enter_context(checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra)))

@@ -75,7 +75,7 @@ class Case:
 
 
 def _images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     x, others = (torch.randn(n, 2, 8, 8, generator=generator, dtype=torch.float64) for n in (3, 4))
     mask = torch.zeros(3, 8, 8, dtype=torch.bool)
     mask[:, 2:4, 2:6] = True
@@ -216,7 +216,7 @@ def gradient_error(model: nn.Module, value: Tensor, function: Callable[[], Tenso
     """How far a value's parameter gradient is from a function's central differences, relative to the largest of those."""
     parameters = list(model.parameters())
     found = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(2)
     got, want = [], []
     for parameter, gradient in zip(parameters, found, strict=True):
         direction = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)

@@ -15,6 +15,26 @@ with warnings.catch_warnings():
     import timm  # noqa: F401
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", default="cpu", help="where tensors and models are made, for example cuda; without the tests of the CPU's own"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = config.getoption("--device")
+    if device != "cpu":  # also for what test modules make when they are imported
+        torch.set_default_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # which keeps 10 bits
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") != "cpu":
+        for item in items:
+            if item.get_closest_marker("cpu"):
+                item.add_marker(pytest.mark.skip(reason="about the CPU"))
+
+
 @pytest.fixture(scope="session")
 def two() -> Iterator[Ranks]:
     """Two processes that train together."""

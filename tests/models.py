@@ -81,6 +81,7 @@ FAMILIES = {
 
 
 Batch = tuple[Tensor, Tensor, Tensor]
+DEVICE = torch.get_default_device().type  # of what tests make; see conftest
 
 
 def batch(n: int = 3, channels: int = 3, size: int = 24, classes: int = 5, dtype: torch.dtype = torch.float32) -> Batch:

@@ -19,6 +19,8 @@ from benchmarks import check
 from benchmarks.__main__ import main
 from tests.models import assert_close
 
+pytestmark = pytest.mark.cpu
+
 CPU = torch.device("cpu")
 MODELS = ["test_resnet", "test_vit", "test_efficientnet", "mobilenetv3_small_050"]
 
@@ -92,10 +94,26 @@ def test_the_command(tmp_path: Path) -> None:
     assert list(record.costs) == ["test_resnet"] and record.environment["versions"]["torch"]
     assert json.loads(json.dumps(record.as_dict())) == json.loads(out.read_text())
     assert "attrreg, attached" in out.with_suffix(".md").read_text() and out.with_suffix(".png").stat().st_size > 10_000
+    arguments = ["bench", "--no-curves", *arguments, "--penalty", "GradCAM", "--resume"]
+    result = CliRunner().invoke(build_app(), arguments)
+    assert result.exit_code == 0, result.output
+    resumed = report.load(out)
+    assert resumed.costs["test_resnet"]["InputGradient"] == record.costs["test_resnet"]["InputGradient"]
+    assert resumed.plan.penalties == tuple(resumed.costs["test_resnet"]) == ("InputGradient", "GradCAM")
+    result = CliRunner().invoke(build_app(), [*arguments, "--batch", "3"])
+    assert result.exit_code == 2 and "batch 2, not 3" in " ".join(result.output.replace("│", "").split())
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--model", "no_such"], ["--penalty", "NoSuch"], ["--out", "x.txt"], ["--autocast", "float33"], ["--batch", "0"]]
+    "arguments",
+    [
+        ["--model", "no_such"],
+        ["--penalty", "NoSuch"],
+        ["--out", "x.txt"],
+        ["--device", "tpux"],
+        ["--autocast", "float33"],
+        ["--batch", "0"],
+    ],
 )
 def test_bad_options(arguments: list[str], tmp_path: Path) -> None:
     before = ["bench", "--rounds", "1", *([] if "--out" in arguments else ["--out", str(tmp_path / "x.json")])]

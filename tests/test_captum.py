@@ -26,6 +26,8 @@ from tests.models import FAMILIES, SmoothNet, smooth_batch
 from tests.test_gradients import check_numerically
 from tests.test_side_effects import assert_same, snapshot
 
+pytestmark = pytest.mark.cpu
+
 CASES = {case.name: case for case in cases()}
 TAKEN = [name for name, case in CASES.items() if case.accepted]
 LEFT = [name for name, case in CASES.items() if not case.accepted]

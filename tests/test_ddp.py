@@ -20,6 +20,8 @@ from tests import oracles
 from tests.models import Batch, SmoothNet, assert_close, gradients, smooth_batch
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.cpu
+
 ZERO = attrreg.baselines.Zero()
 TERMS = 1.0 * attrreg.InputGradient() + 0.5 * attrreg.GradCAM("body") + 0.1 * attrreg.ActivationDifference(fill=ZERO)
 PATH = attrreg.IntegratedGradients(steps=3)

@@ -25,6 +25,8 @@ from tests.ranks import Ranks
 from tests.test_ddp import TERMS, UNEVEN, Case, alone, annotated, shares
 from tests.test_docs import ROOT, blocks
 
+pytestmark = pytest.mark.cpu
+
 
 class Training(nn.Module):
     """As Lightning's: the whole training step runs inside the wrapper's forward."""

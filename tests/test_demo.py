@@ -24,6 +24,8 @@ from attrreg.evidence.data import Split, Task, dilate
 from attrreg.evidence.models import small
 from attrreg.evidence.shortcuts import SIZE, crosses, decoy_mnist
 
+pytestmark = pytest.mark.cpu
+
 CORNERS = torch.tensor([[0, 0], [0, 24], [24, 0], [24, 24]])
 
 

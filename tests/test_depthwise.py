@@ -46,6 +46,7 @@ def test_the_products_are_right_also_where_they_are_not_used(case: tuple[tuple[T
     torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.cpu
 def test_where_they_are_used() -> None:
     def used(size: int, kernel: int, groups: int = 8, channels_last: bool = False) -> bool:
         x, w = torch.randn(2, 8, size, size), torch.randn(8, 8 // groups, kernel, kernel, requires_grad=True)

@@ -83,7 +83,7 @@ def test_a_transformer_keeps_its_fused_attention() -> None:
         seen.append(torch.backends.cuda.flash_sdp_enabled())
         return kernel(*args, **settings)
 
-    regularizer = attrreg.InputGradient().using(engines.FiniteDifference())
+    regularizer = attrreg.InputGradient().using(engines.FiniteDifference(1e-3))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", watched)
         value = regularizer(model, x, mask, target)

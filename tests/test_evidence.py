@@ -25,6 +25,8 @@ from attrreg.evidence.methods import METHODS, method
 from attrreg.evidence.sources import Crosses, Source
 from attrreg.evidence.study import Plan, Training, Variants
 
+pytestmark = pytest.mark.cpu
+
 CPU = torch.device("cpu")
 TINY = Crosses(train=24, valid=8, test=8, width=4)
 JOB = Job(TINY, "plain", 0, 1e-3, 1.0, epochs=1, batch=8)

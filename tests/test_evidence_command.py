@@ -28,6 +28,8 @@ from attrreg.evidence.study import Training, Variants
 from tests.test_evidence import TINY
 from tests.test_evidence_data import write_arrays
 
+pytestmark = pytest.mark.cpu
+
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
@@ -123,7 +125,6 @@ def test_without_the_extra(command: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 STARTS = """
 import os, time
 from attrreg.evidence.ledger import processes
-
 if __name__ == "__main__":
     with processes(1) as pool:
         print(pool.submit(os.getpid).result(), flush=True)

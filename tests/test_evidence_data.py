@@ -13,6 +13,8 @@ from attrreg.evidence import arrays, models, packages, shortcuts, stampbirds
 from attrreg.evidence.annotation import QUALITIES, annotate
 from attrreg.evidence.data import Split
 
+pytestmark = pytest.mark.cpu
+
 # Annotation
 
 

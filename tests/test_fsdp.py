@@ -19,6 +19,8 @@ from tests.models import SmoothNet, assert_close, gradients
 from tests.ranks import Ranks
 from tests.test_ddp import FEW, NONE, PATH, SOME, TERMS, UNEVEN, Case, alone, annotated, loss_of, shares
 
+pytestmark = pytest.mark.cpu
+
 
 @dataclass(frozen=True)
 class Sharding:

@@ -16,7 +16,7 @@ from attrreg.objectives import Objective
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.scores import Score
 from tests import oracles
-from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
+from tests.models import DEVICE, FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
 
 SCORES: dict[str, tuple[Score, oracles.ScoreFunction]] = {
     "sum_log_prob": (scores.SumLogProb(), oracles.score_sum_log_prob),
@@ -137,7 +137,7 @@ def test_random_projection_is_a_projection_of_the_features() -> None:
     got = attrreg.InputGradient(scores.RandomProjection("body", seed=5)).attribute(model, x)
     leaf = x.clone().requires_grad_()
     features = model.body(model.act(model.stem(leaf))).flatten(1)
-    directions = torch.randn(features.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    directions = torch.randn(features.shape, generator=torch.Generator(DEVICE).manual_seed(5), dtype=torch.float64)
     assert (directions[0] - directions[1]).abs().max() > 1
     (want,) = torch.autograd.grad((features * directions).sum(), leaf)
     torch.testing.assert_close(got, want)

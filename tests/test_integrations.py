@@ -24,6 +24,8 @@ from attrreg.data import Sample
 from tests import shapes
 from tests.models import assert_close
 
+pytestmark = pytest.mark.cpu
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
 REGULARIZER = 2.0 * attrreg.InputGradient(objective=objectives.OutsideFraction())

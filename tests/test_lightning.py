@@ -27,6 +27,7 @@ from tests.models import assert_close
 
 REGULARIZER = 2.0 * attrreg.InputGradient(objective=objectives.OutsideFraction())
 pytestmark = [
+    pytest.mark.cpu,
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*available but not used"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),  # by Lightning's own loops

@@ -22,6 +22,8 @@ from tests.models import assert_close
 from tests.ranks import Ranks
 from tests.test_ddp import NONE, SOME, TERMS, UNEVEN, Case, alone, annotated, shares
 
+pytestmark = pytest.mark.cpu
+
 
 class Module(pl.LightningModule):
     """Keeps the gradients of its last step."""

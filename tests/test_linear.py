@@ -19,6 +19,8 @@ from attrreg.bench import measure, strategies
 from attrreg.bench.cases import build
 from attrreg.ops import Phase, linear, pointwise, twice_differentiable
 
+pytestmark = pytest.mark.cpu
+
 there = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 needs_onednn = pytest.mark.skipif(not there, reason="oneDNN's products are for x86 with AVX2")
 

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 import attrreg
 from attrreg import masks, objectives, scores
-from tests.models import SmoothNet, smooth_batch
+from tests.models import DEVICE, SmoothNet, smooth_batch
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**31))
 @settings(deadline=None, max_examples=60)
 def test_resize_keeps_thin_regions_and_bounds(h: int, w: int, height: int, width: int, seed: int) -> None:
     mask = torch.zeros(1, 1, h, w)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     row, column = (int(torch.randint(size, (), generator=generator)) for size in (h, w))
     mask[0, 0, row, column] = 1
     small = masks.resize(mask, (height, width))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attrreg.ops import Phase, strided, twice_differentiable
+from tests.models import DEVICE
 
 
 @pytest.mark.parametrize("function", [F.hardsigmoid, F.hardswish])
@@ -205,6 +206,7 @@ def first_convolutions(draw: Any) -> tuple[tuple[Tensor, Tensor, Tensor | None],
 
 @given(first_convolutions())
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.cpu
 def test_wide_strided_convolutions_of_few_channels(case: tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]) -> None:
     with patch.object(strided, "input_gradient", wraps=strided.input_gradient) as spy:
         check_convolution(F.conv2d, *case)
@@ -246,7 +248,7 @@ def test_convolutions_under_autocast(function: Any) -> None:
     x, w = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(4, 4, 3, 3, requires_grad=True)
     found = []
     for context in (nullcontext(), twice_differentiable(Phase())):
-        with torch.autocast("cpu", dtype=torch.bfloat16), context:
+        with torch.autocast(DEVICE, dtype=torch.bfloat16), context:
             y = function(x, w)
         (slope,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
         found.append([y, slope, *torch.autograd.grad(slope.square().sum(), (x, w))])

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import attrreg
 from attrreg import baselines, objectives, presets, scores, sites
 from tests import oracles
-from tests.models import SmoothNet, smooth_batch
+from tests.models import DEVICE, SmoothNet, smooth_batch
 
-GENERATOR = torch.Generator()
+GENERATOR = torch.Generator(DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -57,12 +57,12 @@ def test_the_default_objective_is_relative_where_large_and_fades_where_small() -
 def test_the_default_score_is_the_contrast_and_a_shown_map_captums() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     term = attrreg.InputGradient()
-    assert torch.equal(term(model, x, mask, target), attrreg.InputGradient(scores.Contrast())(model, x, mask, target))
-    assert torch.equal(term(model, x, mask), attrreg.InputGradient(scores.SumLogProb())(model, x, mask))
+    torch.testing.assert_close(term(model, x, mask, target), attrreg.InputGradient(scores.Contrast())(model, x, mask, target))
+    torch.testing.assert_close(term(model, x, mask), attrreg.InputGradient(scores.SumLogProb())(model, x, mask))
     logit = attrreg.InputGradient(scores.TargetLogit())
-    assert torch.equal(term.attribute(model, x, target), logit.attribute(model, x, target))
+    torch.testing.assert_close(term.attribute(model, x, target), logit.attribute(model, x, target))
     as_captum = attrreg.InputGradient(scores.ByTarget(contrast=False))
-    assert torch.equal(as_captum(model, x, mask, target), logit(model, x, mask, target))
+    torch.testing.assert_close(as_captum(model, x, mask, target), logit(model, x, mask, target))
 
 
 def test_energy_without_positive_attribution_still_has_a_gradient() -> None:
@@ -96,7 +96,7 @@ def test_task_loss_can_be_any_loss() -> None:
 @given(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7), st.integers(0, 2**31))
 @settings(deadline=None, max_examples=50)
 def test_shuffle_permutes_whole_pixels_outside_only(channels: int, height: int, width: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     x = torch.arange(2 * channels * height * width, dtype=torch.float32).reshape(2, channels, height, width)
     mask = (torch.rand(2, 1, height, width, generator=generator) > 0.5).float()
     shuffled = baselines.Shuffle()(x, mask, generator)
@@ -110,7 +110,7 @@ def test_shuffle_is_uniform() -> None:
     """Each outside pixel lands on each outside place equally often."""
     x = torch.arange(4.0).reshape(1, 1, 2, 2).expand(3000, 1, 2, 2)
     mask = torch.tensor([[0.0, 1.0], [0.0, 0.0]]).expand(3000, 1, 2, 2)
-    landed = baselines.Shuffle()(x, mask, torch.Generator().manual_seed(0))[:, 0]
+    landed = baselines.Shuffle()(x, mask, torch.Generator(DEVICE).manual_seed(0))[:, 0]
     assert (landed[:, 0, 1] == 1).all()
     for place in (landed[:, 0, 0], landed[:, 1, 0], landed[:, 1, 1]):
         for value in (0, 2, 3):
@@ -129,13 +129,13 @@ def test_fills() -> None:
         baselines.Shuffle(),
         baselines.OtherImage(),
     ):
-        image = baselines.Masked(fill)(x, mask, torch.Generator().manual_seed(0))
+        image = baselines.Masked(fill)(x, mask, torch.Generator(DEVICE).manual_seed(0))
         assert torch.equal(image[kept], x[kept])
         assert not torch.equal(image[~kept], x[~kept])
     assert not baselines.Masked(baselines.Zero())(x, mask, GENERATOR)[~kept].any()
     torch.testing.assert_close(baselines.Mean()(x, None, GENERATOR)[0, 1, 3, 3], x[0, 1].mean())
     torch.testing.assert_close(baselines.Blur(50.0)(torch.ones_like(x), None, GENERATOR), torch.ones_like(x))
-    drawn = baselines.Noise(3.0, 1.0)(torch.zeros(4, 3, 64, 64), None, torch.Generator().manual_seed(0))
+    drawn = baselines.Noise(3.0, 1.0)(torch.zeros(4, 3, 64, 64), None, torch.Generator(DEVICE).manual_seed(0))
     assert abs(float(drawn.std()) - 3) < 0.1 and abs(float(drawn.mean()) - 1) < 0.1
 
 

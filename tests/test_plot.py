@@ -18,6 +18,8 @@ from torch import Tensor
 import attrreg
 from attrreg import objectives, plot
 
+pytestmark = pytest.mark.cpu
+
 
 def case(size: int = 24) -> tuple[Tensor, Tensor, Tensor]:
     x, phi = torch.rand(3, 3, size, size), torch.randn(3, 3, size, size)

@@ -55,6 +55,7 @@ class Counted(nn.Module):
         return self.inner(x)
 
 
+@pytest.mark.cpu  # a default device is a function mode, through which torch.autograd.grad would be counted twice
 def test_four_terms_attached_cost_one_forward_and_one_inner_backward() -> None:
     model, (x, mask, target) = Counted(SmoothNet(norm=True).double()), smooth_batch()
     regularizer = attrreg.InputGradient() + attrreg.InputXGradient() + attrreg.GradCAM(layer="inner.body") + attrreg.ActivationDifference()

@@ -17,6 +17,8 @@ from benchmarks.zoo_check import REGULARIZERS, TOLERANCE, Result, alignment, che
 from benchmarks.zoo_models import Entry, Subject, build, catalog, ranked
 from tests.models import SmoothNet
 
+pytestmark = pytest.mark.cpu
+
 SMALL = [
     "timm/edgenext_xx_small",
     "timm/lcnet_035",

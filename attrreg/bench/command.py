@@ -17,6 +17,7 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 16,
     size: Annotated[int, typer.Option(min=16, help="Pixels a side.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds that count.")] = 15,
+    warmup: Annotated[int, typer.Option(min=0, help="Rounds before those.")] = 3,
     device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
     autocast: Annotated[str | None, typer.Option(help="Compute under autocast, for example in bfloat16.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's own choice.")] = None,
@@ -25,6 +26,7 @@ def bench(
     ] = True,
     curves: Annotated[bool, typer.Option(help="Also cost against batch, resolution, steps and terms, on the first model.")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="Under two minutes: three small models, two penalties, few rounds.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what --out holds already, and measure what is missing.")] = False,
     out: Annotated[Path, typer.Option(help="The numbers to write (.json); tables (.md) and pictures (.png) go beside it.")] = Path(
         "attrreg-bench.json"
     ),
@@ -47,6 +49,10 @@ def bench(
         from attrreg.memory import keep_memory as keep
         from attrreg.progress import bar
 
+    try:
+        torch.empty((), device=device)
+    except RuntimeError as error:  # no such device, or none here
+        raise typer.BadParameter(f"cannot compute on {device!r}: {str(error).splitlines()[0]}", param_hint="--device") from None
     if threads is not None:
         torch.set_num_threads(threads)
     if autocast is not None and not isinstance(getattr(torch, autocast, None), torch.dtype):
@@ -60,7 +66,7 @@ def bench(
         batch=batch,
         size=size,
         rounds=min(rounds, 5) if quick else rounds,
-        warmup=1 if quick else 3,
+        warmup=min(warmup, 1) if quick else warmup,
         curves=curves and not quick,
         device=device,
         autocast=autocast,
@@ -68,9 +74,10 @@ def bench(
     )
     try:
         with bar(console, plan.total()) as advance:
-            record = run.measure(plan, lambda doing: advance(doing, 1), lambda record: report.save(record, out))
-    except ValueError as error:  # a model that there is not, or that does not take such images
-        raise typer.BadParameter(str(error), param_hint="--model") from None
+            before = report.load(out) if resume and out.exists() else None
+            record = run.measure(plan, lambda doing: advance(doing, 1), lambda record: report.save(record, out), before)
+    except ValueError as error:  # a model that there is not, or that does not take such images, or another file
+        raise typer.BadParameter(str(error), param_hint="--resume" if "what there is" in str(error) else "--model") from None
     out.with_suffix(".md").write_text(report.markdown(record) + "\n")
     report.plot(record, out.with_suffix(".png"))
     if record.curves:

@@ -68,6 +68,8 @@ def _table(record: Record, penalty: str) -> str:
     lines = [f"### {penalty}", "", f"By operation count an exact penalty costs {FLOORS[penalty]:g} plain steps when attached.", ""]
     lines += ["| model | " + " | ".join(ways) + " |", "|---" * (len(ways) + 1) + "|"]
     for model, by_penalty in record.costs.items():
+        if penalty not in by_penalty:
+            continue
         found = [by_penalty[penalty].get(way) for way in ways]
         lines.append(f"| {model} | " + " | ".join(_cell(cost) for cost in found) + " |")
     columns = [[cost for _, cost in ratios(record, penalty, way)] for way in ways]

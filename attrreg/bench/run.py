@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,10 @@ class Plan:
             return max(3, self.rounds // 3), 1
         return self.rounds, self.warmup
 
+    def dtype(self) -> torch.dtype | None:
+        """Of autocast."""
+        return None if self.autocast is None else getattr(torch, self.autocast)
+
     def total(self) -> int:
         """All rounds together."""
         each = sum(sum(self.rounds_of(penalty)) for penalty in self.penalties)
@@ -87,30 +91,49 @@ class Record:
         return Record(Plan(**settings), data["environment"], measured, curves)
 
 
+PARTS = ("models", "penalties", "curves", "date", "load")  # what may differ between parts of a record
 CURVE_ROUNDS = 5
 CURVES: dict[str, tuple[int, ...]] = {"batch": (2, 4, 8, 16), "resolution": (32, 64, 96, 128), "steps": (1, 2, 4, 8), "terms": (1, 2, 3, 4)}
 
 
-def measure(plan: Plan, note: Note, save: Callable[[Record], None] = lambda record: None) -> Record:
+def measure(plan: Plan, note: Note, save: Callable[[Record], None] = lambda record: None, before: Record | None = None) -> Record:
     """Measure.
 
     Args:
         plan: what.
         note: called after each round.
-        save: called after each model, so that an interrupted run leaves what it has.
+        save: called after each part, so that an interrupted run leaves what it has.
+        before: what there is already, and is not measured again.
+
+    Raises:
+        ValueError: what there is was measured in another way or elsewhere.
     """
-    record = Record(plan, environment(plan.device))
-    device = torch.device(plan.device)
-    autocast = None if plan.autocast is None else getattr(torch, plan.autocast)
+    record = Record(plan, environment(plan.device)) if before is None else _resumed(before, plan)
     for model in plan.models:
-        case = cases.build(model, plan.batch, plan.size, device, autocast)
-        record.costs[model] = {penalty: _costs(case, penalty, plan, note) for penalty in plan.penalties}
-        save(record)
-    if plan.curves:
-        for varied in CURVES:
+        parts = record.costs.setdefault(model, {})
+        missing = [penalty for penalty in plan.penalties if penalty not in parts]
+        if missing:
+            case = cases.build(model, plan.batch, plan.size, torch.device(plan.device), plan.dtype())
+        for penalty in missing:
+            parts[penalty] = _costs(case, penalty, plan, note)
+            save(record)
+    for varied in CURVES if plan.curves else ():
+        if varied not in record.curves:
             record.curves[varied] = _curve(varied, plan, note)
             save(record)
     return record
+
+
+def _resumed(before: Record, plan: Plan) -> Record:
+    ways = [(setting.name, getattr(before.plan, setting.name), getattr(plan, setting.name)) for setting in fields(Plan)]
+    places = [(name, before.environment.get(name), value) for name, value in environment(plan.device).items()]
+    for name, old, new in ways + places:
+        if name not in PARTS and old != new:
+            raise ValueError(f"what there is was measured with {name} {old!r}, not {new!r}. Write to another file.")
+    penalties = tuple(name for name in strategies.PENALTIES if name in {*before.plan.penalties, *plan.penalties})
+    models = tuple(dict.fromkeys([*before.plan.models, *plan.models]))
+    whole = replace(plan, models=models, penalties=penalties, curves=before.plan.curves or plan.curves)
+    return Record(whole, before.environment, before.costs, before.curves)
 
 
 def _costs(case: Case, penalty: str, plan: Plan, note: Note) -> dict[str, Cost]:
@@ -124,7 +147,7 @@ def _curve(varied: str, plan: Plan, note: Note) -> dict[str, list[tuple[int, Cos
     lines: dict[str, list[tuple[int, Cost]]] = {}
     for value in CURVES[varied]:
         batch, size = (value if varied == name else usual for name, usual in (("batch", plan.batch), ("resolution", plan.size)))
-        case = cases.build(plan.models[0], batch, size, torch.device(plan.device))
+        case = cases.build(plan.models[0], batch, size, torch.device(plan.device), plan.dtype())
         chosen = strategies.of_curve(varied, value, case)
         steps = {strategy.name: strategy.prepare(case) for strategy in chosen}
         found = costs(steps, strategies.PLAIN, CURVE_ROUNDS, 1, lambda: note(f"{varied}: {value}"))  # noqa: B023

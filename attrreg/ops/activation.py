@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from attrreg.ops import fused
+
 aten = torch.ops.aten
 
 
@@ -131,11 +133,13 @@ class Smooth:
         value: f(x).
         slope: (gradient, x, out) to gradient times f', written to `out`.
         curvature: (one, other, x, scratch) to one times other times f'', a new tensor; `scratch` may be written over.
+        kernel: the name of both together in `attrreg.ops.kernels`.
     """
 
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor, Tensor, Tensor], Tensor]
     curvature: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    kernel: str
 
 
 class _Smooth(Function):
@@ -164,6 +168,9 @@ class _SmoothGradient(Function):
     @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gy, x = ctx.saved_tensors
+        fast = fused.kernels(x, gy, v)
+        if fast is not None and ctx.needs_input_grad[1]:
+            return *fast.smooth(ctx.kind.kernel, v, gy, x), None
         wide = torch.promote_types(x.dtype, torch.float32)  # the powers of x that float16 holds end at 40 for the third
         for_gy, for_x = torch.empty_like(v), None
         if ctx.needs_input_grad[1]:
@@ -203,16 +210,17 @@ def _hardswish_curvature(one: Tensor, other: Tensor, x: Tensor, scratch: Tensor)
     return inside.mul_(other).div_(3)
 
 
-SILU = Smooth(F.silu, lambda gy, x, out: aten.silu_backward.grad_input(gy, x, grad_input=out), _silu_curvature)
+SILU = Smooth(F.silu, lambda gy, x, out: aten.silu_backward.grad_input(gy, x, grad_input=out), _silu_curvature, "SILU")
 GELU = {
-    "none": Smooth(F.gelu, lambda gy, x, out: aten.gelu_backward.grad_input(gy, x, grad_input=out), _gelu_curvature),
+    "none": Smooth(F.gelu, lambda gy, x, out: aten.gelu_backward.grad_input(gy, x, grad_input=out), _gelu_curvature, "GELU"),
     "tanh": Smooth(
         lambda x: F.gelu(x, approximate="tanh"),
         lambda gy, x, out: aten.gelu_backward.grad_input(gy, x, approximate="tanh", grad_input=out),
         _tanh_gelu_curvature,
+        "TANH_GELU",
     ),
 }
-HARDSWISH = Smooth(F.hardswish, lambda gy, x, out: aten.hardswish_backward.out(gy, x, out=out), _hardswish_curvature)
+HARDSWISH = Smooth(F.hardswish, lambda gy, x, out: aten.hardswish_backward.out(gy, x, out=out), _hardswish_curvature, "HARDSWISH")
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:

@@ -7,6 +7,7 @@ over memory. Here that is done by operations on whole rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,28 +16,46 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from attrreg.ops import fused
 from attrreg.ops.channels import Channels
 from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """How a tensor was normalised.
+
+    Attributes:
+        channels: its layout.
+        eps: as in `F.batch_norm`.
+        index: which of PyTorch's kernels it chose, its own or on CUDA that of cuDNN, and `reserve` what that one keeps for its backward.
+    """
+
+    channels: Channels
+    eps: float
+    index: int
+    reserve: Tensor
+
+
 def _product(channels: Channels, u: Tensor, x: Tensor, mu: Tensor, r: Tensor) -> Tensor:
     """r sum(u (x - mu)), one value a channel."""
     if channels.few:
         return channels.total((channels.flat(x) - channels.row(mu)).mul_(channels.flat(u))).mul_(r)
-    # What the kernel sums for a tensor with this mean and this deviation.
-    product: Tensor = aten.native_batch_norm_backward(u, x, None, None, None, mu, r, True, 0.0, [False, True, False])[1]
+    # What the kernel sums for a tensor with this mean and this deviation. CUDA's reads the type of a weight, here of r.
+    product: Tensor = aten.native_batch_norm_backward(u, x, r, None, None, mu, r, True, 0.0, [False, True, False])[1]
     return product
 
 
 def _first_order(
-    channels: Channels, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, eps: float, mask: Sequence[bool] = (True, True, True)
+    kernel: Kernel, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, mask: Sequence[bool] = (True, True, True)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """g r P(gy), sum(gy xhat) and sum(gy), which the native kernel sums on its way. It leaves out what is masked."""
+    """g r P(gy), sum(gy xhat) and sum(gy), which PyTorch's kernel sums on its way. It leaves out what is masked."""
+    channels = kernel.channels
     if not channels.few:
         gradients: tuple[Tensor, Tensor, Tensor]
-        gradients = aten.native_batch_norm_backward(gy, x, g, None, None, mu, r, True, eps, mask)
+        gradients = aten._batch_norm_impl_index_backward(kernel.index, x, gy, g, None, None, mu, r, True, kernel.eps, mask, kernel.reserve)
         return gradients
     rows, centred = channels.flat(gy), channels.flat(x) - channels.row(mu)
     product = centred * rows
@@ -55,9 +74,9 @@ class _BatchNorm(Function):
     def forward(
         ctx: Any, x: Tensor, g: Tensor, b: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float, eps: float, phase: Phase
     ) -> Tensor:
-        y, mu, r = aten.native_batch_norm(x, g, b, mean, var, True, momentum, eps)
+        y, mu, r, reserve, index = aten._batch_norm_impl_index(x, g, b, mean, var, True, momentum, eps, torch.backends.cudnn.enabled)
         ctx.save_for_backward(x, g, mu, r)
-        ctx.channels, ctx.eps, ctx.phase = Channels.of(x), eps, phase
+        ctx.kernel, ctx.phase = Kernel(Channels.of(x), eps, index, reserve), phase
         result: Tensor = y
         return result
 
@@ -66,42 +85,47 @@ class _BatchNorm(Function):
         x, g, mu, r = ctx.saved_tensors
         mask = wanted(ctx, 3)
         if not torch.is_grad_enabled():
-            gradients = _first_order(ctx.channels, gy, x, g, mu, r, ctx.eps, mask)
+            gradients = _first_order(ctx.kernel, gy, x, g, mu, r, mask)
             return *(gradient if asked else None for gradient, asked in zip(gradients, mask, strict=True)), *[None] * 5
         axes = [0, *range(2, x.dim())]
-        gx = _InputGradient.apply(gy, x, g, mu, r, ctx.channels, ctx.eps) if mask[0] else None
+        gx = _InputGradient.apply(gy, x, g, mu, r, ctx.kernel) if mask[0] else None
         gg = None
         if mask[1]:  # not in an attribution; by operations that can be differentiated, mean and variance included
-            var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
-            gg = (gy * (x - mean) * (var + ctx.eps).rsqrt()).sum(axes)
+            wide = x.to(g.dtype)
+            var, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
+            gg = (gy * (wide - mean) * (var + ctx.kernel.eps).rsqrt()).sum(axes)
         return gx, gg, gy.sum(axes) if mask[2] else None, *[None] * 5
 
 
 class _InputGradient(Function):
     @staticmethod
-    def forward(ctx: Any, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, channels: Channels, eps: float) -> Tensor:
-        gx, gy_xhat, gy_sum = _first_order(channels, gy, x, g, mu, r, eps)
+    def forward(ctx: Any, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, kernel: Kernel) -> Tensor:
+        gx, gy_xhat, gy_sum = _first_order(kernel, gy, x, g, mu, r)
         ctx.save_for_backward(gy, x, g, mu, r, gx, gy_xhat, gy_sum)
-        ctx.channels, ctx.eps = channels, eps
+        ctx.kernel = kernel
         return gx
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gy, x, g, mu, r, gx, gy_xhat, gy_sum = ctx.saved_tensors
-        channels = ctx.channels
-        for_gy, v_xhat, _ = _first_order(channels, v, x, g, mu, r, ctx.eps)
+        channels = ctx.kernel.channels
+        for_gy, v_xhat, _ = _first_order(ctx.kernel, v, x, g, mu, r)
         v_gy = _product(channels, v, gy, gy_sum / channels.count, r)  # r sum(v (gy - mean(gy)))
+        for_g = torch.addcmul(v_gy, v_xhat, gy_xhat * r, value=-1 / channels.count)
+        fast = fused.kernels(x, for_gy, gx)
+        if fast is not None:
+            return for_gy, fast.planes(x, for_gy, gx, mu, r, g, v_xhat, gy_xhat, for_g), for_g, None, None, None
         q = r / -channels.count
-        b = q * v_xhat
-        for_g = torch.addcmul(v_gy, b, gy_xhat)
         slope = q * r * g * for_g
         if channels.few:
             for_x = (channels.flat(x) - channels.row(mu)).mul_(channels.row(slope))
-        else:  # of the operators that could compute k (x - mu), the one in a single vectorised pass
+        elif x.dtype == mu.dtype:  # of the operators that could compute k (x - mu), the one in a single vectorised pass
             for_x = torch.native_batch_norm(x, slope, None, mu, torch.ones_like(r), False, 0.0, 0.0)[0]
-        for_x.addcmul_(channels.flat(for_gy), channels.along(q * gy_xhat)).addcmul_(channels.flat(gx), channels.along(b))
-        return for_gy, channels.unflat(for_x), for_g, None, None, None, None
+        else:
+            for_x = (x - channels.along(mu)).mul_(channels.along(slope))
+        for_x.addcmul_(channels.flat(for_gy), channels.along(q * gy_xhat)).addcmul_(channels.flat(gx), channels.along(q * v_xhat))
+        return for_gy, channels.unflat(for_x).to(x.dtype), for_g, None, None, None
 
 
 def batch_norm(
@@ -138,10 +162,12 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    if input.dtype != torch.promote_types(input.dtype, torch.float32) or not (training or running_mean is not None):
+    wide = torch.promote_types(input.dtype, torch.float32)  # of weights and statistics, also where autocast made images narrower
+    alike = all(values is None or values.dtype == wide for values in (running_mean, running_var, weight, bias))
+    if not alike or not (training or running_mean is not None):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    g = weight if weight is not None else input.new_ones(input.shape[1])
-    b = bias if bias is not None else input.new_zeros(input.shape[1])
+    g = weight if weight is not None else input.new_ones(input.shape[1], dtype=wide)
+    b = bias if bias is not None else input.new_zeros(input.shape[1], dtype=wide)
     if training:
         if input.numel() == input.shape[1]:
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)  # which refuses it
@@ -149,4 +175,4 @@ def _batch_norm(
         return result
     assert running_mean is not None and running_var is not None
     scale = g * (running_var + eps).rsqrt()
-    return Channels.of(input).affine(input, scale, b - running_mean * scale)
+    return Channels.of(input).affine(input, scale, b - running_mean * scale).to(input.dtype)

@@ -18,11 +18,11 @@ class Draws:
     """What one pass draws whose batch has each image at several places, side by side.
 
     It is drawn for the images once and repeated for their places, from generators of its own: the default ones move only if something was
-    drawn that is not known here, or whose batch is not told from its shape.
+    drawn that is not known here, or whose batch is not told from its shape. With a single place, PyTorch draws, and this takes note.
 
     Attributes:
-        state: of its generators. At the end it has to be that of the default ones after a pass over the images alone: a shape can be
-            mistaken for that of a batch.
+        state: of its generators. At the end it has to be that of the default ones after a pass over the images alone, and so have the
+            `shapes`: one can be mistaken for that of a batch, which CUDA's generator does not tell, and something else can have drawn.
         stopped: from now on PyTorch draws.
 
     Args:
@@ -35,13 +35,14 @@ class Draws:
         self._images = images
         self._places = places
         self.state = start
+        self.shapes: list[torch.Size] = []
         self.stopped = False
 
     def dropout(self, function: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         """`F.dropout` and its kinds for whole channels: `function`."""
-        # Off the CPU, the order of what is drawn depends on the layout.
+        # Off the CPU, the order of what is drawn depends on the layout, and on whether it is in place.
         known = training and p and (input.device.type == "cpu" or input.is_contiguous())
-        noise = self._once(input, lambda like: function(torch.ones_like(like), p)) if known else None
+        noise = self._once(input, lambda like: function(torch.ones_like(like), p, True, inplace)) if known else None
         if noise is None:
             plain: Tensor = function(input, p, training, inplace)
             return plain
@@ -55,12 +56,16 @@ class Draws:
 
     def _once(self, tensor: Tensor, draw: Draw) -> Tensor | None:
         """What is drawn for a tensor of the batch, or of no batch at all; None: not known which."""
+        if self._places == 1:
+            self.shapes.append(tensor.shape)
+            return None
         rows, shape = self._images * self._places, list(tensor.shape)
         if shape and shape[0] == rows and shape.count(rows) == 1:
             return self._drawn(tensor[:: self._places], draw).repeat_interleave(self._places, dim=0)
         return None if any(size % rows == 0 for size in shape) else self._drawn(tensor, draw)
 
     def _drawn(self, like: Tensor, draw: Draw) -> Tensor:
+        self.shapes.append(like.shape)
         before = Rng.of(like.device)
         self.state.restore()
         try:

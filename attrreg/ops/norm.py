@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from attrreg.ops import fused
 from attrreg.ops.channels import Channels
 from attrreg.ops.phase import Phase, wanted
 
@@ -65,6 +66,9 @@ class _LayerNormInputGradient(Function):
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gy, x, g, mu, r = ctx.saved_tensors
         count = math.prod(ctx.shape)
+        fast = fused.kernels(x, gy, v)
+        if fast is not None and count <= fast.LONGEST:
+            return *fast.rows(v, gy, x, g, mu, r), None, None, None
         gx = aten.native_layer_norm_backward(gy, x, ctx.shape, mu, r, g, None, [True, False, False])[0]  # one pass, not worth keeping
         rpv = aten.native_layer_norm_backward(v.contiguous(), x, ctx.shape, mu, r, None, None, [True, False, False])[0]
         # Products that are only summed share one tensor: a new one of this size costs as much as a pass over it. Sums with a weight

@@ -1,0 +1,46 @@
+"""When the kernels of `attrreg.ops.kernels` are used."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST = 2**31 - 2**12  # values, which the kernels count in 32 bits
+
+
+def kernels(*tensors: Tensor) -> Any | None:
+    """The kernels, if they take these tensors: on CUDA, dense and laid out alike. None: go by PyTorch's operators."""
+    first = tensors[0]
+    if not first.is_cuda or first.dtype not in TYPES or not 0 < first.numel() < MOST:
+        return None
+    dense = first.is_contiguous() or (first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last))
+    strides = first.stride()
+    if not dense or any(tensor.stride() != strides for tensor in tensors[1:]):
+        return None
+    return _kernels(first.device)
+
+
+@lru_cache
+def _kernels(device: torch.device) -> Any | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        found = importlib.import_module("attrreg.ops.kernels")
+        probe = torch.zeros(1, device=device)
+        found.smooth("SILU", probe, probe, probe)
+    except Exception as error:  # for example no C compiler, which Triton needs on first use
+        warnings.warn(
+            f"attrreg's Triton kernels do not run on {device}, so normalisations and activations take PyTorch's operators, which are as "
+            f"exact and slower: {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return found

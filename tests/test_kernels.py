@@ -1,0 +1,59 @@
+"""The kernels for CUDA, on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from attrreg.ops import fused
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_kernels_equal_pytorchs_double_backward() -> None:
+    # In a process of its own: Triton decides when it is imported whether it interprets.
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.interpreted"], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_cpu_goes_without() -> None:
+    assert fused.kernels(torch.ones(3)) is None
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_without_kernels_there_are_pytorchs_operators(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if there else None)
+    monkeypatch.setitem(sys.modules, "attrreg.ops.kernels", None)  # as if importing it failed
+    fused._kernels.cache_clear()
+    with pytest.warns(RuntimeWarning, match="Triton kernels do not run on cuda.*exact") if there else nullcontext():
+        assert fused._kernels(torch.device("cuda")) is None
+    fused._kernels.cache_clear()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("type", ["fp32", "bf16"])
+def test_kernels_compile_for_cuda(type: str) -> None:
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from attrreg.ops import kernels
+
+    images, values, number = f"*{type}", "*fp32", "i32"
+    tensors = dict.fromkeys(("v", "gy", "x", "for_gy", "for_x"), images)
+    planes = dict.fromkeys(("x", "u", "gx", "out"), images) | dict.fromkeys(("mu", "r", "g", "v_xhat", "gy_xhat", "for_g"), values)
+    rows = dict.fromkeys(("v", "gy", "x", "g", "mu", "r", "for_gy", "for_x", "for_g"), values)
+    sources: list[Any] = [(kernels._smooth, tensors, ("count",), {"KIND": kind, "BLOCK": kernels.BLOCK}) for kind in kernels.ACTIVATIONS]
+    sources.append((kernels._planes, planes, ("size", "channels", "inner", "count"), {"BLOCK": kernels.BLOCK}))
+    sources.append((kernels._rows, rows, ("rows", "count"), {"BLOCK": 1024}))
+    for function, pointers, numbers, constants in sources:
+        signature = {**pointers, **dict.fromkeys(numbers, number), **dict.fromkeys(constants, "constexpr")}
+        assert "cubin" in compile(ASTSource(function, signature, constants), GPUTarget("cuda", 90, 32)).asm
