@@ -52,6 +52,7 @@ class Differences:
         leaves = [gradient.detach().requires_grad_() for gradient in found]
         places = [self.runner.at(recording, site).detach() for site in wanted]
         names = [self.runner.map if site == sites.SPATIAL else site for site in wanted]
+        score = self.runner.chosen(recording, score)
         self._taken.append(Taken(recording.x, score, dict(zip(names, places, strict=True)), leaves, replay))
         return leaves
 

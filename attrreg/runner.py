@@ -102,6 +102,10 @@ class Runner:
         """The score of each image, `(N,)`, in float32 at least."""
         return self._scores(self._score_value(recording, score), score)
 
+    def chosen(self, recording: hooks.Recording, score: Score) -> Score:
+        """A score with its choices kept as they are in a recording."""
+        return score.chosen(self._score_value(recording, score).detach(), self.call.target)
+
     def _score_value(self, recording: hooks.Recording, score: Score) -> Tensor:
         value = self.at(recording, score.site)
         return value.to(penalty_dtype(value.dtype))

@@ -44,6 +44,13 @@ class Score(Spec, ABC):
         """The score with its random draws fixed by a seed: itself where nothing is drawn."""
         return self
 
+    def chosen(self, value: Tensor, target: Tensor | None) -> Score:
+        """The score with what it chooses by the value, such as the predicted class, kept as it is here: itself where it chooses nothing.
+
+        Finite differences move the images by a step, on which another choice would count for more than the slope.
+        """
+        return self
+
     def check_target(self, target: Tensor) -> None:
         """Check a target before any pass; by default, that it is `(N,)` class indices.
 
@@ -118,6 +125,10 @@ class TargetLogProb(Score):
 class PredictedLogit(Score):
     """max_k y_k: the logit of the predicted class. Needs no label."""
 
+    def chosen(self, value: Tensor, target: Tensor | None) -> Score:
+        """The logit of the class that is predicted here."""
+        return _Weighted(F.one_hot(value.argmax(dim=1), value.shape[1]).to(value.dtype))
+
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Score `(N,)` of logits `(N, C)`."""
         return _at(value, value.argmax(dim=1))
@@ -133,12 +144,33 @@ class Contrast(Score):
     needs_target: ClassVar[bool] = True
     classes: ClassVar[int] = 2
 
+    def chosen(self, value: Tensor, target: Tensor | None) -> Score:
+        """The target class against the one that is the best other here, the larger of the two minus the smaller."""
+        target = required(target)
+        other = self._other(value, target)
+        sign = (_at(value, target) - _at(value, other)).sign().unsqueeze(1)
+        classes = value.shape[1]
+        return _Weighted(sign * (F.one_hot(target, classes) - F.one_hot(other, classes)).to(value.dtype))
+
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Score `(N,)` of logits `(N, C)` for targets `(N,)`."""
         target = required(target)
-        others = value.scatter(1, target.unsqueeze(1), float("-inf"))
-        margin = _at(value, target) - others.amax(dim=1)
+        margin = _at(value, target) - _at(value, self._other(value, target))
         return margin * margin.detach().sign()  # not abs(), whose gradient would claim to depend on the logits
+
+    def _other(self, value: Tensor, target: Tensor) -> Tensor:
+        return value.scatter(1, target.unsqueeze(1), float("-inf")).argmax(dim=1)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class _Weighted(Score):
+    """A sum of logits with weights `(N, C)`: what a score is that chose."""
+
+    weights: Tensor
+
+    def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
+        """Score `(N,)` of logits `(N, C)`."""
+        return (value * self.weights).sum(dim=1)
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,6 +10,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+DEVICE = torch.get_default_device().type  # of what tests make; see conftest
+
 
 class SmoothNet(nn.Module):
     """A convolutional net without kinks, so that numerical derivatives are exact."""
@@ -51,9 +53,15 @@ class InplaceNet(nn.Module):
 class Family:
     """A model family: how to build a small one, the image size, and a layer with an (N, C, h, w) map."""
 
-    build: Callable[[], nn.Module]
+    create: Callable[[], nn.Module]
     size: int
     layer: str
+
+    def build(self) -> nn.Module:
+        """A new one, of the same draws on every device."""
+        with torch.device("cpu"):
+            model = self.create()
+        return model.to(DEVICE)
 
 
 def _timm(name: str, **settings: object) -> Callable[[], nn.Module]:
@@ -81,15 +89,14 @@ FAMILIES = {
 
 
 Batch = tuple[Tensor, Tensor, Tensor]
-DEVICE = torch.get_default_device().type  # of what tests make; see conftest
 
 
 def batch(n: int = 3, channels: int = 3, size: int = 24, classes: int = 5, dtype: torch.dtype = torch.float32) -> Batch:
     """Images, masks with a relevant rectangle, and targets."""
-    x = torch.randn(n, channels, size, size, dtype=dtype)
+    x = torch.randn(n, channels, size, size, dtype=dtype, device="cpu").to(DEVICE)
     mask = torch.zeros(n, size, size, dtype=torch.bool)
     mask[:, size // 4 : size // 2, size // 4 : -size // 4] = True
-    return x, mask, torch.randint(0, classes, (n,))
+    return x, mask, torch.randint(0, classes, (n,), device="cpu").to(DEVICE)
 
 
 def smooth_batch(n: int = 3) -> Batch:
