@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,21 @@ def test_promises_are_kept_or_missed(tmp_path: Path) -> None:
     assert check.main(tmp_path / "large.json") == 1
     report.save(record_with(2.1, 2.0), tmp_path / "kept.json")
     assert check.main(tmp_path / "kept.json") == 0
+
+
+def test_a_gpu_has_promises_of_its_own() -> None:
+    record = record_with(2.9, 2.0)
+    assert not all(promise.kept for promise in check.promises(record))
+    on_cuda = run.Record(replace(record.plan, device="cuda:1"), record.environment, record.costs)
+    assert all(promise.kept for promise in check.promises(on_cuda))
+
+
+def test_what_an_interrupted_run_lacks_is_named() -> None:
+    record = record_with(2.1, 2.0)
+    assert "Not measured" not in report.markdown(record)
+    plan = replace(record.plan, models=("resnet18", "resnet50"), penalties=("InputGradient", "GradCAM"))
+    text = report.markdown(run.Record(plan, record.environment, {"resnet18": record.costs["resnet18"]}))
+    assert "Not measured: resnet18 (GradCAM), resnet50." in text
 
 
 def test_losses_are_named() -> None:

@@ -20,6 +20,8 @@ def kernels(*tensors: Tensor) -> Any | None:
     first = tensors[0]
     if not first.is_cuda or first.dtype not in TYPES or not 0 < first.numel() < MOST:
         return None
+    if any(type(tensor) is not Tensor for tensor in tensors):  # distributed, or otherwise without memory of its own
+        return None
     dense = first.is_contiguous() or (first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last))
     strides = first.stride()
     if not dense or any(tensor.stride() != strides for tensor in tensors[1:]):
