@@ -3,7 +3,7 @@
 python -m benchmarks                       `attrreg bench`, and docs/performance.md from it; more than an hour on two cores
 python -m benchmarks --no-keep-memory      the same for the page's section on memory that is given back
 python -m benchmarks --model a --model b   the same for the page's section on models outside the default nine
-python -m benchmarks --quick --out x.json  any option of `attrreg bench`; with --out, the page stays as it is
+python -m benchmarks --quick --out x.json  any option of `attrreg bench`; with one of these two, the page stays as it is
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def _given(option: str, default: str) -> str:
 
 
 def main() -> None:
-    """Run `attrreg bench` with its own options; without `--out`, for the page."""
-    own = not any(argument.startswith("--out") or argument == "--help" for argument in sys.argv[1:])
+    """Run `attrreg bench` with its own options; without `--out` or `--quick`, for the page."""
+    own = not any(argument.startswith("--out") or argument in ("--help", "--quick") for argument in sys.argv[1:])
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(bench)
     kind = "returned" if "--no-keep-memory" in sys.argv else "others" if any(a.startswith("--model") for a in sys.argv) else ""

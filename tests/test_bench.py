@@ -17,7 +17,7 @@ from attrreg.bench.measure import Cost, Step
 from attrreg.cli import build_app
 from attrreg.environment import environment
 from benchmarks import check
-from benchmarks.__main__ import main
+from benchmarks.__main__ import PAGE, main
 from tests.models import assert_close
 
 pytestmark = pytest.mark.cpu
@@ -163,3 +163,16 @@ def test_a_section_that_the_page_lacks_is_refused_before_it_is_measured(monkeypa
     monkeypatch.setattr("sys.argv", ["benchmarks", "--device", "cuda", "--model", "resnet18"])
     with pytest.raises(SystemExit, match=r"no section cuda-others\. Pass --out"):
         main()
+
+
+@pytest.mark.parametrize("option", ["--quick", "--out=x.json", "--help"])
+def test_other_runs_leave_the_page_alone(option: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "sys.argv", ["benchmarks", "--no-curves", "--model", "test_resnet", "--penalty", "GradCAM", "--rounds", "1", option]
+    )
+    before = PAGE.read_text()
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (None, 0) and PAGE.read_text() == before
+    assert (tmp_path / "attrreg-bench.json").exists() == (option == "--quick")
