@@ -37,6 +37,20 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     }
 
 
+def usable(name: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ValueError: there is none, or none here.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"{name!r} cannot be used here ({str(error).splitlines()[0]}).") from None
+    return device
+
+
 def machine(where: Mapping[str, Any]) -> str:
     """The accelerator of an environment, or its CPU."""
     capability = f" ({where['capability']})" if "capability" in where else ""  # which the first records do not have

@@ -87,7 +87,7 @@ class PathGradients:
             drew = not Rng.of(batch.device).same(self._replay)
         if drew or (self._coupled and recording.phase.normalised != {batch.shape[0]}):
             return None
-        if recording.phase.draws is not None and not self._as_alone(recording.phase.draws, images[0]):
+        if not self._as_alone(recording.draws, images[0]):
             return None
         found = [runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
         # Not by index, whose backward is a tensor of zeros for each place.
@@ -99,9 +99,8 @@ class PathGradients:
             return True
         if self._once is None:
             with torch.no_grad(), isolated(self._runner.call.model, self._replay):
-                recording = self._runner.forward(images.detach(), self._wanted)  # the same sites: operators are watched up to them
-                noted = recording.phase.draws
-                self._once = Rng.of(images.device), [] if noted is None else noted.shapes
+                recording = self._runner.forward(images.detach(), self._wanted)  # where gradients are taken, operators take note
+                self._once = Rng.of(images.device), recording.draws.shapes
         state, shapes = self._once
         return draws.state.same(state) and draws.shapes == shapes
 

@@ -62,6 +62,12 @@ class Recording:
     twice: bool
     half: bool
 
+    @property
+    def draws(self) -> Draws:
+        """What the forward drew."""
+        assert self.phase.draws is not None  # since the tap was opened
+        return self.phase.draws
+
     def serves(self, model: nn.Module, x: Tensor, sites: Mapping[str, bool], twice: bool) -> bool:
         """Whether this is the pass that a call on `x` would run itself."""
         if (twice and not self.twice) or self.x is not x or self.version != x._version or self.state != _state(model):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attrreg.sites import FEATURES, OUTPUT, check_layer_name
 from attrreg.spec import Spec
-from attrreg.targets import check_classes, required
+from attrreg.targets import check_classes, check_logits, required
 
 
 class Score(Spec, ABC):
@@ -66,21 +66,7 @@ class Score(Spec, ABC):
         Raises:
             ValueError: naming the score or `target`.
         """
-        name = type(self).__name__
-        if value.dim() != 2:
-            raise ValueError(
-                f"{name} needs logits (N, C), but the model returned {tuple(value.shape)}. Select or pool them with `output=`, a "
-                "function of what the model returns, or use the score of your task."
-            )
-        classes = value.shape[1]
-        if classes < self.classes:
-            raise ValueError(
-                f"{name} needs at least {self.classes} classes, but the model has {classes}. Use scores.BinaryLogit() for one "
-                "logit, scores.RegressionOutput() for a number."
-            )
-        if self.needs_target and target is not None and bool((target >= classes).any()):
-            remedy = f"Pass class indices in [0, {classes})." if classes > 1 else "For one logit use scores.BinaryLogit()."
-            raise ValueError(f"target has the class {int(target.max())}, but the model has {classes} classes. {remedy}")
+        check_logits(type(self).__name__, value, self.classes, target if self.needs_target else None)
 
     @abstractmethod
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
@@ -106,7 +92,7 @@ class TargetLogit(Score):
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Score `(N,)` of logits `(N, C)` for targets `(N,)`."""
-        return _at(value, required(target))
+        return value.gather(1, required(target).unsqueeze(1)).squeeze(1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,24 +104,41 @@ class TargetLogProb(Score):
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Score `(N,)` of logits `(N, C)` for targets `(N,)`."""
-        return _at(F.log_softmax(value, dim=1), required(target))
+        return F.log_softmax(value, dim=1).gather(1, required(target).unsqueeze(1)).squeeze(1)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class _Chosen(Score):
+    """A sum of some logits of each image, with signs: `(N, K)` classes and as many factors."""
+
+    index: Tensor
+    sign: Tensor
+
+    def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
+        """Score `(N,)` of logits `(N, C)`."""
+        return (value.gather(1, self.index) * self.sign).sum(dim=1)
+
+
+class _Choosing(Score):
+    """A score of the logits that it chooses by their values, in `chosen`. The choice itself has no gradient."""
+
+    def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
+        """Score `(N,)` of logits `(N, C)`, for targets `(N,)` where it needs them."""
+        return self.chosen(value.detach(), target)(value, target)
 
 
 @dataclass(frozen=True, repr=False)
-class PredictedLogit(Score):
+class PredictedLogit(_Choosing):
     """max_k y_k: the logit of the predicted class. Needs no label."""
 
     def chosen(self, value: Tensor, target: Tensor | None) -> Score:
         """The logit of the class that is predicted here."""
-        return _Weighted(F.one_hot(value.argmax(dim=1), value.shape[1]).to(value.dtype))
-
-    def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
-        """Score `(N,)` of logits `(N, C)`."""
-        return _at(value, value.argmax(dim=1))
+        index = value.argmax(dim=1, keepdim=True)
+        return _Chosen(index, value.new_ones(index.shape))
 
 
 @dataclass(frozen=True, repr=False)
-class Contrast(Score):
+class Contrast(_Choosing):
     """|y_t - max_{k != t} y_k|: the target class against the best other; for two classes |y_0 - y_1|.
 
     Source: GradMask, arXiv 1910.00199, which has the two-class form; the general one is ours.
@@ -146,31 +149,10 @@ class Contrast(Score):
 
     def chosen(self, value: Tensor, target: Tensor | None) -> Score:
         """The target class against the one that is the best other here, the larger of the two minus the smaller."""
-        target = required(target)
-        other = self._other(value, target)
-        sign = (_at(value, target) - _at(value, other)).sign().unsqueeze(1)
-        classes = value.shape[1]
-        return _Weighted(sign * (F.one_hot(target, classes) - F.one_hot(other, classes)).to(value.dtype))
-
-    def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
-        """Score `(N,)` of logits `(N, C)` for targets `(N,)`."""
-        target = required(target)
-        margin = _at(value, target) - _at(value, self._other(value, target))
-        return margin * margin.detach().sign()  # not abs(), whose gradient would claim to depend on the logits
-
-    def _other(self, value: Tensor, target: Tensor) -> Tensor:
-        return value.scatter(1, target.unsqueeze(1), float("-inf")).argmax(dim=1)
-
-
-@dataclass(frozen=True, repr=False, eq=False)
-class _Weighted(Score):
-    """A sum of logits with weights `(N, C)`: what a score is that chose."""
-
-    weights: Tensor
-
-    def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
-        """Score `(N,)` of logits `(N, C)`."""
-        return (value * self.weights).sum(dim=1)
+        own = required(target).unsqueeze(1)
+        other = value.scatter(1, own, float("-inf")).argmax(dim=1, keepdim=True)
+        sign = (value.gather(1, own) - value.gather(1, other)).sign()
+        return _Chosen(torch.cat((own, other), dim=1), torch.cat((sign, -sign), dim=1))
 
 
 @dataclass(frozen=True, repr=False)
@@ -365,7 +347,3 @@ class ByTarget(Score):
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """The score that the target's shape says."""
         return self.resolve(target)(value, target)
-
-
-def _at(values: Tensor, target: Tensor) -> Tensor:
-    return values.gather(1, target.unsqueeze(1)).squeeze(1)

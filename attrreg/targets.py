@@ -1,4 +1,4 @@
-"""What a target has to be: the checks that scores share."""
+"""What a target and logits have to be: the checks that scores share."""
 
 from __future__ import annotations
 
@@ -32,3 +32,31 @@ def check_classes(target: Tensor) -> None:
         raise ValueError(
             f"target has the class {int(target.min())}, which is negative. Pass class indices, and leave out images to be ignored."
         )
+
+
+def check_logits(name: str, value: Tensor, least: int, target: Tensor | None) -> None:
+    """Check that a value is logits `(N, C)`, of enough classes for a score and for the class indices it needs.
+
+    Args:
+        name: the score's.
+        value: what it is about to read.
+        least: the fewest classes it means something for.
+        target: `(N,)`; None: it needs none.
+
+    Raises:
+        ValueError: naming the score or `target`.
+    """
+    if value.dim() != 2:
+        raise ValueError(
+            f"{name} needs logits (N, C), but the model returned {tuple(value.shape)}. Select or pool them with `output=`, a "
+            "function of what the model returns, or use the score of your task."
+        )
+    classes = value.shape[1]
+    if classes < least:
+        raise ValueError(
+            f"{name} needs at least {least} classes, but the model has {classes}. Use scores.BinaryLogit() for one "
+            "logit, scores.RegressionOutput() for a number."
+        )
+    if target is not None and bool((target >= classes).any()):
+        remedy = f"Pass class indices in [0, {classes})." if classes > 1 else "For one logit use scores.BinaryLogit()."
+        raise ValueError(f"target has the class {int(target.max())}, but the model has {classes} classes. {remedy}")

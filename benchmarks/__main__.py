@@ -1,6 +1,6 @@
 """The microbenchmarks, and the page that shows them.
 
-python -m benchmarks                       `attrreg bench`, and docs/performance.md from it; more than an hour on two cores
+python -m benchmarks                       `attrreg bench`, and docs/performance.md from it; less than an hour on two cores
 python -m benchmarks --no-keep-memory      the same for the page's section on memory that is given back
 python -m benchmarks --model a --model b   the same for the page's section on models outside the default nine
 python -m benchmarks --quick --out x.json  any option of `attrreg bench`; with one of these two, the page stays as it is
@@ -40,17 +40,15 @@ def write_page(numbers: Path) -> None:
     numbers.with_suffix(".md").unlink(missing_ok=True)
 
 
-def _given(option: str, default: str) -> str:
-    return next((value for name, value in zip(sys.argv, sys.argv[1:], strict=False) if name == option), default)
-
-
 def main() -> None:
     """Run `attrreg bench` with its own options; without `--out` or `--quick`, for the page."""
-    own = not any(argument.startswith("--out") or argument in ("--help", "--quick") for argument in sys.argv[1:])
+    words = [word for argument in sys.argv[1:] for word in argument.split("=", 1)]  # an option and its value, however they were joined
+    given = dict(zip(words, [*words[1:], ""], strict=True))
+    own = not given.keys() & {"--out", "--help", "--quick"}
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(bench)
-    kind = "returned" if "--no-keep-memory" in sys.argv else "others" if any(a.startswith("--model") for a in sys.argv) else ""
-    numbers = check.results("-".join(filter(None, [_given("--device", "cpu").split(":")[0], _given("--autocast", ""), kind])))
+    kind = "returned" if "--no-keep-memory" in given else "others" if "--model" in given else ""
+    numbers = check.results("-".join(filter(None, [given.get("--device", "cpu").split(":")[0], given.get("--autocast", ""), kind])))
     if own and marks(numbers.stem, COMMAND)[0] not in PAGE.read_text():  # rather than after an hour
         sys.exit(f"docs/{PAGE.name} has no section {numbers.stem}. Pass --out for a file of your own.")
     numbers.parent.mkdir(exist_ok=True)

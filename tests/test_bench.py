@@ -159,8 +159,9 @@ def test_losses_are_named() -> None:
     assert "Nowhere in this run" in report.markdown(record_with(2.0, 2.0))
 
 
-def test_a_section_that_the_page_lacks_is_refused_before_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["benchmarks", "--device", "cuda", "--model", "resnet18"])
+@pytest.mark.parametrize("arguments", [("--device", "cuda", "--model", "resnet18"), ("--device=cuda", "--model=resnet18")])
+def test_a_section_that_the_page_lacks_is_refused_before_it_is_measured(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
     with pytest.raises(SystemExit, match=r"no section cuda-others\. Pass --out"):
         main()
 

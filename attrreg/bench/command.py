@@ -46,13 +46,14 @@ def bench(
         import torch
 
         from attrreg.bench import cases, report, run, strategies
+        from attrreg.environment import usable
         from attrreg.memory import keep_memory as keep
         from attrreg.progress import bar
 
     try:
-        torch.empty((), device=device)
-    except RuntimeError as error:  # no such device, or none here
-        raise typer.BadParameter(f"cannot compute on {device!r}: {str(error).splitlines()[0]}", param_hint="--device") from None
+        usable(device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from None
     if threads is not None:
         torch.set_num_threads(threads)
     if autocast is not None and not isinstance(getattr(torch, autocast, None), torch.dtype):
@@ -72,12 +73,17 @@ def bench(
         autocast=autocast,
         keep_memory=keep_memory and device == "cpu" and keep(),
     )
+    record = run.Record.of(plan)
+    if resume and out.exists():
+        try:
+            record = report.load(out).resumed(plan)
+        except (ValueError, KeyError) as error:  # measured in another way, or no such file
+            raise typer.BadParameter(f"{out} cannot be gone on with: {error}", param_hint="--resume") from None
     try:
-        with bar(console, plan.total()) as advance:
-            before = report.load(out) if resume and out.exists() else None
-            record = run.measure(plan, lambda doing: advance(doing, 1), lambda record: report.save(record, out), before)
-    except ValueError as error:  # a model that there is not, or that does not take such images, or another file
-        raise typer.BadParameter(str(error), param_hint="--resume" if "what there is" in str(error) else "--model") from None
+        with bar(console, run.rounds(plan, record)) as advance:
+            run.measure(plan, record, lambda doing: advance(doing, 1), lambda record: report.save(record, out))
+    except ValueError as error:  # a model that there is not, or that does not take such images
+        raise typer.BadParameter(str(error), param_hint="--model") from None
     out.with_suffix(".md").write_text(report.markdown(record) + "\n")
     report.plot(record, out.with_suffix(".png"))
     if record.curves:

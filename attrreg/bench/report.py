@@ -57,8 +57,10 @@ def markdown(record: Record) -> str:
 def _conditions(record: Record) -> str:
     plan = record.plan
     memory = " Memory is kept from step to step (`attrreg.keep_memory`)." if plan.keep_memory else ""
-    absent = {model: [name for name in plan.penalties if name not in record.costs.get(model, {})] for model in plan.models}
-    parts = [model if names == list(plan.penalties) else f"{model} ({', '.join(names)})" for model, names in absent.items() if names]
+    absent: dict[str, list[str]] = {}
+    for model, penalty in record.missing(plan):
+        absent.setdefault(model, []).append(penalty)
+    parts = [model if names == list(plan.penalties) else f"{model} ({', '.join(names)})" for model, names in absent.items()]
     missing = f" Not measured: {', '.join(parts)}." if parts else ""
     path = f" (the path method: {plan.rounds_of(INTEGRATED_GRADIENTS)[0]})" if INTEGRATED_GRADIENTS in plan.penalties else ""
     return (

@@ -13,6 +13,7 @@ from attrreg.bench.cases import Case
 from attrreg.bench.measure import Cost, costs
 from attrreg.environment import environment
 
+PARTS = ("models", "penalties", "curves", "date", "load")  # what may differ between parts of a record
 Note = Callable[[str], None]  # called after each round, with what is being measured
 
 
@@ -51,11 +52,6 @@ class Plan:
         """Of autocast."""
         return None if self.autocast is None else getattr(torch, self.autocast)
 
-    def total(self) -> int:
-        """All rounds together."""
-        each = sum(sum(self.rounds_of(penalty)) for penalty in self.penalties)
-        return len(self.models) * each + (len(CURVES) * 4 * (CURVE_ROUNDS + 1) if self.curves else 0)
-
 
 @dataclass
 class Record:
@@ -71,6 +67,35 @@ class Record:
     environment: dict[str, Any]
     costs: dict[str, dict[str, dict[str, Cost]]] = field(default_factory=dict)
     curves: dict[str, dict[str, list[tuple[int, Cost]]]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(plan: Plan) -> Record:
+        """One with nothing measured yet."""
+        return Record(plan, environment(plan.device))
+
+    def resumed(self, plan: Plan) -> Record:
+        """The same measurements, to which those of a plan can be added.
+
+        Raises:
+            ValueError: they were made in another way or elsewhere.
+        """
+        ways = [(setting.name, getattr(self.plan, setting.name), getattr(plan, setting.name)) for setting in fields(Plan)]
+        places = [(name, self.environment.get(name), value) for name, value in environment(plan.device).items()]
+        for name, old, new in ways + places:
+            if name not in PARTS and old != new:
+                raise ValueError(f"it was measured with {name} {old!r}, not {new!r}. Write to another file.")
+        penalties = tuple(name for name in strategies.PENALTIES if name in {*self.plan.penalties, *plan.penalties})
+        models = tuple(dict.fromkeys([*self.plan.models, *plan.models]))
+        whole = replace(plan, models=models, penalties=penalties, curves=self.plan.curves or plan.curves)
+        return replace(self, plan=whole)
+
+    def missing(self, plan: Plan) -> list[tuple[str, str]]:
+        """Which models and penalties of a plan are not measured yet."""
+        return [(model, penalty) for model in plan.models for penalty in plan.penalties if penalty not in self.costs.get(model, {})]
+
+    def missing_curves(self, plan: Plan) -> list[str]:
+        """Which of a plan's curves are not."""
+        return [varied for varied in CURVES if plan.curves and varied not in self.curves]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -91,49 +116,34 @@ class Record:
         return Record(Plan(**settings), data["environment"], measured, curves)
 
 
-PARTS = ("models", "penalties", "curves", "date", "load")  # what may differ between parts of a record
 CURVE_ROUNDS = 5
 CURVES: dict[str, tuple[int, ...]] = {"batch": (2, 4, 8, 16), "resolution": (32, 64, 96, 128), "steps": (1, 2, 4, 8), "terms": (1, 2, 3, 4)}
 
 
-def measure(plan: Plan, note: Note, save: Callable[[Record], None] = lambda record: None, before: Record | None = None) -> Record:
-    """Measure.
+def rounds(plan: Plan, record: Record) -> int:
+    """All rounds of what is missing together."""
+    parts = sum(sum(plan.rounds_of(penalty)) for _, penalty in record.missing(plan))
+    return parts + sum(len(CURVES[varied]) for varied in record.missing_curves(plan)) * (CURVE_ROUNDS + 1)
+
+
+def measure(plan: Plan, record: Record, note: Note, save: Callable[[Record], None] = lambda record: None) -> None:
+    """Measure what a record lacks.
 
     Args:
         plan: what.
+        record: is added to.
         note: called after each round.
         save: called after each part, so that an interrupted run leaves what it has.
-        before: what there is already, and is not measured again.
-
-    Raises:
-        ValueError: what there is was measured in another way or elsewhere.
     """
-    record = Record(plan, environment(plan.device)) if before is None else _resumed(before, plan)
-    for model in plan.models:
-        parts = record.costs.setdefault(model, {})
-        missing = [penalty for penalty in plan.penalties if penalty not in parts]
-        if missing:
+    case = None
+    for model, penalty in record.missing(plan):
+        if case is None or case.name != model:
             case = cases.build(model, plan.batch, plan.size, torch.device(plan.device), plan.dtype())
-        for penalty in missing:
-            parts[penalty] = _costs(case, penalty, plan, note)
-            save(record)
-    for varied in CURVES if plan.curves else ():
-        if varied not in record.curves:
-            record.curves[varied] = _curve(varied, plan, note)
-            save(record)
-    return record
-
-
-def _resumed(before: Record, plan: Plan) -> Record:
-    ways = [(setting.name, getattr(before.plan, setting.name), getattr(plan, setting.name)) for setting in fields(Plan)]
-    places = [(name, before.environment.get(name), value) for name, value in environment(plan.device).items()]
-    for name, old, new in ways + places:
-        if name not in PARTS and old != new:
-            raise ValueError(f"what there is was measured with {name} {old!r}, not {new!r}. Write to another file.")
-    penalties = tuple(name for name in strategies.PENALTIES if name in {*before.plan.penalties, *plan.penalties})
-    models = tuple(dict.fromkeys([*before.plan.models, *plan.models]))
-    whole = replace(plan, models=models, penalties=penalties, curves=before.plan.curves or plan.curves)
-    return Record(whole, before.environment, before.costs, before.curves)
+        record.costs.setdefault(model, {})[penalty] = _costs(case, penalty, plan, note)
+        save(record)
+    for varied in record.missing_curves(plan):
+        record.curves[varied] = _curve(varied, plan, note)
+        save(record)
 
 
 def _costs(case: Case, penalty: str, plan: Plan, note: Note) -> dict[str, Cost]:

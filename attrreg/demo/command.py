@@ -6,12 +6,9 @@ import enum
 import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    import torch
 
 NEEDED = ("matplotlib", "mlxtend", "rich")
 
@@ -44,7 +41,12 @@ def demo(
     with console.status("loading torch"):
         import torch
 
-        target = _device(device)
+        from attrreg.environment import usable
+
+        try:
+            target = usable(device)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--device") from None
         # Several threads wait for each other after every operator: 1.7 times as fast on two idle cores, but up to 50 times
         # as slow when another process uses one of them.
         torch.set_num_threads(threads)
@@ -70,15 +72,3 @@ def _check_writable(out: Path) -> None:
         raise typer.BadParameter(f"the folder {out.parent} does not exist.", param_hint="--out")
     if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
         raise typer.BadParameter(f"{out} cannot be written.", param_hint="--out")
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise typer.BadParameter(f"{name!r} cannot be used here ({reason}).", param_hint="--device") from None
-    return device

@@ -55,8 +55,7 @@ def evidence(
 
     console = Console()
     with console.status("loading torch"):
-        import torch
-
+        from attrreg.environment import usable
         from attrreg.evidence import plans, report, study
         from attrreg.evidence.ledger import Failed, Ledger, cores
         from attrreg.progress import bar
@@ -64,11 +63,10 @@ def evidence(
     try:
         own = None if folder is None else _folder(folder, splits, similar, sizes, flip, dilation)
         plan = plans.plan(data, method, own, trials, seeds, epochs, quick)
-        ledger = Ledger(out, torch.device(device), workers=cores() if jobs is None else jobs)
-        torch.zeros(1, device=device)
+        ledger = Ledger(out, usable(device), workers=cores() if jobs is None else jobs)
         if own is not None:
             own.task(0)
-    except (ValueError, RuntimeError, AssertionError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     if rerun is not None:
         _again(rerun, ledger, console)

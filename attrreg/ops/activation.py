@@ -168,8 +168,8 @@ class _SmoothGradient(Function):
     @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gy, x = ctx.saved_tensors
-        fast = fused.kernels(x, gy, v)
-        if fast is not None and ctx.needs_input_grad[1]:
+        fast = fused.kernels(x, gy, v) if ctx.needs_input_grad[1] else None
+        if fast is not None:
             return *fast.smooth(ctx.kind.kernel, v, gy, x), None
         wide = torch.promote_types(x.dtype, torch.float32)  # the powers of x that float16 holds end at 40 for the third
         for_gy, for_x = torch.empty_like(v), None

@@ -123,6 +123,11 @@ class _AttentionGradients(Function):
         return *found, d_mask, None, None, None, None
 
 
+def _as(dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """In another type, but for a mask that says yes or no."""
+    return query.to(dtype), key.to(dtype), value.to(dtype), mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -140,17 +145,14 @@ def attention(
     device, dtype = query.device.type, query.dtype
     if torch.is_autocast_enabled(device):  # as autocast does for the attention it knows
         narrow = torch.get_autocast_dtype(device)
-        query, key, value = (tensor.to(narrow) for tensor in (query, key, value))
         with torch.autocast(device, enabled=False):
-            mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.to(narrow)
-            return attention(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
+            return attention(*_as(narrow, query, key, value, attn_mask), dropout_p, is_causal, scale, enable_gqa)
     same = query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and dtype == key.dtype == value.dtype
     if not same or dropout_p or enable_gqa or not dtype.is_floating_point:
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     wide = torch.promote_types(dtype, torch.float32)
     if dtype != wide:
-        mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.to(wide)
-        return attention(query.to(wide), key.to(wide), value.to(wide), mask, 0.0, is_causal, scale).to(dtype)
+        return attention(*_as(wide, query, key, value, attn_mask), 0.0, is_causal, scale).to(dtype)
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     # Not inside: what is saved has to be what was given, or the double backward does not reach it.

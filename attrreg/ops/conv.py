@@ -291,9 +291,8 @@ def _patches(phase: Phase, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     # A matrix product: the input gradient of such a convolution, an ordinary training step's never, is slow on the CPU.
     n, channels, height, width = x.shape
     high, wide = w.shape[2:]
-    channels_last = pointwise.is_only_channels_last(x) and not (
-        x.is_cuda and x.dtype == torch.float64
-    )  # for which cuDNN has no such kernels
+    laid_out = x.device.type == "cpu" or x.dtype != torch.float64  # for which cuDNN has no kernels of this layout
+    channels_last = laid_out and pointwise.is_only_channels_last(x)
     rows, columns = height // high, width // wide
     x = x[:, :, : rows * high, : columns * wide].reshape(n, channels, rows, high, columns, wide)
     y = linear(phase, x.permute(0, 2, 4, 1, 3, 5).reshape(n, rows, columns, channels * high * wide), w.flatten(1), b)
