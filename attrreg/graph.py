@@ -31,6 +31,13 @@ def trainable_leaves(*values: Tensor) -> Iterator[Tensor]:
             yield variable
 
 
+def leads_to_ours(node: Any) -> bool:
+    """Whether a gradient at a node would only reach a tensor that we made to be differentiated; quick where it would reach more."""
+    while len(following := node.next_functions) == 1 and following[0][0] is not None:
+        ((node, _),) = following
+    return not following and hasattr(getattr(node, "variable", None), LEAF)
+
+
 def read(total: Tensor, values: Sequence[Tensor]) -> list[bool]:
     """Of each value, whether a total was computed from it."""
     found = set(nodes(total))

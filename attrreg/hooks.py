@@ -307,9 +307,10 @@ def forward(
     places: int = 1,
     rule: Rule | None = None,
     extra: bool = True,
+    map: str | None = None,
 ) -> Recording:
     """Run the model once on `x` by `run`, recording the sites. For the other arguments see `Tap`."""
-    tap = Tap(model, sites, own=True, twice=twice, moves=moves, places=places, rule=rule, extra=extra)
+    tap = Tap(model, sites, own=True, map=map, twice=twice, moves=moves, places=places, rule=rule, extra=extra)
     try:
         output = run(tap.open(x))
     finally:

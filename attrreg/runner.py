@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,19 @@ REENTRANT = (
     "The model checkpoints activations with use_reentrant=True, through which PyTorch cannot take a gradient of a gradient. "
     "Use torch.utils.checkpoint with use_reentrant=False."
 )
+
+# The layer that layer="auto" was last in a model, and for what: from there on alone, layers must be differentiable twice.
+_MAPS: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
+
+
+def known_map(call: Call, score: Score) -> str | None:
+    """The layer that `layer="auto"` was for the last call alike; None: to be found."""
+    asked, name = _MAPS.get(call.model, (None, ""))
+    return name if asked == _asked(call, score) and name in dict(call.model.named_modules()) else None
+
+
+def _asked(call: Call, score: Score) -> tuple[Any, ...]:
+    return call.x.shape[1:], call.model.training, call.output, type(score), score.site
 
 
 @dataclass
@@ -72,13 +87,14 @@ class Runner:
         moves: Mapping[str, Tensor] = MappingProxyType({}),
         places: int = 1,
         rule: Rule | None = None,
+        map: str | None = None,
     ) -> hooks.Recording:
-        """Run the model once on an image in place of `x`, recording the wanted sites. For `moves` and `rule` see `hooks.Tap`."""
+        """Run the model once on an image in place of `x`, recording the wanted sites. For the other arguments see `hooks.Tap`."""
         for counter in self._counters:
             counter.forward += 1
         with suspended(self.call.model):
             run = partial(self.call.run, as_users_forward=as_users_forward)
-            return hooks.forward(self.call.model, image, wanted, run, self.twice, moves, places, rule, extra=not as_users_forward)
+            return hooks.forward(self.call.model, image, wanted, run, self.twice, moves, places, rule, not as_users_forward, map)
 
     def backward(self, recording: hooks.Recording, score: Score, wanted: list[str], create_graph: bool) -> list[Tensor]:
         """The gradients of a score at the wanted sites, all from one backward."""
@@ -193,9 +209,11 @@ class Runner:
                     "attrreg.layers(model, x)."
                 )
         self.map, recording.values[sites.SPATIAL] = chosen
-        attachment = attached(self.call.model)
-        if decided and attachment is not None:
-            attachment.found_map(self.map)
+        if decided:
+            _MAPS[self.call.model] = _asked(self.call, score), self.map
+            attachment = attached(self.call.model)
+            if attachment is not None:
+                attachment.found_map(self.map)
 
     def at(self, recording: hooks.Recording, site: str) -> Tensor:
         """What was recorded at a site."""

@@ -26,7 +26,7 @@ from attrreg.graph import read
 from attrreg.needs import Grad, Need, Value
 from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
 from attrreg.recompute import Gradients, along
-from attrreg.runner import Passes, Runner
+from attrreg.runner import Passes, Runner, known_map
 from attrreg.scores import Score
 from attrreg.state import Buffers, Rng, isolated
 
@@ -187,9 +187,12 @@ class Trace:
         # The images themselves need no pass. One that was recorded is taken all the same: others replay its draws.
         needed = as_users_forward or any(wanted.values()) or bool(wanted.keys() - {sites.INPUT})
         if recording is None and needed:
-            with isolated(call.model, device=call.x.device) as buffers:
-                recording = self._runner.forward(call.x, wanted, as_users_forward)
-                after = Rng.of(call.x.device)
+            for known in dict.fromkeys((self._known_map(), None)):
+                with isolated(call.model, device=call.x.device) as buffers:
+                    recording = self._runner.forward(call.x, wanted, as_users_forward, map=known)
+                    after = Rng.of(call.x.device)
+                if known is None or sites.SPATIAL in recording.values:  # else this pass went another way through the model
+                    break
             if as_users_forward:
                 self._own_forward = buffers
                 after.restore()
@@ -197,6 +200,11 @@ class Trace:
             self._recordings[CLEAN] = recording
             if sites.SPATIAL in recording.values:
                 self._runner.map = recording.maps[-1][0]
+
+    def _known_map(self) -> str | None:
+        asked = (need.score for need in self._needs if isinstance(need, Grad) and need.site == sites.SPATIAL and need.at == CLEAN)
+        score = next(asked, None)
+        return None if score is None else known_map(self.call, score.resolve(self.call.target, self.call.shown))
 
     def _points(self) -> list[Point]:
         return list(dict.fromkeys(need.at for need in self._needs))

@@ -224,6 +224,17 @@ def test_wide_convolutions_of_one_pixel(side: int, channels: int, bias: bool, st
     check_convolution(F.conv2d, (x, w, b if bias else None), {"stride": stride})
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0, -3.0, 5.0, 100.0, 1e4])
+@pytest.mark.parametrize("deviation", [0.0, 1e-3, 1.0])
+def test_batch_norm_is_as_precise_as_pytorchs_where_means_are_far(offset: float, deviation: float) -> None:
+    x = torch.randn(16, 5, 20, 30).mul_(deviation).add_(torch.linspace(0, 1, 5).view(-1, 1, 1) * offset)
+    settings: dict[str, Any] = {"running_mean": None, "running_var": None, "training": True, "eps": 1e-12}
+    want, theirs = F.batch_norm(x.double(), **settings), F.batch_norm(x, **settings)
+    with twice_differentiable(Phase()):
+        ours = F.batch_norm(x, **settings)
+    assert float((ours - want).norm()) <= 2 * float((theirs - want).norm()) + 2e-6 * float(want.norm())
+
+
 def test_a_gradient_of_the_input_alone_does_no_work_for_the_weights() -> None:
     x, w = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(4, 1, 3, 3, requires_grad=True)
     phase = Phase()
@@ -268,6 +279,10 @@ LAYERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "batch norm of small planes": (
         lambda x, w, b: F.batch_norm(x, MEAN.to(x.dtype, copy=True), VARIANCE.to(x.dtype, copy=True), w, b, training=True),
         [(128, 6, 2, 3), (6,), (6,)],
+    ),
+    "batch norm of many values": (
+        lambda x, w, b: F.batch_norm(x, MEAN.to(x.dtype, copy=True), VARIANCE.to(x.dtype, copy=True), w, b, training=True),
+        [(16, 6, 19, 23), (6,), (6,)],
     ),
     "batch norm of vectors": (lambda x, w: F.batch_norm(x, None, None, w, training=True, eps=0.1), [(7, 6), (6,)]),
     "batch norm of volumes": (lambda x, w: F.batch_norm(x, None, None, w, training=True), [(2, 6, 2, 3, 2), (6,)]),
@@ -331,8 +346,9 @@ def test_layers_equal_pytorchs_double_backward(name: str, dtype: torch.dtype, to
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.detach().abs().max()))
 
 
-def test_batch_norm_moves_its_statistics_as_pytorchs() -> None:
-    x, found = torch.randn(4, 6, 3, 3), []
+@pytest.mark.parametrize("shape", [(4, 6, 3, 3), (16, 6, 24, 24)])
+def test_batch_norm_moves_its_statistics_as_pytorchs(shape: tuple[int, ...]) -> None:
+    x, found = torch.randn(shape), []
     for context in (nullcontext(), twice_differentiable(Phase())):
         layer = torch.nn.BatchNorm2d(6, momentum=0.3)
         with context:

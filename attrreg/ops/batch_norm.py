@@ -1,7 +1,7 @@
 """Batch normalisation, with the second derivative of `attrreg.ops.norm` and around PyTorch's slow kernels.
 
-On the CPU, PyTorch's backward takes planes of fewer values than a vector register holds value by value, ten times slower than a pass
-over memory. Here that is done by operations on whole rows.
+On the CPU, PyTorch takes the statistics of contiguous planes value by value, five times as long as it sums their gradients; and the
+gradients of planes of fewer values than a vector register holds, which it sums fast where channels come last.
 """
 
 from __future__ import annotations
@@ -17,54 +17,67 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from attrreg.ops import fused
-from attrreg.ops.channels import Channels
+from attrreg.ops.channels import affine
 from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
 
+FEW = 8  # positions of a plane, from which on PyTorch's backward is vectorised
+MANY = 2**12  # values, from which on it is worth two copies to go around that
+WORTH = 2**15  # values, from which on statistics are worth two operations more
+FAR = 16.0  # squared mean over variance, up to which a difference of sums is a variance of full precision
+
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """How a tensor was normalised.
+    """How a tensor `(N, C, ...)` was normalised.
 
     Attributes:
-        channels: its layout.
+        count: of the values of a channel.
+        few: planes are so small, and so many, that its gradients are taken with channels last.
         eps: as in `F.batch_norm`.
         index: which of PyTorch's kernels it chose, its own or on CUDA that of cuDNN, and `reserve` what that one keeps for its backward.
     """
 
-    channels: Channels
+    count: int
+    few: bool
     eps: float
     index: int
     reserve: Tensor
 
+    def laid(self, x: Tensor) -> Tensor:
+        """As its gradients are taken, `(N, C, H, W)` where these are few."""
+        return x.reshape(*x.shape[:2], -1, 1).contiguous(memory_format=torch.channels_last) if self.few else x
 
-def _product(channels: Channels, u: Tensor, x: Tensor, mu: Tensor, r: Tensor) -> Tensor:
-    """r sum(u (x - mu)), one value a channel."""
-    if channels.few:
-        return channels.total((channels.flat(x) - channels.row(mu)).mul_(channels.flat(u))).mul_(r)
-    # What the kernel sums for a tensor with this mean and this deviation. CUDA's reads the type of a weight, here of r.
-    product: Tensor = aten.native_batch_norm_backward(u, x, r, None, None, mu, r, True, 0.0, [False, True, False])[1]
-    return product
+    def back(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """What was laid so, as the tensor is. No view: a layer may go on to work in place, which on views is slow or refused."""
+        if not self.few:
+            return x
+        result: Tensor = aten._unsafe_view(x.contiguous(), shape)
+        return result
 
-
-def _first_order(
-    kernel: Kernel, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, mask: Sequence[bool] = (True, True, True)
-) -> tuple[Tensor, Tensor, Tensor]:
-    """g r P(gy), sum(gy xhat) and sum(gy), which PyTorch's kernel sums on its way. It leaves out what is masked."""
-    channels = kernel.channels
-    if not channels.few:
+    def first_order(
+        self, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, mask: Sequence[bool] = (True, True, True)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """g r P(gy), sum(gy xhat) and sum(gy), which PyTorch's kernel sums on its way. It leaves out what is masked."""
         gradients: tuple[Tensor, Tensor, Tensor]
-        gradients = aten._batch_norm_impl_index_backward(kernel.index, x, gy, g, None, None, mu, r, True, kernel.eps, mask, kernel.reserve)
+        gradients = aten._batch_norm_impl_index_backward(self.index, x, gy, g, None, None, mu, r, True, self.eps, mask, self.reserve)
         return gradients
-    rows, centred = channels.flat(gy), channels.flat(x) - channels.row(mu)
-    product = centred * rows
-    gy_xhat, gy_sum = channels.total(product) * r, channels.total(rows)
-    scale = g * r
-    # The product's memory becomes the gradient's.
-    torch.addcmul(channels.row(scale * gy_sum / -channels.count), rows, channels.row(scale), out=product)
-    gx = product.addcmul_(centred, channels.row(scale * r * gy_xhat / -channels.count))
-    return channels.unflat(gx), gy_xhat, gy_sum
+
+
+def _contiguous(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous() and x.dim() > 2
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and biased variance of each channel; None: leave them to PyTorch's kernel."""
+    if x.numel() < WORTH or x.shape[2:].numel() < FEW or not _contiguous(x):
+        return None
+    mu = x.mean((0, *range(2, x.dim())))
+    # sum(x (x - mu)), which the kernel sums for a tensor x with a mean mu and a deviation of 1.
+    moment = aten.native_batch_norm_backward(x, x, None, None, None, mu, torch.ones_like(mu), True, 0.0, [False, True, False])[1]
+    var = moment.div_(x.numel() // x.shape[1])
+    return None if bool((mu.square() > FAR * var).any()) else (mu, var)
 
 
 class _BatchNorm(Function):
@@ -74,33 +87,44 @@ class _BatchNorm(Function):
     def forward(
         ctx: Any, x: Tensor, g: Tensor, b: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float, eps: float, phase: Phase
     ) -> Tensor:
-        y, mu, r, reserve, index = aten._batch_norm_impl_index(x, g, b, mean, var, True, momentum, eps, torch.backends.cudnn.enabled)
+        count = x.numel() // x.shape[1]
+        found = _statistics(x)
+        if found is None:
+            y, mu, r, reserve, index = aten._batch_norm_impl_index(x, g, b, mean, var, True, momentum, eps, torch.backends.cudnn.enabled)
+        else:
+            (mu, batch), index, reserve = found, 0, x.new_empty(0, dtype=torch.uint8)
+            y, r = aten.native_batch_norm(x, g, b, mu, batch, False, 0.0, eps)[0], (batch + eps).rsqrt_()
+            if mean is not None and var is not None:
+                mean.lerp_(mu, momentum)
+                var.lerp_(batch.mul_(count / (count - 1)), momentum)
         ctx.save_for_backward(x, g, mu, r)
-        ctx.kernel, ctx.phase = Kernel(Channels.of(x), eps, index, reserve), phase
+        few = count // x.shape[0] < FEW and x.numel() >= MANY and _contiguous(x) and count > x.shape[0]
+        ctx.kernel, ctx.phase = Kernel(count, few, eps, index, reserve), phase
         result: Tensor = y
         return result
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, g, mu, r = ctx.saved_tensors
-        mask = wanted(ctx, 3)
+        kernel, mask = ctx.kernel, wanted(ctx, 3)
         if not torch.is_grad_enabled():
-            gradients = _first_order(ctx.kernel, gy, x, g, mu, r, mask)
-            return *(gradient if asked else None for gradient, asked in zip(gradients, mask, strict=True)), *[None] * 5
+            gx, gg, gb = kernel.first_order(kernel.laid(gy), kernel.laid(x), g, mu, r, mask)
+            return kernel.back(gx, x.shape) if mask[0] else None, gg if mask[1] else None, gb if mask[2] else None, *[None] * 5
         axes = [0, *range(2, x.dim())]
-        gx = _InputGradient.apply(gy, x, g, mu, r, ctx.kernel) if mask[0] else None
+        gx = _InputGradient.apply(gy, x, g, mu, r, kernel) if mask[0] else None
         gg = None
         if mask[1]:  # not in an attribution; by operations that can be differentiated, mean and variance included
             wide = x.to(g.dtype)
             var, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
-            gg = (gy * (wide - mean) * (var + ctx.kernel.eps).rsqrt()).sum(axes)
+            gg = (gy * (wide - mean) * (var + kernel.eps).rsqrt()).sum(axes)
         return gx, gg, gy.sum(axes) if mask[2] else None, *[None] * 5
 
 
 class _InputGradient(Function):
     @staticmethod
     def forward(ctx: Any, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, kernel: Kernel) -> Tensor:
-        gx, gy_xhat, gy_sum = _first_order(kernel, gy, x, g, mu, r)
+        gx, gy_xhat, gy_sum = kernel.first_order(kernel.laid(gy), kernel.laid(x), g, mu, r)
+        gx = kernel.back(gx, x.shape)
         ctx.save_for_backward(gy, x, g, mu, r, gx, gy_xhat, gy_sum)
         ctx.kernel = kernel
         return gx
@@ -109,23 +133,24 @@ class _InputGradient(Function):
     @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gy, x, g, mu, r, gx, gy_xhat, gy_sum = ctx.saved_tensors
-        channels = ctx.kernel.channels
-        for_gy, v_xhat, _ = _first_order(ctx.kernel, v, x, g, mu, r)
-        v_gy = _product(channels, v, gy, gy_sum / channels.count, r)  # r sum(v (gy - mean(gy)))
-        for_g = torch.addcmul(v_gy, v_xhat, gy_xhat * r, value=-1 / channels.count)
+        kernel, shape = ctx.kernel, x.shape
+        gy, x, gx, v = (kernel.laid(each) for each in (gy, x, gx, v))
+        for_gy, v_xhat, _ = kernel.first_order(v, x, g, mu, r)
+        # r sum(v (gy - mean(gy))): what the kernel sums for a tensor with this mean and this deviation. CUDA's reads the type of r.
+        v_gy = aten.native_batch_norm_backward(v, gy, r, None, None, gy_sum / kernel.count, r, True, 0.0, [False, True, False])[1]
+        for_g = torch.addcmul(v_gy, v_xhat, gy_xhat * r, value=-1 / kernel.count)
         fast = fused.kernels(x, for_gy, gx)
         if fast is not None:
             return for_gy, fast.planes(x, for_gy, gx, mu, r, g, v_xhat, gy_xhat, for_g), for_g, None, None, None
-        q = r / -channels.count
+        q = r / -kernel.count
         slope = q * r * g * for_g
-        if channels.few:
-            for_x = (channels.flat(x) - channels.row(mu)).mul_(channels.row(slope))
-        elif x.dtype == mu.dtype:  # of the operators that could compute k (x - mu), the one in a single vectorised pass
+        along = (1, -1, *[1] * (x.dim() - 2))
+        if x.dtype == mu.dtype:  # of the operators that could compute k (x - mu), the one in a single vectorised pass
             for_x = torch.native_batch_norm(x, slope, None, mu, torch.ones_like(r), False, 0.0, 0.0)[0]
         else:
-            for_x = (x - channels.along(mu)).mul_(channels.along(slope))
-        for_x.addcmul_(channels.flat(for_gy), channels.along(q * gy_xhat)).addcmul_(channels.flat(gx), channels.along(q * v_xhat))
-        return for_gy, channels.unflat(for_x).to(x.dtype), for_g, None, None, None
+            for_x = (x - mu.view(along)).mul_(slope.view(along))
+        for_x.addcmul_(for_gy, (q * gy_xhat).view(along)).addcmul_(gx, (q * v_xhat).view(along))
+        return kernel.back(for_gy, shape), kernel.back(for_x, shape).to(x.dtype), for_g, None, None, None
 
 
 def batch_norm(
@@ -175,4 +200,4 @@ def _batch_norm(
         return result
     assert running_mean is not None and running_var is not None
     scale = g * (running_var + eps).rsqrt()
-    return Channels.of(input).affine(input, scale, b - running_mean * scale).to(input.dtype)
+    return affine(input, scale, b - running_mean * scale).to(input.dtype)

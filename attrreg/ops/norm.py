@@ -24,7 +24,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from attrreg.ops import fused
-from attrreg.ops.channels import Channels
+from attrreg.ops.channels import affine
 from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
@@ -120,7 +120,7 @@ def group_norm(
     y = layer_norm(phase, grouped, grouped.shape[-1:], None, None, eps).reshape(input.shape)
     if weight is None:
         return y
-    return Channels.of(y).affine(y, weight, bias if bias is not None else torch.zeros_like(weight))
+    return affine(y, weight, bias if bias is not None else torch.zeros_like(weight))
 
 
 class _RMSNorm(Function):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from attrreg.graph import leads_to_ours
 from attrreg.ops.draws import Draws
 
 
@@ -45,12 +46,14 @@ class Phase:
 
 def wanted(ctx: Any, count: int) -> list[bool]:
     """Which gradients of its first inputs the running backward asks a function for."""
-    nodes = ctx.next_functions  # a bias that is None has no entry, and needs none
-    return [needed and _executes(nodes[index][0], index, ctx.phase) for index, needed in enumerate(ctx.needs_input_grad[:count])]
+    nodes, phase = ctx.next_functions, ctx.phase  # a bias that is None has no entry, and needs none
+    return [needed and _executes(nodes[index][0], index, phase) for index, needed in enumerate(ctx.needs_input_grad[:count])]
 
 
 def _executes(node: Any, index: int, phase: Phase) -> bool:
     try:
-        return torch._C._will_engine_execute_node(node)
+        executes: bool = torch._C._will_engine_execute_node(node)
     except RuntimeError:  # a leaf under autograd.grad, of which PyTorch will not tell
         return index == 0 or not phase.inner
+    # A plain step has no gradient of the images either.
+    return executes and (phase.inner or index > 0 or not leads_to_ours(node))
