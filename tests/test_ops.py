@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attrreg.ops import Phase, strided, twice_differentiable
@@ -222,6 +223,13 @@ def test_wide_convolutions_of_one_pixel(side: int, channels: int, bias: bool, st
     x = torch.randn(3, channels, side, side, dtype=torch.float64).to(memory_format=format)
     w, b = torch.randn(96, channels, 1, 1, dtype=torch.float64) / channels, torch.randn(96, dtype=torch.float64)
     check_convolution(F.conv2d, (x, w, b if bias else None), {"stride": stride})
+
+
+@pytest.mark.cpu
+def test_batch_norm_of_tensors_without_values() -> None:
+    with FakeTensorMode(), twice_differentiable(Phase()):
+        y = F.batch_norm(torch.empty(16, 6, 24, 24, requires_grad=True), None, None, training=True)
+    assert y.shape == (16, 6, 24, 24)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0, -3.0, 5.0, 100.0, 1e4])

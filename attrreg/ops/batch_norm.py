@@ -66,7 +66,9 @@ class Kernel:
 
 
 def _contiguous(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous() and x.dim() > 2
+    """Whether a tensor is of planes as PyTorch's slow kernels are for, and has values that can be asked for."""
+    planes = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous() and x.dim() > 2
+    return planes and type(x) is Tensor
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor] | None:
