@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def known_map(call: Call, score: Score) -> str | None:
 
 
 def _asked(call: Call, score: Score) -> tuple[Any, ...]:
-    return call.x.shape[1:], call.model.training, call.output, type(score), score.site
+    return call.x.shape[1:], call.model.training, call.output, ref(type(score)), score.site
 
 
 @dataclass
@@ -209,11 +209,13 @@ class Runner:
                     "attrreg.layers(model, x)."
                 )
         self.map, recording.values[sites.SPATIAL] = chosen
-        if decided:
+        if not decided:
+            return
+        if not callable(self.call.output):  # which may hold the model, and keep it for ever
             _MAPS[self.call.model] = _asked(self.call, score), self.map
-            attachment = attached(self.call.model)
-            if attachment is not None:
-                attachment.found_map(self.map)
+        attachment = attached(self.call.model)
+        if attachment is not None:
+            attachment.found_map(self.map)
 
     def at(self, recording: hooks.Recording, site: str) -> Tensor:
         """What was recorded at a site."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -178,6 +180,20 @@ def test_the_automatic_layer_is_found_anew_where_another_is_right(change: Callab
     want = attrreg.GradCAM()(fresh, x, mask, target)
     torch.testing.assert_close(value, want, rtol=1e-13, atol=0)
     assert_close(gradients(model, value), gradients(fresh, want), 1e-12)
+
+
+def test_a_remembered_layer_keeps_no_model() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+
+    class Own(scores.TargetLogit):
+        owner = model
+
+    attrreg.GradCAM(score=Own())(model, x, mask, target)
+    attrreg.GradCAM()(model, x, mask, target, output=partial(lambda model, output: output, model))
+    watched = weakref.ref(model)
+    del model, Own
+    gc.collect()
+    assert watched() is None
 
 
 def test_the_automatic_layer_is_found_anew_where_it_was_replaced() -> None:

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from attrreg.ops import fused
-from attrreg.ops.channels import affine
+from attrreg.ops.channels import affine, planes
 from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
@@ -65,15 +65,9 @@ class Kernel:
         return gradients
 
 
-def _contiguous(x: Tensor) -> bool:
-    """Whether a tensor is of planes as PyTorch's slow kernels are for, and has values that can be asked for."""
-    planes = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous() and x.dim() > 2
-    return planes and type(x) is Tensor
-
-
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor] | None:
     """Mean and biased variance of each channel; None: leave them to PyTorch's kernel."""
-    if x.numel() < WORTH or x.shape[2:].numel() < FEW or not _contiguous(x):
+    if x.numel() < WORTH or x.shape[2:].numel() < FEW or not planes(x) or type(x) is not Tensor:  # others may have no values to ask for
         return None
     mu = x.mean((0, *range(2, x.dim())))
     # sum(x (x - mu)), which the kernel sums for a tensor x with a mean mu and a deviation of 1.
@@ -100,7 +94,7 @@ class _BatchNorm(Function):
                 mean.lerp_(mu, momentum)
                 var.lerp_(batch.mul_(count / (count - 1)), momentum)
         ctx.save_for_backward(x, g, mu, r)
-        few = count // x.shape[0] < FEW and x.numel() >= MANY and _contiguous(x) and count > x.shape[0]
+        few = x.shape[2:].numel() < FEW and x.numel() >= MANY and planes(x)
         ctx.kernel, ctx.phase = Kernel(count, few, eps, index, reserve), phase
         result: Tensor = y
         return result

@@ -1,4 +1,4 @@
-"""A scale and a shift a channel, fast."""
+"""Planes, and a scale and a shift a channel, fast."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import torch
 from torch import Tensor
 
 
+def planes(x: Tensor) -> bool:
+    """Whether values of `(N, C, ...)` lie in planes that PyTorch's CPU kernels take one by one."""
+    contiguous = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous()
+    return contiguous and x.shape[2:].numel() > 1
+
+
 def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x scale + shift, of `(N, C, ...)` and `(C,)`."""
-    positions = x.shape[2:].numel()
-    if not (x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous() and positions > 1 and x.numel()):
+    if not planes(x) or not x.numel():
         along = (1, -1, *[1] * (x.dim() - 2))
         return torch.addcmul(shift.view(along), x, scale.view(along))
     # With all values of an image in one row, and a channel's value repeated for its positions, one vectorised loop runs over them.
-    scale, shift = (values.view(-1, 1).expand(-1, positions).reshape(-1) for values in (scale, shift))
+    scale, shift = (values.view(-1, 1).expand(-1, x.shape[2:].numel()).reshape(-1) for values in (scale, shift))
     # Not as a view of rows: a layer may go on to work in place, which on views is slow or refused.
     result: Tensor = torch.ops.aten._unsafe_view(torch.addcmul(shift, x.view(x.shape[0], -1), scale), x.shape)
     return result
