@@ -185,6 +185,19 @@ def test_nothing_is_saved_that_no_derivative_needs() -> None:
         assert [tensor is not None for tensor in node.next_functions[0][0].saved_tensors] == saved
 
 
+@needs_onednn
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_gradients_of_both_orders_are_stored_as_the_weight_is(by_columns: bool) -> None:
+    x, w = torch.randn(4, 8, requires_grad=True), (torch.randn(8, 6).t() if by_columns else torch.randn(6, 8)).requires_grad_()
+    with always_onednn() as calls, twice_differentiable(Phase()):
+        y = F.linear(x * 1, w)
+        (gradient,) = torch.autograd.grad(y.tanh().sum(), x, create_graph=True)
+        (first,) = torch.autograd.grad(y.sum(), w, retain_graph=True)
+        (both,) = torch.autograd.grad(gradient.square().sum() + y.sum(), w)
+    assert len(calls) >= 5
+    assert first.stride() == both.stride() == w.stride()
+
+
 def test_models_that_use_torch_func_inside() -> None:
     class Ensemble(nn.Module):
         def __init__(self) -> None:

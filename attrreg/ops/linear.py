@@ -69,6 +69,7 @@ class _Product(Function):
         # As PyTorch's own: what no derivative needs may be freed or changed.
         ctx.save_for_backward(a if ctx.needs_input_grad[1] else None, b if ctx.needs_input_grad[0] else None)
         ctx.phase = phase
+        ctx.by_columns = b.stride(0) == 1 and b.stride(1) > 1
         return product(a, b, shift)
 
     @staticmethod
@@ -80,7 +81,10 @@ class _Product(Function):
         if for_a:
             ga = _Product.apply(g, b.t(), None, ctx.phase) if again else product(g, b.t())
         if for_b:
-            gb = _Product.apply(g.t(), a.t(), None, ctx.phase) if again else product(g.t(), a.t())
+            # Stored as b is: weights sum their gradients of both orders, which is slow where these are stored differently.
+            first, second = (a, g) if ctx.by_columns else (g, a)
+            gb = _Product.apply(first.t(), second.t(), None, ctx.phase) if again else product(first.t(), second.t())
+            gb = gb.t() if ctx.by_columns else gb
         return ga, gb, g.sum(0) if for_shift else None, None
 
 
