@@ -61,31 +61,45 @@ def _suited(tensor: Tensor) -> bool:
     return kind and ONEDNN is not None and bool(torch.backends.mkldnn.enabled)
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _multiplied(a: Tensor, b: Tensor, shift: Tensor | None, across: bool) -> Tensor:
+    y = product(_rows(a), b.t() if across else b, shift)
+    result: Tensor = y if a.dim() == 2 else aten._unsafe_view(y, (*a.shape[:-1], y.shape[1]))
+    return result
+
+
 class _Product(Function):
-    """a b^T + shift, whose derivatives are products again."""
+    """a b^T + shift, or where it goes `across`, a b + shift, of `(..., inner)` and a matrix; its derivatives are products again.
+
+    Reshaped and transposed inside: PyTorch sums gradients of the same tensor in place where they are no views.
+    """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, shift: Tensor | None, phase: Phase) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, shift: Tensor | None, across: bool, phase: Phase) -> Tensor:
         # As PyTorch's own: what no derivative needs may be freed or changed.
         ctx.save_for_backward(a if ctx.needs_input_grad[1] else None, b if ctx.needs_input_grad[0] else None)
-        ctx.phase = phase
-        ctx.by_columns = b.stride(0) == 1 and b.stride(1) > 1
-        return product(a, b, shift)
+        ctx.across, ctx.phase = across, phase
+        return _multiplied(a, b, shift, across)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
         for_a, for_b, for_shift = wanted(ctx, 3)
-        again = torch.is_grad_enabled()
-        ga = gb = None
-        if for_a:
-            ga = _Product.apply(g, b.t(), None, ctx.phase) if again else product(g, b.t())
-        if for_b:
-            # Stored as b is: weights sum their gradients of both orders, which is slow where these are stored differently.
-            first, second = (a, g) if ctx.by_columns else (g, a)
-            gb = _Product.apply(first.t(), second.t(), None, ctx.phase) if again else product(first.t(), second.t())
-            gb = gb.t() if ctx.by_columns else gb
-        return ga, gb, g.sum(0) if for_shift else None, None
+
+        def multiply(left: Tensor, right: Tensor, across: bool) -> Tensor:
+            again = torch.is_grad_enabled()
+            result: Tensor = _Product.apply(left, right, None, across, ctx.phase) if again else _multiplied(left, right, None, across)
+            return result
+
+        ga = multiply(g, b, not ctx.across) if for_a else None
+        gb = None
+        if for_b:  # laid out as b is
+            left, right = (_rows(a), _rows(g)) if ctx.across else (_rows(g), _rows(a))
+            gb = multiply(left.t(), right.t(), False)
+        return ga, gb, _rows(g).sum(0) if for_shift else None, None, None
 
 
 def linear(phase: Phase, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -95,7 +109,5 @@ def linear(phase: Phase, input: Tensor, weight: Tensor, bias: Tensor | None = No
         return F.linear(input, weight, bias)
     if bias is not None and not (_suited(bias) and bias.shape == weight.shape[:1]):
         return F.linear(input, weight, bias)
-    y = _Product.apply(input.reshape(-1, weight.shape[1]), weight, bias, phase)
-    # Not as a view: a layer may go on to work in place, which on views is slow or refused.
-    result: Tensor = aten._unsafe_view(y, (*input.shape[:-1], weight.shape[0]))
+    result: Tensor = _Product.apply(input.contiguous(), weight, bias, False, phase)  # so that nothing copies it again
     return result
