@@ -61,12 +61,9 @@ def _suited(tensor: Tensor) -> bool:
     return kind and ONEDNN is not None and bool(torch.backends.mkldnn.enabled)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
-
-
 def _multiplied(a: Tensor, b: Tensor, shift: Tensor | None, across: bool) -> Tensor:
-    y = product(_rows(a), b.t() if across else b, shift)
+    """What `_Product` gives. No view: a layer may go on to work in place, which on views is slow or refused."""
+    y = product(a.flatten(0, -2), b.t() if across else b, shift)
     result: Tensor = y if a.dim() == 2 else aten._unsafe_view(y, (*a.shape[:-1], y.shape[1]))
     return result
 
@@ -88,18 +85,19 @@ class _Product(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
         for_a, for_b, for_shift = wanted(ctx, 3)
+        again = torch.is_grad_enabled()
 
         def multiply(left: Tensor, right: Tensor, across: bool) -> Tensor:
-            again = torch.is_grad_enabled()
             result: Tensor = _Product.apply(left, right, None, across, ctx.phase) if again else _multiplied(left, right, None, across)
             return result
 
+        g = g.contiguous()  # so that what reads it does not copy it each time
         ga = multiply(g, b, not ctx.across) if for_a else None
-        gb = None
+        gb, rows = None, g.flatten(0, -2)
         if for_b:  # laid out as b is
-            left, right = (_rows(a), _rows(g)) if ctx.across else (_rows(g), _rows(a))
+            left, right = (a.flatten(0, -2), rows) if ctx.across else (rows, a.flatten(0, -2))
             gb = multiply(left.t(), right.t(), False)
-        return ga, gb, _rows(g).sum(0) if for_shift else None, None, None
+        return ga, gb, rows.sum(0) if for_shift else None, None, None
 
 
 def linear(phase: Phase, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
