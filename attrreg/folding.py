@@ -21,9 +21,6 @@ from attrreg.scores import Score
 from attrreg.state import Rng, isolated
 from attrreg.walk import modes, modules
 
-# Values in one pass's images. Small passes leave a machine idle between operators; in larger ones there is nothing left to gain.
-BUDGET = 2**21
-
 # Models in which a pass turned out not to be shareable, in these modes: not to be tried in vain at every step.
 _REFUSED: WeakKeyDictionary[nn.Module, list[bool]] = WeakKeyDictionary()
 
@@ -59,7 +56,8 @@ class PathGradients:
         """How many of the places that are left may come as one batch: as many in each, rather than a small rest."""
         if not self._separable:
             return 1
-        batches = math.ceil(pending / max(1, BUDGET // self._runner.call.x.numel()))
+        x = self._runner.call.x
+        batches = math.ceil(pending / max(1, budget(x.device) // x.numel()))
         return math.ceil(pending / batches)
 
     def __call__(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]]:
@@ -103,6 +101,11 @@ class PathGradients:
                 self._once = Rng.of(images.device), recording.draws.shapes
         state, shapes = self._once
         return draws.state.same(state) and draws.shapes == shapes
+
+
+def budget(device: torch.device) -> int:
+    """Values in one pass's images. Small passes leave a machine idle between operators; in larger ones there is nothing left to gain."""
+    return 2**21 if device.type == "cpu" else 2**25  # what others compute in the time that Python takes to start an operator
 
 
 def _separable(model: nn.Module, ours: bool) -> bool:

@@ -131,7 +131,7 @@ class Tap:
     def open(self, x: Tensor) -> Tensor:
         """Put the hooks in place, for a forward on `x`; returns the tensor to call the model with."""
         self._x, self._version, self._rng, self._half = x, x._version, Rng.of(x.device), _in_half(x)
-        places = self._phase.places
+        places, self._phase.rows = self._phase.places, x.shape[0]
         self._phase.draws = Draws(x.shape[0] // places, places, self._rng)
         try:
             self._register()

@@ -35,6 +35,24 @@ class Mixed(nn.Module):
         return logits
 
 
+class Tokens(nn.Module):
+    """Batch normalisation of tokens, the rows of all images together; `first`: those of all images at a place side by side."""
+
+    def __init__(self, size: int = 8, first: bool = False) -> None:
+        super().__init__()
+        self.first = first
+        self.patches, self.project, self.norm = nn.Conv2d(2, 4, size, stride=size), nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.mix, self.head = nn.Conv1d(4, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2)
+        tokens = self.project(tokens.permute(2, 0, 1) if self.first else tokens.mT)
+        tokens = self.norm(tokens.flatten(0, 1)).reshape_as(tokens)
+        tokens = tokens.permute(1, 2, 0) if self.first else tokens.mT
+        logits: Tensor = self.head(F.silu(self.mix(F.silu(tokens))).mean(2))
+        return logits
+
+
 class Dropped(nn.Module):
     """Something that draws, on features `(N, 4, 32, 32)`."""
 
@@ -106,6 +124,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "dropout in checkpoints": (lambda: Dropped(_checkpointed_dropout), False),
     "dropout and batch norm": (lambda: SmoothNet(norm=True, dropout=0.5), True),
     "batch norm of other rows": (Mixed, False),
+    "batch norm of tokens": (Tokens, True),
+    "batch norm of tokens, these before the batch": (lambda: Tokens(first=True), False),
     "a norm of its own": (Custom, False),
     "evonorm": (evolved, False),
 }
@@ -134,11 +154,24 @@ def test_places_in_one_batch_equal_places_alone(name: str, kind: str, monkeypatc
     torch.manual_seed(0)
     model = build().double()
     value, found, counted = results(model, REGULARIZERS[kind])
-    monkeypatch.setattr(folding, "BUDGET", 1)
+    monkeypatch.setattr(folding, "budget", lambda device: 1)
     alone, want, counted_alone = results(model, REGULARIZERS[kind])
     torch.testing.assert_close(value, alone, rtol=1e-12, atol=0)
     assert_close(found, want, 1e-10)
     assert (counted.forward < counted_alone.forward) == shares
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_as_many_tokens_as_images_at_all_places(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Tokens(size=8, first=first).double()  # 16 tokens, 4 images at 4 places
+    x, mask, target = batch(4, channels=2, size=32, classes=3)
+    regularizer, found = attrreg.IntegratedGradients(steps=4, chunk=None), []
+    for _ in range(2):
+        with passes() as counted:
+            found.append(regularizer(model, x.double(), mask, target))
+        assert counted.forward > 1  # which axis is the batch is not known
+        monkeypatch.setattr(folding, "budget", lambda device: 1)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
 
 class DropConnect(nn.Module):
@@ -171,7 +204,7 @@ def test_shapes_that_are_mistaken_for_a_batch(build: Callable[[], nn.Module], mo
     assert counted == Passes(1 + 1 + 4, 4)  # thrown away, a forward to compare with, each place alone
     _, _, again = results(model, regularizer)
     assert again == Passes(4, 4)  # it is remembered
-    monkeypatch.setattr(folding, "BUDGET", 1)
+    monkeypatch.setattr(folding, "budget", lambda device: 1)
     alone, want, _ = results(model, regularizer)
     torch.testing.assert_close(value, alone, rtol=1e-12, atol=0)
     assert_close(found, want, 1e-10)
@@ -196,7 +229,7 @@ def test_maps_in_one_batch() -> None:
 
 def test_a_pass_holds_no_more_than_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     x, mask, target = batch(2, channels=2, size=8, classes=3)
-    monkeypatch.setattr(folding, "BUDGET", 3 * x.numel())
+    monkeypatch.setattr(folding, "budget", lambda device: 3 * x.numel())
     with passes() as counted:
         attrreg.IntegratedGradients(steps=8, chunk=None)(SmoothNet(), x, mask, target)
     assert counted == Passes(3, 3)  # 3 + 3 + 2

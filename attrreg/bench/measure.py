@@ -1,4 +1,4 @@
-"""How it is measured: time by interleaved rounds and paired ratios, memory and operations in passes of their own.
+"""How it is measured: time by interleaved rounds and paired ratios, memory and operations in a pass of their own.
 
 Shared machines are slow by turns, so a time means little and the ratio of two times of the same round means much. A round lies between two
 plain steps, and what is slow for a part of it shows in one of them.
@@ -85,8 +85,7 @@ def costs(steps: Mapping[str, Step], plain: str, rounds: int, warmup: int, note:
             for name, seconds in taken.items():
                 times[name].append(seconds)
         note()
-    memory = {name: peak(step) for name, step in steps.items()}
-    operations = {name: _operations(step) for name, step in steps.items()}
+    weighed = {name: _weighed(step) for name, step in steps.items()}
     result = {}
     for name in steps:
         ratios = [1.0 if name == plain else own / base for own, base in zip(times[name], bases, strict=True)]
@@ -97,9 +96,9 @@ def costs(steps: Mapping[str, Step], plain: str, rounds: int, warmup: int, note:
             high=high,
             seconds=statistics.median(times[name]),
             fastest=min(times[name]),
-            memory=memory[name] / memory[plain],
-            bytes=memory[name],
-            operations=operations[name] / operations[plain] if operations[plain] else math.nan,
+            memory=weighed[name][0] / weighed[plain][0],
+            bytes=weighed[name][0],
+            operations=weighed[name][1] / weighed[plain][1] if weighed[plain][1] else math.nan,
         )
     return result
 
@@ -141,10 +140,11 @@ def peak(step: Step) -> int:
     return int(meter.peak)
 
 
-def _operations(step: Step) -> float:
+def _weighed(step: Step) -> tuple[int, float]:
+    """Peak bytes and operations of a step, in one pass."""
     with _Operations() as counter:
-        step.run()
-    return float(counter.total / step.count)
+        held = peak(step)
+    return held, float(counter.total / step.count)
 
 
 def _of_a_product(a: Tensor, b: Tensor, *rest: Any, out_val: Tensor) -> int:

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from attrreg.bench.measure import Cost
-from attrreg.bench.run import Record, names, ratios
+from attrreg.bench.run import Plan, Record, names, ratios
 from attrreg.bench.strategies import ATTACHED, DETACHED, FLOORS, INTEGRATED_GRADIENTS
 from attrreg.environment import sentence
 
@@ -62,11 +62,17 @@ def _conditions(record: Record) -> str:
         absent.setdefault(model, []).append(penalty)
     parts = [model if names == list(plan.penalties) else f"{model} ({', '.join(names)})" for model, names in absent.items()]
     missing = f" Not measured: {', '.join(parts)}." if parts else ""
-    path = f" (the path method: {plan.rounds_of(INTEGRATED_GRADIENTS)[0]})" if INTEGRATED_GRADIENTS in plan.penalties else ""
+    path = _path(plan) if INTEGRATED_GRADIENTS in plan.penalties else ""
     return (
         f"Measured {sentence(record.environment)}; batches of {plan.batch} images of {plan.size} px, {plan.autocast or 'float32'}, "
         f"{plan.rounds} rounds after {plan.warmup} of warm-up{path}.{memory}{missing}"
     )
+
+
+def _path(plan: Plan) -> str:
+    batch = plan.batch_of(INTEGRATED_GRADIENTS)
+    fewer = f" of batches of {batch}" if batch < plan.batch else ""
+    return f" (the path method: {plan.rounds_of(INTEGRATED_GRADIENTS)[0]}{fewer})"
 
 
 def _table(record: Record, penalty: str) -> str:

@@ -14,6 +14,7 @@ from attrreg.bench.measure import Cost, costs
 from attrreg.environment import environment
 
 PARTS = ("models", "penalties", "curves", "date", "load")  # what may differ between parts of a record
+PATH_IMAGES = 16
 Note = Callable[[str], None]  # called after each round, with what is being measured
 
 
@@ -26,6 +27,7 @@ class Plan:
         penalties: of `strategies.PENALTIES`.
         batch, size: of the images.
         rounds, warmup: see `measure.costs`; the path method, ten times as slow, gets a third of the rounds.
+            It also gets no more than `PATH_IMAGES` images a batch: a graph of eight passes of more of them fits on few machines.
         curves: whether to measure cost against batch, resolution, steps and number of terms too, on the first model.
         autocast: the type of torch.autocast, or None.
         keep_memory: whether `attrreg.keep_memory` was called, for all ways alike.
@@ -47,6 +49,10 @@ class Plan:
         if penalty == strategies.INTEGRATED_GRADIENTS:
             return max(3, self.rounds // 3), 1
         return self.rounds, self.warmup
+
+    def batch_of(self, penalty: str) -> int:
+        """Images a batch."""
+        return min(self.batch, PATH_IMAGES) if penalty == strategies.INTEGRATED_GRADIENTS else self.batch
 
     def dtype(self) -> torch.dtype | None:
         """Of autocast."""
@@ -137,8 +143,9 @@ def measure(plan: Plan, record: Record, note: Note, save: Callable[[Record], Non
     """
     case = None
     for model, penalty in record.missing(plan):
-        if case is None or case.name != model:
-            case = cases.build(model, plan.batch, plan.size, torch.device(plan.device), plan.dtype())
+        batch = plan.batch_of(penalty)
+        if case is None or (case.name, len(case.x)) != (model, batch):
+            case = cases.build(model, batch, plan.size, torch.device(plan.device), plan.dtype())
         record.costs.setdefault(model, {})[penalty] = _costs(case, penalty, plan, note)
         save(record)
     for varied in record.missing_curves(plan):

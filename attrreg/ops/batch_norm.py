@@ -162,14 +162,28 @@ def batch_norm(
 ) -> Tensor:
     """`F.batch_norm`; where places of a path share the batch, of each place by itself."""
     places = phase.places if training else 1
-    if training:
-        phase.normalised.add(input.shape[0])
-    if places == 1 or input.shape[0] % places:
-        return _batch_norm(phase, input, running_mean, running_var, weight, bias, training, momentum, eps)
+    settings = training, momentum, eps
+    if places == 1:
+        return _batch_norm(phase, input, running_mean, running_var, weight, bias, *settings)
+    tokens = _tokens(input, phase.rows)
+    phase.normalised.add(input.shape[0] // tokens)
+    if input.shape[0] % (places * tokens):
+        return _batch_norm(phase, input, running_mean, running_var, weight, bias, *settings)  # and the pass will be thrown away
     # The places of an image lie side by side, so they can be channels. Statistics of a path's passes are thrown away.
-    channels = input.reshape(-1, places * input.shape[1], *input.shape[2:])
+    apart = input.reshape(-1, places, tokens, *input.shape[1:]).transpose(1, 2)
+    channels = apart.reshape(-1, places * input.shape[1], *input.shape[2:])
     weights, biases = (None if values is None else values.repeat(places) for values in (weight, bias))
-    return _batch_norm(phase, channels, None, None, weights, biases, training, momentum, eps).reshape(input.shape)
+    result = _batch_norm(phase, channels, None, None, weights, biases, *settings)
+    return result.view(apart.shape).transpose(1, 2).reshape(input.shape)
+
+
+def _tokens(input: Tensor, rows: int) -> int:
+    """How many rows in a row an image has: several where `(images, tokens, C)` was flattened, of which the tensor is a view."""
+    base = input._base
+    if input.dim() != 2 or base is None or base.dim() != 3 or not (base.is_contiguous() and input.is_contiguous()):
+        return 1
+    whole = base.numel() == input.numel() and base.shape[0] == rows != base.shape[1]  # else it is not known which axis is the batch
+    return base.shape[1] if whole and base.shape[2] == input.shape[1] else 1
 
 
 def _batch_norm(

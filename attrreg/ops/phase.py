@@ -24,13 +24,15 @@ class Phase:
         inner: the running backward makes an attribution: nobody asks for the gradients of weights.
         places: how many places of a path share the batch, those of an image side by side.
         draws: what they draw, where they are several.
-        normalised: the batch sizes that were normalised by their own statistics.
+        rows: in the batch of all places.
+        normalised: how many rows of their own statistics' batches are told apart: `rows`, unless images meet in another way.
         active: what runs now will be differentiated twice. False before the first layer at which a gradient is taken.
     """
 
     inner: bool = False
     active: bool = True
     places: int = 1
+    rows: int = 0
     draws: Draws | None = None
     normalised: set[int] = field(default_factory=set)
 
