@@ -54,6 +54,14 @@ ATTENTION: dict[str, Callable[..., Tensor]] = {
     "scaled": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, scale=0.3) + m.sum(),
     "with a bias": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m),
     "with a constant bias": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m.detach()) + m.sum(),
+    "with a bias of each head": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m[0] + q[0, :, :1, :1]),
+    "with a bias of all": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m[0, 0]),
+    "with a bias that hides some": lambda q, k, v, m: F.scaled_dot_product_attention(
+        q, k, v, m.masked_fill(torch.eye(4, 5) > 0, -torch.inf)
+    ),
+    "with a bias that hides all from one": lambda q, k, v, m: F.scaled_dot_product_attention(
+        q, k, v, m.masked_fill(torch.arange(4)[:, None] == 1, -torch.inf)
+    ),
     "masked": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, (m > -0.5)[:1]) + m.sum(),
     "causal": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, is_causal=True) + m.sum(),
     "of one head": lambda q, k, v, m: F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0]) + m.sum(),
@@ -78,6 +86,21 @@ def test_attention_equals_the_math_path(name: str, dtype: torch.dtype, tolerance
         found.append([y, *first, *second])
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.detach().abs().max()))
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attributions_through_attention(name: str) -> None:
+    inputs = [
+        torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in ((2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 6), (2, 1, 4, 5))
+    ]
+    found, phase = [], Phase()
+    for context, attributing in ((sdpa_kernel(SDPBackend.MATH), nullcontext()), (twice_differentiable(phase), phase.attributing())):
+        with context:
+            y = ATTENTION[name](*inputs)
+            with attributing:  # which needs no gradient of the mask
+                (first,) = torch.autograd.grad(torch.tanh(y).square().sum(), inputs[:1], create_graph=True)
+            found.append([first, *torch.autograd.grad(first.square().sum() + y.sum(), inputs)])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
 
 
 def test_attention_with_dropout_draws_as_pytorchs() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,14 +140,12 @@ class _Differentiable(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _workaround(model: nn.Module) -> AbstractContextManager[Any]:
-    """What it takes to differentiate this model twice without attrreg; nothing where nothing is needed."""
-    names = {type(module).__name__.lower() for module in model.modules()}
-    if any("hardswish" in name or "hardsigmoid" in name for name in names):
-        return _Differentiable()
-    if any("attention" in name for name in names):
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()
+@contextmanager
+def _workaround(model: nn.Module) -> Iterator[None]:
+    """What it takes to differentiate a model twice without attrreg."""
+    hard = any("hardswish" in name or "hardsigmoid" in name for name in (type(module).__name__.lower() for module in model.modules()))
+    with sdpa_kernel(SDPBackend.MATH), _Differentiable() if hard else nullcontext():
+        yield
 
 
 def _cross_entropy(case: Case, logits: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ G = (dP - D)(A - E) + go uv^T and H = P (G - sum_j P G):
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +24,36 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from attrreg.ops.phase import Phase, wanted
+
 aten = torch.ops.aten
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How attention is computed.
+
+    Attributes:
+        scale: s.
+        blind: a token may see none, as far as is known without waiting for a GPU. It gets nothing.
+    """
+
+    scale: float
+    blind: bool
+
+    def weights(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        """P of s q k^T, which may be written over."""
+        if mask is not None:
+            scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
+        result: Tensor = aten._safe_softmax(scores, -1) if self.blind else scores.softmax(-1)
+        return result
+
+
+def _blind(mask: Tensor | None) -> bool:
+    if mask is None or mask.device.type != "cpu":
+        return mask is not None
+    return bool((~mask if mask.dtype == torch.bool else mask == -math.inf).all(-1).any())
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -32,36 +61,47 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _weights(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """P of s q k^T, which may be written over."""
+def _for_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: Kind) -> Tensor | bool | None:
+    """The mask as the CPU's kernel takes it; False where it does not compute this."""
+    # PyTorch's own conditions for it, but that it has no gradient of a mask, which is not asked of it here.
+    if q.device.type != "cpu" or q.dim() != 4 or q.shape[-1] != v.shape[-1] or not (q.numel() and k.numel()) or kind.blind:
+        return False
     if mask is None:
-        return scores.softmax(-1)
-    scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
-    result: Tensor = aten._safe_softmax(scores, -1)  # a token that may see none gets nothing
-    return result
+        return None
+    shape = (1,) * (4 - mask.dim()) + mask.shape
+    fits = len(shape) == 4 and shape[0] in (1, q.shape[0]) and shape[1] in (1, q.shape[1]) and shape[2:] == (q.shape[2], k.shape[2])
+    if not fits or mask.dtype not in (q.dtype, torch.bool):
+        return False
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    return _rows(mask.view(shape))
 
 
 def _gradients(
-    go: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, o: Tensor, log_sum: Tensor | None, scale: float, for_mask: bool
+    go: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, o: Tensor, log_sum: Tensor | None, kind: Kind, for_mask: bool
 ) -> tuple[Tensor | None, ...]:
     """gq, gk, gv, gmask."""
-    if log_sum is not None:
-        kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return *kernel(_rows(go), q, k, v, o, log_sum, 0.0, False, attn_mask=None, scale=scale), None
-    weights = _weights((q * scale) @ k.transpose(-2, -1), mask)
-    gv = weights.transpose(-2, -1) @ go
-    inner = aten._softmax_backward_data(go @ v.transpose(-2, -1), weights, -1, q.dtype)
-    gmask = inner.sum_to_size(mask.shape) if for_mask and mask is not None else None
-    return (inner @ k).mul_(scale), (inner.transpose(-2, -1) @ q).mul_(scale), gv, gmask
+    if log_sum is not None and not for_mask:
+        kernel, seen = aten._scaled_dot_product_flash_attention_for_cpu_backward, _for_kernel(q, k, v, mask, kind)
+        return *kernel(_rows(go), q, k, v, o, log_sum, 0.0, False, attn_mask=seen, scale=kind.scale), None
+    shapes, full = (q.shape, k.shape, v.shape), (*q.shape[:-1], k.shape[-2])
+    # One copy of what comes as views of a projection; then every product is one call, with its scale.
+    go, q, k, v = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (go, q, k, v))
+    none, s = q.new_empty(()), kind.scale
+    weights = kind.weights(torch.baddbmm(none, q, k.mT, beta=0, alpha=s).view(full), mask).view(-1, *full[-2:])
+    inner = aten._softmax_backward_data(torch.bmm(go, v.mT), weights, -1, q.dtype)
+    gmask = inner.view(full).sum_to_size(mask.shape) if for_mask and mask is not None else None
+    found = torch.baddbmm(none, inner, k, beta=0, alpha=s), torch.baddbmm(none, inner.mT, q, beta=0, alpha=s), torch.bmm(weights.mT, go)
+    return *(gradient.view(shape) for gradient, shape in zip(found, shapes, strict=True)), gmask
 
 
 class _Attention(Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        ctx.scale = scale
-        # The CPU's kernel is called by name for what its backward needs; these are PyTorch's own conditions for it.
-        if mask is None and q.device.type == "cpu" and q.dim() == 4 and q.shape[-1] == v.shape[-1] and q.numel() and k.numel():
-            o, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=None, scale=scale)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, phase: Phase) -> Tensor:
+        ctx.kind, ctx.phase = Kind(scale, _blind(mask)), phase
+        seen = _for_kernel(q, k, v, mask, ctx.kind)
+        if seen is not False:  # called by name for what its backward needs
+            o, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=seen, scale=scale)
             ctx.save_for_backward(q, k, v, mask, o, log_sum)
         else:
             with sdpa_kernel(FUSED):
@@ -73,9 +113,9 @@ class _Attention(Function):
     @staticmethod
     def backward(ctx: Any, go: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, o, *log_sum = ctx.saved_tensors
-        arguments = go, q, k, v, mask, o.detach(), log_sum[0] if log_sum else None, ctx.scale, ctx.needs_input_grad[3]
+        arguments = go, q, k, v, mask, o.detach(), log_sum[0] if log_sum else None, ctx.kind, wanted(ctx, 4)[3]
         found = _AttentionGradients.apply(*arguments) if torch.is_grad_enabled() else _gradients(*arguments)
-        return *found, None
+        return *found, None, None
 
 
 class _AttentionGradients(Function):
@@ -89,22 +129,22 @@ class _AttentionGradients(Function):
         mask: Tensor | None,
         o: Tensor,
         log_sum: Tensor | None,
-        scale: float,
+        kind: Kind,
         for_mask: bool,
     ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(go, q, k, v, mask, o)
-        ctx.scale = scale
-        return _gradients(go, q, k, v, mask, o, log_sum, scale, for_mask)
+        ctx.kind = kind
+        return _gradients(go, q, k, v, mask, o, log_sum, kind, for_mask)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         *originals, mask, o = ctx.saved_tensors
-        shapes, s = [tensor.shape for tensor in originals], ctx.scale
-        # One copy of what comes as views of a projection; then every product is one call, with its sum and scale.
+        shapes, s = [tensor.shape for tensor in originals], ctx.kind.scale
+        # As above.
         go, q, k, v, uq, uk, uv, o = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (*originals, *outer[:3], o))
         full = *shapes[1][:-1], shapes[2][-2]
-        p = _weights(torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=s).view(full), mask).view(-1, *full[-2:])
+        p = ctx.kind.weights(torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=s).view(full), mask).view(-1, *full[-2:])
         a = torch.bmm(uq, k.mT).baddbmm_(q, uk.mT, beta=s, alpha=s)
         if outer[3] is not None:
             a.view(full).add_(outer[3])
@@ -129,6 +169,7 @@ def _as(dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor, mask: Ten
 
 
 def attention(
+    phase: Phase,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -146,16 +187,16 @@ def attention(
     if torch.is_autocast_enabled(device):  # as autocast does for the attention it knows
         narrow = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            return attention(*_as(narrow, query, key, value, attn_mask), dropout_p, is_causal, scale, enable_gqa)
+            return attention(phase, *_as(narrow, query, key, value, attn_mask), dropout_p, is_causal, scale, enable_gqa)
     same = query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and dtype == key.dtype == value.dtype
     if not same or dropout_p or enable_gqa or not dtype.is_floating_point:
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     wide = torch.promote_types(dtype, torch.float32)
     if dtype != wide:
-        return attention(*_as(wide, query, key, value, attn_mask), 0.0, is_causal, scale).to(dtype)
+        return attention(phase, *_as(wide, query, key, value, attn_mask), 0.0, is_causal, scale).to(dtype)
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     # Not inside: what is saved has to be what was given, or the double backward does not reach it.
     query, key, value = map(_rows, (query, key, value))
-    result: Tensor = _Attention.apply(query, key, value, attn_mask, scale or 1 / math.sqrt(query.shape[-1]))
+    result: Tensor = _Attention.apply(query, key, value, attn_mask, scale or 1 / math.sqrt(query.shape[-1]), phase)
     return result

@@ -174,7 +174,10 @@ def batch_norm(
     channels = apart.reshape(-1, places * input.shape[1], *input.shape[2:])
     weights, biases = (None if values is None else values.repeat(places) for values in (weight, bias))
     result = _batch_norm(phase, channels, None, None, weights, biases, *settings)
-    return result.view(apart.shape).transpose(1, 2).reshape(input.shape)
+    if tokens > 1:
+        return result.view(apart.shape).transpose(1, 2).reshape(input.shape)
+    whole: Tensor = aten._unsafe_view(result.contiguous(), input.shape)  # see `Kernel.back`
+    return whole
 
 
 def _tokens(input: Tensor, rows: int) -> int:
