@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attrreg.ops import Phase, strided, twice_differentiable
@@ -101,6 +102,13 @@ def test_attributions_through_attention(name: str) -> None:
                 (first,) = torch.autograd.grad(torch.tanh(y).square().sum(), inputs[:1], create_graph=True)
             found.append([first, *torch.autograd.grad(first.square().sum() + y.sum(), inputs)])
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.cpu
+def test_attention_of_tensors_without_values() -> None:
+    with FakeTensorMode(), twice_differentiable(Phase()):
+        q, mask = torch.empty(2, 3, 4, 6, requires_grad=True), torch.empty(4, 4)
+        assert F.scaled_dot_product_attention(q, q, q, mask).shape == q.shape
 
 
 def test_attention_with_dropout_draws_as_pytorchs() -> None:

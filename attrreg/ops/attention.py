@@ -24,6 +24,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from attrreg.ops.linear import PLAIN
 from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
@@ -51,8 +52,10 @@ class Kind:
 
 
 def _blind(mask: Tensor | None) -> bool:
-    if mask is None or mask.device.type != "cpu":
-        return mask is not None
+    if mask is None:
+        return False
+    if mask.device.type != "cpu" or type(mask) not in PLAIN:  # others may have no values to ask for
+        return True
     return bool((~mask if mask.dtype == torch.bool else mask == -math.inf).all(-1).any())
 
 
