@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from typer.testing import CliRunner
 
 from attrreg.bench import measure, report, run, strategies
@@ -64,6 +66,20 @@ def test_every_way_runs(penalty: str) -> None:
     assert len(notes) == 3 and found[strategies.PLAIN].ratio == found[strategies.PLAIN].memory == 1
     ours, today = (found[way].operations for way in (strategies.ATTACHED, strategies.TODAY))
     assert ours <= found[strategies.UNATTACHED].operations <= 1.3 * today
+
+
+def test_operations_of_attention_count_whichever_kernel_runs() -> None:
+    case = build("test_resnet", batch=2, size=64, device=CPU)
+    q, k, v = (torch.randn(2, 3, tokens, 8) for tokens in (4, 5, 5))
+
+    def attend() -> None:
+        F.scaled_dot_product_attention(q, k, v)
+
+    counts = []
+    for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(kernel):
+            counts.append(measure._weighed(Step(attend, case))[1])
+    assert counts[0] == counts[1] == 2 * 2 * (2 * 3) * 4 * 5 * 8
 
 
 def test_memory_is_that_of_what_is_alive() -> None:
@@ -152,6 +168,13 @@ def test_what_an_interrupted_run_lacks_is_named() -> None:
     plan = replace(record.plan, models=("resnet18", "resnet50"), penalties=("InputGradient", "GradCAM"))
     text = report.markdown(run.Record(plan, record.environment, {"resnet18": record.costs["resnet18"]}))
     assert "Not measured: resnet18 (GradCAM), resnet50." in text
+
+
+def test_a_path_of_many_images_is_measured_on_fewer() -> None:
+    record = record_with(2.1, 2.0)
+    plan = replace(record.plan, batch=64, penalties=("InputGradient", "IntegratedGradients(8)"))
+    assert [plan.batch_of(penalty) for penalty in plan.penalties] == [64, 16]
+    assert "batches of 64 images" in (text := report.markdown(replace(record, plan=plan))) and "of batches of 16" in text
 
 
 def test_losses_are_named() -> None:

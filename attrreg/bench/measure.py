@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from attrreg.bench.cases import Case
 from attrreg.bench.memory import LiveStorage
 from attrreg.ops.linear import ONEDNN
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,20 @@ def _of_a_product(a: Tensor, b: Tensor, *rest: Any, out_val: Tensor) -> int:
     return 2 * a.numel() * b.shape[0]
 
 
-FORMULAS = {**flop_registry, ONEDNN: _of_a_product}
+def _of_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **settings: Any) -> int:
+    return int(sdpa_flop_count(q.shape, k.shape, v.shape))
+
+
+def _of_its_gradient(go: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **settings: Any) -> int:
+    return int(sdpa_backward_flop_count(go.shape, q.shape, k.shape, v.shape))
+
+
+FORMULAS = {
+    **flop_registry,
+    ONEDNN: _of_a_product,
+    aten._scaled_dot_product_flash_attention_for_cpu: _of_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _of_its_gradient,
+}
 
 
 class _Operations(TorchDispatchMode):

@@ -163,7 +163,8 @@ def _costs(case: Case, penalty: str, plan: Plan, note: Note) -> dict[str, Cost]:
 def _curve(varied: str, plan: Plan, note: Note) -> dict[str, list[tuple[int, Cost]]]:
     lines: dict[str, list[tuple[int, Cost]]] = {}
     for value in CURVES[varied]:
-        batch, size = (value if varied == name else usual for name, usual in (("batch", plan.batch), ("resolution", plan.size)))
+        usually = plan.batch_of(strategies.INTEGRATED_GRADIENTS) if varied == "steps" else plan.batch
+        batch, size = (value if varied == name else usual for name, usual in (("batch", usually), ("resolution", plan.size)))
         case = cases.build(plan.models[0], batch, size, torch.device(plan.device), plan.dtype())
         chosen = strategies.of_curve(varied, value, case)
         steps = {strategy.name: strategy.prepare(case) for strategy in chosen}
