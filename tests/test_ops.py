@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attrreg.ops import Phase, strided, twice_differentiable
 from tests.models import DEVICE
@@ -35,89 +33,6 @@ def test_replaced_activations(function: Any) -> None:
     torch.testing.assert_close(in_place, value)
     (slope,), (plain,) = torch.autograd.grad(value.sum(), x), torch.autograd.grad(function(x).sum(), x)
     torch.testing.assert_close(slope, plain, rtol=1e-14, atol=1e-15)
-
-
-def test_attention_can_be_differentiated_twice_and_settings_return() -> None:
-    q = torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
-    enabled = torch.backends.cuda.flash_sdp_enabled()
-    with twice_differentiable(Phase()):
-        assert torch.autograd.gradgradcheck(lambda q: F.scaled_dot_product_attention(q, q, q), q)
-    assert torch.backends.cuda.flash_sdp_enabled() == enabled
-
-
-def _from_one_projection(joint: Tensor) -> Tensor:
-    q, k, v = joint.transpose(1, 2).contiguous().transpose(1, 2).chunk(3, -1)
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-ATTENTION: dict[str, Callable[..., Tensor]] = {
-    "plain": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v) + m.sum(),
-    "scaled": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, scale=0.3) + m.sum(),
-    "with a bias": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m),
-    "with a constant bias": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m.detach()) + m.sum(),
-    "with a bias of each head": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m[0] + q[0, :, :1, :1]),
-    "with a bias of all": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m[0, 0]),
-    "with a bias that hides some": lambda q, k, v, m: F.scaled_dot_product_attention(
-        q, k, v, m.masked_fill(torch.eye(4, 5) > 0, -torch.inf)
-    ),
-    "with a bias that hides all from one": lambda q, k, v, m: F.scaled_dot_product_attention(
-        q, k, v, m.masked_fill(torch.arange(4)[:, None] == 1, -torch.inf)
-    ),
-    "masked": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, (m > -0.5)[:1]) + m.sum(),
-    "causal": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, is_causal=True) + m.sum(),
-    "of one head": lambda q, k, v, m: F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0]) + m.sum(),
-    "values of another width": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v[..., :2]) + m.sum(),
-    "shapes that broadcast": lambda q, k, v, m: F.scaled_dot_product_attention(q, k[:1], v[:1]) + m.sum(),
-    "in views of one projection": lambda q, k, v, m: _from_one_projection(torch.cat([k, v, k], -1)) + q.sum() + m.sum(),
-}
-
-
-@pytest.mark.parametrize("name", ATTENTION)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_attention_equals_the_math_path(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    shapes = [(2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 6), (2, 1, 4, 5)]
-    inputs = [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
-    found = []
-    for context in (sdpa_kernel(SDPBackend.MATH), twice_differentiable(Phase())):
-        with context:
-            y = ATTENTION[name](*inputs)
-            weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
-            first = torch.autograd.grad((torch.tanh(y) * weight).sum(), inputs, create_graph=True)
-            second = torch.autograd.grad(torch.stack([gradient.square().sum() for gradient in first]).sum(), inputs)
-        found.append([y, *first, *second])
-    for want, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.detach().abs().max()))
-
-
-@pytest.mark.parametrize("name", ATTENTION)
-def test_attributions_through_attention(name: str) -> None:
-    inputs = [
-        torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in ((2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 6), (2, 1, 4, 5))
-    ]
-    found, phase = [], Phase()
-    for context, attributing in ((sdpa_kernel(SDPBackend.MATH), nullcontext()), (twice_differentiable(phase), phase.attributing())):
-        with context:
-            y = ATTENTION[name](*inputs)
-            with attributing:  # which needs no gradient of the mask
-                (first,) = torch.autograd.grad(torch.tanh(y).square().sum(), inputs[:1], create_graph=True)
-            found.append([first, *torch.autograd.grad(first.square().sum() + y.sum(), inputs)])
-    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.cpu
-def test_attention_of_tensors_without_values() -> None:
-    with FakeTensorMode(), twice_differentiable(Phase()):
-        q, mask = torch.empty(2, 3, 4, 6, requires_grad=True), torch.empty(4, 4)
-        assert F.scaled_dot_product_attention(q, q, q, mask).shape == q.shape
-
-
-def test_attention_with_dropout_draws_as_pytorchs() -> None:
-    q, found = torch.randn(1, 2, 5, 4), []
-    for context in (sdpa_kernel(SDPBackend.MATH), twice_differentiable(Phase())):
-        torch.manual_seed(0)
-        with context:
-            found.append(F.scaled_dot_product_attention(q, q, q, dropout_p=0.5))
-    torch.testing.assert_close(*found)
 
 
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -38,17 +38,20 @@ class Kind:
     Attributes:
         scale: s.
         blind: a token may see none, as far as is known without waiting for a GPU. It gets nothing.
+        shape: of P.
     """
 
     scale: float
     blind: bool
+    shape: tuple[int, ...]
 
-    def weights(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        """P of s q k^T, which may be written over."""
+    def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        """P, of rows of all heads, `(heads of all images, tokens, width)`."""
+        scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=self.scale).view(self.shape)
         if mask is not None:
-            scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
-        result: Tensor = aten._safe_softmax(scores, -1) if self.blind else scores.softmax(-1)
-        return result
+            scores += mask
+        weights: Tensor = aten._safe_softmax(scores, -1) if self.blind else scores.softmax(-1)
+        return weights.view(-1, *self.shape[-2:])
 
 
 def _blind(mask: Tensor | None) -> bool:
@@ -56,7 +59,7 @@ def _blind(mask: Tensor | None) -> bool:
         return False
     if mask.device.type != "cpu" or type(mask) not in PLAIN:  # others may have no values to ask for
         return True
-    return bool((~mask if mask.dtype == torch.bool else mask == -math.inf).all(-1).any())
+    return bool((mask == -math.inf).all(-1).any())
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -64,20 +67,18 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _for_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: Kind) -> Tensor | bool | None:
-    """The mask as the CPU's kernel takes it; False where it does not compute this."""
-    # PyTorch's own conditions for it, but that it has no gradient of a mask, which is not asked of it here.
+def _has_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: Kind) -> bool:
+    """Whether the CPU's kernel computes this: PyTorch's own conditions, but that no gradient of a mask is asked of it."""
     if q.device.type != "cpu" or q.dim() != 4 or q.shape[-1] != v.shape[-1] or not (q.numel() and k.numel()) or kind.blind:
         return False
     if mask is None:
-        return None
-    shape = (1,) * (4 - mask.dim()) + mask.shape
-    fits = len(shape) == 4 and shape[0] in (1, q.shape[0]) and shape[1] in (1, q.shape[1]) and shape[2:] == (q.shape[2], k.shape[2])
-    if not fits or mask.dtype not in (q.dtype, torch.bool):
-        return False
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
-    return _rows(mask.view(shape))
+        return True
+    sizes = zip(reversed(mask.shape), reversed(kind.shape), (False, False, True, True), strict=False)
+    return 2 <= mask.dim() <= 4 and mask.dtype == q.dtype and all(size == of or (size == 1 and one) for size, of, one in sizes)
+
+
+def _for_kernel(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None else _rows(mask[(None,) * (4 - mask.dim())])
 
 
 def _gradients(
@@ -85,15 +86,15 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """gq, gk, gv, gmask."""
     if log_sum is not None and not for_mask:
-        kernel, seen = aten._scaled_dot_product_flash_attention_for_cpu_backward, _for_kernel(q, k, v, mask, kind)
-        return *kernel(_rows(go), q, k, v, o, log_sum, 0.0, False, attn_mask=seen, scale=kind.scale), None
-    shapes, full = (q.shape, k.shape, v.shape), (*q.shape[:-1], k.shape[-2])
+        kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return *kernel(_rows(go), q, k, v, o, log_sum, 0.0, False, attn_mask=_for_kernel(mask), scale=kind.scale), None
+    shapes = q.shape, k.shape, v.shape
     # One copy of what comes as views of a projection; then every product is one call, with its scale.
     go, q, k, v = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (go, q, k, v))
     none, s = q.new_empty(()), kind.scale
-    weights = kind.weights(torch.baddbmm(none, q, k.mT, beta=0, alpha=s).view(full), mask).view(-1, *full[-2:])
+    weights = kind.weights(q, k, mask)
     inner = aten._softmax_backward_data(torch.bmm(go, v.mT), weights, -1, q.dtype)
-    gmask = inner.view(full).sum_to_size(mask.shape) if for_mask and mask is not None else None
+    gmask = inner.view(kind.shape).sum_to_size(mask.shape) if for_mask and mask is not None else None
     found = torch.baddbmm(none, inner, k, beta=0, alpha=s), torch.baddbmm(none, inner.mT, q, beta=0, alpha=s), torch.bmm(weights.mT, go)
     return *(gradient.view(shape) for gradient, shape in zip(found, shapes, strict=True)), gmask
 
@@ -101,10 +102,10 @@ def _gradients(
 class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, phase: Phase) -> Tensor:
-        ctx.kind, ctx.phase = Kind(scale, _blind(mask)), phase
-        seen = _for_kernel(q, k, v, mask, ctx.kind)
-        if seen is not False:  # called by name for what its backward needs
-            o, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=seen, scale=scale)
+        ctx.kind, ctx.phase = Kind(scale, _blind(mask), (*q.shape[:-1], k.shape[-2])), phase
+        if _has_kernel(q, k, v, mask, ctx.kind):  # called by name for what its backward needs
+            kernel = aten._scaled_dot_product_flash_attention_for_cpu
+            o, log_sum = kernel(q, k, v, 0.0, False, attn_mask=_for_kernel(mask), scale=scale)
             ctx.save_for_backward(q, k, v, mask, o, log_sum)
         else:
             with sdpa_kernel(FUSED):
@@ -146,8 +147,8 @@ class _AttentionGradients(Function):
         shapes, s = [tensor.shape for tensor in originals], ctx.kind.scale
         # As above.
         go, q, k, v, uq, uk, uv, o = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (*originals, *outer[:3], o))
-        full = *shapes[1][:-1], shapes[2][-2]
-        p = ctx.kind.weights(torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=s).view(full), mask).view(-1, *full[-2:])
+        full = ctx.kind.shape
+        p = ctx.kind.weights(q, k, mask)
         a = torch.bmm(uq, k.mT).baddbmm_(q, uk.mT, beta=s, alpha=s)
         if outer[3] is not None:
             a.view(full).add_(outer[3])
@@ -199,6 +200,8 @@ def attention(
         return attention(phase, *_as(wide, query, key, value, attn_mask), 0.0, is_causal, scale).to(dtype)
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=dtype).masked_fill_(~attn_mask, -math.inf)
     # Not inside: what is saved has to be what was given, or the double backward does not reach it.
     query, key, value = map(_rows, (query, key, value))
     result: Tensor = _Attention.apply(query, key, value, attn_mask, scale or 1 / math.sqrt(query.shape[-1]), phase)

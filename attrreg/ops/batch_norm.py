@@ -161,14 +161,12 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`F.batch_norm`; where places of a path share the batch, of each place by itself."""
-    places = phase.places if training else 1
-    settings = training, momentum, eps
-    if places == 1:
+    places, tokens, settings = 1, 1, (training, momentum, eps)
+    if training and phase.places > 1:
+        places, tokens = phase.places, _tokens(input, phase.rows)
+        phase.normalised.add(input.shape[0] // tokens)
+    if places == 1 or input.shape[0] % places:  # then the pass will be thrown away
         return _batch_norm(phase, input, running_mean, running_var, weight, bias, *settings)
-    tokens = _tokens(input, phase.rows)
-    phase.normalised.add(input.shape[0] // tokens)
-    if input.shape[0] % (places * tokens):
-        return _batch_norm(phase, input, running_mean, running_var, weight, bias, *settings)  # and the pass will be thrown away
     # The places of an image lie side by side, so they can be channels. Statistics of a path's passes are thrown away.
     apart = input.reshape(-1, places, tokens, *input.shape[1:]).transpose(1, 2)
     channels = apart.reshape(-1, places * input.shape[1], *input.shape[2:])
