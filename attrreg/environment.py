@@ -27,7 +27,8 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "processor": _processor(),  # how fast the libraries' products are depends on who made it
+        "processor": _processor("model name"),  # how fast the libraries' products are depends on who made it
+        "family": None if cuda else _family(),  # and on which: cloud machines all give one name
         "capability": torch.backends.cpu.get_cpu_capability(),  # CPUs of another kind round in another way
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -53,17 +54,24 @@ def usable(name: str) -> torch.device:
 
 def machine(where: Mapping[str, Any]) -> str:
     """The accelerator of an environment, or its CPU."""
-    capability = f" ({where['capability']})" if "capability" in where else ""  # which the first records do not have
-    return where["accelerator"] or f"{where.get('processor') or where['machine']} CPU{capability}"
+    known = [where[key] for key in ("family", "capability") if where.get(key)]  # which the first records do not have
+    more = f" ({', '.join(known)})" if known else ""
+    return where["accelerator"] or f"{where.get('processor') or where['machine']} CPU{more}"
 
 
-def _processor() -> str | None:
-    """The CPU's name, where Linux tells it."""
+def _family() -> str | None:
+    """Of the CPU's design."""
+    family, model = _processor("cpu family"), _processor("model")
+    return None if family is None or model is None else f"family {family}, model {model}"
+
+
+def _processor(field: str) -> str | None:
+    """What Linux tells of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+    return next((value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == field), None)
 
 
 def sentence(where: Mapping[str, Any]) -> str:

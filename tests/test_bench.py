@@ -17,7 +17,7 @@ from attrreg.bench import measure, report, run, strategies
 from attrreg.bench.cases import Case, build
 from attrreg.bench.measure import Cost, Step
 from attrreg.cli import build_app
-from attrreg.environment import environment
+from attrreg.environment import environment, sentence
 from benchmarks import check
 from benchmarks.__main__ import PAGE, main
 from tests.models import assert_close
@@ -136,6 +136,15 @@ def test_bad_options(arguments: list[str], tmp_path: Path) -> None:
     before = ["bench", "--rounds", "1", *([] if "--out" in arguments else ["--out", str(tmp_path / "x.json")])]
     result = CliRunner().invoke(build_app(), [*before, *arguments])
     assert result.exit_code == 2 and arguments[0] in result.output.replace("│", "")
+
+
+def test_a_record_goes_on_only_on_a_processor_alike() -> None:
+    record = record_with(2.0, 2.0)
+    record.resumed(record.plan)
+    elsewhere = replace(record, environment={**record.environment, "family": "family 0, model 0"})
+    assert "CPU (family 0, model 0, " in sentence(elsewhere.environment)
+    with pytest.raises(ValueError, match="family 'family 0, model 0'"):
+        elsewhere.resumed(record.plan)
 
 
 def record_with(ratio: float, memory: float) -> run.Record:
