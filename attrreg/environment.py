@@ -19,7 +19,7 @@ PACKAGES = ("torch", "timm", "captum")
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     """Now and here, for JSON."""
-    cuda = torch.device(device).type == "cuda"
+    cuda, cpu = torch.device(device).type == "cuda", _cpu()
     tf32 = {"convolutions": torch.backends.cudnn.allow_tf32, "products": torch.backends.cuda.matmul.allow_tf32}
     return {
         "date": date.today().isoformat(),
@@ -27,8 +27,8 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "processor": _processor("model name"),  # how fast the libraries' products are depends on who made it
-        "family": None if cuda else _family(),  # and on which: cloud machines all give one name
+        "processor": cpu.get("model name"),  # how fast the libraries' products are depends on who made it
+        "family": None if cuda else _family(cpu),  # and on which: cloud machines all give one name
         "capability": torch.backends.cpu.get_cpu_capability(),  # CPUs of another kind round in another way
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -59,19 +59,19 @@ def machine(where: Mapping[str, Any]) -> str:
     return where["accelerator"] or f"{where.get('processor') or where['machine']} CPU{more}"
 
 
-def _family() -> str | None:
-    """Of the CPU's design."""
-    family, model = _processor("cpu family"), _processor("model")
-    return None if family is None or model is None else f"family {family}, model {model}"
-
-
-def _processor(field: str) -> str | None:
-    """What Linux tells of the CPU."""
+def _cpu() -> dict[str, str]:
+    """What Linux tells of the first core."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return None
-    return next((value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == field), None)
+        return {}
+    fields = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in fields}
+
+
+def _family(cpu: Mapping[str, str]) -> str | None:
+    """Of its design, which x86 tells."""
+    return f"family {cpu['cpu family']}, model {cpu['model']}" if {"cpu family", "model"} <= cpu.keys() else None
 
 
 def sentence(where: Mapping[str, Any]) -> str:
