@@ -7,19 +7,19 @@ import platform
 from collections.abc import Mapping
 from datetime import date
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import attrreg
+from attrreg import processor
 
 PACKAGES = ("torch", "timm", "captum")
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     """Now and here, for JSON."""
-    cuda, cpu = torch.device(device).type == "cuda", _cpu()
+    cuda, cpu = torch.device(device).type == "cuda", processor.fields()
     tf32 = {"convolutions": torch.backends.cudnn.allow_tf32, "products": torch.backends.cuda.matmul.allow_tf32}
     return {
         "date": date.today().isoformat(),
@@ -57,16 +57,6 @@ def machine(where: Mapping[str, Any]) -> str:
     known = [where[key] for key in ("family", "capability") if where.get(key)]  # which the first records do not have
     more = f" ({', '.join(known)})" if known else ""
     return where["accelerator"] or f"{where.get('processor') or where['machine']} CPU{more}"
-
-
-def _cpu() -> dict[str, str]:
-    """What Linux tells of the first core."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {}
-    fields = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
-    return {name.strip(): value.strip() for name, _, value in fields}
 
 
 def _family(cpu: Mapping[str, str]) -> str | None:

@@ -1,7 +1,7 @@
 """Linear layers by the faster of two matrix products.
 
 PyTorch's own derivatives of a linear layer are exact and few at every order. What is slow on some processors is the product itself:
-PyTorch takes MKL's, which on AMD's with AVX-512 runs at half the speed of oneDNN's, and nowhere that was measured much faster.
+PyTorch takes MKL's, which on AMD's with AVX-512 runs at up to half the speed of oneDNN's, and nowhere that was measured much faster.
 All derivatives of a layer are such products.
 """
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from attrreg import processor
 from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
@@ -22,21 +23,32 @@ WIDE = 64  # rows and columns of a result, below which oneDNN is slow where both
 PLAIN = (Tensor, torch.nn.Parameter)  # not distributed, quantized or otherwise special
 
 _CAPABILITY = torch.backends.cpu.get_cpu_capability()
-_VECTORS_OF_16 = _CAPABILITY == "AVX512"  # with shorter ones, the copy costs more than the faster product gains
 # What torch.compile takes for linear layers on the CPU; there is no public name. Measured on x86 only.
 _THERE = torch.backends.mkldnn.is_available() and _CAPABILITY in ("AVX2", "AVX512")
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _THERE else None
 
 
+def _mkl_is_slow(capability: str, cpu: dict[str, str]) -> bool:
+    """Whether it computes half as much at a time as oneDNN: on AMD's, 256 bits, of the 512 that they have units for since Zen 5."""
+    family = cpu.get("cpu family", "")
+    return capability == "AVX512" and cpu.get("vendor_id") == "AuthenticAMD" and family.isdigit() and int(family) >= 26
+
+
+MKL_IS_SLOW = _mkl_is_slow(_CAPABILITY, processor.fields())  # so that oneDNN is worth a copy
+
+
 def product(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
     """a b^T + shift, of `(rows, inner)` and `(columns, inner)`."""
-    if not _worth_it(a, b):
-        return F.linear(a, b, shift)
-    (rows, inner), columns = a.shape, b.shape[0]
+    return _fast(a, b, shift) if _worth_it(a, b) else F.linear(a, b, shift)
+
+
+def _fast(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
+    """The same, of what is worth it."""
     if a.stride(-1) == 1 or b.stride(-1) == 1:
         return _by_onednn(a, b, shift)
     # Both by columns, as for the gradient of weights. oneDNN copies the first, which should be the smaller one then.
-    if min(rows, columns) < WIDE or not _VECTORS_OF_16:
+    (rows, inner), columns = a.shape, b.shape[0]
+    if not MKL_IS_SLOW or min(rows, columns) < WIDE:
         return F.linear(a, b, shift)
     if shift is None and (rows - columns) * inner > 2 * rows * columns:
         return _by_onednn(b, a, None).t().contiguous()
@@ -61,9 +73,9 @@ def _suited(tensor: Tensor) -> bool:
     return kind and ONEDNN is not None and bool(torch.backends.mkldnn.enabled)
 
 
-def _multiplied(a: Tensor, b: Tensor, shift: Tensor | None, across: bool) -> Tensor:
-    """What `_Product` gives. No view: a layer may go on to work in place, which on views is slow or refused."""
-    y = product(a.flatten(0, -2), b.t() if across else b, shift)
+def _of_rows(a: Tensor, b: Tensor, shift: Tensor | None) -> Tensor:
+    """The same of `(..., inner)`. No view: a layer may go on to work in place, which on views is slow or refused."""
+    y = _fast(a.flatten(0, -2), b, shift)
     result: Tensor = y if a.dim() == 2 else aten._unsafe_view(y, (*a.shape[:-1], y.shape[1]))
     return result
 
@@ -71,7 +83,8 @@ def _multiplied(a: Tensor, b: Tensor, shift: Tensor | None, across: bool) -> Ten
 class _Product(Function):
     """a b^T + shift, or where it goes `across`, a b + shift, of `(..., inner)` and a matrix; its derivatives are products again.
 
-    Reshaped and transposed inside: PyTorch sums gradients of the same tensor in place where they are no views.
+    These have as many multiplications, so that what is worth it for one is for all. Reshaped and transposed inside: PyTorch sums
+    gradients of the same tensor in place where they are no views.
     """
 
     @staticmethod
@@ -79,24 +92,24 @@ class _Product(Function):
         # As PyTorch's own: what no derivative needs may be freed or changed.
         ctx.save_for_backward(a if ctx.needs_input_grad[1] else None, b if ctx.needs_input_grad[0] else None)
         ctx.across, ctx.phase = across, phase
-        return _multiplied(a, b, shift, across)
+        return _of_rows(a, b.t() if across else b, shift)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
+        across, phase = ctx.across, ctx.phase
         for_a, for_b, for_shift = wanted(ctx, 3)
         again = torch.is_grad_enabled()
-
-        def multiply(left: Tensor, right: Tensor, across: bool) -> Tensor:
-            result: Tensor = _Product.apply(left, right, None, across, ctx.phase) if again else _multiplied(left, right, None, across)
-            return result
-
+        ga = gb = None
         g = g.contiguous()  # so that what reads it does not copy it each time
-        ga = multiply(g, b, not ctx.across) if for_a else None
-        gb, rows = None, g.flatten(0, -2)
+        if for_a and again:
+            ga = _Product.apply(g, b, None, not across, phase)
+        elif for_a:
+            ga = _of_rows(g, b if across else b.t(), None)
+        rows = g.flatten(0, -2)
         if for_b:  # laid out as b is
-            left, right = (a.flatten(0, -2), rows) if ctx.across else (rows, a.flatten(0, -2))
-            gb = multiply(left.t(), right.t(), False)
+            left, right = (a.flatten(0, -2), rows) if across else (rows, a.flatten(0, -2))
+            gb = _Product.apply(left.t(), right.t(), None, False, phase) if again else _fast(left.t(), right.t())
         return ga, gb, rows.sum(0) if for_shift else None, None, None
 
 
