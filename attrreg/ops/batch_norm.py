@@ -23,8 +23,8 @@ from attrreg.ops.phase import Phase, wanted
 aten = torch.ops.aten
 
 FEW = 8  # positions of a plane, from which on PyTorch's backward is vectorised
-MANY = 2**12  # values, from which on it is worth two copies to go around that
-WORTH = 2**15  # values, from which on statistics are worth two operations more
+MANY = 2**13  # values, from which on it is worth two copies to go around that
+WORTH = 2**17  # values, from which on statistics are worth two operations more
 FAR = 16.0  # squared mean over variance, up to which a difference of sums is a variance of full precision
 
 
