@@ -119,18 +119,19 @@ class _BatchNorm(Function):
 class _InputGradient(Function):
     @staticmethod
     def forward(ctx: Any, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, kernel: Kernel) -> Tensor:
-        gx, gy_xhat, gy_sum = kernel.first_order(kernel.laid(gy), kernel.laid(x), g, mu, r)
-        gx = kernel.back(gx, x.shape)
-        ctx.save_for_backward(gy, x, g, mu, r, gx, gy_xhat, gy_sum)
+        shape, gy, x = x.shape, kernel.laid(gy), kernel.laid(x)
+        gx, gy_xhat, gy_sum = kernel.first_order(gy, x, g, mu, r)
+        back = kernel.back(gx, shape)
+        ctx.save_for_backward(gy, x, g, mu, r, gx if kernel.few else back, gy_xhat, gy_sum)
         ctx.kernel = kernel
-        return gx
+        return back
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gy, x, g, mu, r, gx, gy_xhat, gy_sum = ctx.saved_tensors
-        kernel, shape = ctx.kernel, x.shape
-        gy, x, gx, v = (kernel.laid(each) for each in (gy, x, gx, v))
+        kernel, shape = ctx.kernel, v.shape
+        v = kernel.laid(v)
         for_gy, v_xhat, _ = kernel.first_order(v, x, g, mu, r)
         # r sum(v (gy - mean(gy))): what the kernel sums for a tensor with this mean and this deviation. CUDA's reads the type of r.
         v_gy = aten.native_batch_norm_backward(v, gy, r, None, None, gy_sum / kernel.count, r, True, 0.0, [False, True, False])[1]
