@@ -200,6 +200,29 @@ def test_gradients_of_a_weight_are_summed_in_place() -> None:
     assert "aten::add_" in sums and "aten::add" not in sums and w.grad is not None and w.grad.is_contiguous()
 
 
+@pytest.mark.parametrize(
+    ("capability", "cpu", "slow"),
+    [
+        ("AVX512", {"vendor_id": "AuthenticAMD", "cpu family": "26"}, True),
+        ("AVX512", {"vendor_id": "AuthenticAMD", "cpu family": "25"}, False),  # whose units have 256 bits
+        ("AVX2", {"vendor_id": "AuthenticAMD", "cpu family": "26"}, False),
+        ("AVX512", {"vendor_id": "GenuineIntel", "cpu family": "6"}, False),
+        ("AVX512", {}, False),  # not Linux
+    ],
+)
+def test_where_mkl_is_slow(capability: str, cpu: dict[str, str], slow: bool) -> None:
+    assert linear._mkl_is_slow(capability, cpu) == slow
+
+
+@needs_onednn
+@pytest.mark.parametrize("slow", [True, False])
+def test_gradients_of_weights_by_onednn_only_where_mkl_is_slow(slow: bool) -> None:
+    x, w = torch.randn(4, 8), torch.randn(6, 8, requires_grad=True)
+    with always_onednn() as calls, patch.object(linear, "MKL_IS_SLOW", slow), twice_differentiable(Phase()):
+        F.linear(x, w).square().sum().backward()
+    assert len(calls) == (2 if slow else 1)
+
+
 def test_models_that_use_torch_func_inside() -> None:
     class Ensemble(nn.Module):
         def __init__(self) -> None:
