@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import typer
@@ -43,7 +44,7 @@ def write_page(numbers: Path) -> None:
 def main() -> None:
     """Run `attrreg bench` with its own options; without `--out` or `--quick`, for the page."""
     words = [word for argument in sys.argv[1:] for word in argument.split("=", 1)]  # an option and its value, however they were joined
-    given = dict(zip(words, [*words[1:], ""], strict=True))
+    given = dict(zip_longest(words, words[1:], fillvalue=""))
     own = not given.keys() & {"--out", "--help", "--quick"}
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(bench)

@@ -209,3 +209,21 @@ def test_other_runs_leave_the_page_alone(option: str, monkeypatch: pytest.Monkey
         main()
     assert ended.value.code in (None, 0) and PAGE.read_text() == before
     assert (tmp_path / "attrreg-bench.json").exists() == (option == "--quick")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "section"),
+    [([], "cpu"), (["--no-keep-memory"], "cpu-returned"), (["--device=cuda", "--autocast", "bfloat16"], "cuda-bfloat16")],
+)
+def test_each_run_for_the_page_fills_its_section(arguments: list[str], section: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Path] = []
+    written: list[Path] = []
+
+    def bench(out: Path = PAGE, device: str = "cpu", autocast: str = "", keep_memory: bool = True) -> None:
+        measured.append(out)
+
+    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
+    monkeypatch.setattr("benchmarks.__main__.bench", bench)
+    monkeypatch.setattr("benchmarks.__main__.write_page", written.append)
+    main()
+    assert measured == written == [check.results(section)]
