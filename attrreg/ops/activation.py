@@ -192,7 +192,7 @@ def _silu_curvature(one: Tensor, other: Tensor, x: Tensor, scratch: Tensor) -> T
 
 def _gelu_curvature(one: Tensor, other: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
     # pdf(x) (2 - x^2). With h = -x^2 / 2 <= 0, ELU's kernel gives one exp(h) times a factor in a single pass, here 2 pdf(x), for 1 + h.
-    h = torch.mul(x, x, out=scratch).mul_(-0.5)
+    h = torch.addcmul(x.new_zeros(()), x, x, value=-0.5, out=scratch)
     density: Tensor = aten.elu_backward(one, math.sqrt(2 / math.pi), 1.0, 1.0, False, h)
     return density.addcmul_(density, h).mul_(other)
 

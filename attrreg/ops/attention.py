@@ -136,24 +136,25 @@ class _AttentionGradients(Function):
         kind: Kind,
         for_mask: bool,
     ) -> tuple[Tensor | None, ...]:
-        ctx.save_for_backward(go, q, k, v, mask, o)
+        ctx.save_for_backward(go, q, k, v, mask)
         ctx.kind = kind
         return _gradients(go, q, k, v, mask, o, log_sum, kind, for_mask)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        *originals, mask, o = ctx.saved_tensors
+        *originals, mask = ctx.saved_tensors
         shapes, s = [tensor.shape for tensor in originals], ctx.kind.scale
         # As above.
-        go, q, k, v, uq, uk, uv, o = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (*originals, *outer[:3], o))
+        go, q, k, v, uq, uk, uv = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (*originals, *outer[:3]))
         full = ctx.kind.shape
         p = ctx.kind.weights(q, k, mask)
         a = torch.bmm(uq, k.mT).baddbmm_(q, uk.mT, beta=s, alpha=s)
         if outer[3] is not None:
             a.view(full).add_(outer[3])
         a -= (p * a).sum(-1, keepdim=True)
-        inner = torch.bmm(go, v.mT).sub_((go * o).sum(-1, keepdim=True))
+        inner = torch.bmm(go, v.mT)
+        inner -= (p * inner).sum(-1, keepdim=True)
         slope = p * inner
         mixed = inner.mul_(a).baddbmm_(go, uv.mT)
         h = aten._softmax_backward_data(mixed, p, -1, q.dtype)

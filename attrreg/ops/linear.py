@@ -18,7 +18,6 @@ from attrreg import processor
 from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
-MUCH = 2**22  # multiplications, below which oneDNN prepares longer than it computes
 WIDE = 64  # rows and columns of a result, below which oneDNN is slow where both matrices are stored by columns
 PLAIN = (Tensor, torch.nn.Parameter)  # not distributed, quantized or otherwise special
 
@@ -35,6 +34,7 @@ def _mkl_is_slow(capability: str, cpu: dict[str, str]) -> bool:
 
 
 MKL_IS_SLOW = _mkl_is_slow(_CAPABILITY, processor.fields())  # so that oneDNN is worth a copy
+MUCH = 2**22 if MKL_IS_SLOW else 2**24  # multiplications, below which oneDNN loses more by preparing than it gains
 
 
 def product(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -43,13 +43,14 @@ def product(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
 
 
 def _fast(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
-    """The same, of what is worth it."""
+    """The same, of what is worth it, and `(..., inner)`."""
     if a.stride(-1) == 1 or b.stride(-1) == 1:
         return _by_onednn(a, b, shift)
     # Both by columns, as for the gradient of weights. oneDNN copies the first, which should be the smaller one then.
     (rows, inner), columns = a.shape, b.shape[0]
     if not MKL_IS_SLOW or min(rows, columns) < WIDE:
-        return F.linear(a, b, shift)
+        # MKL is slow to write a result to memory that was not just written, as it is where zeros are added.
+        return F.linear(a, b, a.new_zeros(columns) if shift is None else shift)
     if shift is None and (rows - columns) * inner > 2 * rows * columns:
         return _by_onednn(b, a, None).t().contiguous()
     return _by_onednn(a, b, shift)
@@ -60,7 +61,7 @@ def _by_onednn(a: Tensor, b: Tensor, shift: Tensor | None) -> Tensor:
     if not (b.is_contiguous() or b.t().is_contiguous()):  # which it takes only by a scalar loop
         b = b.t().contiguous().t()
     result: Tensor = ONEDNN.default(a, b, shift, "none", [], "")
-    return result
+    return result.data  # not a view, as it is of many axes: a layer may go on to work in place, which on views is slow or refused
 
 
 def _worth_it(a: Tensor, b: Tensor) -> bool:
@@ -71,13 +72,6 @@ def _worth_it(a: Tensor, b: Tensor) -> bool:
 def _suited(tensor: Tensor) -> bool:
     kind = type(tensor) in PLAIN and tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype == torch.float32
     return kind and ONEDNN is not None and bool(torch.backends.mkldnn.enabled)
-
-
-def _of_rows(a: Tensor, b: Tensor, shift: Tensor | None) -> Tensor:
-    """The same of `(..., inner)`. No view: a layer may go on to work in place, which on views is slow or refused."""
-    y = _fast(a.flatten(0, -2), b, shift)
-    result: Tensor = y if a.dim() == 2 else aten._unsafe_view(y, (*a.shape[:-1], y.shape[1]))
-    return result
 
 
 class _Product(Function):
@@ -92,7 +86,7 @@ class _Product(Function):
         # As PyTorch's own: what no derivative needs may be freed or changed.
         ctx.save_for_backward(a if ctx.needs_input_grad[1] else None, b if ctx.needs_input_grad[0] else None)
         ctx.across, ctx.phase = across, phase
-        return _of_rows(a, b.t() if across else b, shift)
+        return _fast(a, b.t() if across else b, shift)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -105,12 +99,11 @@ class _Product(Function):
         if for_a and again:
             ga = _Product.apply(g, b, None, not across, phase)
         elif for_a:
-            ga = _of_rows(g, b if across else b.t(), None)
-        rows = g.flatten(0, -2)
+            ga = _fast(g, b if across else b.t())
         if for_b:  # laid out as b is
-            left, right = (a.flatten(0, -2), rows) if across else (rows, a.flatten(0, -2))
+            left, right = (a.flatten(0, -2), g.flatten(0, -2)) if across else (g.flatten(0, -2), a.flatten(0, -2))
             gb = _Product.apply(left.t(), right.t(), None, False, phase) if again else _fast(left.t(), right.t())
-        return ga, gb, rows.sum(0) if for_shift else None, None, None
+        return ga, gb, g.flatten(0, -2).sum(0) if for_shift else None, None, None
 
 
 def linear(phase: Phase, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

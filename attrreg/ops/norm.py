@@ -69,20 +69,25 @@ class _LayerNormInputGradient(Function):
         fast = fused.kernels(x, gy, v)
         if fast is not None and count <= fast.LONGEST:
             return *fast.rows(v, gy, x, g, mu, r), None, None, None
-        gx = aten.native_layer_norm_backward(gy, x, ctx.shape, mu, r, g, None, [True, False, False])[0]  # one pass, not worth keeping
-        rpv = aten.native_layer_norm_backward(v.contiguous(), x, ctx.shape, mu, r, None, None, [True, False, False])[0]
-        # Products that are only summed share one tensor: a new one of this size costs as much as a pass over it. Sums with a weight
-        # are products with a vector, which is g / M for the mean of g times something.
-        product = torch.mul(gy, rpv)
-        rows, vector, weighted = product.view(-1, count), g.reshape(-1) / count, -r * r
-        for_g = rows.sum(0).view(ctx.shape) if ctx.needs_input_grad[2] else None
-        phi = torch.mv(rows, vector).view(r.shape)  # over M, since sum(v gx) = sum(g gy r P(v))
-        centred = x - mu
-        torch.mul(gy, centred, out=product)
-        a = torch.mv(rows, vector).view(r.shape)  # over r, as is b
-        b = torch.mul(v, centred, out=product).mean(_last(ctx.shape), keepdim=True)
-        for_x = centred.mul_(weighted * phi).addcmul_(rpv, weighted * a).addcmul_(gx, weighted * b)
-        return rpv.mul_(g), for_x, for_g, None, None, None
+        # Batch normalisation's kernel over rows as its channels: the same r P(u), which gives sum(u xhat) of each row with it.
+        rows = (1, -1, count)
+        shaped, mean, inverse, weight = x.view(rows), mu.view(-1), r.view(-1), g.view(-1)
+        product = (gy * g).view(rows)
+        gx, a, _ = _of_channels(product, shaped, mean, inverse)  # one pass, not worth keeping
+        rpv, b, _ = _of_channels(v.reshape(rows), shaped, mean, inverse)
+        torch.mul(gy.view(rows), rpv, out=product)  # a new tensor of this size costs as much as a pass over it
+        for_g = product[0].sum(0).view(ctx.shape) if ctx.needs_input_grad[2] else None
+        phi = torch.mv(product[0], weight)  # since sum(v gx) = sum(g gy r P(v))
+        scale = inverse * (-1 / count)  # a and b are sums here
+        for_x = (shaped - mean[:, None]).mul_((phi * scale * inverse)[:, None])
+        for_x.addcmul_(rpv, (a * scale)[:, None]).addcmul_(gx, (b * scale)[:, None])
+        return rpv.view(v.shape).mul_(g), for_x.view(x.shape), for_g, None, None, None
+
+
+def _of_channels(u: Tensor, x: Tensor, mu: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """r P(u), sum(u xhat) and sum(u), of `(1, channels, M)`."""
+    found: tuple[Tensor, Tensor, Tensor] = aten.native_batch_norm_backward(u, x, None, None, None, mu, r, True, 0.0, [True] * 3)
+    return found
 
 
 def layer_norm(
