@@ -71,8 +71,8 @@ class _LayerNormInputGradient(Function):
             return *fast.rows(v, gy, x, g, mu, r), None, None, None
         # Batch normalisation's kernel over rows as its channels: the same r P(u), which gives sum(u xhat) of each row with it.
         rows = (1, -1, count)
-        shaped, mean, inverse, weight = x.view(rows), mu.view(-1), r.view(-1), g.view(-1)
-        product = (gy * g).view(rows)
+        shaped, mean, inverse, weight = x.view(rows), mu.view(-1), r.view(-1), g.reshape(-1)
+        product = (gy * g).reshape(rows)
         gx, a, _ = _of_channels(product, shaped, mean, inverse)  # one pass, not worth keeping
         rpv, b, _ = _of_channels(v.reshape(rows), shaped, mean, inverse)
         torch.mul(gy.view(rows), rpv, out=product)  # a new tensor of this size costs as much as a pass over it
