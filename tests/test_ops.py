@@ -279,3 +279,17 @@ def test_layers_equal_pytorchs_double_backward(name: str, dtype: torch.dtype, to
         found.append([y, *first, *by_input, *by_all])
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.detach().abs().max()))
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if " norm" in name])
+def test_normalisations_take_an_empty_batch_as_pytorch_does(name: str) -> None:
+    function, (images, *others) = LAYERS[name]
+    found = []
+    for context in (nullcontext(), twice_differentiable(Phase())):
+        inputs = [torch.ones(shape, requires_grad=True) for shape in ((0, *images[1:]), *others)]
+        with context:
+            y = function(*inputs)
+        first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
+        found.append([y, *first, *torch.autograd.grad(first[0].square().sum(), inputs, allow_unused=True, materialize_grads=True)])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)

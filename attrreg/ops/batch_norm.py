@@ -206,8 +206,8 @@ def _batch_norm(
     g = weight if weight is not None else input.new_ones(input.shape[1], dtype=wide)
     b = bias if bias is not None else input.new_zeros(input.shape[1], dtype=wide)
     if training:
-        if input.numel() == input.shape[1]:
-            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)  # which refuses it
+        if input.numel() <= input.shape[1]:  # PyTorch refuses one value a channel, and of an empty batch does not divide by it
+            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         result: Tensor = _BatchNorm.apply(input, g, b, running_mean, running_var, momentum, eps, phase)
         return result
     assert running_mean is not None and running_var is not None

@@ -99,6 +99,8 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`F.layer_norm`."""
+    if not input.numel():  # the second derivative's kernel would divide by the number of its channels
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
     wide = torch.promote_types(input.dtype, torch.float32)
     if input.dtype != wide:  # PyTorch's second derivative has the cube of 1 / deviation, for which float16 has no room
         g, b = (None if parameter is None else parameter.to(wide) for parameter in (weight, bias))
