@@ -14,6 +14,7 @@ G = (dP - D)(A - E) + go uv^T and H = P (G - sum_j P G):
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,12 +83,12 @@ def _for_kernel(mask: Tensor | None) -> Tensor | None:
 
 
 def _gradients(
-    go: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, o: Tensor, log_sum: Tensor | None, kind: Kind, for_mask: bool
+    go: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kept: Sequence[Tensor], kind: Kind, for_mask: bool
 ) -> tuple[Tensor | None, ...]:
-    """gq, gk, gv, gmask."""
-    if log_sum is not None and not for_mask:
+    """gq, gk, gv, gmask; `kept` is what the CPU's kernel left for its backward, empty where it did not run."""
+    if kept and not for_mask:
         kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return *kernel(_rows(go), q, k, v, o, log_sum, 0.0, False, attn_mask=_for_kernel(mask), scale=kind.scale), None
+        return *kernel(_rows(go), q, k, v, *kept, 0.0, False, attn_mask=_for_kernel(mask), scale=kind.scale), None
     shapes = q.shape, k.shape, v.shape
     # One copy of what comes as views of a projection; then every product is one call, with its scale.
     go, q, k, v = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (go, q, k, v))
@@ -110,14 +111,14 @@ class _Attention(Function):
         else:
             with sdpa_kernel(FUSED):
                 o = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
-            ctx.save_for_backward(q, k, v, mask, o)
+            ctx.save_for_backward(q, k, v, mask)
         result: Tensor = o
         return result
 
     @staticmethod
     def backward(ctx: Any, go: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, o, *log_sum = ctx.saved_tensors
-        arguments = go, q, k, v, mask, o.detach(), log_sum[0] if log_sum else None, ctx.kind, wanted(ctx, 4)[3]
+        q, k, v, mask, *kept = ctx.saved_tensors
+        arguments = go, q, k, v, mask, [tensor.detach() for tensor in kept], ctx.kind, wanted(ctx, 4)[3]
         found = _AttentionGradients.apply(*arguments) if torch.is_grad_enabled() else _gradients(*arguments)
         return *found, None, None
 
@@ -131,14 +132,13 @@ class _AttentionGradients(Function):
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-        o: Tensor,
-        log_sum: Tensor | None,
+        kept: Sequence[Tensor],
         kind: Kind,
         for_mask: bool,
     ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(go, q, k, v, mask)
         ctx.kind = kind
-        return _gradients(go, q, k, v, mask, o, log_sum, kind, for_mask)
+        return _gradients(go, q, k, v, mask, kept, kind, for_mask)
 
     @staticmethod
     @once_differentiable
@@ -165,7 +165,7 @@ class _AttentionGradients(Function):
         d_v = torch.bmm(c.mT, go)
         d_mask = h.view(full).sum_to_size(mask.shape) if ctx.needs_input_grad[4] else None
         found = (gradient.view(shape) for gradient, shape in zip((d_go, d_q, d_k, d_v), shapes, strict=True))
-        return *found, d_mask, None, None, None, None
+        return *found, d_mask, None, None, None
 
 
 def _as(dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -17,7 +17,6 @@ from torch.autograd import Function
 from attrreg import processor
 from attrreg.ops.phase import Phase, wanted
 
-aten = torch.ops.aten
 WIDE = 64  # rows and columns of a result, below which oneDNN is slow where both matrices are stored by columns
 PLAIN = (Tensor, torch.nn.Parameter)  # not distributed, quantized or otherwise special
 
@@ -49,7 +48,7 @@ def _fast(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
     # Both by columns, as for the gradient of weights. oneDNN copies the first, which should be the smaller one then.
     (rows, inner), columns = a.shape, b.shape[0]
     if not MKL_IS_SLOW or min(rows, columns) < WIDE:
-        # MKL is slow to write a result to memory that was not just written, as it is where zeros are added.
+        # Zeros to be added are written to the result first: MKL is slow to write to memory that nothing has just written.
         return F.linear(a, b, a.new_zeros(columns) if shift is None else shift)
     if shift is None and (rows - columns) * inner > 2 * rows * columns:
         return _by_onednn(b, a, None).t().contiguous()
