@@ -54,13 +54,14 @@ def switched_off() -> Iterator[None]:
 
 
 def derivatives(function: Any, inputs: list[Tensor]) -> list[Tensor]:
-    """The value, the first and the second derivatives."""
+    """The value, the first, second and third derivatives."""
     y = function(*inputs)
     weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
     first = torch.autograd.grad((torch.tanh(y) * weight).sum(), inputs, create_graph=True)
     by_input = torch.autograd.grad(first[0].square().sum(), inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
-    by_all = torch.autograd.grad(torch.stack([gradient.square().sum() for gradient in first]).sum(), inputs)
-    return [each.detach() for each in (y, *first, *by_input, *by_all)]
+    by_all = torch.autograd.grad(torch.stack([gradient.square().sum() for gradient in first]).sum(), inputs, create_graph=True)
+    third = torch.autograd.grad(torch.stack([gradient.square().sum() for gradient in by_all]).sum(), inputs)
+    return [each.detach() for each in (y, *first, *by_input, *by_all, *third)]
 
 
 def compare(function: Any, inputs: list[Tensor]) -> None:
@@ -187,17 +188,60 @@ def test_nothing_is_saved_that_no_derivative_needs() -> None:
 
 
 @needs_onednn
-def test_gradients_of_a_weight_are_summed_in_place() -> None:
+@pytest.mark.parametrize("slow", [True, False])
+def test_gradients_of_a_weight_are_summed_in_place(slow: bool) -> None:
     x, w = torch.randn(2, 4, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
     with always_onednn(), twice_differentiable(Phase()):
         y = F.linear(x * 1, w)
     (gradient,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
-    with always_onednn() as calls, profile(activities=[ProfilerActivity.CPU]) as seen:
+    with always_onednn() as calls, patch.object(linear, "MKL_IS_SLOW", slow), profile(activities=[ProfilerActivity.CPU]) as seen:
         (gradient.square().sum() + y.sum()).backward()
-    assert len(calls) == 4  # for the weight and what it meets, of both orders
-    products = "evaluate_function: _ProductBackward"
-    sums = [event.name for event in seen.events() if event.cpu_parent is not None and event.cpu_parent.name.endswith(products)]
-    assert "aten::add_" in sums and "aten::add" not in sums and w.grad is not None and w.grad.is_contiguous()
+    assert len(calls) == (4 if slow else 2)  # for what the weight meets, of both orders, and for the weight itself
+    ours = "evaluate_function: _LinearBackward", "evaluate_function: _ProductBackward"
+    inside = [event.name for event in seen.events() for above in _parents(event) if above.endswith(ours)]
+    assert ("aten::add_" if slow else "aten::addmm_") in inside and "aten::add" not in inside
+    assert w.grad is not None and w.grad.is_contiguous()
+
+
+def _parents(event: Any) -> Iterator[str]:
+    while (event := event.cpu_parent) is not None:
+        yield event.name
+
+
+@needs_onednn
+@pytest.mark.parametrize("slow", [True, False])
+def test_gradients_of_a_weight_that_several_backwards_used(slow: bool) -> None:
+    x, w = torch.randn(2, 4, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
+    seen: list[Tensor] = []
+    w.register_hook(lambda gradient: seen.append(gradient.clone()))
+
+    def penalties(y: Tensor) -> list[Tensor]:
+        scores = y.sin().sum(), y.square().sum()
+        gradients = [torch.autograd.grad(score, x, create_graph=True)[0] for score in scores]
+        return [gradients[0].square().sum() + y.sum(), gradients[1].square().sum(), gradients[0].sum() * gradients[1].sum()]
+
+    want = [torch.autograd.grad(total, w, retain_graph=True)[0] for total in penalties(F.linear(x, w))]
+    seen.clear()
+    with always_onednn(), patch.object(linear, "MKL_IS_SLOW", slow), twice_differentiable(Phase()):
+        totals = penalties(F.linear(x * 1, w))
+        for _ in range(2):  # what one of them wrote over is not what the next one reads
+            for total in totals:
+                total.backward(retain_graph=True)
+    assert len(seen) == 6  # each time the whole of it, once
+    for got, wanted in zip(seen, want * 2, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    assert w.grad is not None
+    torch.testing.assert_close(w.grad, 2 * sum(want, torch.zeros_like(w)), rtol=1e-4, atol=1e-4 * float(w.grad.abs().max()))
+
+
+@needs_onednn
+def test_a_penalty_that_only_reads_the_gradient() -> None:
+    x, w = torch.randn(4, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
+    with always_onednn(), twice_differentiable(Phase()):
+        (gradient,) = torch.autograd.grad(F.linear(x * 1, w).sum(), x, create_graph=True)
+        gradient.square().sum().backward()  # which comes to the weight without a gradient of the layer's output
+    assert w.grad is not None
+    torch.testing.assert_close(w.grad, 8 * w.detach().sum(0).expand(6, 8))
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,7 @@ def _of_its_gradient(go: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **
 
 FORMULAS = {
     **flop_registry,
+    aten.addmm_: flop_registry[aten.addmm],
     ONEDNN: _of_a_product,
     aten._scaled_dot_product_flash_attention_for_cpu: _of_attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _of_its_gradient,

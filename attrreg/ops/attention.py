@@ -164,7 +164,8 @@ class _AttentionGradients(Function):
         d_k = torch.bmm(h.mT, q).baddbmm_(slope.mT, uq, beta=s, alpha=s)
         d_v = torch.bmm(c.mT, go)
         d_mask = h.view(full).sum_to_size(mask.shape) if ctx.needs_input_grad[4] else None
-        found = (gradient.view(shape) for gradient, shape in zip((d_go, d_q, d_k, d_v), shapes, strict=True))
+        # No views: PyTorch adds the gradients of the loss itself to these in place.
+        found = (aten._unsafe_view(gradient, shape) for gradient, shape in zip((d_go, d_q, d_k, d_v), shapes, strict=True))
         return *found, d_mask, None, None, None
 
 

@@ -47,12 +47,17 @@ def _fast(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
         return _by_onednn(a, b, shift)
     # Both by columns, as for the gradient of weights. oneDNN copies the first, which should be the smaller one then.
     (rows, inner), columns = a.shape, b.shape[0]
-    if not MKL_IS_SLOW or min(rows, columns) < WIDE:
+    if _by_columns_as_pytorch(a, b):
         # Zeros to be added are written to the result first: MKL is slow to write to memory that nothing has just written.
         return F.linear(a, b, a.new_zeros(columns) if shift is None else shift)
     if shift is None and (rows - columns) * inner > 2 * rows * columns:
         return _by_onednn(b, a, None).t().contiguous()
     return _by_onednn(a, b, shift)
+
+
+def _by_columns_as_pytorch(a: Tensor, b: Tensor) -> bool:
+    """Whether PyTorch's product is the faster one where both are stored by columns."""
+    return not MKL_IS_SLOW or min(a.shape[0], b.shape[0]) < WIDE
 
 
 def _by_onednn(a: Tensor, b: Tensor, shift: Tensor | None) -> Tensor:
@@ -73,36 +78,76 @@ def _suited(tensor: Tensor) -> bool:
     return kind and ONEDNN is not None and bool(torch.backends.mkldnn.enabled)
 
 
+def _added(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The sum of `total`, which is written over, and the product of two matrices stored by columns."""
+    return total.addmm_(a, b.t()) if _by_columns_as_pytorch(a, b) else total.add_(_fast(a, b))
+
+
+class _Linear(Function):
+    """The layer, and its weight once more, for the inner backward to multiply by.
+
+    So the gradient that the weight gets there comes here first, and this one is added to it by the product, not in a pass of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, w: Tensor, shift: Tensor | None, phase: Phase) -> tuple[Tensor, Tensor]:
+        again = w.detach()
+        for_a, for_w, *_ = ctx.needs_input_grad
+        # As PyTorch's own: what no derivative needs may be freed or changed.
+        ctx.save_for_backward(a if for_w else None, None if not for_a else again if for_w else w)
+        ctx.phase = phase
+        ctx.set_materialize_grads(False)
+        return _fast(a, w, shift), again
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, earlier: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return None, earlier, None, None
+        a, w = ctx.saved_tensors
+        for_a, for_w, for_shift = wanted(ctx, 3)
+        g = g.contiguous()  # so that what reads it does not copy it each time
+        if torch.is_grad_enabled():
+            ga = _Product.apply(g, w, True, ctx.phase) if for_a else None
+            gw = _Product.apply(_columns(g), _columns(a), False, ctx.phase) if for_w else None
+            gw = gw if earlier is None or gw is None else gw + earlier
+        else:
+            ga = _fast(g, w.t()) if for_a else None
+            gw = None if not for_w else _fast(_columns(g), _columns(a)) if earlier is None else _added(earlier, _columns(g), _columns(a))
+        return ga, gw, g.flatten(0, -2).sum(0) if for_shift else None, None
+
+
 class _Product(Function):
-    """a b^T + shift, or where it goes `across`, a b + shift, of `(..., inner)` and a matrix; its derivatives are products again.
+    """a b^T, or where it goes `across`, a b, of `(..., inner)` and a matrix; its derivatives are products again.
 
     These have as many multiplications, so that what is worth it for one is for all. Reshaped and transposed inside: PyTorch sums
     gradients of the same tensor in place where they are no views.
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, shift: Tensor | None, across: bool, phase: Phase) -> Tensor:
-        # As PyTorch's own: what no derivative needs may be freed or changed.
+    def forward(ctx: Any, a: Tensor, b: Tensor, across: bool, phase: Phase) -> Tensor:
         ctx.save_for_backward(a if ctx.needs_input_grad[1] else None, b if ctx.needs_input_grad[0] else None)
         ctx.across, ctx.phase = across, phase
-        return _fast(a, b.t() if across else b, shift)
+        return _fast(a, b.t() if across else b)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
         across, phase = ctx.across, ctx.phase
-        for_a, for_b, for_shift = wanted(ctx, 3)
+        for_a, for_b = wanted(ctx, 2)
         again = torch.is_grad_enabled()
         ga = gb = None
-        g = g.contiguous()  # so that what reads it does not copy it each time
-        if for_a and again:
-            ga = _Product.apply(g, b, None, not across, phase)
-        elif for_a:
-            ga = _fast(g, b if across else b.t())
+        g = g.contiguous()
+        if for_a:
+            ga = _Product.apply(g, b, not across, phase) if again else _fast(g, b if across else b.t())
         if for_b:  # laid out as b is
-            left, right = (a.flatten(0, -2), g.flatten(0, -2)) if across else (g.flatten(0, -2), a.flatten(0, -2))
-            gb = _Product.apply(left.t(), right.t(), None, False, phase) if again else _fast(left.t(), right.t())
-        return ga, gb, g.flatten(0, -2).sum(0) if for_shift else None, None, None
+            left, right = (a, g) if across else (g, a)
+            gb = _Product.apply(_columns(left), _columns(right), False, phase) if again else _fast(_columns(left), _columns(right))
+        return ga, gb, None, None
+
+
+def _columns(tensor: Tensor) -> Tensor:
+    """The columns of all rows, `(inner, rows)`."""
+    return tensor.flatten(0, -2).t()
 
 
 def linear(phase: Phase, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -112,5 +157,5 @@ def linear(phase: Phase, input: Tensor, weight: Tensor, bias: Tensor | None = No
         return F.linear(input, weight, bias)
     if bias is not None and not (_suited(bias) and bias.shape == weight.shape[:1]):
         return F.linear(input, weight, bias)
-    result: Tensor = _Product.apply(input.contiguous(), weight, bias, False, phase)  # so that nothing copies it again
+    result: Tensor = _Linear.apply(input.contiguous(), weight, bias, phase)[0]  # so that nothing copies it again
     return result

@@ -45,8 +45,7 @@ class _LayerNorm(Function):
         mask = wanted(ctx, 3)
         gy = gy.contiguous()
         if not torch.is_grad_enabled():
-            gradients = aten.native_layer_norm_backward(gy, x, ctx.shape, mu, r, g, b, mask)
-            return *(gradient if asked else None for gradient, asked in zip(gradients, mask, strict=True)), *[None] * 3
+            return *aten.native_layer_norm_backward(gy, x, ctx.shape, mu, r, g, b, mask), None, None, None
         rows = list(range(x.dim() - len(ctx.shape)))
         gx = _LayerNormInputGradient.apply(gy, x, g, mu, r, ctx.shape) if mask[0] else None
         gg = (gy * F.layer_norm(x, ctx.shape, eps=ctx.eps)).sum(rows) if mask[1] else None
@@ -76,12 +75,13 @@ class _LayerNormInputGradient(Function):
         gx, a, _ = _of_channels(product, shaped, mean, inverse)  # one pass, not worth keeping
         rpv, b, _ = _of_channels(v.reshape(rows), shaped, mean, inverse)
         torch.mul(gy.view(rows), rpv, out=product)  # a new tensor of this size costs as much as a pass over it
-        for_g = product[0].sum(0).view(ctx.shape) if ctx.needs_input_grad[2] else None
+        # No views go out: PyTorch adds what else is a gradient of the same tensor to these in place.
+        for_g = aten._unsafe_view(product[0].sum(0), ctx.shape) if ctx.needs_input_grad[2] else None
         phi = torch.mv(product[0], weight)  # since sum(v gx) = sum(g gy r P(v))
         scale = inverse * (-1 / count)  # a and b are sums here
         for_x = (shaped - mean[:, None]).mul_((phi * scale * inverse)[:, None])
         for_x.addcmul_(rpv, (a * scale)[:, None]).addcmul_(gx, (b * scale)[:, None])
-        return rpv.view(v.shape).mul_(g), for_x.view(x.shape), for_g, None, None, None
+        return aten._unsafe_view(rpv, v.shape).mul_(g), aten._unsafe_view(for_x, x.shape), for_g, None, None, None
 
 
 def _of_channels(u: Tensor, x: Tensor, mu: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
