@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -79,3 +80,16 @@ def test_operators_take_any_strides(data: Any, name: str) -> None:
         found.append([y, *first, *first_again, *second])
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * float(want.detach().abs().max()))
+
+
+@pytest.mark.parametrize("name", ["batch norm", "layer norm of two axes", "silu", "convolution", "pointwise convolution", "attention"])
+def test_second_derivatives_are_no_views(name: str) -> None:
+    """PyTorch adds the loss's own gradients to them in place then, and to new memory if they are."""
+    function, shapes = STORED[name]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    with twice_differentiable(Phase()):
+        y = function(*inputs)
+    first = torch.autograd.grad(y, inputs, torch.randn_like(y), create_graph=True)
+    second = torch.autograd.grad(first[0].square().sum(), inputs, allow_unused=True)
+    assert second[0] is not None or "convolution" in name  # which is linear
+    assert not any(gradient._is_view() for gradient in second if gradient is not None)
