@@ -227,7 +227,7 @@ class Masked(Baseline):
     def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
         """`x` inside the mask, the fill outside."""
         relevant = masks.resize(_mask(self, mask), (x.shape[-2], x.shape[-1])).to(x.dtype)
-        return relevant * x + (1 - relevant) * self.fill(x, mask, generator)
+        return torch.lerp(self.fill(x, mask, generator).to(x.dtype), x, relevant)  # in one pass over the images
 
 
 def as_baseline(value: Baseline | Tensor | float) -> Baseline:

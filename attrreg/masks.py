@@ -80,10 +80,10 @@ def check(mask: Tensor, x: Tensor, annotated: Tensor | None, needs_region: str |
     """
     relevant = _canonical(mask, x)
     flags = _annotated(annotated, x)
-    column = flags.view(-1, 1, 1, 1)
+    pixels = relevant.flatten(1)
+    low, high = pixels.amin(1), pixels.amax(1)  # NaN where there is one
     # One transfer to the host for all checks of values: each would otherwise wait for the device by itself.
-    bad = column & ~((relevant >= 0) & (relevant <= 1))
-    empty = flags & (relevant.amax(dim=(1, 2, 3)) <= 0)
+    bad, empty = flags & ~((low >= 0) & (high <= 1)), flags & (high <= 0)
     has_bad, has_empty, count = torch.stack([bad.any(), empty.any(), flags.sum()]).tolist()
     if has_bad:
         raise ValueError(
@@ -96,7 +96,7 @@ def check(mask: Tensor, x: Tensor, annotated: Tensor | None, needs_region: str |
             f"mask of image {first} has no relevant pixel, and {needs_region} is undefined without one. Leave the image out "
             "with `annotated=`, or use objectives.LogOutside(), which accepts empty masks."
         )
-    return Annotation(torch.where(column, relevant, torch.ones_like(relevant)), flags, count, x.shape[0])
+    return Annotation(torch.where(flags.view(-1, 1, 1, 1), relevant, torch.ones_like(relevant)), flags, count, x.shape[0])
 
 
 def _canonical(mask: Tensor, x: Tensor) -> Tensor:
