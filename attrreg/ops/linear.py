@@ -78,9 +78,24 @@ def _suited(tensor: Tensor) -> bool:
     return kind and ONEDNN is not None and bool(torch.backends.mkldnn.enabled)
 
 
-def _added(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The sum of `total`, which is written over, and the product of two matrices stored by columns."""
+def _times(a: Tensor, b: Tensor, across: bool, phase: Phase) -> Tensor:
+    """`_Product`, with a graph where somebody differentiates again."""
+    if not torch.is_grad_enabled():
+        return _fast(a, b.t() if across else b)
+    result: Tensor = _Product.apply(a, b, across, phase)
+    return result
+
+
+def _added(total: Tensor, a: Tensor, b: Tensor, phase: Phase) -> Tensor:
+    """The sum of `total`, which is written over where nobody differentiates again, and the product of two matrices stored by columns."""
+    if torch.is_grad_enabled():
+        return total + _times(a, b, False, phase)
     return total.addmm_(a, b.t()) if _by_columns_as_pytorch(a, b) else total.add_(_fast(a, b))
+
+
+def _columns(tensor: Tensor) -> Tensor:
+    """The columns of all rows, `(inner, rows)`."""
+    return tensor.flatten(0, -2).t()
 
 
 class _Linear(Function):
@@ -106,13 +121,11 @@ class _Linear(Function):
         a, w = ctx.saved_tensors
         for_a, for_w, for_shift = wanted(ctx, 3)
         g = g.contiguous()  # so that what reads it does not copy it each time
-        if torch.is_grad_enabled():
-            ga = _Product.apply(g, w, True, ctx.phase) if for_a else None
-            gw = _Product.apply(_columns(g), _columns(a), False, ctx.phase) if for_w else None
-            gw = gw if earlier is None or gw is None else gw + earlier
-        else:
-            ga = _fast(g, w.t()) if for_a else None
-            gw = None if not for_w else _fast(_columns(g), _columns(a)) if earlier is None else _added(earlier, _columns(g), _columns(a))
+        ga = _times(g, w, True, ctx.phase) if for_a else None
+        gw = None
+        if for_w:
+            left, right = _columns(g), _columns(a)
+            gw = _times(left, right, False, ctx.phase) if earlier is None else _added(earlier, left, right, ctx.phase)
         return ga, gw, g.flatten(0, -2).sum(0) if for_shift else None, None
 
 
@@ -134,20 +147,13 @@ class _Product(Function):
         a, b = ctx.saved_tensors
         across, phase = ctx.across, ctx.phase
         for_a, for_b = wanted(ctx, 2)
-        again = torch.is_grad_enabled()
-        ga = gb = None
         g = g.contiguous()
-        if for_a:
-            ga = _Product.apply(g, b, not across, phase) if again else _fast(g, b if across else b.t())
+        ga = _times(g, b, not across, phase) if for_a else None
+        gb = None
         if for_b:  # laid out as b is
             left, right = (a, g) if across else (g, a)
-            gb = _Product.apply(_columns(left), _columns(right), False, phase) if again else _fast(_columns(left), _columns(right))
+            gb = _times(_columns(left), _columns(right), False, phase)
         return ga, gb, None, None
-
-
-def _columns(tensor: Tensor) -> Tensor:
-    """The columns of all rows, `(inner, rows)`."""
-    return tensor.flatten(0, -2).t()
 
 
 def linear(phase: Phase, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -47,17 +47,18 @@ class Phase:
 
 
 def wanted(ctx: Any, count: int) -> list[bool]:
-    """Which gradients of its first inputs the running backward asks a function for; of those after the first that are no weights too."""
-    needed, phase, nodes = ctx.needs_input_grad, ctx.phase, ctx.next_functions
+    """Which gradients of its first inputs the running backward asks a function for; the outer one is asked about the first only."""
+    needed, phase, nodes = ctx.needs_input_grad, ctx.phase, ctx.next_functions  # a bias that is None has no node, and needs none
     if phase.inner:  # which runs a function only for what comes before it, unless a weight was computed from the images
-        return [needed[0], *(needed[index] and _executes(nodes[index][0]) for index in range(1, count))]
+        return [needed[0], *(needed[index] and _executes(nodes[index][0], leaf=False) for index in range(1, count))]
     # Gradients of weights are what the outer one is for. A plain step has no gradient of the images either.
-    return [needed[0] and _executes(nodes[0][0], True) and not leads_to_ours(nodes[0][0]), *needed[1:count]]
+    return [needed[0] and _executes(nodes[0][0], leaf=True) and not leads_to_ours(nodes[0][0]), *needed[1:count]]
 
 
-def _executes(node: Any, leaf: bool = False) -> bool:
+def _executes(node: Any, leaf: bool) -> bool:
+    """Whether the engine will run a node; `leaf`: what to say of a leaf under `autograd.grad`, of which PyTorch will not tell."""
     try:
         executes: bool = torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf under autograd.grad, of which PyTorch will not tell
+    except RuntimeError:
         return leaf
     return executes
