@@ -126,6 +126,7 @@ class Tap:
         self._written = 0
         self._hooks: list[RemovableHandle] = []
         self._operators = ExitStack()
+        self._begin: Callable[[], None] = lambda: None
         self._phase = Phase(places=places)
 
     def open(self, x: Tensor) -> Tensor:
@@ -139,8 +140,8 @@ class Tap:
             taken = {site for site, gradient in self._sites.items() if gradient}
             if taken and self._twice:  # else no gradient is taken that could be differentiated again
                 # What comes before the first of them is differentiated once, by PyTorch's own operators.
-                self._phase.active = INPUT in taken or (SPATIAL in taken and self._map is None)
-                self._operators.enter_context(twice_differentiable(self._phase))
+                at_once = INPUT in taken or (SPATIAL in taken and self._map is None)
+                self._begin = self._operators.enter_context(twice_differentiable(self._phase, at_once))
         except BaseException:
             self.close()
             raise
@@ -243,7 +244,8 @@ class Tap:
             if site in self._moves:
                 output = output + self._moves[site].to(output.dtype)
             self._values[site] = value = _differentiable(output) if self._sites[site] else output
-            self._phase.active |= self._sites[site]
+            if self._sites[site]:
+                self._begin()
             # A copy goes on, because what follows may work in place, and an in-place ReLU would silently turn what was
             # recorded into its own output.
             return value.clone()
@@ -265,7 +267,7 @@ class Tap:
                 return None
             # Behind frozen layers the first map becomes the leaf that later ones hang on.
             value = _differentiable(output)
-            self._phase.active = True
+            self._begin()
             if self._maps and self._maps[-1][1] is value:
                 if not self._maps[-1][0].startswith(f"{name}.") and value._version == self._written:
                     return None  # an identity

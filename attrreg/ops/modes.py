@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, _sdpa_kernel, sdpa_kernel
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from attrreg.ops import activation, attention, batch_norm, concatenate, conv, distance, draws, linear, norm
 from attrreg.ops.phase import Phase
@@ -66,9 +66,6 @@ class _Replace(TorchFunctionMode):
             return func(*args, **kwargs)
         if self._phase.draws is not None and not self._phase.draws.stopped and func in draws.KNOWN:
             return draws.KNOWN[func](self._phase.draws, func, *args, **kwargs)
-        if not self._phase.active:
-            with sdpa_kernel(attention.FUSED) if func is F.scaled_dot_product_attention else nullcontext():
-                return func(*args, **kwargs)
         if func in WITH_PHASE:
             return WITH_PHASE[func](self._phase, *args, **kwargs)
         chosen: Callable[..., Any] = REPLACEMENTS.get(func, func)
@@ -76,7 +73,7 @@ class _Replace(TorchFunctionMode):
 
 
 @contextmanager
-def twice_differentiable(phase: Phase) -> Iterator[None]:
+def twice_differentiable(phase: Phase, at_once: bool = True) -> Iterator[Callable[[], None]]:
     """Compute with operators that have a second derivative. The user's settings are back at the end.
 
     Attention takes PyTorch's math path: its fused kernels have no double backward (pytorch#116350). A checkpointed
@@ -84,22 +81,48 @@ def twice_differentiable(phase: Phase) -> Iterator[None]:
 
     Args:
         phase: tells the operators what the backward through them is for.
+        at_once: False: they start with the first checkpointed block, or when what this yields is called. Nothing costs time until then:
+            PyTorch shows a mode every call, those that it leaves as they are too.
     """
+    mode, backends, begun = _Replace(phase), _cur_sdpa_kernel_backends(), False
+    depth = len(_get_current_function_mode_stack())
+
+    def begin() -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
+            stack = _get_current_function_mode_stack()  # the model may be inside modes and choices of its own, and leaves them from the top
+            _set_stack([*stack[:depth], mode, *stack[depth:]])
+            _sdpa_kernel([SDPBackend.MATH])
 
     def start() -> None:
-        phase.active = True  # the recomputation must not change operators midway, where the first run did
+        begin()  # the recomputation must not change operators midway, where the first run did
         if phase.draws is not None:
             phase.draws.stopped = True  # PyTorch winds back its own generators only
 
-    # PyTorch captures autocast and generators for the recomputation, but not function modes or attention kernels.
-    with _operators(phase), checkpoints_recompute_inside(lambda: _operators(phase), start):
-        yield
+    if at_once:
+        begin()
+    try:
+        # PyTorch captures autocast and generators for the recomputation, but not function modes or attention kernels.
+        with checkpoints_recompute_inside(lambda: _operators(phase), start):
+            yield begin
+    finally:
+        if begun:
+            _set_stack([entered for entered in _get_current_function_mode_stack() if entered is not mode])
+            _sdpa_kernel(backends)
 
 
 @contextmanager
 def _operators(phase: Phase) -> Iterator[None]:
     with sdpa_kernel(SDPBackend.MATH), _Replace(phase):
         yield
+
+
+def _set_stack(modes: list[TorchFunctionMode]) -> None:
+    for _ in _get_current_function_mode_stack():
+        _pop_mode()
+    for mode in modes:
+        _push_mode(mode)
 
 
 @contextmanager

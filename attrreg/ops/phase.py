@@ -26,11 +26,9 @@ class Phase:
         draws: what they draw, where they are several.
         rows: in the batch of all places.
         normalised: how many rows of their own statistics' batches are told apart: `rows`, unless images meet in another way.
-        active: what runs now will be differentiated twice. False before the first layer at which a gradient is taken.
     """
 
     inner: bool = False
-    active: bool = True
     places: int = 1
     rows: int = 0
     draws: Draws | None = None
