@@ -171,7 +171,6 @@ class Tap:
             self._problems[SPATIAL] = "every layer with a map ran more than once in one forward. Let the model run once on each image."
         if self._map is not None and maps:
             self._values[SPATIAL] = maps[-1][1]
-        state = () if self._own else _state(self._model)  # only the passes of the loop are asked for theirs
         # Scores are taken inside DDP's wrapper: under static_graph, a backward through that makes it believe the step's is done.
         inner = output if self._output is None else self._output
         return Recording(
@@ -184,7 +183,7 @@ class Tap:
             output=inner,
             returned=output,
             rng=self._rng,
-            state=state,
+            state=() if self._own else _state(self._model),  # only the passes of the loop are asked for theirs
             phase=self._phase,
             twice=self._twice,
             half=self._half,

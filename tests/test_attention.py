@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
+from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode, _get_current_function_mode_stack
 
 from attrreg import GradCAM
 from attrreg.objectives import SquaredOutside
@@ -29,11 +28,6 @@ def test_attention_can_be_differentiated_twice_and_settings_return() -> None:
     assert torch.backends.cuda.flash_sdp_enabled() == enabled
 
 
-class Logging(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
 class Nested(nn.Module):
     """Grad-CAM's layer runs inside a mode and a choice of kernels that the model itself enters and leaves."""
 
@@ -41,18 +35,20 @@ class Nested(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(3, 4, 3, padding=1)
         self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.third = nn.MultiheadAttention(4, 1, batch_first=True)
         self.head = nn.Linear(4, 2)
         self.stacks: list[list[TorchFunctionMode]] = []
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x).tanh()
-        with Logging() as own, sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]):
+        with BaseTorchFunctionMode() as own, sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]):
             self.stacks.append(_get_current_function_mode_stack())
             x = self.second(x)
             self.stacks.append(_get_current_function_mode_stack())
             assert self.stacks[-1][-1] is own
         self.stacks.append(_get_current_function_mode_stack())
-        tokens = x.tanh().flatten(2).mT.unsqueeze(1)
+        tokens = x.tanh().flatten(2).mT
+        tokens = self.third(tokens, tokens, tokens, need_weights=False)[0].unsqueeze(1)
         logits: Tensor = self.head(F.scaled_dot_product_attention(tokens, tokens, tokens).mean((1, 2)))
         return logits
 
@@ -60,18 +56,14 @@ class Nested(nn.Module):
 def test_operators_start_beneath_what_the_model_entered_itself() -> None:
     model, x, mask = Nested().double(), torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.zeros(2, 1, 4, 4)
     mask[..., :2] = 1
-    flags = torch.backends.cuda
-
-    def enabled() -> list[bool]:
-        return [flags.flash_sdp_enabled(), flags.math_sdp_enabled(), flags.mem_efficient_sdp_enabled(), flags.cudnn_sdp_enabled()]
-
-    before, reg, target = enabled(), GradCAM("second", score=TargetLogit(), objective=SquaredOutside()), torch.tensor([0, 1])
-    with Logging() as outer:
+    reg, target = GradCAM("second", score=TargetLogit(), objective=SquaredOutside()), torch.tensor([0, 1])
+    before = _cur_sdpa_kernel_backends()
+    with BaseTorchFunctionMode() as outer:
         with reg.attach(model):
             model(x)
             value = reg(model, x, mask, target)
         assert _get_current_function_mode_stack() == [outer]
-    assert enabled() == before
+    assert _cur_sdpa_kernel_backends() == before
     assert [len(stack) for stack in model.stacks] == [2, 3, 2]  # ours comes with the layer, and stays until the end
     assert model.stacks[1][0] is outer and model.stacks[1][1] is model.stacks[2][1]
     with sdpa_kernel(SDPBackend.MATH):

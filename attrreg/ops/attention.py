@@ -14,7 +14,7 @@ G = (dP - D)(A - E) + go uv^T and H = P (G - sum_j P G):
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,6 +169,16 @@ class _AttentionGradients(Function):
         return *found, d_mask, None, None, None
 
 
+def by_math(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that computes attention, by PyTorch's math path, whatever kernels the model has chosen meanwhile."""
+
+    def call(*args: Any, **settings: Any) -> Any:
+        with sdpa_kernel(SDPBackend.MATH):
+            return function(*args, **settings)
+
+    return call
+
+
 def _as(dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """In another type, but for a mask that says yes or no."""
     return query.to(dtype), key.to(dtype), value.to(dtype), mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
@@ -196,7 +206,10 @@ def attention(
             return attention(phase, *_as(narrow, query, key, value, attn_mask), dropout_p, is_causal, scale, enable_gqa)
     same = query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and dtype == key.dtype == value.dtype
     if not same or dropout_p or enable_gqa or not dtype.is_floating_point:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        plain: Tensor = by_math(F.scaled_dot_product_attention)(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        return plain
     wide = torch.promote_types(dtype, torch.float32)
     if dtype != wide:
         return attention(phase, *_as(wide, query, key, value, attn_mask), 0.0, is_causal, scale).to(dtype)

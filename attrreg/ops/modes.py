@@ -27,6 +27,7 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.silu: activation.silu,
     F.gelu: activation.gelu,
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), concatenate.concatenate),
+    F.multi_head_attention_forward: attention.by_math(F.multi_head_attention_forward),  # inside, no mode is on
     F.normalize: distance.normalize,
     torch.norm: distance.norm,
     Tensor.norm: distance.norm,
