@@ -248,7 +248,10 @@ def as_baseline(value: Baseline | Tensor | float) -> Baseline:
 def _orders(count: int, length: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """Random orders `(count, length)`."""
     if device.type == "cpu":  # where sorting takes ten times as long
-        return torch.stack([torch.randperm(length, generator=generator) for _ in range(count)])
+        orders = torch.empty((count, length), dtype=torch.int64)
+        for row in orders:
+            torch.randperm(length, generator=generator, out=row)
+        return orders
     return torch.rand((count, length), generator=generator, device=device, dtype=torch.float64).argsort(dim=1)
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-Advance = Callable[[str, int], None]  # what is being done, and how many steps of it are over
+Advance = Callable[[str, float], None]  # what is being done, and how many steps of it are over
 
 
 @contextmanager
@@ -18,8 +18,8 @@ def bar(console: Console, total: int) -> Iterator[Advance]:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("starting", total=total)
 
-        def advance(doing: str, steps: int) -> None:
+        def advance(doing: str, steps: float) -> None:
             progress.update(task, description=doing, advance=steps)
 
         yield advance
-        progress.update(task, description="done")
+        progress.update(task, description="done", completed=total)  # parts of steps may not sum to whole ones

@@ -51,11 +51,12 @@ class Buffers:
     def __init__(self, model: nn.Module) -> None:
         self._originals = [(module, dict(module._buffers)) for module in modules(model)]
         self._copies: dict[int, Tensor] = {}  # a buffer shared by two modules stays shared
-        for _, buffers in self._originals:
-            for buffer in buffers.values():
-                if buffer is not None and id(buffer) not in self._copies:
-                    self._copies[id(buffer)] = buffer.detach().clone()
-        self._after: list[dict[str, Tensor | None]] = []
+        with torch.no_grad():
+            for _, buffers in self._originals:
+                for buffer in buffers.values():
+                    if buffer is not None and id(buffer) not in self._copies:
+                        self._copies[id(buffer)] = buffer.clone()
+        self._left: list[tuple[nn.Module, dict[str, Tensor | None], dict[str, Tensor | None]]] = []
 
     def stand_in(self) -> None:
         """Put the copies in place."""
@@ -65,15 +66,14 @@ class Buffers:
 
     def put_back(self) -> None:
         """Put the originals in place, as they were, and remember what the pass left in theirs."""
-        self._after = [dict(module._buffers) for module, _ in self._originals]
-        for module, buffers in self._originals:
-            if buffers or module._buffers:
-                module._buffers.clear()
-                module._buffers.update(buffers)
+        self._left = [(module, buffers, dict(left)) for module, buffers in self._originals if (left := module._buffers) or buffers]
+        for module, buffers, _ in self._left:
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
     def commit(self) -> None:
         """Make what the pass did final (the originals are in place again)."""
-        for (module, buffers), after in zip(self._originals, self._after, strict=True):
+        for module, buffers, after in self._left:
             for name, left in after.items():
                 original = buffers.get(name)
                 if original is not None and left is self._copies[id(original)]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from attrreg.bench import measure, report, run, strategies
@@ -61,11 +63,46 @@ def test_todays_ways_and_ours_train_with_the_same_gradients(name: str, penalty: 
 def test_every_way_runs(penalty: str) -> None:
     case = build("test_resnet", batch=2, size=64, device=CPU)
     steps = {strategy.name: strategy.prepare(case) for strategy in strategies.strategies(penalty, case)}
-    notes: list[int] = []
-    found = measure.costs(steps, strategies.PLAIN, 2, 1, lambda: notes.append(1))
-    assert len(notes) == 3 and found[strategies.PLAIN].ratio == found[strategies.PLAIN].memory == 1
+    notes: list[float] = []
+    found = measure.costs(steps, strategies.PLAIN, 2, 1, notes.append)
+    assert notes == [1, 1, 1] and found[strategies.PLAIN].ratio == found[strategies.PLAIN].memory == 1
     ours, today = (found[way].operations for way in (strategies.ATTACHED, strategies.TODAY))
     assert ours <= found[strategies.UNATTACHED].operations <= 1.3 * today
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.005, 0.05])
+def test_fast_steps_get_more_rounds(seconds: float) -> None:
+    case = build("test_resnet", batch=2, size=64, device=CPU)
+    slept = 0.01
+    runs: list[int] = []
+    notes: list[float] = []
+
+    def run() -> None:
+        runs.append(1)
+        time.sleep(slept)
+        torch.zeros(1)
+
+    measure.costs({"plain": Step(run, case)}, "plain", 2, 1, notes.append, seconds)
+    rounds = len(notes) - 1
+    assert notes[0] == 1 and sum(notes) == pytest.approx(3)
+    assert len(runs) == 2 * len(notes) + 1  # at both ends of a round, and once for memory
+    assert rounds == 2 if seconds < slept else 2 < rounds <= 2 * seconds / slept
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_operations_of_convolutions_are_those_of_their_groups(transposed: bool, groups: int) -> None:
+    x, w = torch.randn(2, 6, 7, 9, requires_grad=True), torch.randn(6, 6 // groups, 3, 3, requires_grad=True)
+    convolve = F.conv_transpose2d if transposed else F.conv2d
+
+    def of_pytorch(x: torch.Tensor, w: torch.Tensor) -> int:
+        with FlopCounterMode(display=False) as counter:
+            convolve(x, w).sum().backward()
+        return int(counter.get_total_flops())
+
+    with measure._Operations() as counter:
+        convolve(x, w, groups=groups).sum().backward()
+    assert counter.total == sum(of_pytorch(*each) for each in zip(x.chunk(groups, 1), w.chunk(groups, 0), strict=True))
 
 
 def test_operations_of_attention_count_whichever_kernel_runs() -> None:
@@ -103,7 +140,7 @@ def test_a_model_that_cannot_be_measured_is_named() -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     out = tmp_path / "x.json"
-    options = {"--model": "test_resnet", "--penalty": "InputGradient", "--rounds": "1", "--batch": "2", "--out": str(out)}
+    options = {"--model": "test_resnet", "--penalty": "InputGradient", "--rounds": "1", "--seconds": "0", "--batch": "2", "--out": str(out)}
     arguments = [part for option in options.items() for part in option]
     result = CliRunner().invoke(build_app(), ["bench", "--no-curves", *arguments])
     assert result.exit_code == 0, result.output

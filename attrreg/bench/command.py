@@ -18,6 +18,7 @@ def bench(
     size: Annotated[int, typer.Option(min=16, help="Pixels a side.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds that count.")] = 15,
     warmup: Annotated[int, typer.Option(min=0, help="Rounds before those.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0, help="More rounds where a plain step takes less, as long as if it took this.")] = 0.2,
     device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
     autocast: Annotated[str | None, typer.Option(help="Compute under autocast, for example in bfloat16.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's own choice.")] = None,
@@ -68,6 +69,7 @@ def bench(
         size=size,
         rounds=min(rounds, 5) if quick else rounds,
         warmup=min(warmup, 1) if quick else warmup,
+        seconds=0.0 if quick else seconds,
         curves=curves and not quick,
         device=device,
         autocast=autocast,
@@ -81,7 +83,7 @@ def bench(
             raise typer.BadParameter(f"{out} cannot be gone on with: {error}", param_hint="--resume") from None
     try:
         with bar(console, run.rounds(plan, record)) as advance:
-            run.measure(plan, record, lambda doing: advance(doing, 1), lambda record: report.save(record, out))
+            run.measure(plan, record, advance, lambda record: report.save(record, out))
     except ValueError as error:  # a model that there is not, or that does not take such images
         raise typer.BadParameter(str(error), param_hint="--model") from None
     out.with_suffix(".md").write_text(report.markdown(record) + "\n")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from attrreg.bench.cases import Case
 from attrreg.bench.memory import LiveStorage
@@ -66,27 +66,32 @@ class Cost:
         return self.high - self.low > 0.1 * self.ratio
 
 
-def costs(steps: Mapping[str, Step], plain: str, rounds: int, warmup: int, note: Callable[[], None]) -> dict[str, Cost]:
+def costs(
+    steps: Mapping[str, Step], plain: str, rounds: int, warmup: int, note: Callable[[float], None], seconds: float = 0.0
+) -> dict[str, Cost]:
     """Measure all steps against one of them.
 
     Args:
         steps: by name, the plain one first.
         plain: the name of the step that the others are compared with.
-        rounds: in each, every step runs once.
+        rounds: in each, every step runs once; so many at least.
         warmup: rounds before those, not counted.
-        note: called after each round.
+        note: called after each round with how many of `warmup + rounds` it stands for, the fewer the more there are.
+        seconds: where a plain step takes less, there are more rounds, for as long as if it took this: short steps differ more.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     bases: list[float] = []
-    for index in range(warmup + rounds):
-        gc.collect()  # here rather than in the middle of a step
-        taken = {name: _timed(step) / step.count for name, step in steps.items()}
-        again = _timed(steps[plain]) / steps[plain].count
-        if index >= warmup:
-            bases.append((taken[plain] + again) / 2)
-            for name, seconds in taken.items():
-                times[name].append(seconds)
-        note()
+    for _ in range(warmup):
+        _round(steps, plain)
+        note(1.0)
+    done = 0.0
+    while done < 1:
+        taken, base = _round(steps, plain)
+        bases.append(base)
+        for name, own in taken.items():
+            times[name].append(own)
+        before, done = done, min(1.0, len(bases) / rounds, sum(bases) / (rounds * seconds) if seconds else 1.0)
+        note((done - before) * rounds)
     weighed = {name: _weighed(step) for name, step in steps.items()}
     result = {}
     for name in steps:
@@ -103,6 +108,14 @@ def costs(steps: Mapping[str, Step], plain: str, rounds: int, warmup: int, note:
             operations=weighed[name][1] / weighed[plain][1] if weighed[plain][1] else math.nan,
         )
     return result
+
+
+def _round(steps: Mapping[str, Step], plain: str) -> tuple[dict[str, float], float]:
+    """The time of each step, and of the plain ones at both ends on average."""
+    gc.collect()  # here rather than in the middle of a step
+    taken = {name: _timed(step) / step.count for name, step in steps.items()}
+    again = _timed(steps[plain]) / steps[plain].count
+    return taken, (taken[plain] + again) / 2
 
 
 def _timed(step: Step) -> float:
@@ -149,6 +162,12 @@ def _weighed(step: Step) -> tuple[int, float]:
     return held, float(counter.total / step.count)
 
 
+def _of_gradients_of_convolution(gy: Any, x: Any, w: Any, *settings: Any, out_val: Any) -> int:
+    """Each of the two as much as the convolution. PyTorch's formula takes the weights' for that of all channels, whatever the groups."""
+    transposed, asked = settings[4], settings[-1]
+    return int(sum(asked[:2]) * conv_flop_count(x.shape, w.shape, gy.shape, transposed))
+
+
 def _of_a_product(a: Tensor, b: Tensor, *rest: Any, out_val: Tensor) -> int:
     return 2 * a.numel() * b.shape[0]
 
@@ -163,6 +182,7 @@ def _of_its_gradient(go: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **
 
 FORMULAS = {
     **flop_registry,
+    aten.convolution_backward: _of_gradients_of_convolution,
     aten.addmm_: flop_registry[aten.addmm],
     ONEDNN: _of_a_product,
     aten._scaled_dot_product_flash_attention_for_cpu: _of_attention,

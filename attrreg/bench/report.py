@@ -62,10 +62,11 @@ def _conditions(record: Record) -> str:
         absent.setdefault(model, []).append(penalty)
     parts = [model if names == list(plan.penalties) else f"{model} ({', '.join(names)})" for model, names in absent.items()]
     missing = f" Not measured: {', '.join(parts)}." if parts else ""
+    more = f", more where a plain step takes less than {plan.seconds:g} s" if plan.seconds else ""
     path = _path(plan) if INTEGRATED_GRADIENTS in plan.penalties else ""
     return (
         f"Measured {sentence(record.environment)}; batches of {plan.batch} images of {plan.size} px, {plan.autocast or 'float32'}, "
-        f"{plan.rounds} rounds after {plan.warmup} of warm-up{path}.{memory}{missing}"
+        f"{plan.rounds} rounds after {plan.warmup} of warm-up{path}{more}.{memory}{missing}"
     )
 
 

@@ -15,7 +15,7 @@ from attrreg.environment import environment
 
 PARTS = ("models", "penalties", "curves", "date", "load")  # what may differ between parts of a record
 PATH_IMAGES = 16
-Note = Callable[[str], None]  # called after each round, with what is being measured
+Note = Callable[[str, float], None]  # called after each round, with what is being measured, and how many of `rounds` it stands for
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Plan:
             It also gets no more than `PATH_IMAGES` images a batch: a graph of eight passes of more of them fits on few machines.
         curves: whether to measure cost against batch, resolution, steps and number of terms too, on the first model.
         autocast: the type of torch.autocast, or None.
+        seconds: where a plain step takes less, there are more rounds, for as long as if it took this.
         keep_memory: whether `attrreg.keep_memory` was called, for all ways alike.
     """
 
@@ -42,6 +43,7 @@ class Plan:
     curves: bool
     device: str
     autocast: str | None
+    seconds: float = 0.0
     keep_memory: bool = False
 
     def rounds_of(self, penalty: str) -> tuple[int, int]:
@@ -157,7 +159,7 @@ def _costs(case: Case, penalty: str, plan: Plan, note: Note) -> dict[str, Cost]:
     chosen = strategies.strategies(penalty, case)
     rounds, warmup = plan.rounds_of(penalty)
     steps = {strategy.name: strategy.prepare(case) for strategy in chosen}
-    return costs(steps, strategies.PLAIN, rounds, warmup, lambda: note(f"{case.name}: {penalty}"))
+    return costs(steps, strategies.PLAIN, rounds, warmup, lambda part: note(f"{case.name}: {penalty}", part), plan.seconds)
 
 
 def _curve(varied: str, plan: Plan, note: Note) -> dict[str, list[tuple[int, Cost]]]:
@@ -168,7 +170,7 @@ def _curve(varied: str, plan: Plan, note: Note) -> dict[str, list[tuple[int, Cos
         case = cases.build(plan.models[0], batch, size, torch.device(plan.device), plan.dtype())
         chosen = strategies.of_curve(varied, value, case)
         steps = {strategy.name: strategy.prepare(case) for strategy in chosen}
-        found = costs(steps, strategies.PLAIN, CURVE_ROUNDS, 1, lambda: note(f"{varied}: {value}"))  # noqa: B023
+        found = costs(steps, strategies.PLAIN, CURVE_ROUNDS, 1, lambda part: note(f"{varied}: {value}", part))  # noqa: B023
         for name, cost in found.items():
             lines.setdefault(name, []).append((value, cost))
     return lines
