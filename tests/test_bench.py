@@ -223,6 +223,24 @@ def test_a_path_of_many_images_is_measured_on_fewer() -> None:
     assert "batches of 64 images" in (text := report.markdown(replace(record, plan=plan))) and "of batches of 16" in text
 
 
+@pytest.mark.parametrize(
+    ("models", "size", "curves", "cause"),
+    [
+        (("test_resnet", "no_such_model"), 64, False, "timm has no model 'no_such_model'"),
+        (("test_resnet", "test_vit"), 8, False, "test_vit does not run on images of 8 pixels"),
+        (("inception_v4",), 96, True, "inception_v4 does not run on images of 32 pixels"),
+    ],
+)
+def test_models_that_do_not_run_are_refused_before_others_are_measured(
+    models: tuple[str, ...], size: int, curves: bool, cause: str
+) -> None:
+    plan = run.Plan(models, (strategies.GRAD_CAM,), 2, size, 1, 0, curves, "cpu", None)
+    record, notes = run.Record.of(plan), []
+    with pytest.raises(ValueError, match=cause):
+        run.measure(plan, record, lambda doing, part: notes.append(doing))
+    assert not record.costs and not notes
+
+
 def test_losses_are_named() -> None:
     assert "slower than *own forward" in report.markdown(record_with(4.5, 2.0))
     assert "Nowhere in this run" in report.markdown(record_with(2.0, 2.0))

@@ -67,7 +67,7 @@ def bench(
         penalties=tuple(penalty or (strategies.PENALTIES[:2] if quick else strategies.PENALTIES)),
         batch=batch,
         size=size,
-        rounds=min(rounds, 5) if quick else rounds,
+        rounds=min(rounds, 4) if quick else rounds,
         warmup=min(warmup, 1) if quick else warmup,
         seconds=0.0 if quick else seconds,
         curves=curves and not quick,

@@ -142,7 +142,15 @@ def measure(plan: Plan, record: Record, note: Note, save: Callable[[Record], Non
         record: is added to.
         note: called after each round.
         save: called after each part, so that an interrupted run leaves what it has.
+
+    Raises:
+        ValueError: a model does not exist or does not take images of a size that is measured; before anything is.
     """
+    sizes = [(model, plan.size) for model, _ in record.missing(plan)]
+    if "resolution" in record.missing_curves(plan):
+        sizes += [(plan.models[0], size) for size in CURVES["resolution"]]
+    for model, size in dict.fromkeys(sizes):
+        cases.build(model, plan.batch, size, torch.device(plan.device), plan.dtype())
     case = None
     for model, penalty in record.missing(plan):
         batch = plan.batch_of(penalty)
