@@ -50,12 +50,9 @@ class Buffers:
 
     def __init__(self, model: nn.Module) -> None:
         self._originals = [(module, dict(module._buffers)) for module in modules(model)]
-        self._copies: dict[int, Tensor] = {}  # a buffer shared by two modules stays shared
+        each = {id(buffer): buffer for _, buffers in self._originals for buffer in buffers.values() if buffer is not None}
         with torch.no_grad():
-            for _, buffers in self._originals:
-                for buffer in buffers.values():
-                    if buffer is not None and id(buffer) not in self._copies:
-                        self._copies[id(buffer)] = buffer.clone()
+            self._copies = {key: buffer.clone() for key, buffer in each.items()}  # one shared by two modules stays shared
         self._left: list[tuple[nn.Module, dict[str, Tensor | None], dict[str, Tensor | None]]] = []
 
     def stand_in(self) -> None:
@@ -73,15 +70,15 @@ class Buffers:
 
     def commit(self) -> None:
         """Make what the pass did final (the originals are in place again)."""
-        for module, buffers, after in self._left:
-            for name, left in after.items():
+        for module, buffers, left in self._left:
+            for name, buffer in left.items():
                 original = buffers.get(name)
-                if original is not None and left is self._copies[id(original)]:
+                if original is not None and buffer is self._copies[id(original)]:
                     # .data, as a forward writes its own statistics: without telling autograd, which would refuse an
                     # earlier graph that saved the buffer.
-                    original.data.copy_(left)
+                    original.data.copy_(buffer)
                 else:  # the forward assigned a new tensor
-                    module._buffers[name] = left
+                    module._buffers[name] = buffer
 
 
 @contextmanager

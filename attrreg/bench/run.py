@@ -148,10 +148,10 @@ def measure(plan: Plan, record: Record, note: Note, save: Callable[[Record], Non
     """
     sizes = [(model, plan.size) for model, _ in record.missing(plan)]
     if "resolution" in record.missing_curves(plan):
-        sizes += [(plan.models[0], size) for size in CURVES["resolution"]]
-    for model, size in dict.fromkeys(sizes):
-        cases.build(model, plan.batch, size, torch.device(plan.device), plan.dtype())
+        sizes += [(plan.models[0], size) for size in reversed(CURVES["resolution"])]
     case = None
+    for model, size in reversed(dict.fromkeys(sizes)):  # the smallest first; the one that is measured first last, and kept
+        case = cases.build(model, plan.batch, size, torch.device(plan.device), plan.dtype())
     for model, penalty in record.missing(plan):
         batch = plan.batch_of(penalty)
         if case is None or (case.name, len(case.x)) != (model, batch):
