@@ -102,10 +102,18 @@ ATTENTION: dict[str, Callable[..., Tensor]] = {
 }
 
 
+FEWER, MORE = 6, 3  # values of a token, than which there are fewer or more tokens: another way to compute on the CPU
+
+
+def _shapes(width: int) -> list[tuple[int, ...]]:
+    return [(2, 3, 4, width), (2, 3, 5, width), (2, 3, 5, width), (2, 1, 4, 5)]
+
+
 @pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("width", [FEWER, MORE])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_attention_equals_the_math_path(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    shapes = [(2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 6), (2, 1, 4, 5)]
+def test_attention_equals_the_math_path(name: str, width: int, dtype: torch.dtype, tolerance: float) -> None:
+    shapes = _shapes(width)
     inputs = [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
     found = []
     for context in (sdpa_kernel(SDPBackend.MATH), twice_differentiable(Phase())):
@@ -120,10 +128,9 @@ def test_attention_equals_the_math_path(name: str, dtype: torch.dtype, tolerance
 
 
 @pytest.mark.parametrize("name", ATTENTION)
-def test_attributions_through_attention(name: str) -> None:
-    inputs = [
-        torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in ((2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 6), (2, 1, 4, 5))
-    ]
+@pytest.mark.parametrize("width", [FEWER, MORE])
+def test_attributions_through_attention(name: str, width: int) -> None:
+    inputs = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in _shapes(width)]
     found, phase = [], Phase()
     for context, attributing in ((sdpa_kernel(SDPBackend.MATH), nullcontext()), (twice_differentiable(phase), phase.attributing())):
         with context:
@@ -132,6 +139,30 @@ def test_attributions_through_attention(name: str) -> None:
                 (first,) = torch.autograd.grad(torch.tanh(y).square().sum(), inputs[:1], create_graph=True)
             found.append([first, *torch.autograd.grad(first.square().sum() + y.sum(), inputs)])
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("width", [FEWER, MORE])
+def test_what_attention_saves_grows_with_tokens_only(width: int) -> None:
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    q, k = (torch.randn(2, 3, tokens, width, requires_grad=True) for tokens in (4, 5))
+    with twice_differentiable(Phase()), torch.autograd.graph.saved_tensors_hooks(keep, keep):
+        y = F.scaled_dot_product_attention(q, k, k)
+        torch.autograd.grad(y.sum(), q, create_graph=True)
+    assert saved and all(tensor.numel() <= max(y.numel(), k.numel()) for tensor in saved)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("tokens", [0, 4])
+def test_attention_to_nothing(tokens: int) -> None:
+    q, k = torch.randn(2, 3, tokens, 6), torch.randn(2, 3, 4 - tokens, 6)
+    with twice_differentiable(Phase()):
+        torch.testing.assert_close(F.scaled_dot_product_attention(q, k, k), torch.zeros(2, 3, tokens, 6))
 
 
 @pytest.mark.cpu

@@ -1,12 +1,13 @@
-"""Attention whose double backward is a closed form that saves nothing quadratic in the number of tokens.
+"""Attention whose double backward is a closed form that saves nothing larger than the queries.
 
 PyTorch's fused kernels have no double backward (pytorch#116350), and its math path keeps several matrices of weights a layer. Here the
-forward is fused, and the derivatives recompute the weights. With S = s q k^T + mask, P = softmax(S), o = P v:
+forward is fused, and the derivatives recompute the weights. Of few tokens on the CPU the weights are kept: they are no larger than the
+queries then, and matrix products are faster than the kernels. With S = s q k^T + mask, P = softmax(S), o = P v:
 
     gv = P^T go,  dP = go v^T,  dS = P (dP - D),  D = sum_j P dP,  gq = s dS k,  gk = s dS^T q,  gmask = dS
 
 for uq, uk, uv, um, the gradients with respect to those, with A = s (uq k^T + q uk^T) + um, E = sum_j P A, C = P (A - E),
-G = (dP - D)(A - E) + go uv^T and H = P (G - sum_j P G):
+G = dS (A - E) + P (go uv^T) and H = G - P sum_j G:
 
     d_go = C v + P uv,  d_v = C^T go,  d_q = s (H k + dS uk),  d_k = s (H^T q + dS^T uq),  d_mask = H
 """
@@ -40,11 +41,13 @@ class Kind:
         scale: s.
         blind: a token may see none, as far as is known without waiting for a GPU. It gets nothing.
         shape: of P.
+        few: there are so few tokens that P is kept.
     """
 
     scale: float
     blind: bool
     shape: tuple[int, ...]
+    few: bool
 
     def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
         """P, of rows of all heads, `(heads of all images, tokens, width)`."""
@@ -78,33 +81,66 @@ def _has_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: Kind
     return 2 <= mask.dim() <= 4 and mask.dtype == q.dtype and all(size == of or (size == 1 and one) for size, of, one in sizes)
 
 
+def _few(q: Tensor, k: Tensor) -> bool:
+    """Whether there are so few tokens that matrix products are faster than the CPU's kernel, and P no larger than q."""
+    return q.device.type == "cpu" and k.shape[-2] <= q.shape[-1] and min(q.numel(), k.numel()) > 0
+
+
+def _heads_inside(dim: int) -> tuple[int, ...]:
+    """The order in memory of tokens with all their heads, in which PyTorch's kernel writes, and layers join heads without a copy."""
+    return (*range(dim - 3), dim - 2, dim - 3, dim - 1) if dim > 2 else (0, 1)
+
+
 def _for_kernel(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None else _rows(mask[(None,) * (4 - mask.dim())])
 
 
 def _gradients(
     go: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kept: Sequence[Tensor], kind: Kind, for_mask: bool
-) -> tuple[Tensor | None, ...]:
-    """gq, gk, gv, gmask; `kept` is what the CPU's kernel left for its backward, empty where it did not run."""
-    if kept and not for_mask:
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
+    """gq, gk, gv, gmask, and of few tokens what the double backward needs of them: go, P and dS.
+
+    Args:
+        go: the gradient with respect to o.
+        q, k, v, mask, kind: see the formulas above, and `Kind`.
+        kept: P of few tokens, what the CPU's kernel left for its backward, or nothing.
+        for_mask: whether gmask is asked for.
+    """
+    if kept and not (kind.few or for_mask):
         kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return *kernel(_rows(go), q, k, v, *kept, 0.0, False, attn_mask=_for_kernel(mask), scale=kind.scale), None
+        return (*kernel(_rows(go), q, k, v, *kept, 0.0, False, attn_mask=_for_kernel(mask), scale=kind.scale), None), ()
     shapes = q.shape, k.shape, v.shape
     # One copy of what comes as views of a projection; then every product is one call, with its scale.
-    go, q, k, v = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (go, q, k, v))
+    go, q, k, v = (_matrices(tensor) for tensor in (go, q, k, v))
     none, s = q.new_empty(()), kind.scale
-    weights = kind.weights(q, k, mask)
-    inner = aten._softmax_backward_data(torch.bmm(go, v.mT), weights, -1, q.dtype)
-    gmask = inner.view(kind.shape).sum_to_size(mask.shape) if for_mask and mask is not None else None
-    found = torch.baddbmm(none, inner, k, beta=0, alpha=s), torch.baddbmm(none, inner.mT, q, beta=0, alpha=s), torch.bmm(weights.mT, go)
-    return *(gradient.view(shape) for gradient, shape in zip(found, shapes, strict=True)), gmask
+    p = kept[0] if kind.few else kind.weights(q, k, mask)
+    ds = _slope(go, v, p)
+    gmask = ds.view(kind.shape).sum_to_size(mask.shape) if for_mask and mask is not None else None
+    found = torch.baddbmm(none, ds, k, beta=0, alpha=s), torch.baddbmm(none, ds.mT, q, beta=0, alpha=s), torch.bmm(p.mT, go)
+    return (*(gradient.view(shape) for gradient, shape in zip(found, shapes, strict=True)), gmask), (go, p, ds) if kind.few else ()
+
+
+def _matrices(tensor: Tensor) -> Tensor:
+    """One for each head of each image."""
+    return tensor.reshape(-1, *tensor.shape[-2:])
+
+
+def _slope(go: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    """dS, of matrices."""
+    ds: Tensor = aten._softmax_backward_data(torch.bmm(go, v.mT), p, -1, go.dtype)
+    return ds
 
 
 class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, phase: Phase) -> Tensor:
-        ctx.kind, ctx.phase = Kind(scale, _blind(mask), (*q.shape[:-1], k.shape[-2])), phase
-        if _has_kernel(q, k, v, mask, ctx.kind):  # called by name for what its backward needs
+        ctx.kind, ctx.phase = Kind(scale, _blind(mask), (*q.shape[:-1], k.shape[-2]), _few(q, k)), phase
+        if ctx.kind.few:
+            p = ctx.kind.weights(_matrices(q), _matrices(k), mask)
+            o = torch.empty_permuted((*q.shape[:-1], v.shape[-1]), _heads_inside(q.dim()), dtype=q.dtype)
+            o.copy_(torch.bmm(p, _matrices(v)).view(o.shape))
+            ctx.save_for_backward(q, k, v, mask, p)
+        elif _has_kernel(q, k, v, mask, ctx.kind):  # called by name for what its backward needs
             kernel = aten._scaled_dot_product_flash_attention_for_cpu
             o, log_sum = kernel(q, k, v, 0.0, False, attn_mask=_for_kernel(mask), scale=scale)
             ctx.save_for_backward(q, k, v, mask, o, log_sum)
@@ -119,7 +155,7 @@ class _Attention(Function):
     def backward(ctx: Any, go: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, *kept = ctx.saved_tensors
         arguments = go, q, k, v, mask, [tensor.detach() for tensor in kept], ctx.kind, wanted(ctx, 4)[3]
-        found = _AttentionGradients.apply(*arguments) if torch.is_grad_enabled() else _gradients(*arguments)
+        found = _AttentionGradients.apply(*arguments) if torch.is_grad_enabled() else _gradients(*arguments)[0]
         return *found, None, None
 
 
@@ -136,36 +172,33 @@ class _AttentionGradients(Function):
         kind: Kind,
         for_mask: bool,
     ) -> tuple[Tensor | None, ...]:
-        ctx.save_for_backward(go, q, k, v, mask)
-        ctx.kind = kind
-        return _gradients(go, q, k, v, mask, kept, kind, for_mask)
+        found, left = _gradients(go, q, k, v, mask, kept, kind, for_mask)
+        ctx.save_for_backward(q, k, v, mask, *(left or [go]))
+        ctx.kind, ctx.shapes = kind, (go.shape, q.shape, k.shape, v.shape)
+        return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        *originals, mask = ctx.saved_tensors
-        shapes, s = [tensor.shape for tensor in originals], ctx.kind.scale
-        # As above.
-        go, q, k, v, uq, uk, uv = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (*originals, *outer[:3]))
-        full = ctx.kind.shape
-        p = ctx.kind.weights(q, k, mask)
+        q, k, v, mask, go, *left = ctx.saved_tensors
+        s, full = ctx.kind.scale, ctx.kind.shape
+        go, q, k, v, uq, uk, uv = (_matrices(tensor) for tensor in (go, q, k, v, *outer[:3]))
+        p = left[0] if left else ctx.kind.weights(q, k, mask)
+        ds = left[1] if left else _slope(go, v, p)
         a = torch.bmm(uq, k.mT).baddbmm_(q, uk.mT, beta=s, alpha=s)
         if outer[3] is not None:
             a.view(full).add_(outer[3])
         a -= (p * a).sum(-1, keepdim=True)
-        inner = torch.bmm(go, v.mT)
-        inner -= (p * inner).sum(-1, keepdim=True)
-        slope = p * inner
-        mixed = inner.mul_(a).baddbmm_(go, uv.mT)
-        h = aten._softmax_backward_data(mixed, p, -1, q.dtype)
+        h = (ds * a).addcmul_(p, torch.bmm(go, uv.mT))
+        h.addcmul_(p, h.sum(-1, keepdim=True), value=-1)
         c = a.mul_(p)
         d_go = torch.bmm(c, v).baddbmm_(p, uv)
-        d_q = torch.bmm(h, k).baddbmm_(slope, uk, beta=s, alpha=s)
-        d_k = torch.bmm(h.mT, q).baddbmm_(slope.mT, uq, beta=s, alpha=s)
+        d_q = torch.bmm(h, k).baddbmm_(ds, uk, beta=s, alpha=s)
+        d_k = torch.bmm(h.mT, q).baddbmm_(ds.mT, uq, beta=s, alpha=s)
         d_v = torch.bmm(c.mT, go)
         d_mask = h.view(full).sum_to_size(mask.shape) if ctx.needs_input_grad[4] else None
         # No views: PyTorch adds the gradients of the loss itself to these in place.
-        found = (aten._unsafe_view(gradient, shape) for gradient, shape in zip((d_go, d_q, d_k, d_v), shapes, strict=True))
+        found = (aten._unsafe_view(gradient, shape) for gradient, shape in zip((d_go, d_q, d_k, d_v), ctx.shapes, strict=True))
         return *found, d_mask, None, None, None
 
 
@@ -218,6 +251,6 @@ def attention(
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=dtype).masked_fill_(~attn_mask, -math.inf)
     # Not inside: what is saved has to be what was given, or the double backward does not reach it.
-    query, key, value = map(_rows, (query, key, value))
+    query, key, value = map(Tensor.contiguous if _few(query, key) else _rows, (query, key, value))
     result: Tensor = _Attention.apply(query, key, value, attn_mask, scale or 1 / math.sqrt(query.shape[-1]), phase)
     return result
