@@ -96,6 +96,7 @@ ATTENTION: dict[str, Callable[..., Tensor]] = {
     "masked": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, (m > -0.5)[:1]) + m.sum(),
     "causal": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, is_causal=True) + m.sum(),
     "of one head": lambda q, k, v, m: F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0]) + m.sum(),
+    "of one head of one image": lambda q, k, v, m: F.scaled_dot_product_attention(q[0, 0], k[0, 0], v[0, 0]) + m.sum(),
     "values of another width": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v[..., :2]) + m.sum(),
     "shapes that broadcast": lambda q, k, v, m: F.scaled_dot_product_attention(q, k[:1], v[:1]) + m.sum(),
     "in views of one projection": lambda q, k, v, m: _from_one_projection(torch.cat([k, v, k], -1)) + q.sum() + m.sum(),

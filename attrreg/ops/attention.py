@@ -98,7 +98,7 @@ def _for_kernel(mask: Tensor | None) -> Tensor | None:
 def _gradients(
     go: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kept: Sequence[Tensor], kind: Kind, for_mask: bool
 ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
-    """gq, gk, gv, gmask, and of few tokens what the double backward needs of them: go, P and dS.
+    """gq, gk, gv, gmask, and what the double backward needs besides q, k, v: go, and of few tokens P and dS.
 
     Args:
         go: the gradient with respect to o.
@@ -108,7 +108,7 @@ def _gradients(
     """
     if kept and not (kind.few or for_mask):
         kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return (*kernel(_rows(go), q, k, v, *kept, 0.0, False, attn_mask=_for_kernel(mask), scale=kind.scale), None), ()
+        return (*kernel(_rows(go), q, k, v, *kept, 0.0, False, attn_mask=_for_kernel(mask), scale=kind.scale), None), (go,)
     shapes = q.shape, k.shape, v.shape
     # One copy of what comes as views of a projection; then every product is one call, with its scale.
     go, q, k, v = (_matrices(tensor) for tensor in (go, q, k, v))
@@ -117,7 +117,7 @@ def _gradients(
     ds = _slope(go, v, p)
     gmask = ds.view(kind.shape).sum_to_size(mask.shape) if for_mask and mask is not None else None
     found = torch.baddbmm(none, ds, k, beta=0, alpha=s), torch.baddbmm(none, ds.mT, q, beta=0, alpha=s), torch.bmm(p.mT, go)
-    return (*(gradient.view(shape) for gradient, shape in zip(found, shapes, strict=True)), gmask), (go, p, ds) if kind.few else ()
+    return (*(gradient.view(shape) for gradient, shape in zip(found, shapes, strict=True)), gmask), (go, p, ds) if kind.few else (go,)
 
 
 def _matrices(tensor: Tensor) -> Tensor:
@@ -173,18 +173,21 @@ class _AttentionGradients(Function):
         for_mask: bool,
     ) -> tuple[Tensor | None, ...]:
         found, left = _gradients(go, q, k, v, mask, kept, kind, for_mask)
-        ctx.save_for_backward(q, k, v, mask, *(left or [go]))
+        ctx.save_for_backward(q, k, v, mask, *left)
         ctx.kind, ctx.shapes = kind, (go.shape, q.shape, k.shape, v.shape)
         return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, go, *left = ctx.saved_tensors
+        q, k, v, mask, go, *kept = ctx.saved_tensors
         s, full = ctx.kind.scale, ctx.kind.shape
         go, q, k, v, uq, uk, uv = (_matrices(tensor) for tensor in (go, q, k, v, *outer[:3]))
-        p = left[0] if left else ctx.kind.weights(q, k, mask)
-        ds = left[1] if left else _slope(go, v, p)
+        if ctx.kind.few:
+            p, ds = kept
+        else:
+            p = ctx.kind.weights(q, k, mask)
+            ds = _slope(go, v, p)
         a = torch.bmm(uq, k.mT).baddbmm_(q, uk.mT, beta=s, alpha=s)
         if outer[3] is not None:
             a.view(full).add_(outer[3])
