@@ -3,11 +3,13 @@
 python -m benchmarks                       `attrreg bench`, and docs/performance.md from it; an hour and a half on two cores
 python -m benchmarks --no-keep-memory      the same for the page's section on memory that is given back
 python -m benchmarks --model a --model b   the same for the page's section on models outside the default nine
+python -m benchmarks --section cpu-zen4  the same for a section of any name, as of another processor
 python -m benchmarks --quick --out x.json  any option of `attrreg bench`; with one of these two, the page stays as it is
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 from itertools import zip_longest
@@ -43,17 +45,21 @@ def write_page(numbers: Path) -> None:
 
 def main() -> None:
     """Run `attrreg bench` with its own options; without `--out` or `--quick`, for the page."""
-    words = [word for argument in sys.argv[1:] for word in argument.split("=", 1)]  # an option and its value, however they were joined
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--section")  # the one option that is not `attrreg bench`'s
+    ours, arguments = parser.parse_known_args()
+    words = [word for argument in arguments for word in argument.split("=", 1)]  # an option and its value, however they were joined
     given = dict(zip_longest(words, words[1:], fillvalue=""))
     own = not given.keys() & {"--out", "--help", "--quick"}
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(bench)
     kind = "returned" if "--no-keep-memory" in given else "others" if "--model" in given else ""
-    numbers = check.results("-".join(filter(None, [given.get("--device", "cpu").split(":")[0], given.get("--autocast", ""), kind])))
+    by_options = "-".join(filter(None, [given.get("--device", "cpu").split(":")[0], given.get("--autocast", ""), kind]))
+    numbers = check.results(ours.section or by_options)
     if own and marks(numbers.stem, COMMAND)[0] not in PAGE.read_text():  # rather than after an hour
         sys.exit(f"docs/{PAGE.name} has no section {numbers.stem}. Pass --out for a file of your own.")
     numbers.parent.mkdir(exist_ok=True)
-    app(args=[*sys.argv[1:], *(["--out", str(numbers)] if own else [])], standalone_mode=not own, prog_name="python -m benchmarks")
+    app(args=[*arguments, *(["--out", str(numbers)] if own else [])], standalone_mode=not own, prog_name="python -m benchmarks")
     if own:
         write_page(numbers)
 

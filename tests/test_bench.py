@@ -268,7 +268,12 @@ def test_other_runs_leave_the_page_alone(option: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     ("arguments", "section"),
-    [([], "cpu"), (["--no-keep-memory"], "cpu-returned"), (["--device=cuda", "--autocast", "bfloat16"], "cuda-bfloat16")],
+    [
+        ([], "cpu"),
+        (["--no-keep-memory"], "cpu-returned"),
+        (["--device=cuda", "--autocast", "bfloat16"], "cuda-bfloat16"),
+        (["--section", "cpu-zen4", "--no-keep-memory"], "cpu-zen4"),
+    ],
 )
 def test_each_run_for_the_page_fills_its_section(arguments: list[str], section: str, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[Path] = []
