@@ -170,6 +170,16 @@ def test_wide_convolutions_of_one_pixel(side: int, channels: int, bias: bool, st
     check_convolution(F.conv2d, (x, w, b if bias else None), {"stride": stride})
 
 
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("filters", [3, 300])  # the weight is smaller than the images, or larger
+@pytest.mark.parametrize("sides", [(8, 6), (9, 7)])  # also with a rest that no patch holds
+def test_convolutions_of_patches(format: torch.memory_format, filters: int, sides: tuple[int, int]) -> None:
+    x, w = torch.randn(2, 4, *sides, dtype=torch.float64), torch.randn(filters, 4, 2, 3, dtype=torch.float64)
+    for weight in (w, w.to(memory_format=torch.channels_last)):
+        bias = torch.randn(filters, dtype=torch.float64)
+        check_convolution(F.conv2d, (x.to(memory_format=format), weight.detach(), bias), {"stride": (2, 3)})
+
+
 def test_a_gradient_of_the_input_alone_does_no_work_for_the_weights() -> None:
     x, w = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(4, 1, 3, 3, requires_grad=True)
     phase = Phase()

@@ -294,8 +294,13 @@ def _patches(phase: Phase, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     laid_out = x.device.type == "cpu" or x.dtype != torch.float64  # for which cuDNN has no kernels of this layout
     channels_last = laid_out and pointwise.is_only_channels_last(x)
     rows, columns = height // high, width // wide
-    x = x[:, :, : rows * high, : columns * wide].reshape(n, channels, rows, high, columns, wide)
-    y = linear(phase, x.permute(0, 2, 4, 1, 3, 5).reshape(n, rows, columns, channels * high * wide), w.flatten(1), b)
+    if channels_last and x.numel() > w.numel():  # runs of channels stay whole, and the weight, the smaller one, is laid out like them
+        x = x.permute(0, 2, 3, 1)[:, : rows * high, : columns * wide]
+        x, w = x.reshape(n, rows, high, columns, wide, channels).permute(0, 1, 3, 2, 4, 5), w.permute(0, 2, 3, 1)
+    else:
+        x = x[:, :, : rows * high, : columns * wide]
+        x = x.reshape(n, channels, rows, high, columns, wide).permute(0, 2, 4, 1, 3, 5)
+    y = linear(phase, x.reshape(n, rows, columns, channels * high * wide), w.flatten(1), b)
     # Laid out as a convolution would: code that follows may take a `view`.
     return y.permute(0, 3, 1, 2) if channels_last else y.permute(0, 3, 1, 2).contiguous()
 
