@@ -3,7 +3,7 @@
 python -m benchmarks                       `attrreg bench`, and docs/performance.md from it; an hour and a half on two cores
 python -m benchmarks --no-keep-memory      the same for the page's section on memory that is given back
 python -m benchmarks --model a --model b   the same for the page's section on models outside the default nine
-python -m benchmarks --section cpu-zen4  the same for a section of any name, as of another processor
+python -m benchmarks --section cpu-zen4    the same for a section of any name, as of another processor
 python -m benchmarks --quick --out x.json  any option of `attrreg bench`; with one of these two, the page stays as it is
 """
 

@@ -1,9 +1,17 @@
-"""Planes, and a scale and a shift a channel, fast."""
+"""How channels lie in memory, and a scale and a shift a channel, fast."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of axes
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """Channels last where a tensor is laid out so, and not also contiguous, as one of a single channel or position is; else contiguous."""
+    format = CHANNELS_LAST.get(x.dim(), torch.contiguous_format)
+    return format if x.is_contiguous(memory_format=format) and not x.is_contiguous() else torch.contiguous_format
 
 
 def planes(x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Linear layers by the faster of two matrix products.
 
 PyTorch's own derivatives of a linear layer are exact and few at every order. What is slow on some processors is the product itself:
-PyTorch takes MKL's, which on AMD's with AVX-512 runs at up to half the speed of oneDNN's. Elsewhere it is as fast, but for large products,
+PyTorch takes MKL's, which on AMD's since Zen 5 runs at up to half the speed of oneDNN's. Elsewhere it is as fast, but for large products,
 and faster for small ones, which oneDNN prepares longer. All derivatives of a layer are such products.
 """
 

@@ -24,11 +24,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from attrreg.ops import fused
-from attrreg.ops.channels import affine
+from attrreg.ops.channels import affine, layout
 from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of axes
 
 
 class _LayerNorm(Function):
@@ -126,9 +125,8 @@ def group_norm(
     n, channels = input.shape[:2]
     grouped = input.reshape(n, num_groups, channels // num_groups * math.prod(input.shape[2:]))
     y = layer_norm(phase, grouped, grouped.shape[-1:], None, None, eps).reshape(input.shape)
-    format = CHANNELS_LAST.get(input.dim())
-    if format is not None and input.device.type == "cpu" and input.is_contiguous(memory_format=format) and not input.is_contiguous():
-        y = y.contiguous(memory_format=format)  # as PyTorch's is: a dropout that follows draws in the order of memory
+    if input.device.type == "cpu":  # as PyTorch's there: a dropout that follows draws in the order of memory
+        y = y.contiguous(memory_format=layout(input))
     if weight is None:
         return y
     return affine(y, weight, bias if bias is not None else torch.zeros_like(weight))

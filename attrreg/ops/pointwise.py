@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attrreg.ops.channels import layout
 from attrreg.ops.linear import product
 
 aten = torch.ops.aten
@@ -35,8 +36,8 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def is_only_channels_last(x: Tensor) -> bool:
-    """Whether a tensor is laid out so, and not also contiguous, as one of a single channel or position is."""
-    return _is_channels_last(x) and not x.is_contiguous()
+    """Whether an image's channels are last in memory, and not also where they are in a contiguous one."""
+    return layout(x) == torch.channels_last
 
 
 def _rows(x: Tensor) -> bool:
