@@ -42,8 +42,20 @@ def test_the_products_are_right_also_where_they_are_not_used(case: tuple[tuple[T
     y = F.conv2d(x, w.requires_grad_(), **given)
     gy = torch.randn_like(y)
     (want,) = torch.autograd.grad(y, w, gy)
-    found = depthwise.weight_gradient(gy, x, w, given["stride"], given["padding"], given["dilation"])
-    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-10)
+    for way in (depthwise._by_positions, depthwise._by_rows):
+        found = way(gy, x, w.shape[2:], given["stride"], given["padding"], given["dilation"])
+        torch.testing.assert_close(found.view(w.shape), want, rtol=1e-10, atol=1e-10)
+
+
+def test_products_of_positions_where_they_are_few_for_so_many_images() -> None:
+    def used(images: int, size: int) -> bool:
+        x = torch.randn(images, 2, size, size)
+        with patch.object(depthwise, "_by_positions", wraps=depthwise._by_positions) as spy:
+            depthwise.weight_gradient(x, x, torch.randn(2, 1, 7, 7), [1, 1], [3, 3], [1, 1])
+        return spy.called
+
+    assert used(8, 4) and used(32, 8) and used(50, 10)
+    assert not used(7, 4) and not used(31, 8) and not used(100, 11)
 
 
 @pytest.mark.cpu

@@ -84,6 +84,23 @@ def test_norms_at_zero(name: str, dtype: torch.dtype) -> None:
     assert slope.isfinite().all() and second.isfinite().all()
 
 
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_normalize_of_rows_of_which_some_are_zero(dim: int) -> None:
+    x, weight = torch.randn(3, 4, 5, dtype=torch.float64), torch.randn(3, 4, 5, dtype=torch.float64)
+    x.transpose(dim, 0)[:, 1] = 0
+    x.transpose(dim, 0)[:, 2] *= 1e-6  # below the smallest norm to divide by
+    found = []
+    for context in (nullcontext(), twice_differentiable(Phase())):
+        given = x.clone().requires_grad_()
+        with context:
+            y = F.normalize(given, dim=dim, eps=1e-3)
+        (slope,) = torch.autograd.grad((torch.tanh(y) * weight).sum(), given, create_graph=True)
+        found.append([y, slope, *torch.autograd.grad(slope.square().sum(), given)])
+    assert found[0][2].isnan().any()  # if PyTorch learns it, this can be compared whole
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, torch.where(want.isnan(), 0, want), rtol=1e-10, atol=1e-10)
+
+
 @st.composite
 def convolutions(draw: Any) -> tuple[bool, tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]:
     axes, transposed, groups = draw(st.integers(1, 3)), draw(st.booleans()), draw(st.sampled_from([1, 1, 2, 4]))
