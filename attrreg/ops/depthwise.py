@@ -6,7 +6,8 @@ images, rows r and columns s of the output (i of the image), a and b rows and co
     gw[c, a, b] = sum_s G_a[c, s, s + b],   G_a[c, s, i] = sum_{n, r} gy[n, c, r, s] x[n, c, r + a, i]
 
 so that a row of the kernel is one product a channel, and the sum of its diagonals. It computes more than is asked for, by as much as the
-image is wider than the kernel. Where positions p and q are few and images many, the same with positions for columns is less work:
+image is wider than the kernel. Where positions are few and images many, one product for the whole kernel is faster, of all positions p of
+the output and q of the image:
 
     gw[c, a, b] = sum_{r, s} H[c, (r, s), (r + a, s + b)],   H[c, p, q] = sum_n gy[n, c, p] x[n, c, q]
 """
@@ -23,8 +24,7 @@ from attrreg.ops.channels import layout
 
 WIDE = 5  # kernels of fewer columns have fast weight gradients, but on images smaller than they are
 EXCESS = 6  # how much wider than the kernel the image may be: beyond, products compute too much
-FEW = 100  # positions of an output, and how many of them an image pays for: up to these, all products of positions are fast
-PAYS = 2
+FEW, PER_IMAGE = 100, 2  # positions of an output, in all and for each image of the batch, up to which all their products are fast
 
 
 def is_slow(image: Sequence[int], kernel: Sequence[int], channels_last: bool) -> tuple[bool, bool]:
@@ -39,24 +39,26 @@ def is_slow(image: Sequence[int], kernel: Sequence[int], channels_last: bool) ->
 
 def weight_gradient(gy: Tensor, x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
     """gw(gy, x), of the shape of w."""
-    way = _by_positions if gy.shape[2:].numel() <= min(FEW, PAYS * gy.shape[0]) else _by_rows
-    return way(gy, x, w.shape[2:], stride, padding, dilation).view(w.shape)
+    way = _by_positions if gy.shape[2:].numel() <= min(FEW, PER_IMAGE * gy.shape[0]) else _by_rows
+    return way(gy, x, w.shape[2:], stride, padding, dilation)
 
 
 def _by_positions(
     gy: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    products = torch.bmm(_channels(gy).mT, _channels(x))
-    spans = [_span(*sizes) for sizes in zip(x.shape[2:], gy.shape[2:], kernel, stride, padding, dilation, strict=True)]
-    (first, high, top, bottom), (left, wide, before, after) = spans
-    rows, columns = gy.shape[2:]
-    around = F.pad(products.view(*products.shape[:2], *x.shape[2:]), (before, after, top, bottom))
-    channel, position, down, right = around.stride()
-    sizes = (x.shape[1], high, wide, rows, columns)
-    steps = (channel, dilation[0] * down, dilation[1] * right, columns * position + stride[0] * down, position + stride[1] * right)
-    start = (first * dilation[0] - padding[0] + top) * down + (left * dilation[1] - padding[1] + before) * right
-    gw = around.as_strided(sizes, steps, start).sum((3, 4))
-    return F.pad(gw, (left, kernel[1] - left - wide, first, kernel[0] - first - high))
+    positions, image = gy.shape[2:], x.shape[2:]
+    products = torch.bmm(_channels(gy).flip(-1).mT, _channels(x))
+    # `fold` adds up patches where they overlap. With a patch of products for each position of the image, turned round (`flip`), what
+    # meets at a place are those of positions that are as far apart.
+    reach = [(count - 1) * step for count, step in zip(positions, stride, strict=True)]
+    whole = tuple(side + far for side, far in zip(image, reach, strict=True))
+    sums = F.fold(products, whole, tuple(positions), tuple(stride))
+    margins = []
+    for axis in (1, 0):  # to where a kernel starts and ends, which may be inside
+        before, size = padding[axis] - reach[axis], (kernel[axis] - 1) * dilation[axis] + 1
+        margins += [before, size - before - sums.shape[2 + axis]]
+    gw = F.pad(sums, margins)
+    return gw if set(dilation) == {1} else gw[:, :, :: dilation[0], :: dilation[1]].contiguous()
 
 
 def _channels(x: Tensor) -> Tensor:
@@ -64,14 +66,6 @@ def _channels(x: Tensor) -> Tensor:
     if layout(x) == torch.channels_last:  # one transposed matrix: to copy that is fast
         return x.permute(0, 2, 3, 1).flatten(0, 2).t().contiguous().view(x.shape[1], x.shape[0], -1)
     return x.flatten(2).transpose(0, 1)
-
-
-def _span(image: int, positions: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[int, int, int, int]:
-    """Along an axis: the first value of a kernel that meets an image, how many do, and the zeros that they meet before and after it."""
-    reach = (positions - 1) * stride - padding  # of the last position
-    first = min(kernel, max(0, -(reach // dilation)))
-    last = min(kernel - 1, (image - 1 + padding) // dilation)
-    return first, max(0, last + 1 - first), max(0, padding - first * dilation), max(0, reach + last * dilation - image + 1)
 
 
 def _by_rows(
@@ -93,4 +87,4 @@ def _by_rows(
         products = torch.bmm(gy[:, first : last + 1].flatten(1, 2).mT, seen.flatten(1, 2))
         diagonals = products.as_strided((channels, columns, wide), (columns * width, width + stride[1], dilation[1]))
         torch.sum(diagonals, 1, out=gw[:, a])
-    return gw
+    return gw[:, None]

@@ -136,19 +136,19 @@ def checkpoints_recompute_inside(
         context: made anew for each recomputation.
         start: called where a checkpointed block starts.
     """
-    frame = torch.utils.checkpoint._CheckpointFrame  # there is no public way in from outside the checkpointed code
+    # There is no public way in from outside the checkpointed code. A function, since to make a class takes longer, several times a step.
+    frame = torch.utils.checkpoint._CheckpointFrame
 
-    class Frame(frame):  # type: ignore[misc, valid-type]
-        def __init__(self, recompute_fn: Callable[..., None], *rest: Any) -> None:
-            start()
+    def begin(recompute_fn: Callable[..., None], *rest: Any) -> Any:
+        start()
 
-            def recompute(*args: Any) -> None:
-                with context(), checkpoints_recompute_inside(context, start):  # a block may hold another
-                    recompute_fn(*args)
+        def recompute(*args: Any) -> None:
+            with context(), checkpoints_recompute_inside(context, start):  # a block may hold another
+                recompute_fn(*args)
 
-            super().__init__(recompute, *rest)
+        return frame(recompute, *rest)
 
-    torch.utils.checkpoint._CheckpointFrame = Frame  # type: ignore[assignment, misc]
+    torch.utils.checkpoint._CheckpointFrame = begin  # type: ignore[assignment, misc]
     try:
         yield
     finally:
