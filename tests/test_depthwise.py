@@ -44,7 +44,7 @@ def test_the_products_are_right_also_where_they_are_not_used(case: tuple[tuple[T
     (want,) = torch.autograd.grad(y, w, gy)
     for way in (depthwise._by_positions, depthwise._by_rows):
         found = way(gy, x, w.shape[2:], given["stride"], given["padding"], given["dilation"])
-        torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found[:, None], want, rtol=1e-10, atol=1e-10)
 
 
 def test_products_of_positions_where_they_are_few_for_so_many_images() -> None:

@@ -40,7 +40,9 @@ def is_slow(image: Sequence[int], kernel: Sequence[int], channels_last: bool) ->
 def weight_gradient(gy: Tensor, x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
     """gw(gy, x), of the shape of w."""
     way = _by_positions if gy.shape[2:].numel() <= min(FEW, PER_IMAGE * gy.shape[0]) else _by_rows
-    return way(gy, x, w.shape[2:], stride, padding, dilation)
+    found = way(gy, x, w.shape[2:], stride, padding, dilation)
+    gw: Tensor = torch.ops.aten._unsafe_view(found, w.shape)  # no view: PyTorch adds to it in place then
+    return gw
 
 
 def _by_positions(
@@ -52,13 +54,12 @@ def _by_positions(
     # meets at a place are those of positions that are as far apart.
     reach = [(count - 1) * step for count, step in zip(positions, stride, strict=True)]
     whole = tuple(side + far for side, far in zip(image, reach, strict=True))
-    sums = F.fold(products, whole, tuple(positions), tuple(stride))
+    sums = F.fold(products.view(1, -1, products.shape[2]), whole, tuple(positions), tuple(stride))
     margins = []
     for axis in (1, 0):  # to where a kernel starts and ends, which may be inside
         before, size = padding[axis] - reach[axis], (kernel[axis] - 1) * dilation[axis] + 1
         margins += [before, size - before - sums.shape[2 + axis]]
-    gw = F.pad(sums, margins)
-    return gw if set(dilation) == {1} else gw[:, :, :: dilation[0], :: dilation[1]].contiguous()
+    return F.pad(sums, margins)[0, :, :: dilation[0], :: dilation[1]].contiguous()
 
 
 def _channels(x: Tensor) -> Tensor:
@@ -87,4 +88,4 @@ def _by_rows(
         products = torch.bmm(gy[:, first : last + 1].flatten(1, 2).mT, seen.flatten(1, 2))
         diagonals = products.as_strided((channels, columns, wide), (columns * width, width + stride[1], dilation[1]))
         torch.sum(diagonals, 1, out=gw[:, a])
-    return gw[:, None]
+    return gw
