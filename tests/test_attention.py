@@ -107,11 +107,9 @@ SHAPES = [(2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 6), (2, 1, 4, 5)]
 
 
 @pytest.fixture(params=[0, 4], ids=["weights recomputed", "weights kept"])
-def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to how many times as large as the queries the CPU keeps weights."""
-    most: int = request.param
-    monkeypatch.setattr(attention, "KEPT", most)
-    return most
+    monkeypatch.setattr(attention, "KEPT", request.param)
 
 
 @pytest.mark.usefixtures("kept")

@@ -139,7 +139,7 @@ def checkpoints_recompute_inside(
     # There is no public way in from outside the checkpointed code. A function, since to make a class takes longer, several times a step.
     frame = torch.utils.checkpoint._CheckpointFrame
 
-    def begin(recompute_fn: Callable[..., None], *rest: Any) -> Any:
+    def framed(recompute_fn: Callable[..., None], *rest: Any) -> Any:
         start()
 
         def recompute(*args: Any) -> None:
@@ -148,7 +148,7 @@ def checkpoints_recompute_inside(
 
         return frame(recompute, *rest)
 
-    torch.utils.checkpoint._CheckpointFrame = begin  # type: ignore[assignment, misc]
+    torch.utils.checkpoint._CheckpointFrame = framed  # type: ignore[assignment, misc]
     try:
         yield
     finally:

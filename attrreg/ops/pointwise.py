@@ -45,7 +45,8 @@ def _rows(x: Tensor) -> bool:
     return x.shape[2:].numel() <= FEW or _is_channels_last(x)
 
 
-def _as_rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
+    """The channels of each position of all images, `(N * positions, C)`."""
     return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
@@ -63,7 +64,7 @@ def _times(matrix: Tensor, x: Tensor, b: Tensor | None) -> Tensor:
         images = torch.bmm(matrices, flat) if b is None else torch.baddbmm(b[:, None], matrices, flat)
         result = aten._unsafe_view(images, (n, out, *places))
         return result
-    rows = product(_as_rows(x), matrix, b)
+    rows = product(as_rows(x), matrix, b)
     if places.numel() == 1:
         result = aten._unsafe_view(rows, (n, out, *places))
         return result
@@ -83,7 +84,7 @@ def weight_gradient(gy: Tensor, x: Tensor, w: Tensor) -> Tensor:
     """gw(gy, x), of the shape of w."""
     (n, channels), out = x.shape[:2], gy.shape[1]
     if _rows(x):
-        found = product(_as_rows(gy).t(), _as_rows(x).t())
+        found = product(as_rows(gy).t(), as_rows(x).t())
     elif n > 1 and out * channels <= min(NARROW, 2 * (out + channels) * x.shape[2:].numel()):  # no larger than images in another order
         found = torch.bmm(gy.flatten(2), x.flatten(2).mT).sum(0)
     else:

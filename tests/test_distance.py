@@ -1,0 +1,77 @@
+"""Norms and distances: PyTorch's values, and derivatives of both orders, at zero too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attrreg.ops import Phase, twice_differentiable
+
+NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "normalize": lambda x: F.normalize(x, dim=-1),
+    "normalize p=3": lambda x: F.normalize(x, p=3, dim=1),
+    "norm": lambda x: x.norm(),
+    "norm of all, kept": lambda x: x.norm(2, dim=None, keepdim=True),
+    "norm of axes": lambda x: x.norm(p=2, dim=(1, 2), keepdim=True),
+    "norm p=3": lambda x: x.norm(p=3, dim=1),
+    "torch.norm": lambda x: torch.norm(x, dim=-1),
+    "torch.norm in another dtype": lambda x: torch.norm(x, dim=-1, dtype=torch.float64),
+    "vector_norm": lambda x: torch.linalg.vector_norm(x, dim=1),
+    "linalg.norm": lambda x: torch.linalg.norm(x),
+    "linalg.norm of rows": lambda x: torch.linalg.norm(x, 2, dim=-1, keepdim=True),
+    "spectral norm": lambda x: torch.linalg.norm(x, 2, dim=(1, 2)),
+    "nuclear norm": lambda x: torch.linalg.norm(x, "nuc", dim=(1, 2)),
+    "cdist": lambda x: torch.cdist(x, 2 * x + 1),
+    "cdist p=1": lambda x: torch.cdist(x, 2 * x + 1, p=1.0),
+    "cdist p=3": lambda x: torch.cdist(x, 2 * x + 1, p=3.0),
+    "cdist p=inf": lambda x: torch.cdist(x, 2 * x + 1, p=float("inf")),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms(name: str) -> None:
+    function = NORMS[name]
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    want = function(x)
+    (slope,) = torch.autograd.grad(want.sum(), x)
+    with twice_differentiable(Phase()):
+        got = function(x)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+        torch.testing.assert_close(torch.autograd.grad(got.sum(), x)[0], slope)
+        assert torch.autograd.gradcheck(function, x)
+        if "p=1" not in name and "inf" not in name:  # piecewise linear: nothing to check, and no graph
+            assert torch.autograd.gradgradcheck(function, x)
+
+
+@pytest.mark.parametrize("name", ["normalize", "norm", "norm of axes", "torch.norm", "vector_norm", "linalg.norm"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_norms_at_zero(name: str, dtype: torch.dtype) -> None:
+    x = torch.zeros(2, 3, 4, dtype=dtype, requires_grad=True)
+    with twice_differentiable(Phase()):
+        value = NORMS[name](x)
+    assert not value.any()
+    (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad((slope * torch.randn_like(slope)).sum(), x)
+    assert slope.isfinite().all() and second.isfinite().all()
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_normalize_of_rows_of_which_some_are_zero(dim: int) -> None:
+    x, weight = torch.randn(3, 4, 5, dtype=torch.float64), torch.randn(3, 4, 5, dtype=torch.float64)
+    x.transpose(dim, 0)[:, 1] = 0
+    x.transpose(dim, 0)[:, 2] *= 1e-6  # below the smallest norm to divide by
+    found = []
+    for context in (nullcontext(), twice_differentiable(Phase())):
+        given = x.clone().requires_grad_()
+        with context:
+            y = F.normalize(given, dim=dim, eps=1e-3)
+        (slope,) = torch.autograd.grad((torch.tanh(y) * weight).sum(), given, create_graph=True)
+        found.append([y, slope, *torch.autograd.grad(slope.square().sum(), given)])
+    assert found[0][2].isnan().any()  # if PyTorch learns it, this can be compared whole
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, torch.where(want.isnan(), 0, want), rtol=1e-10, atol=1e-10)
