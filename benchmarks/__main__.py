@@ -2,7 +2,6 @@
 
 python -m benchmarks                       `attrreg bench`, and docs/performance.md from it; an hour and a half on two cores
 python -m benchmarks --no-keep-memory      the same for the page's section on memory that is given back
-python -m benchmarks --model a --model b   the same for the page's section on models outside the default nine
 python -m benchmarks --section cpu-zen4    the same for a section of any name, as of another processor
 python -m benchmarks --quick --out x.json  any option of `attrreg bench`; with one of these two, the page stays as it is
 """
@@ -53,9 +52,11 @@ def main() -> None:
     own = not given.keys() & {"--out", "--help", "--quick"}
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(bench)
-    kind = "returned" if "--no-keep-memory" in given else "others" if "--model" in given else ""
+    kind = "returned" if "--no-keep-memory" in given else ""
     by_options = "-".join(filter(None, [given.get("--device", "cpu").split(":")[0], given.get("--autocast", ""), kind]))
     numbers = check.results(ours.section or by_options)
+    if own and "--model" in given and not (ours.section or kind or "--resume" in given):
+        sys.exit(f"Models of your own would take the place of the nine in docs/{PAGE.name}. Pass --out for a file of your own.")
     if own and marks(numbers.stem, COMMAND)[0] not in PAGE.read_text():  # rather than after an hour
         sys.exit(f"docs/{PAGE.name} has no section {numbers.stem}. Pass --out for a file of your own.")
     numbers.parent.mkdir(exist_ok=True)

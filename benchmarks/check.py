@@ -22,6 +22,8 @@ from attrreg.bench import strategies as ways
 from attrreg.bench.run import Record, ratios
 from benchmarks.page import ROOT
 
+SEPARATELY = "all three written separately: time"
+
 
 @dataclass(frozen=True)
 class Promise:
@@ -101,7 +103,7 @@ def promises(record: Record) -> Iterator[Promise]:
             yield _worst(f"{penalty}: time", {m: c.ratio for m, c in ratios(record, penalty, ways.ATTACHED)}, bound)
     if ways.SUM in measured:
         separately = {m: c.ratio for m, c in ratios(record, ways.SUM, ways.TODAY)}
-        yield _least("all three written separately: time", separately, bounds.separately)
+        yield _least(SEPARATELY, separately, bounds.separately)
     if ways.INTEGRATED_GRADIENTS in measured:
         yield from _integrated_gradients(record, bounds)
 
@@ -133,7 +135,8 @@ def _integrated_gradients(record: Record, bounds: Bounds) -> Iterator[Promise]:
     depthwise = {m: value for m, value in gain.items() if _has_depthwise(m)}
     if depthwise:
         yield _least(f"{name}: the same, with depthwise convolution", depthwise, bounds.path_depthwise)
-    yield _worst(f"{name}: chunked, memory of Captum's", {m: c.memory / captum[m].memory for m, c in chunked.items()}, bounds.chunked)
+    if chunked:
+        yield _worst(f"{name}: chunked, memory of Captum's", {m: c.memory / captum[m].memory for m, c in chunked.items()}, bounds.chunked)
 
 
 def _worst(text: str, values: dict[str, float], bound: float) -> Promise:

@@ -19,7 +19,7 @@ from attrreg.bench.cases import Case, build
 from attrreg.bench.measure import Cost, Step
 from attrreg.cli import build_app
 from attrreg.environment import environment, sentence
-from benchmarks import check
+from benchmarks import check, survey
 from benchmarks.__main__ import PAGE, main
 from tests.models import assert_close
 
@@ -246,10 +246,20 @@ def test_losses_are_named() -> None:
     assert "Nowhere in this run" in report.markdown(record_with(2.0, 2.0))
 
 
-@pytest.mark.parametrize("arguments", [("--device", "cuda", "--model", "resnet18"), ("--device=cuda", "--model=resnet18")])
-def test_a_section_that_the_page_lacks_is_refused_before_it_is_measured(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["--device", "mps"], r"no section mps\. Pass --out"),
+        (["--device=cuda", "--section=cuda-h200"], r"no section cuda-h200\. Pass --out"),
+        (["--model", "resnet18"], r"take the place of the nine in docs/performance\.md\. Pass --out"),
+        (["--device=cuda", "--model=resnet18"], "take the place of the nine"),
+    ],
+)
+def test_what_the_page_has_no_place_for_is_refused_before_it_is_measured(
+    arguments: list[str], cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
-    with pytest.raises(SystemExit, match=r"no section cuda-others\. Pass --out"):
+    with pytest.raises(SystemExit, match=cause):
         main()
 
 
@@ -287,3 +297,30 @@ def test_each_run_for_the_page_fills_its_section(arguments: list[str], section: 
     monkeypatch.setattr("benchmarks.__main__.write_page", written.append)
     main()
     assert measured == written == [check.results(section)]
+
+
+def test_a_survey_writes_a_row_a_model_and_what_it_misses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    numbers, page = tmp_path / "survey.json", tmp_path / "page.md"
+    page.write_text("before\n<!-- survey:begin (written by python -m benchmarks.survey) -->\n<!-- survey:end -->\nafter\n")
+    monkeypatch.setattr(survey, "PAGE", page)
+    monkeypatch.setattr(survey, "ROUNDS", 1)
+    monkeypatch.setattr(survey, "keep_memory", lambda: False)  # for the whole process
+    monkeypatch.setattr(check, "results", lambda name: numbers)
+    for models, arguments in ((("test_resnet",), []), (("test_resnet", "test_vit"), ["--resume"])):
+        monkeypatch.setattr(survey, "MODELS", models)
+        monkeypatch.setattr("sys.argv", ["survey", *arguments])
+        first = report.load(numbers).costs if numbers.exists() else {}
+        survey.main()
+    record = report.load(numbers)
+    assert record.costs.keys() == set(models) and record.costs.items() >= first.items() and first
+    rows = [line.split("|")[1:-1] for line in page.read_text().splitlines() if line.startswith("| test_")]
+    assert [row[0].strip() for row in rows] == list(models) and {len(row) for row in rows} == {1 + len(survey.COLUMNS)}
+
+
+def test_a_survey_tells_each_model_by_itself() -> None:
+    kept, slow = (record_with(ratio, 2.0) for ratio in (2.0, 2.9))
+    both = replace(kept, costs={"resnet18": kept.costs["resnet18"], "resnet50": slow.costs["resnet18"]})
+    assert not survey.alone(both, "resnet18") and {promise.where for promise in survey.alone(both, "resnet50")} == {"resnet50"}
+    text = survey.missed(both)
+    assert text.startswith("1 of 2 models keep") and "- resnet50: InputGradient: time 2.90, promised at most 2.7" in text
+    assert survey.missed(kept) == "Every promise of `benchmarks.check` is kept on each of 1 models."

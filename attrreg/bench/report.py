@@ -51,10 +51,11 @@ def _columns(found: list[Cost]) -> list[list[float]]:
 
 def markdown(record: Record) -> str:
     """Every figure, a table a penalty, and where attrreg does not win."""
-    return "\n\n".join([_conditions(record), *(_table(record, penalty) for penalty in record.plan.penalties), _losses(record)])
+    return "\n\n".join([conditions(record), *(_table(record, penalty) for penalty in record.plan.penalties), _losses(record)])
 
 
-def _conditions(record: Record) -> str:
+def conditions(record: Record) -> str:
+    """How it was measured, in a paragraph."""
     plan = record.plan
     memory = " Memory is kept from step to step (`attrreg.keep_memory`)." if plan.keep_memory else ""
     absent: dict[str, list[str]] = {}
