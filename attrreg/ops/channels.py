@@ -14,6 +14,11 @@ def layout(x: Tensor) -> torch.memory_format:
     return format if x.is_contiguous(memory_format=format) and not x.is_contiguous() else torch.contiguous_format
 
 
+def adjacent(x: Tensor) -> bool:
+    """Whether the channels of a position lie side by side, as in `channels_last` and in a slice of that, and not in one of a single position."""
+    return x.dim() == 4 and x.stride(1) == 1 and not x.is_contiguous()
+
+
 def planes(x: Tensor) -> bool:
     """Whether values of `(N, C, ...)` lie in planes that PyTorch's CPU kernels take one by one."""
     contiguous = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous()

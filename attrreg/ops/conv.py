@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from attrreg.ops import depthwise, pointwise, strided
+from attrreg.ops.channels import adjacent
 from attrreg.ops.linear import linear, product
 from attrreg.ops.phase import Phase, wanted
 
@@ -247,7 +248,8 @@ def _apply(x: Tensor, w: Tensor, b: Tensor | None, phase: Phase, *settings: Any)
     stride, padding, dilation, groups, *rest = settings
     # On the CPU, in the types that its kernels for convolutions are slow in.
     products = device == "cpu" and x.dtype in PRODUCTS
-    kind = _convolution(x.shape, w.shape, stride, padding, dilation, groups, products, pointwise.is_only_channels_last(x), *rest)
+    channels_last = pointwise.is_only_channels_last(x) if groups == 1 else adjacent(x)  # of a slice only products of rows need a copy
+    kind = _convolution(x.shape, w.shape, stride, padding, dilation, groups, products, channels_last, *rest)
     y: Tensor = _Convolve.apply(x, w, b, kind, phase)
     return y
 

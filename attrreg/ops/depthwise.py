@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrreg.ops.pointwise import as_rows, is_only_channels_last
+from attrreg.ops.channels import adjacent
+from attrreg.ops.pointwise import as_rows
 
 WIDE = 5  # kernels of fewer columns have fast weight gradients, but on images smaller than they are
 EXCESS = 6  # how much wider than the kernel the image may be: beyond, products compute too much
@@ -64,7 +65,7 @@ def _by_positions(
 
 def _channels(x: Tensor) -> Tensor:
     """The images of each channel, `(C, N, positions)`."""
-    if is_only_channels_last(x):  # one transposed matrix: to copy that is fast
+    if adjacent(x):  # one transposed matrix: to copy that is fast
         return as_rows(x).t().contiguous().view(x.shape[1], x.shape[0], -1)
     return x.flatten(2).transpose(0, 1)
 
