@@ -65,8 +65,8 @@ def _by_positions(
 
 def _channels(x: Tensor) -> Tensor:
     """The images of each channel, `(C, N, positions)`."""
-    if adjacent(x):  # one transposed matrix: to copy that is fast
-        return as_rows(x).t().contiguous().view(x.shape[1], x.shape[0], -1)
+    if adjacent(x):  # one transposed matrix: to copy that is fast, unless rows lie apart
+        return as_rows(x).contiguous().t().contiguous().view(x.shape[1], x.shape[0], -1)
     return x.flatten(2).transpose(0, 1)
 
 
