@@ -22,9 +22,10 @@ def depthwise_convolutions(draw: Any) -> tuple[tuple[Tensor, Tensor, Tensor | No
     padding, stride, dilation = ([draw(st.integers(low, high)) for _ in range(2)] for low, high in ((0, 4), (1, 3), (1, 2)))
     assume(all(side + 2 * p > d * (k - 1) for side, p, d, k in zip(sides, padding, dilation, kernel, strict=True)))
     torch.manual_seed(draw(st.integers(0, 2**31)))
-    x = torch.randn(draw(st.integers(1, 3)), 3, *sides, dtype=torch.float64)
+    x = torch.randn(draw(st.integers(1, 3)), 5, *sides, dtype=torch.float64)
     if draw(st.booleans()):
         x = x.to(memory_format=torch.channels_last)
+    x = x[:, 1:4] if draw(st.booleans()) else x[:, 1:4].clone()  # of a slice, channels or planes lie apart
     w, b = torch.randn(3, 1, *kernel, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     return (x, w, b if draw(st.booleans()) else None), {"padding": padding, "stride": stride, "dilation": dilation, "groups": 3}
 
@@ -60,9 +61,9 @@ def test_products_of_positions_where_they_are_few_for_so_many_images() -> None:
 
 @pytest.mark.cpu
 def test_where_they_are_used() -> None:
-    def used(size: int, kernel: int, groups: int = 8, channels_last: bool = False) -> bool:
-        x, w = torch.randn(2, 8, size, size), torch.randn(8, 8 // groups, kernel, kernel, requires_grad=True)
-        x = x.to(memory_format=torch.channels_last) if channels_last else x
+    def used(size: int, kernel: int, groups: int = 8, channels_last: bool = False, sliced: bool = False) -> bool:
+        x, w = torch.randn(2, 16 if sliced else 8, size, size), torch.randn(8, 8 // groups, kernel, kernel, requires_grad=True)
+        x = (x.to(memory_format=torch.channels_last) if channels_last else x)[:, :8]
         with patch.object(depthwise, "weight_gradient", wraps=depthwise.weight_gradient) as spy:
             with twice_differentiable(Phase()):
                 y = F.conv2d(x, w, padding=kernel // 2, groups=groups)
@@ -72,6 +73,16 @@ def test_where_they_are_used() -> None:
     assert used(14, 5) and used(7, 7) and used(2, 3) and used(4, 5, channels_last=True)
     assert not used(14, 3) and not used(64, 5) and not used(8, 5, channels_last=True)  # PyTorch's is fast, or the product too large
     assert not used(14, 5, groups=2) and not used(2, 1)
+    assert used(4, 5, channels_last=True, sliced=True) and used(14, 5, sliced=True) and not used(8, 5, channels_last=True, sliced=True)
+
+
+@pytest.mark.parametrize("size", [4, 9])
+def test_on_some_of_the_channels_that_come_last(size: int) -> None:
+    def convolve(x: Tensor, w: Tensor, b: None, **given: Any) -> Tensor:
+        return F.conv2d(x.to(memory_format=torch.channels_last)[:, 2:5], w, b, **given)
+
+    x, w = torch.randn(4, 6, size, size, dtype=torch.float64), torch.randn(3, 1, 5, 5, dtype=torch.float64)
+    check_convolution(convolve, (x, w, None), {"padding": 2, "groups": 3})
 
 
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])

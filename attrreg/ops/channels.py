@@ -15,7 +15,7 @@ def layout(x: Tensor) -> torch.memory_format:
 
 
 def adjacent(x: Tensor) -> bool:
-    """Whether the channels of a position lie side by side, as in `channels_last` and in a slice of that, and not in one of a single position."""
+    """Whether the channels of each of several positions lie side by side, as in `channels_last` and in a slice of that."""
     return x.dim() == 4 and x.stride(1) == 1 and not x.is_contiguous()
 
 
