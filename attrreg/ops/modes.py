@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, _sdpa_kernel, sdpa_kernel
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from attrreg.ops import activation, attention, batch_norm, concatenate, conv, distance, draws, linear, norm
+from attrreg.ops import activation, attention, batch_norm, concatenate, conv, distance, draws, linear, norm, pool
 from attrreg.ops.phase import Phase
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
@@ -28,6 +28,7 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.gelu: activation.gelu,
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), concatenate.concatenate),
     F.multi_head_attention_forward: attention.by_math(F.multi_head_attention_forward),  # inside, no mode is on
+    F.max_pool2d: pool.max_pool2d,
     F.normalize: distance.normalize,
     torch.norm: distance.norm,
     Tensor.norm: distance.norm,
