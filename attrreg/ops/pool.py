@@ -52,9 +52,10 @@ def max_pool2d(
     dilation: Any = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
-) -> Any:
-    """`F.max_pool2d`."""
+) -> Tensor:
+    """`F.max_pool2d`; with its indices too, it is a call of another function, which is left as it is."""
     worth = input.dim() == 4 and input.numel() >= MANY and input.shape[1] >= CHANNELS and planes(input)
-    if return_indices or not worth:
-        return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    return _MaxPool.apply(input, kernel_size, [] if stride is None else stride, padding, dilation, ceil_mode)
+    if not worth:
+        return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+    result: Tensor = _MaxPool.apply(input, kernel_size, [] if stride is None else stride, padding, dilation, ceil_mode)
+    return result
