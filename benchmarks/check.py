@@ -45,6 +45,11 @@ class Promise:
         """Whether it holds."""
         return self.value >= self.bound if self.least else self.value <= self.bound
 
+    @property
+    def promised(self) -> str:
+        """The bound in words."""
+        return f"promised {'at least' if self.least else 'at most'} {self.bound:g}"
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -162,9 +167,7 @@ def results(device: str) -> Path:
 def missed(record: Record) -> str:
     """The promises that a record breaks, for the page."""
     lines = [
-        f"- {promise.text}: {promise.value:.3f} ({promise.where}), promised {'at least' if promise.least else 'at most'} {promise.bound:g}"
-        for promise in promises(record)
-        if not promise.kept
+        f"- {promise.text}: {promise.value:.3f} ({promise.where}), {promise.promised}" for promise in promises(record) if not promise.kept
     ]
     return "\n".join(["### Promises of `python -m benchmarks.check` that this run misses", "", *(lines or ["None."])])
 

@@ -120,7 +120,7 @@ def _convolution(
         dilation: see stride.
         groups: see stride.
         products: whether matrix products are to be considered.
-        channels_last: the image is laid out so.
+        channels_last: the image is laid out so; of groups, a slice of such a one too.
         transposed: the convolution is.
         output_padding: see stride.
     """
@@ -248,7 +248,7 @@ def _apply(x: Tensor, w: Tensor, b: Tensor | None, phase: Phase, *settings: Any)
     stride, padding, dilation, groups, *rest = settings
     # On the CPU, in the types that its kernels for convolutions are slow in.
     products = device == "cpu" and x.dtype in PRODUCTS
-    channels_last = pointwise.is_only_channels_last(x) if groups == 1 else adjacent(x)  # of a slice only products of rows need a copy
+    channels_last = pointwise.is_only_channels_last(x) if groups == 1 else adjacent(x)  # products of pixels know whole images only
     kind = _convolution(x.shape, w.shape, stride, padding, dilation, groups, products, channels_last, *rest)
     y: Tensor = _Convolve.apply(x, w, b, kind, phase)
     return y
