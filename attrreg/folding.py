@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from attrreg import sites
+from attrreg.ops.channels import layout
 from attrreg.ops.draws import Draws
 from attrreg.part import couples
 from attrreg.runner import Runner
@@ -78,7 +79,7 @@ class PathGradients:
     def _together(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]] | None:
         places = len(images)
         # The places of an image lie side by side, so that batch normalisation can see them as channels.
-        batch = torch.stack(list(images), dim=1).flatten(0, 1)
+        batch = torch.stack(list(images), dim=1).flatten(0, 1).contiguous(memory_format=layout(self._runner.call.x))
         runner = self._runner.repeated(batch.detach(), places)
         with isolated(runner.call.model, self._replay):
             recording = runner.forward(batch, self._wanted, places=places)

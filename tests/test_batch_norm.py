@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attrreg.graph import nodes
 from attrreg.ops import Phase, twice_differentiable
@@ -58,3 +60,38 @@ def test_batch_norm_of_places_is_no_view(layout: torch.memory_format) -> None:
     assert "CopySlices" not in {type(node).__name__ for node in nodes(y)}
     want = torch.stack([F.batch_norm(x[place::2], None, None, training=True).relu() for place in range(2)], dim=1).flatten(0, 1)
     torch.testing.assert_close(y, want)
+    assert y.is_contiguous(memory_format=layout)
+
+
+class _Layouts(TorchDispatchMode):
+    """Takes note of the layouts of the images that the backward of batch normalisation gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[set[tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "batch_norm_backward" in str(func):
+            self.seen.append({value.stride() for value in args if isinstance(value, Tensor) and value.dim() > 1})
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("of_gradient", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("of_image", [torch.contiguous_format, torch.channels_last])
+def test_batch_norm_whose_gradients_come_in_another_layout(of_image: torch.memory_format, of_gradient: torch.memory_format) -> None:
+    x, scale, shift = torch.randn(4, 6, 5, 3, dtype=torch.float64), torch.rand(6).double() + 0.5, torch.randn(6).double()
+    leaves = [x.contiguous(memory_format=of_image).requires_grad_(), scale.requires_grad_(), shift.requires_grad_()]
+    gy, v = (torch.randn(x.shape).double().contiguous(memory_format=of_gradient) for _ in range(2))
+
+    def derivatives() -> list[Tensor]:
+        y = F.batch_norm(leaves[0], None, None, *leaves[1:], training=True)
+        (gradient,) = torch.autograd.grad(y * y, leaves[0], gy, create_graph=True)
+        return [y, gradient, *torch.autograd.grad([gradient, y], leaves, [v, gy])]
+
+    want, layouts = derivatives(), _Layouts()
+    with twice_differentiable(Phase()), layouts:
+        found = derivatives()
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+    assert found[2].is_contiguous(memory_format=of_image)
+    # In two layouts PyTorch's kernel takes many times as long.
+    assert len(layouts.seen) > 2 and all(len(strides) == 1 for strides in layouts.seen)

@@ -93,6 +93,13 @@ def evolved() -> nn.Module:
     return nn.Sequential(EvoNorm2dB0(2), SmoothNet())
 
 
+def _normalised(h: Tensor) -> Tensor:
+    """In train mode, by the batch alone."""
+    normalised = F.batch_norm(h, None, None, training=True)
+    assert normalised.stride() == h.stride()
+    return normalised
+
+
 def checkpointed() -> Any:
     model = timm.create_model("test_resnet", num_classes=3, in_chans=2)
     model.set_grad_checkpointing()
@@ -123,6 +130,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "dropout in attention": (lambda: timm.create_model("test_vit", num_classes=3, in_chans=2, img_size=32, attn_drop_rate=0.5), False),
     "dropout in checkpoints": (lambda: Dropped(_checkpointed_dropout), False),
     "dropout and batch norm": (lambda: SmoothNet(norm=True, dropout=0.5), True),
+    "batch norm in channels last": (lambda: Dropped(lambda h: _normalised(h.to(memory_format=torch.channels_last))), True),
     "batch norm of other rows": (Mixed, False),
     "batch norm of tokens": (Tokens, True),
     "batch norm of tokens, these before the batch": (lambda: Tokens(first=True), False),

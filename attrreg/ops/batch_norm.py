@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from attrreg.ops import fused
-from attrreg.ops.channels import affine, planes
+from attrreg.ops.channels import affine, layout, planes
 from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
@@ -35,19 +35,23 @@ class Kernel:
     Attributes:
         count: of the values of a channel.
         few: planes are so small, and so many, that its gradients are taken with channels last.
+        format: as its gradients are taken otherwise. PyTorch goes value by value through two tensors that are laid out differently.
         eps: as in `F.batch_norm`.
         index: which of PyTorch's kernels it chose, its own or on CUDA that of cuDNN, and `reserve` what that one keeps for its backward.
     """
 
     count: int
     few: bool
+    format: torch.memory_format
     eps: float
     index: int
     reserve: Tensor
 
     def laid(self, x: Tensor) -> Tensor:
         """As its gradients are taken, `(N, C, H, W)` where these are few."""
-        return x.reshape(*x.shape[:2], -1, 1).contiguous(memory_format=torch.channels_last) if self.few else x
+        if self.few:
+            return x.reshape(*x.shape[:2], -1, 1).contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=self.format)
 
     def back(self, x: Tensor, shape: torch.Size) -> Tensor:
         """What was laid so, as the tensor is. No view: a layer may go on to work in place, which on views is slow or refused."""
@@ -95,7 +99,7 @@ class _BatchNorm(Function):
                 var.lerp_(batch.mul_(count / (count - 1)), momentum)
         ctx.save_for_backward(x, g, mu, r)
         few = x.shape[2:].numel() < FEW and x.numel() >= MANY and planes(x)
-        ctx.kernel, ctx.phase = Kernel(count, few, eps, index, reserve), phase
+        ctx.kernel, ctx.phase = Kernel(count, few, layout(x), eps, index, reserve), phase
         result: Tensor = y
         return result
 
@@ -169,14 +173,44 @@ def batch_norm(
     if places == 1 or input.shape[0] % places:  # then the pass will be thrown away
         return _batch_norm(phase, input, running_mean, running_var, weight, bias, *settings)
     # The places of an image lie side by side, so they can be channels. Statistics of a path's passes are thrown away.
+    weights, biases = (None if values is None else values.repeat(places) for values in (weight, bias))
+    if layout(input) != torch.contiguous_format:
+        result = _batch_norm(phase, _PlacesToChannels.apply(input, places), None, None, weights, biases, *settings)
+        separate: Tensor = _ChannelsToPlaces.apply(result, places)
+        return separate
     apart = input.reshape(-1, places, tokens, *input.shape[1:]).transpose(1, 2)
     channels = apart.reshape(-1, places * input.shape[1], *input.shape[2:])
-    weights, biases = (None if values is None else values.repeat(places) for values in (weight, bias))
     result = _batch_norm(phase, channels, None, None, weights, biases, *settings)
     if tokens > 1:
         return result.view(apart.shape).transpose(1, 2).reshape(input.shape)
     whole: Tensor = aten._unsafe_view(result.contiguous(), input.shape)  # see `Kernel.back`
     return whole
+
+
+class _PlacesToChannels(Function):
+    """`(N places, C, ...)` with channels last as `(N, places C, ...)` that is laid out so too, and no view: a layer may work in place on it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: int) -> Tensor:
+        ctx.places = places
+        return x.movedim(1, -1).unflatten(0, (-1, places)).movedim(1, -2).flatten(-2).movedim(-1, 1).data
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return _ChannelsToPlaces.apply(g, ctx.places), None
+
+
+class _ChannelsToPlaces(Function):
+    """Back again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: int) -> Tensor:
+        ctx.places = places
+        return x.movedim(1, -1).unflatten(-1, (places, -1)).movedim(-2, 1).flatten(0, 1).movedim(-1, 1).data
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return _PlacesToChannels.apply(g, ctx.places), None
 
 
 def _tokens(input: Tensor, rows: int) -> int:

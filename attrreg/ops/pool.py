@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from attrreg.ops.channels import planes
+from attrreg.ops.channels import layout, planes
 
 aten = torch.ops.aten
 
@@ -26,9 +26,10 @@ class _MaxPool(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *settings: Any) -> Tensor:
         """Of `(N, C, H, W)`; settings: kernel, stride, padding, dilation, whether to round up."""
-        parts = x.split(max(1, AT_ONCE // x[0].numel()))
+        format = layout(x)
+        parts = [x] if format == torch.channels_last else x.split(max(1, AT_ONCE // x[0].numel()))
         found = [aten.max_pool2d_with_indices(part.contiguous(memory_format=torch.channels_last), *settings) for part in parts]
-        y, indices = (_together([each.contiguous() for each in kind]) for kind in zip(*found, strict=True))
+        y, indices = (_together([each.contiguous(memory_format=format) for each in kind]) for kind in zip(*found, strict=True))
         ctx.save_for_backward(x, indices)
         ctx.settings = settings
         result: Tensor = y
@@ -54,8 +55,8 @@ def max_pool2d(
     return_indices: bool = False,
 ) -> Tensor:
     """`F.max_pool2d`; with its indices too, it is a call of another function, which is left as it is."""
-    worth = input.dim() == 4 and input.numel() >= MANY and input.shape[1] >= CHANNELS and planes(input)
-    if not worth:
+    copied = input.dim() == 4 and input.numel() >= MANY and input.shape[1] >= CHANNELS and planes(input)
+    if not copied and not (input.device.type == "cpu" and layout(input) == torch.channels_last):
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
     result: Tensor = _MaxPool.apply(input, kernel_size, [] if stride is None else stride, padding, dilation, ceil_mode)
     return result
