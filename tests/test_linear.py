@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 import attrreg
 from attrreg.bench import measure, strategies
 from attrreg.bench.cases import build
+from attrreg.graph import nodes
 from attrreg.ops import Phase, linear, pointwise, twice_differentiable
 
 pytestmark = pytest.mark.cpu
@@ -117,6 +118,16 @@ def test_convolutions_by_products(kernel: int, side: int, format: torch.memory_f
     stride, padding = (2, 0) if kernel == 2 else (1, kernel // 2)
     with patch.object(pointwise, "NARROW", 0):
         compare(lambda x, w, b: F.conv2d(x, w, b, stride, padding), [x, w, torch.randn(320)])
+
+
+@pytest.mark.cpu
+def test_a_single_position_is_a_linear_layer_and_no_view() -> None:
+    x, w = torch.randn(3, 8, 1, 1, requires_grad=True), torch.randn(4, 8, 1, 1, requires_grad=True)
+    with twice_differentiable(Phase()):
+        y = F.conv2d(x, w).relu_()  # which on a view of a graph takes copies in every backward
+    torch.testing.assert_close(y, F.conv2d(x, w).relu())
+    names = {type(node).__name__ for node in nodes(y)}
+    assert not names & {"CopySlices", "_ConvolveBackward"}
 
 
 @needs_onednn

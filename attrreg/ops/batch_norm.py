@@ -188,7 +188,7 @@ def batch_norm(
 
 
 class _PlacesToChannels(Function):
-    """`(N places, C, ...)` with channels last as `(N, places C, ...)` that is laid out so too, and no view: a layer may work in place on it."""
+    """`(N places, C, ...)` with channels last as `(N, places C, ...)`, laid out so too. No view: a layer may work in place on it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: int) -> Tensor:

@@ -65,12 +65,9 @@ def _times(matrix: Tensor, x: Tensor, b: Tensor | None) -> Tensor:
         result = aten._unsafe_view(images, (n, out, *places))
         return result
     rows = product(as_rows(x), matrix, b)
-    if places.numel() == 1:
-        result = aten._unsafe_view(rows, (n, out, *places))
-        return result
     shaped = rows.view(n, *places, out).movedim(-1, 1)
-    if is_only_channels_last(x):  # there is no view without a copy that does not count as one
-        return x.new_empty(0).set_(rows.untyped_storage(), 0, shaped.shape, shaped.stride())
+    if is_only_channels_last(x):
+        return shaped.data
     return shaped.clone(memory_format=torch.contiguous_format)
 
 
