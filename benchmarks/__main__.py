@@ -53,7 +53,8 @@ def main() -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(bench)
     kind = "returned" if "--no-keep-memory" in given else ""
-    by_options = "-".join(filter(None, [given.get("--device", "cpu").split(":")[0], given.get("--autocast", ""), kind]))
+    layout = "channels-last" if "--channels-last" in given else ""
+    by_options = "-".join(filter(None, [given.get("--device", "cpu").split(":")[0], given.get("--autocast", ""), layout, kind]))
     numbers = check.results(ours.section or by_options)
     if own and "--model" in given and not (ours.section or kind or "--resume" in given):
         sys.exit(f"Models of your own would take the place of the nine in docs/{PAGE.name}. Pass --out for a file of your own.")

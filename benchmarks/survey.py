@@ -1,7 +1,8 @@
 """What a penalty costs on models of many kinds: writes a table into docs/performance.md.
 
-python -m benchmarks.survey             three quarters of an hour on two cores
-python -m benchmarks.survey --resume    go on with one that was interrupted
+python -m benchmarks.survey                    three quarters of an hour on two cores
+python -m benchmarks.survey --channels-last    the nine models of `attrreg bench` in that layout; ten minutes
+python -m benchmarks.survey --resume           go on with one that was interrupted
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import argparse
 import statistics
 from collections.abc import Callable
 
-import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -75,7 +75,7 @@ COLUMNS: dict[str, Callable[[Found], tuple[float, ...]]] = {
 
 def measure(name: str, penalties: tuple[str, ...], plan: run.Plan) -> Found:
     """Some penalties on one model, between the same plain steps."""
-    case = cases.build(name, plan.batch, plan.size, torch.device(plan.device))
+    case = plan.case(name, plan.batch, plan.size)
     steps = {}
     for penalty in penalties:
         found = {strategy.name: strategy for strategy in ways.strategies(penalty, case)}
@@ -120,10 +120,12 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", action="store_true", help="keep what is measured already, by the same versions on the same machine")
+    parser.add_argument("--channels-last", action="store_true", help="lay out models and images in torch.channels_last")
     arguments = parser.parse_args()
-    numbers = check.results("survey")
+    section = "survey-channels-last" if arguments.channels_last else "survey"
+    numbers = check.results(section)
     plan = run.Plan(
-        models=MODELS,
+        models=cases.MODELS if arguments.channels_last else MODELS,
         penalties=ways.PENALTIES,
         batch=16,
         size=64,
@@ -133,17 +135,19 @@ def main() -> None:
         device="cpu",
         autocast=None,
         keep_memory=keep_memory(),
+        channels_last=arguments.channels_last,
     )
     record = report.load(numbers).resumed(plan) if arguments.resume and numbers.exists() else run.Record.of(plan)
     absent = list(dict.fromkeys(model for model, _ in record.missing(plan)))
     path = (ways.INTEGRATED_GRADIENTS,)  # ten times as slow, and so by itself, in fewer rounds
     others = tuple(penalty for penalty in plan.penalties if penalty not in path)
-    for name in track(absent, "survey", console=Console()):
+    for name in track(absent, section, console=Console()):
         record.costs[name] = measure(name, others, plan) | measure(name, path, plan)
         # In the order of the list, also where a run went on with what another had measured.
         record.costs = {model: record.costs[model] for model in record.plan.models if model in record.costs}
         report.save(record, numbers)
-    write_section(PAGE, "survey", COMMAND, report.conditions(record), table(record), missed(record))
+    command = f"{COMMAND} --channels-last" if arguments.channels_last else COMMAND
+    write_section(PAGE, section, command, report.conditions(record), table(record), missed(record))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def test_batch_norm_whose_gradients_come_in_another_layout(of_image: torch.memor
     gy, v = (torch.randn(x.shape).double().contiguous(memory_format=of_gradient) for _ in range(2))
 
     def derivatives() -> list[Tensor]:
-        y = F.batch_norm(leaves[0], None, None, *leaves[1:], training=True)
+        y = F.batch_norm(leaves[0], None, None, leaves[1], leaves[2], training=True)
         (gradient,) = torch.autograd.grad(y * y, leaves[0], gy, create_graph=True)
         return [y, gradient, *torch.autograd.grad([gradient, y], leaves, [v, gy])]
 

@@ -14,13 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from attrreg.bench import measure, report, run, strategies
+from attrreg.bench import cases, measure, report, run, strategies
 from attrreg.bench.cases import Case, build
 from attrreg.bench.measure import Cost, Step
 from attrreg.cli import build_app
 from attrreg.environment import environment, sentence
 from benchmarks import check, survey
 from benchmarks.__main__ import PAGE, main
+from benchmarks.page import marks
 from tests.models import assert_close
 
 pytestmark = pytest.mark.cpu
@@ -299,21 +300,24 @@ def test_each_run_for_the_page_fills_its_section(arguments: list[str], section: 
     assert measured == written == [check.results(section)]
 
 
-def test_a_survey_writes_a_row_a_model_and_what_it_misses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [[], ["--channels-last"]])
+def test_a_survey_writes_a_row_a_model_and_what_it_misses(layout: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     numbers, page = tmp_path / "survey.json", tmp_path / "page.md"
-    page.write_text("before\n<!-- survey:begin (written by python -m benchmarks.survey) -->\n<!-- survey:end -->\nafter\n")
+    section = "survey-channels-last" if layout else "survey"
+    page.write_text("\n".join(["before", *marks(section, " ".join([survey.COMMAND, *layout])), "after"]))
     monkeypatch.setattr(survey, "PAGE", page)
     monkeypatch.setattr(survey, "ROUNDS", 1)
     monkeypatch.setattr(survey, "keep_memory", lambda: False)  # for the whole process
     monkeypatch.setattr(check, "results", lambda name: numbers)
     for models, arguments in ((("test_resnet",), []), (("test_resnet", "test_vit"), ["--resume"])):
-        monkeypatch.setattr(survey, "MODELS", models)
-        monkeypatch.setattr("sys.argv", ["survey", *arguments])
+        monkeypatch.setattr(cases if layout else survey, "MODELS", models)
+        monkeypatch.setattr("sys.argv", ["survey", *arguments, *layout])
         first = report.load(numbers).costs if numbers.exists() else {}
         survey.main()
     record = report.load(numbers)
     assert record.costs.keys() == set(models) and record.costs.items() >= first.items() and first
     rows = [line.split("|")[1:-1] for line in page.read_text().splitlines() if line.startswith("| test_")]
+    assert record.plan.channels_last == bool(layout) and ("channels_last" in page.read_text()) == bool(layout)
     assert [row[0].strip() for row in rows] == list(models) and {len(row) for row in rows} == {1 + len(survey.COLUMNS)}
 
 

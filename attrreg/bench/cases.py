@@ -50,19 +50,30 @@ class Case:
         return self.x.device
 
 
-def build(name: str, batch: int, size: int, device: torch.device, autocast: torch.dtype | None = None) -> Case:
+def build(
+    name: str, batch: int, size: int, device: torch.device, autocast: torch.dtype | None = None, channels_last: bool = False
+) -> Case:
     """A timm model with random weights, in train mode, and random images, of which the upper left quarter is relevant.
+
+    Args:
+        name: timm's.
+        batch: images.
+        size: of an image, in pixels a side.
+        device: where to.
+        autocast: see `Case`.
+        channels_last: how the model and the images are laid out; else contiguous.
 
     Raises:
         ValueError: there is no such model, or it does not take images of this size.
     """
     torch.manual_seed(0)
-    model = _create(name, size).to(device).train()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = _create(name, size).to(device).train().to(memory_format=layout)  # type: ignore[call-overload]
     # Zero-initialised layers off zero: otherwise there is less to compute.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-    x = torch.randn(batch, 3, size, size).to(device)
+    x = torch.randn(batch, 3, size, size).to(device, memory_format=layout)
     mask = torch.zeros(batch, size, size, dtype=torch.bool)
     mask[:, : size // 2, : size // 2] = True
     case = Case(name, model, x, torch.arange(batch, device=device) % CLASSES, mask.to(device), autocast)

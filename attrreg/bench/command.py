@@ -21,6 +21,7 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0, help="More rounds where a plain step takes less, as long as if it took this.")] = 0.2,
     device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
     autocast: Annotated[str | None, typer.Option(help="Compute under autocast, for example in bfloat16.")] = None,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Lay out models and images in torch.channels_last.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's own choice.")] = None,
     keep_memory: Annotated[
         bool, typer.Option(help="Measure with attrreg.keep_memory() for all ways alike, where the C library has it, or as Python starts.")
@@ -74,6 +75,7 @@ def bench(
         device=device,
         autocast=autocast,
         keep_memory=keep_memory and device == "cpu" and keep(),
+        channels_last=channels_last,
     )
     record = run.Record.of(plan)
     if resume and out.exists():

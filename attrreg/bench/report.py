@@ -64,9 +64,10 @@ def conditions(record: Record) -> str:
     parts = [model if names == list(plan.penalties) else f"{model} ({', '.join(names)})" for model, names in absent.items()]
     missing = f" Not measured: {', '.join(parts)}." if parts else ""
     more = f", more where a plain step takes less than {plan.seconds:g} s" if plan.seconds else ""
+    layout = " in `torch.channels_last`" if plan.channels_last else ""
     path = _path(plan) if INTEGRATED_GRADIENTS in plan.penalties else ""
     return (
-        f"Measured {sentence(record.environment)}; batches of {plan.batch} images of {plan.size} px, {plan.autocast or 'float32'}, "
+        f"Measured {sentence(record.environment)}; batches of {plan.batch} images of {plan.size} px, {plan.autocast or 'float32'}{layout}, "
         f"{plan.rounds} rounds after {plan.warmup} of warm-up{path}{more}.{memory}{missing}"
     )
 

@@ -32,6 +32,7 @@ class Plan:
         autocast: the type of torch.autocast, or None.
         seconds: where a plain step takes less, there are more rounds, for as long as if it took this.
         keep_memory: whether `attrreg.keep_memory` was called, for all ways alike.
+        channels_last: how models and images are laid out; else contiguous.
     """
 
     models: tuple[str, ...]
@@ -45,6 +46,11 @@ class Plan:
     autocast: str | None
     seconds: float = 0.0
     keep_memory: bool = False
+    channels_last: bool = False
+
+    def case(self, model: str, batch: int, size: int) -> Case:
+        """A model with a batch of images of so many pixels a side."""
+        return cases.build(model, batch, size, torch.device(self.device), self.dtype(), self.channels_last)
 
     def rounds_of(self, penalty: str) -> tuple[int, int]:
         """Rounds that count, and those before."""
@@ -91,7 +97,7 @@ class Record:
         places = [(name, self.environment.get(name), value) for name, value in environment(plan.device).items()]
         for name, old, new in ways + places:
             if name not in PARTS and old != new:
-                raise ValueError(f"it was measured with {name} {old!r}, not {new!r}. Write to another file.")
+                raise ValueError(f"it was measured with {name} {old!r}, not {new!r}. Measure all anew, or write to another file.")
         penalties = tuple(name for name in strategies.PENALTIES if name in {*self.plan.penalties, *plan.penalties})
         models = tuple(dict.fromkeys([*self.plan.models, *plan.models]))
         whole = replace(plan, models=models, penalties=penalties, curves=self.plan.curves or plan.curves)
@@ -151,11 +157,11 @@ def measure(plan: Plan, record: Record, note: Note, save: Callable[[Record], Non
         sizes += [(plan.models[0], size) for size in reversed(CURVES["resolution"])]
     case = None
     for model, size in reversed(dict.fromkeys(sizes)):  # the smallest first; the one that is measured first last, and kept
-        case = cases.build(model, plan.batch, size, torch.device(plan.device), plan.dtype())
+        case = plan.case(model, plan.batch, size)
     for model, penalty in record.missing(plan):
         batch = plan.batch_of(penalty)
         if case is None or (case.name, len(case.x)) != (model, batch):
-            case = cases.build(model, batch, plan.size, torch.device(plan.device), plan.dtype())
+            case = plan.case(model, batch, plan.size)
         record.costs.setdefault(model, {})[penalty] = _costs(case, penalty, plan, note)
         save(record)
     for varied in record.missing_curves(plan):
@@ -175,7 +181,7 @@ def _curve(varied: str, plan: Plan, note: Note) -> dict[str, list[tuple[int, Cos
     for value in CURVES[varied]:
         usually = plan.batch_of(strategies.INTEGRATED_GRADIENTS) if varied == "steps" else plan.batch
         batch, size = (value if varied == name else usual for name, usual in (("batch", usually), ("resolution", plan.size)))
-        case = cases.build(plan.models[0], batch, size, torch.device(plan.device), plan.dtype())
+        case = plan.case(plan.models[0], batch, size)
         chosen = strategies.of_curve(varied, value, case)
         steps = {strategy.name: strategy.prepare(case) for strategy in chosen}
         found = costs(steps, strategies.PLAIN, CURVE_ROUNDS, 1, lambda part: note(f"{varied}: {value}", part))  # noqa: B023

@@ -196,7 +196,7 @@ class _PlacesToChannels(Function):
         return x.movedim(1, -1).unflatten(0, (-1, places)).movedim(1, -2).flatten(-2).movedim(-1, 1).data
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, None]:
         return _ChannelsToPlaces.apply(g, ctx.places), None
 
 
@@ -209,7 +209,7 @@ class _ChannelsToPlaces(Function):
         return x.movedim(1, -1).unflatten(-1, (places, -1)).movedim(-2, 1).flatten(0, 1).movedim(-1, 1).data
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, None]:
         return _PlacesToChannels.apply(g, ctx.places), None
 
 
