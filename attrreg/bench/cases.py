@@ -50,9 +50,7 @@ class Case:
         return self.x.device
 
 
-def build(
-    name: str, batch: int, size: int, device: torch.device, autocast: torch.dtype | None = None, channels_last: bool = False
-) -> Case:
+def build(name: str, batch: int, size: int, device: torch.device, autocast: torch.dtype | None = None, channels_last: bool = False) -> Case:
     """A timm model with random weights, in train mode, and random images, of which the upper left quarter is relevant.
 
     Args:
