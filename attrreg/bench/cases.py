@@ -66,7 +66,7 @@ def build(name: str, batch: int, size: int, device: torch.device, autocast: torc
     """
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = _create(name, size).to(device).train().to(memory_format=layout)  # type: ignore[call-overload]
+    model = _create(name, size).to(device).train().to(memory_format=layout)
     # Zero-initialised layers off zero: otherwise there is less to compute.
     with torch.no_grad():
         for parameter in model.parameters():

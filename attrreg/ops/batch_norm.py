@@ -193,10 +193,11 @@ class _PlacesToChannels(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: int) -> Tensor:
         ctx.places = places
-        return x.movedim(1, -1).unflatten(0, (-1, places)).movedim(1, -2).flatten(-2).movedim(-1, 1).data
+        together: Tensor = x.movedim(1, -1).unflatten(0, (-1, places)).movedim(1, -2).flatten(-2).movedim(-1, 1).data
+        return together
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         return _ChannelsToPlaces.apply(g, ctx.places), None
 
 
@@ -206,10 +207,11 @@ class _ChannelsToPlaces(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: int) -> Tensor:
         ctx.places = places
-        return x.movedim(1, -1).unflatten(-1, (places, -1)).movedim(-2, 1).flatten(0, 1).movedim(-1, 1).data
+        apart: Tensor = x.movedim(1, -1).unflatten(-1, (places, -1)).movedim(-2, 1).flatten(0, 1).movedim(-1, 1).data
+        return apart
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         return _PlacesToChannels.apply(g, ctx.places), None
 
 
