@@ -51,10 +51,11 @@ def test_batch_norm_moves_its_statistics_as_pytorchs(shape: tuple[int, ...]) -> 
         torch.nn.BatchNorm2d(6)(torch.randn(1, 6, 1, 1))
 
 
+@pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_batch_norm_of_places_is_no_view(layout: torch.memory_format) -> None:
-    x = torch.randn(6, 4, 5, 5).contiguous(memory_format=layout).requires_grad_()
-    with twice_differentiable(Phase(places=2, rows=6)):
+def test_batch_norm_of_places_is_no_view(layout: torch.memory_format, images: int) -> None:
+    x = torch.randn(2 * images, 4, 5, 5).contiguous(memory_format=layout).requires_grad_()
+    with twice_differentiable(Phase(places=2, rows=2 * images)):
         y = F.batch_norm(x, None, None, training=True)
         y.relu_()  # which on a view of a graph takes copies in every backward
     assert "CopySlices" not in {type(node).__name__ for node in nodes(y)}

@@ -207,7 +207,7 @@ class _ChannelsToPlaces(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: int) -> Tensor:
         ctx.places = places
-        apart: Tensor = x.movedim(1, -1).unflatten(-1, (places, -1)).movedim(-2, 1).flatten(0, 1).movedim(-1, 1).data
+        apart: Tensor = x.movedim(1, -1).unflatten(-1, (places, -1)).movedim(-2, 1).flatten(0, 1).contiguous().movedim(-1, 1).data
         return apart
 
     @staticmethod
