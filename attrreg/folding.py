@@ -78,7 +78,7 @@ class PathGradients:
 
     def _together(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]] | None:
         places = len(images)
-        # The places of an image lie side by side, so that batch normalisation can see them as channels.
+        # The places of an image lie side by side, so that batch normalisation can see them as channels. Stacked, they lose their layout.
         batch = torch.stack(list(images), dim=1).flatten(0, 1).contiguous(memory_format=layout(self._runner.call.x))
         runner = self._runner.repeated(batch.detach(), places)
         with isolated(runner.call.model, self._replay):

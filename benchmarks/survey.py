@@ -122,10 +122,13 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep what is measured already, by the same versions on the same machine")
     parser.add_argument("--channels-last", action="store_true", help="lay out models and images in torch.channels_last")
     arguments = parser.parse_args()
-    section = "survey-channels-last" if arguments.channels_last else "survey"
+    section, command = "survey", COMMAND
+    models: tuple[str, ...] = MODELS
+    if arguments.channels_last:
+        section, command, models = "survey-channels-last", f"{COMMAND} --channels-last", cases.MODELS
     numbers = check.results(section)
     plan = run.Plan(
-        models=cases.MODELS if arguments.channels_last else MODELS,
+        models=models,
         penalties=ways.PENALTIES,
         batch=16,
         size=64,
@@ -146,7 +149,6 @@ def main() -> None:
         # In the order of the list, also where a run went on with what another had measured.
         record.costs = {model: record.costs[model] for model in record.plan.models if model in record.costs}
         report.save(record, numbers)
-    command = f"{COMMAND} --channels-last" if arguments.channels_last else COMMAND
     write_section(PAGE, section, command, report.conditions(record), table(record), missed(record))
 
 

@@ -251,6 +251,7 @@ def test_losses_are_named() -> None:
     ("arguments", "cause"),
     [
         (["--device", "mps"], r"no section mps\. Pass --out"),
+        (["--channels-last"], r"no section cpu-channels-last\. Pass --out"),
         (["--device=cuda", "--section=cuda-h200"], r"no section cuda-h200\. Pass --out"),
         (["--model", "resnet18"], r"take the place of the nine in docs/performance\.md\. Pass --out"),
         (["--device=cuda", "--model=resnet18"], "take the place of the nine"),

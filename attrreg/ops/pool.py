@@ -55,8 +55,9 @@ def max_pool2d(
     return_indices: bool = False,
 ) -> Tensor:
     """`F.max_pool2d`; with its indices too, it is a call of another function, which is left as it is."""
-    copied = input.dim() == 4 and input.numel() >= MANY and input.shape[1] >= CHANNELS and planes(input)
-    if not copied and not (input.device.type == "cpu" and layout(input) == torch.channels_last):
+    worth_copies = input.dim() == 4 and input.numel() >= MANY and input.shape[1] >= CHANNELS and planes(input)
+    as_it_is = input.device.type == "cpu" and layout(input) == torch.channels_last  # only so that no zeros go back
+    if not (worth_copies or as_it_is):
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
     result: Tensor = _MaxPool.apply(input, kernel_size, [] if stride is None else stride, padding, dilation, ceil_mode)
     return result
