@@ -1,6 +1,6 @@
-"""The microbenchmarks, and the page that shows them.
+"""The microbenchmarks, and the pages that show them.
 
-python -m benchmarks                       `attrreg bench`, and docs/performance.md from it; an hour and a half on two cores
+python -m benchmarks                       `attrreg bench`, docs/performance.md and README's summary; an hour and a half on two cores
 python -m benchmarks --no-keep-memory      the same for the page's section on memory that is given back
 python -m benchmarks --section cpu-zen4    the same for a section of any name, as of another processor
 python -m benchmarks --quick --out x.json  any option of `attrreg bench`; with one of these two, the page stays as it is
@@ -13,15 +13,20 @@ import shutil
 import sys
 from itertools import zip_longest
 from pathlib import Path
+from statistics import median
 
 import typer
 
 from attrreg.bench import report
+from attrreg.bench import strategies as ways
 from attrreg.bench.command import bench
+from attrreg.bench.run import Record, ratios
 from benchmarks import check
 from benchmarks.page import ROOT, marks, write_section
 
 PAGE = ROOT / "docs" / "performance.md"
+README = ROOT / "README.md"
+SUMMARIZED = "cpu"  # the section whose medians README shows
 COMMAND = "python -m benchmarks"
 
 
@@ -39,7 +44,26 @@ def write_page(numbers: Path) -> None:
             pictures.append(f"![{words}]({name})")
     record = report.load(numbers)
     write_section(PAGE, section, COMMAND, report.markdown(record), check.missed(record), *pictures)
+    if section == SUMMARIZED:
+        write_section(README, "cost", COMMAND, *summary(record))
     numbers.with_suffix(".md").unlink(missing_ok=True)
+
+
+def summary(record: Record) -> tuple[str, str, str]:
+    """A row a penalty: what it costs here and in the ways of today."""
+    columns = (ways.ATTACHED, ways.TODAY, ways.CAPTUM)
+    rows = {penalty: (penalty, columns) for penalty in record.plan.penalties}
+    rows["the same, `chunk=1`"] = (ways.INTEGRATED_GRADIENTS, (ways.CHUNKED, "", ""))
+    lines = ["| penalty | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for label, (penalty, names) in rows.items():
+        found = [[cost for _, cost in ratios(record, penalty, way)] for way in names]
+        cells = [f"{median(c.ratio for c in costs):.1f}x / {median(c.memory for c in costs):.1f}x" if costs else "" for costs in found]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    intro = (
+        f"Time / peak memory above the parameters of a training step, as multiples of a plain one's: medians over {len(record.costs)} "
+        "models. *All three* are the rows above it in one sum."
+    )
+    return intro, "\n".join(lines), report.conditions(record)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import timm
@@ -154,6 +155,7 @@ def _least(text: str, values: dict[str, float], bound: float) -> Promise:
     return Promise(text, values[where], bound, where, least=True)
 
 
+@cache
 def _has_depthwise(name: str) -> bool:
     model = timm.create_model(name)
     return any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels and m.groups > 1 for m in model.modules())

@@ -10,6 +10,10 @@ from typing import NamedTuple
 
 import pytest
 
+import benchmarks.__main__ as benchmarks
+from attrreg.bench import report
+from benchmarks import check, survey
+
 pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,3 +94,16 @@ def test_links_resolve(page: Path) -> None:
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(NAVIGATION.findall((ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
     assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}
+
+
+def test_pages_show_the_records() -> None:
+    performance, readme = (page.read_text(encoding="utf-8") for page in (benchmarks.PAGE, benchmarks.README))
+    sections = [numbers.stem for numbers in check.results("").parent.glob("*.json") if not numbers.stem.startswith("survey")]
+    assert benchmarks.SUMMARIZED in sections
+    for section in sections:
+        record = report.load(check.results(section))
+        assert report.markdown(record) in performance and check.missed(record) in performance, section
+        assert section != benchmarks.SUMMARIZED or all(part in readme for part in benchmarks.summary(record))
+    for section in ("survey", "survey-channels-last"):
+        record = report.load(check.results(section))
+        assert survey.table(record) in performance and survey.missed(record) in performance, section
