@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,16 +15,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from attrreg import sites
+from attrreg.hooks import Recording
 from attrreg.ops.channels import layout
 from attrreg.ops.draws import Draws
 from attrreg.part import couples
 from attrreg.runner import Runner
 from attrreg.scores import Score
-from attrreg.state import Rng, isolated
+from attrreg.state import Buffers, Moment, Rng, isolated
 from attrreg.walk import modes, modules
 
 # Models in which a pass turned out not to be shareable, in these modes: not to be tried in vain at every step.
 _REFUSED: WeakKeyDictionary[nn.Module, list[bool]] = WeakKeyDictionary()
+# Models in which it turned out to be, and with how many images and places: not to be shown at every step.
+_SHOWN: WeakKeyDictionary[nn.Module, tuple[list[bool], set[tuple[int, int]]]] = WeakKeyDictionary()
 
 
 class PathGradients:
@@ -31,9 +35,9 @@ class PathGradients:
 
     Places share a batch if each can have the draws of the clean pass (`ops.draws` knows dropout and stochastic depth) and if images
     meet in nothing but batch normalisation of the whole batch, which our operator does place by place. Modules tell whether that is to
-    be expected, the pass whether it was so; if not, it is thrown away, and each place runs alone.
+    be expected, the pass whether it was so, the first time by one backward more; if not, it is thrown away, and each place runs alone.
 
-    A chunked path's backward keeps this object, so it holds nothing that passes computed.
+    A chunked path's backward keeps this object, so it holds nothing that passes computed, and what the model's buffers hold now.
 
     Args:
         runner: runs the passes.
@@ -48,9 +52,12 @@ class PathGradients:
         self._scores = scores
         self._replay = replay
         model = runner.call.model
+        self._moment = Moment(model)
         self._modes = modes(model)
         self._coupled = any(map(couples, modules(model)))
-        self._separable = runner.call.inputs is None and _REFUSED.get(model) != self._modes and _separable(model, runner.twice)
+        x = runner.call.x
+        plain = runner.call.inputs is None and (x.is_contiguous() or layout(x) != torch.contiguous_format)  # draws go in memory's order
+        self._separable = plain and _REFUSED.get(model) != self._modes and _separable(model, runner.twice)
         self._once: tuple[Rng, list[torch.Size]] | None = None  # where a pass over the images alone ends, and what it drew
 
     def room(self, pending: int) -> int:
@@ -64,7 +71,10 @@ class PathGradients:
     def __call__(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]]:
         """For each place, one gradient a score, of the shape of its images."""
         if len(images) > 1:
-            together = self._together(images, create_graph)
+            try:
+                together = self._together(images, create_graph)
+            except (RuntimeError, ValueError, AssertionError):  # a model may know how many images it gets; what else is wrong comes again
+                together = None
             if together is not None:
                 return together
             self._separable = False
@@ -72,7 +82,7 @@ class PathGradients:
         return [self._alone(image, create_graph) for image in images]
 
     def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:
-        with isolated(self._runner.call.model, self._replay):
+        with self._isolated():
             recording = self._runner.forward(images, self._wanted)
         return [self._runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
 
@@ -81,23 +91,39 @@ class PathGradients:
         # The places of an image lie side by side, so that batch normalisation can see them as channels. Stacked, they lose their layout.
         batch = torch.stack(list(images), dim=1).flatten(0, 1).contiguous(memory_format=layout(self._runner.call.x))
         runner = self._runner.repeated(batch.detach(), places)
-        with isolated(runner.call.model, self._replay):
+        with self._isolated():
             recording = runner.forward(batch, self._wanted, places=places)
             drew = not Rng.of(batch.device).same(self._replay)
         if drew or (self._coupled and recording.phase.normalised != {batch.shape[0]}):
             return None
-        if not self._as_alone(recording.draws, images[0]):
+        if not self._as_alone(recording.draws, images[0]) or not self._apart(runner, recording):
             return None
         found = [runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
         # Not by index, whose backward is a tensor of zeros for each place.
         return [list(each) for each in zip(*(gradient.unflatten(0, (-1, places)).unbind(1) for gradient in found), strict=True)]
+
+    def _isolated(self) -> AbstractContextManager[Buffers]:
+        return isolated(self._runner.call.model, self._replay, moment=self._moment)
+
+    def _apart(self, runner: Runner, recording: Recording) -> bool:
+        """Whether the scores of the first place depend on its images alone."""
+        model, images = runner.call.model, self._runner.call.x.shape[0]
+        shown_in, sizes = _SHOWN.get(model, ([], set()))
+        if shown_in == self._modes and (images, runner.places) in sizes:
+            return True
+        for score in self._scores:
+            gradient = runner.first_place(recording, score)
+            if gradient is not None and bool(gradient.unflatten(0, (-1, runner.places))[:, 1:].any()):
+                return False
+        _SHOWN[model] = self._modes, (sizes if shown_in == self._modes else set()) | {(images, runner.places)}
+        return True
 
     def _as_alone(self, draws: Draws, images: Tensor) -> bool:
         """Whether a pass drew what one over the images alone draws. To know that, one such forward has to run."""
         if draws.state.same(self._replay):
             return True
         if self._once is None:
-            with torch.no_grad(), isolated(self._runner.call.model, self._replay):
+            with torch.no_grad(), self._isolated():
                 recording = self._runner.forward(images.detach(), self._wanted)  # where gradients are taken, operators take note
                 self._once = Rng.of(images.device), recording.draws.shapes
         state, shapes = self._once

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn.utils import parametrize
 
 from attrreg.graph import trainable_leaves
 from attrreg.points import Stop
-from attrreg.walk import modes
+from attrreg.walk import modes, modules
 
 
 class Gradients(Protocol):
@@ -92,6 +93,14 @@ class _Step:
         with torch.enable_grad(), torch.autocast(**self._autocast):
             return _summed(self._stops, x, self._gradients, True)
 
+    def meets_others(self, leaves: Sequence[Tensor]) -> bool:
+        """Whether the graph may go on in one that was made outside the pass, which others need: of weights that come from elsewhere."""
+        own = {id(parameter) for parameter in self._model.parameters()}
+        if parametrize._cache_enabled or any(id(leaf) not in own for leaf in leaves):
+            return True
+        held = (value for module in modules(self._model) for value in vars(module).values())
+        return any(isinstance(value, Tensor) and value.grad_fn is not None for value in held)
+
 
 class _Recomputed(Function):
     """Known values as a function of x and the trainable leaves, whose graph is built only in the backward."""
@@ -111,5 +120,6 @@ class _Recomputed(Function):
         inputs = [images, *leaves] if images.requires_grad else leaves
         if not pairs or not inputs:
             return (None,) * (3 + len(leaves))
-        grads = torch.autograd.grad([value for value, _ in pairs], inputs, [grad for _, grad in pairs], allow_unused=True)
+        outputs, directions = zip(*pairs, strict=True)
+        grads = torch.autograd.grad(outputs, inputs, directions, retain_graph=ctx.step.meets_others(leaves), allow_unused=True)
         return (None, None, *grads) if images.requires_grad else (None, None, None, *grads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -48,10 +48,12 @@ class Passes:
     Attributes:
         forward: forwards through the model.
         backward: inner backwards, those that make attributions.
+        checks: backwards that only show, once for a model, that places of a path may share a pass. Equal counts may differ in these.
     """
 
     forward: int = 0
     backward: int = 0
+    checks: int = field(default=0, compare=False)
 
 
 class Runner:
@@ -145,9 +147,21 @@ class Runner:
         targets = [None] * self.places if target is None else target.unflatten(0, (-1, self.places)).unbind(1)
         return torch.stack([score(*each) for each in zip(values, targets, strict=True)], dim=1).flatten()
 
+    def first_place(self, recording: hooks.Recording, score: Score) -> Tensor | None:
+        """The gradient of the scores of each image's first place, with respect to all places; None: it reaches none."""
+        for counter in self._counters:
+            counter.checks += 1
+        first = self.scores(recording, score).unflatten(0, (-1, self.places))[:, 0].sum()
+        return self._run_backward(recording, first, [self.at(recording, sites.INPUT)], create_graph=False)[0]
+
     def _gradients(self, recording: hooks.Recording, total: Tensor, inputs: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
         for counter in self._counters:
             counter.backward += 1
+        return self._run_backward(recording, total, inputs, create_graph)
+
+    def _run_backward(
+        self, recording: hooks.Recording, total: Tensor, inputs: list[Tensor], create_graph: bool
+    ) -> tuple[Tensor | None, ...]:
         try:
             with recording.phase.attributing(), full_precision(total.device):  # a backward runs in the types of its forward
                 return torch.autograd.grad(total, inputs, create_graph=create_graph, retain_graph=True, allow_unused=True)

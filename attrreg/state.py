@@ -41,18 +41,43 @@ class Rng:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
 
 
+class Moment:
+    """What a model's buffers hold now, for a pass to be run later as it would have run now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        with torch.no_grad():
+            self._held = {
+                (id(module), name): buffer.clone()
+                for module in modules(model)
+                for name, buffer in module._buffers.items()
+                if buffer is not None
+            }
+
+    def held(self, module: nn.Module, name: str, otherwise: Tensor) -> Tensor:
+        """What a buffer held; `otherwise`, if there was none."""
+        return self._held.get((id(module), name), otherwise)
+
+
 class Buffers:
     """Copies of a model's buffers that stand in for them during a pass.
 
     The originals are set aside, not written back over: the graph of the user's own forward may have saved them, and
     writing would make its backward fail.
+
+    Args:
+        model: the model.
+        moment: what the buffers shall hold; None: what they hold now.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, moment: Moment | None = None) -> None:
         self._originals = [(module, dict(module._buffers)) for module in modules(model)]
-        each = {id(buffer): buffer for _, buffers in self._originals for buffer in buffers.values() if buffer is not None}
+        self._copies: dict[int, Tensor] = {}  # one shared by two modules stays shared
         with torch.no_grad():
-            self._copies = {key: buffer.clone() for key, buffer in each.items()}  # one shared by two modules stays shared
+            for module, buffers in self._originals:
+                for name, buffer in buffers.items():
+                    if buffer is not None and id(buffer) not in self._copies:
+                        then = buffer if moment is None else moment.held(module, name, buffer)
+                        self._copies[id(buffer)] = then.clone()
         self._left: list[tuple[nn.Module, dict[str, Tensor | None], dict[str, Tensor | None]]] = []
 
     def stand_in(self) -> None:
@@ -82,9 +107,9 @@ class Buffers:
 
 
 @contextmanager
-def own_buffers(model: nn.Module) -> Iterator[Buffers]:
-    """Run passes on copies of a model's buffers."""
-    buffers = Buffers(model)
+def own_buffers(model: nn.Module, moment: Moment | None = None) -> Iterator[Buffers]:
+    """Run passes on copies of a model's buffers; `moment`: see `Buffers`."""
+    buffers = Buffers(model, moment)
     try:
         buffers.stand_in()
         yield buffers
@@ -93,17 +118,20 @@ def own_buffers(model: nn.Module) -> Iterator[Buffers]:
 
 
 @contextmanager
-def isolated(model: nn.Module, rng: Rng | None = None, device: torch.device | None = None) -> Iterator[Buffers]:
+def isolated(
+    model: nn.Module, rng: Rng | None = None, device: torch.device | None = None, moment: Moment | None = None
+) -> Iterator[Buffers]:
     """Run passes that leave no trace in the model's buffers or the random number generators.
 
     Args:
         model: the model.
         rng: the state to start from, so that the pass draws what an earlier one drew; None: the present one.
         device: the device whose generator is kept, besides the CPU's; that of `rng` if given.
+        moment: see `Buffers`.
     """
     before = Rng.of(rng.device if rng is not None else device or torch.device("cpu"))
     try:
-        with own_buffers(model) as buffers:
+        with own_buffers(model, moment) as buffers:
             if rng is not None:
                 rng.restore()
             yield buffers

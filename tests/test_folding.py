@@ -136,6 +136,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "batch norm of tokens, these before the batch": (lambda: Tokens(first=True), False),
     "a norm of its own": (Custom, False),
     "evonorm": (evolved, False),
+    "a mean over the batch": (lambda: Dropped(lambda h: h - h.mean(0, keepdim=True)), False),
+    "its deviation": (lambda: Dropped(lambda h: h + h.std(0).mean()), False),
+    "a softmax over the batch": (lambda: Dropped(lambda h: h * h.softmax(0)), False),
+    "a number of images in the model": (lambda: Dropped(lambda h: h.view(3, 4, 32, 32)), False),
 }
 REGULARIZERS: dict[str, AttributionRegularizer] = {
     "integrated gradients": attrreg.IntegratedGradients(steps=4, chunk=None),
@@ -216,6 +220,41 @@ def test_shapes_that_are_mistaken_for_a_batch(build: Callable[[], nn.Module], mo
     alone, want, _ = results(model, regularizer)
     torch.testing.assert_close(value, alone, rtol=1e-12, atol=0)
     assert_close(found, want, 1e-10)
+
+
+def test_it_is_shown_once_for_a_model_and_its_modes() -> None:
+    model, regularizer = SmoothNet().double(), REGULARIZERS["integrated gradients"]
+    assert [results(model, regularizer)[2].checks for _ in range(2)] == [1, 0]
+    assert [results(model.eval(), regularizer)[2].checks for _ in range(2)] == [1, 0]
+
+
+@pytest.mark.parametrize("case", ["dropout of a transposed view", "an output of so many images", "statistics of as many rows"])
+def test_what_only_a_call_tells(case: str) -> None:
+    x, mask, target = batch(3, channels=2, size=12, classes=3)
+    drawn = Dropped(lambda h: h)
+    drawn.stem = nn.Sequential(nn.Dropout(0.5), drawn.stem)  # type: ignore[assignment]
+    model = drawn if "dropout" in case else Rows() if "rows" in case else SmoothNet()
+    images = x.double().mT if "view" in case else x.double()
+    weights = torch.tensor([[1.0], [2.0], [3.0]]).double()
+    output = (lambda logits: logits * weights) if "output" in case else None
+    found = []
+    for chunk in (None, 1):
+        torch.manual_seed(1)
+        regularizer = attrreg.IntegratedGradients(steps=4, chunk=chunk)
+        found.append(regularizer(model.double().train(), images, mask, target, output=output))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+
+
+class Rows(nn.Module):
+    """Batch normalisation of rows of pixels: twelve an image, as many as three images at four places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.net = nn.BatchNorm2d(2), SmoothNet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(self.norm(x.permute(2, 1, 0, 3)).permute(2, 1, 0, 3))
+        return logits
 
 
 def test_a_refusal_is_for_a_models_modes() -> None:

@@ -22,30 +22,74 @@ from attrreg.ops import fused
 aten = torch.ops.aten
 
 
+class _Former(Function):
+    """A tensor as it is now, whatever becomes of it. No view, which would become that too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        former: Tensor = x.data
+        return former
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+def _in_place(x: Tensor, function: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+    """What works in place of x, of whose values before derivatives are made. The model may read x again.
+
+    Args:
+        x: the tensor.
+        function: of values, and the tensor that shall become the result as if that had been written over it, or None.
+    """
+    if _shared(x):
+        return x.copy_(function(x.clone(), None))
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        x.data = function(x, None)
+        return x
+    return function(_Former.apply(x), x)
+
+
+def _put(ctx: Any, place: Tensor | None, y: Tensor) -> Tensor:
+    """The result, which a place has become where there is one."""
+    if place is None:
+        return y
+    ctx.mark_dirty(place)
+    place.data = y
+    return place
+
+
+def _shared(x: Tensor) -> bool:
+    """Whether its memory is seen by other tensors too, which would change with it."""
+    return x._is_view() or torch._C._storage_Use_Count(x.untyped_storage()._cdata) > 2  # it and the storage asked for here
+
+
 @dataclass(frozen=True)
 class Piecewise:
     """An activation whose slope is constant by parts.
 
     Attributes:
         value: f(x).
-        inplace: f(x) in place of x; None: never, the slope needs x.
-        slope: (gradient, y) to gradient times f', from the output y; from x where never in place.
+        inplace: f(x) in place of x; None: the slope needs x.
+        slope: (gradient, y) to gradient times f', from the output y or from x; from x only where not in place.
+        from_output: it is taken from y where not in place either, as PyTorch's is. Else a layer may go on to work in place in y.
     """
 
     value: Callable[[Tensor], Tensor]
     inplace: Callable[[Tensor], Tensor] | None
     slope: Callable[[Tensor, Tensor], Tensor]
+    from_output: bool = False
 
 
 class _Piecewise(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: Piecewise, inplace: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kind: Piecewise, inplace: bool, place: Tensor | None) -> Tensor:
         if inplace and kind.inplace is not None:
             ctx.mark_dirty(x)
             y = kind.inplace(x)
         else:
-            y = kind.value(x)
-        ctx.save_for_backward(x if kind.inplace is None else y)
+            y = _put(ctx, place, kind.value(x))
+        ctx.save_for_backward(y if inplace or kind.from_output else x)
         ctx.kind = kind
         return y
 
@@ -53,8 +97,8 @@ class _Piecewise(Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         (seen,) = ctx.saved_tensors
         if not torch.is_grad_enabled():  # nobody differentiates again
-            return ctx.kind.slope(gy, seen), None, None
-        return _PiecewiseGradient.apply(gy, seen.detach(), ctx.kind), None, None
+            return ctx.kind.slope(gy, seen), None, None, None
+        return _PiecewiseGradient.apply(gy, seen.detach(), ctx.kind), None, None, None
 
 
 class _PiecewiseGradient(Function):
@@ -72,14 +116,16 @@ class _PiecewiseGradient(Function):
         return _PiecewiseGradient.apply(v, seen, ctx.kind) if torch.is_grad_enabled() else ctx.kind.slope(v, seen), None, None
 
 
-RELU = Piecewise(torch.relu, torch.relu_, lambda gy, y: aten.threshold_backward(gy, y, 0))
+RELU = Piecewise(torch.relu, torch.relu_, lambda gy, y: aten.threshold_backward(gy, y, 0), from_output=True)
 HARDSIGMOID = Piecewise(F.hardsigmoid, None, lambda gy, x: aten.hardsigmoid_backward(gy, x))
 
 
 def _apply(input: Tensor, kind: Piecewise, inplace: bool) -> Tensor:
+    if inplace and kind.inplace is None:
+        return _in_place(input, lambda x, place: _Piecewise.apply(x, kind, False, place))
     if inplace and input._is_view() and kind.inplace is not None:
         return kind.inplace(input)  # PyTorch then rebuilds the history of what it is a view of
-    result: Tensor = _Piecewise.apply(input, kind, inplace)
+    result: Tensor = _Piecewise.apply(input, kind, inplace, None)
     return result
 
 
@@ -115,14 +161,14 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     kind = Piecewise(
         lambda x: F.leaky_relu(x, negative_slope),
         lambda x: F.leaky_relu(x, negative_slope, inplace=True),
-        lambda gy, y: aten.leaky_relu_backward(gy, y, negative_slope, True),
+        lambda gy, y: aten.leaky_relu_backward(gy, y, negative_slope, False),
     )
     return _apply(input, kind, inplace)
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    """`F.hardsigmoid`. Never in place: its slope needs the input."""
-    return _apply(input, HARDSIGMOID, False)
+    """`F.hardsigmoid`."""
+    return _apply(input, HARDSIGMOID, inplace)
 
 
 @dataclass(frozen=True)
@@ -144,15 +190,16 @@ class Smooth:
 
 class _Smooth(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: Smooth) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kind: Smooth, place: Tensor | None) -> Tensor:
         ctx.save_for_backward(x)
         ctx.kind = kind
-        return kind.value(x)
+        return _put(ctx, place, kind.value(x))
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        return _SmoothGradient.apply(gy, x, ctx.kind) if torch.is_grad_enabled() else ctx.kind.slope(gy, x, torch.empty_like(gy)), None
+        gx = _SmoothGradient.apply(gy, x, ctx.kind) if torch.is_grad_enabled() else ctx.kind.slope(gy, x, torch.empty_like(gy))
+        return gx, None, None
 
 
 class _SmoothGradient(Function):
@@ -223,19 +270,25 @@ GELU = {
 HARDSWISH = Smooth(F.hardswish, lambda gy, x, out: aten.hardswish_backward.out(gy, x, out=out), _hardswish_curvature, "HARDSWISH")
 
 
-def silu(input: Tensor, inplace: bool = False) -> Tensor:
-    """`F.silu`. Never in place: its derivatives need the input."""
-    result: Tensor = _Smooth.apply(input, SILU)
+def _smooth(input: Tensor, kind: Smooth, inplace: bool) -> Tensor:
+    if inplace:
+        return _in_place(input, lambda x, place: _Smooth.apply(x, kind, place))
+    result: Tensor = _Smooth.apply(input, kind, None)
     return result
+
+
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
+    """`F.silu`."""
+    return _smooth(input, SILU, inplace)
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """`F.gelu`."""
-    result: Tensor = _Smooth.apply(input, GELU[approximate])
-    return result
+    if approximate not in GELU:  # PyTorch says what is wrong
+        return F.gelu(input, approximate=approximate)
+    return _smooth(input, GELU[approximate], False)
 
 
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
-    """`F.hardswish`. Never in place: its derivatives need the input."""
-    result: Tensor = _Smooth.apply(input, HARDSWISH)
-    return result
+    """`F.hardswish`."""
+    return _smooth(input, HARDSWISH, inplace)

@@ -72,13 +72,14 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _has_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: Kind) -> bool:
+def _fits_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """Whether the CPU's kernel computes this: PyTorch's own conditions, but that no gradient of a mask is asked of it."""
-    if q.device.type != "cpu" or q.dim() != 4 or q.shape[-1] != v.shape[-1] or not (q.numel() and k.numel()) or kind.blind:
+    if q.device.type != "cpu" or q.dim() != 4 or q.shape[-1] != v.shape[-1] or not (q.numel() and k.numel()):
         return False
     if mask is None:
         return True
-    sizes = zip(reversed(mask.shape), reversed(kind.shape), (False, False, True, True), strict=False)
+    full = (*q.shape[:-1], k.shape[-2])
+    sizes = zip(reversed(mask.shape), reversed(full), (False, False, True, True), strict=False)
     return 2 <= mask.dim() <= 4 and mask.dtype == q.dtype and all(size == of or (size == 1 and one) for size, of, one in sizes)
 
 
@@ -87,9 +88,13 @@ def _few(q: Tensor, k: Tensor) -> bool:
     return q.device.type == "cpu" and k.shape[-2] <= KEPT * q.shape[-1] and min(q.numel(), k.numel()) > 0
 
 
-def _heads_inside(dim: int) -> tuple[int, ...]:
-    """The order in memory of tokens with all their heads, in which PyTorch's kernel writes, and layers join heads without a copy."""
-    return (*range(dim - 3), dim - 2, dim - 3, dim - 1) if dim > 2 else (0, 1)
+def _order(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> list[int]:
+    """The axes of the result in their order in memory: where PyTorch takes its CPU kernel, as those of the queries."""
+    axes = list(range(q.dim()))
+    dense = all(tensor.stride(-1) == 1 for tensor in (q, k, v))
+    if not (dense and _fits_kernel(q, k, v, mask)) or 0 in q.stride() or (mask is not None and mask.requires_grad):
+        return axes
+    return sorted(axes, key=q.stride, reverse=True)
 
 
 def _for_kernel(mask: Tensor | None) -> Tensor | None:
@@ -134,16 +139,18 @@ def _slope(go: Tensor, v: Tensor, p: Tensor) -> Tensor:
 
 class _Attention(Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, phase: Phase) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, order: list[int], phase: Phase) -> Tensor:
         ctx.kind, ctx.phase = Kind(scale, _blind(mask), (*q.shape[:-1], k.shape[-2]), _few(q, k)), phase
         if ctx.kind.few:
             p = ctx.kind.weights(_matrices(q), _matrices(k), mask)
-            o = torch.empty_permuted((*q.shape[:-1], v.shape[-1]), _heads_inside(q.dim()), dtype=q.dtype)
+            o = torch.empty_permuted((*q.shape[:-1], v.shape[-1]), order, dtype=q.dtype)
             o.copy_(torch.bmm(p, _matrices(v)).view(o.shape))
             ctx.save_for_backward(q, k, v, mask, p)
-        elif _has_kernel(q, k, v, mask, ctx.kind):  # called by name for what its backward needs
+        elif _fits_kernel(q, k, v, mask) and not ctx.kind.blind:  # called by name for what its backward needs
             kernel = aten._scaled_dot_product_flash_attention_for_cpu
             o, log_sum = kernel(q, k, v, 0.0, False, attn_mask=_for_kernel(mask), scale=scale)
+            if ctx.needs_input_grad[3]:
+                o = o.contiguous()  # as of PyTorch's math path, which it takes then
             ctx.save_for_backward(q, k, v, mask, o, log_sum)
         else:
             with sdpa_kernel(FUSED):
@@ -157,7 +164,7 @@ class _Attention(Function):
         q, k, v, mask, *kept = ctx.saved_tensors
         arguments = go, q, k, v, mask, [tensor.detach() for tensor in kept], ctx.kind, wanted(ctx, 4)[3]
         found = _AttentionGradients.apply(*arguments) if torch.is_grad_enabled() else _gradients(*arguments)[0]
-        return *found, None, None
+        return *found, None, None, None
 
 
 class _AttentionGradients(Function):
@@ -237,11 +244,12 @@ def attention(
     Half precision is computed in float32, as the math path does.
     """
     device, dtype = query.device.type, query.dtype
-    if torch.is_autocast_enabled(device):  # as autocast does for the attention it knows
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:  # as autocast does for the attention it knows
         narrow = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             return attention(phase, *_as(narrow, query, key, value, attn_mask), dropout_p, is_causal, scale, enable_gqa)
-    same = query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and dtype == key.dtype == value.dtype
+    alone = attn_mask is None or not is_causal  # PyTorch refuses both
+    same = alone and query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and dtype == key.dtype == value.dtype
     if not same or dropout_p or enable_gqa or not dtype.is_floating_point:
         plain: Tensor = by_math(F.scaled_dot_product_attention)(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -255,6 +263,8 @@ def attention(
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=dtype).masked_fill_(~attn_mask, -math.inf)
     # Not inside: what is saved has to be what was given, or the double backward does not reach it.
+    order = _order(query, key, value, attn_mask)
     query, key, value = map(Tensor.contiguous if _few(query, key) else _rows, (query, key, value))
-    result: Tensor = _Attention.apply(query, key, value, attn_mask, scale or 1 / math.sqrt(query.shape[-1]), phase)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    result: Tensor = _Attention.apply(query, key, value, attn_mask, scale, order, phase)
     return result

@@ -6,12 +6,34 @@ import torch
 from torch import Tensor
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of axes
+_ORDER = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}  # of the axes there, the densest first
 
 
 def layout(x: Tensor) -> torch.memory_format:
     """Channels last where a tensor is laid out so, and not also contiguous, as one of a single channel or position is; else contiguous."""
     format = CHANNELS_LAST.get(x.dim(), torch.contiguous_format)
     return format if x.is_contiguous(memory_format=format) and not x.is_contiguous() else torch.contiguous_format
+
+
+def suggested(x: Tensor) -> torch.memory_format:
+    """How PyTorch's layers lay out what they make of a tensor: with channels last where its axes are in that order, as in a slice of one.
+
+    A layer that follows may ask for a `view`, and a dropout draws in the order of memory. `suggest_memory_format` of PyTorch, which Python
+    cannot call: steps in memory never fall from channels over the last axis to the first.
+    """
+    steps = x.stride()
+    axes = len(steps)
+    if axes not in CHANNELS_LAST or not steps[1] or steps[-1] < steps[1]:  # the last settles it for most
+        return torch.contiguous_format
+    shape, least = x.shape, 0
+    for axis in _ORDER[axes]:
+        size, step = shape[axis], steps[axis]
+        if not size or step < least:
+            return torch.contiguous_format
+        if axis == 0 and least == steps[1]:  # one position, stored as a contiguous one
+            return torch.contiguous_format
+        least = step * size if step > 1 else step
+    return CHANNELS_LAST[axes]
 
 
 def adjacent(x: Tensor) -> bool:

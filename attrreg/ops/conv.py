@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from attrreg.ops import depthwise, pointwise, strided
-from attrreg.ops.channels import adjacent
+from attrreg.ops.channels import adjacent, layout, suggested
 from attrreg.ops.linear import linear, product
 from attrreg.ops.phase import Phase, wanted
 
@@ -35,6 +35,7 @@ class Convolution:
 
     Attributes:
         pixels: a weight of one pixel meets every position once, so that images and their gradients are matrix products.
+        channels_last: these are laid out so.
         remainders: the gradient of images by remainders of the stride.
         weight_product: the gradient of weights from those of the output, images, weights and this; None: PyTorch's.
     """
@@ -46,19 +47,20 @@ class Convolution:
     transposed: bool
     groups: int
     pixels: bool = False
+    channels_last: bool = False
     remainders: bool = False
     weight_product: Callable[[Tensor, Tensor, Tensor, Convolution], Tensor] | None = None
 
     def convolve(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """y(x, w) + b."""
         if self.pixels:
-            return pointwise.convolve(x, w, b)
+            return pointwise.convolve(x, w, b, self.channels_last)
         return torch.convolution(x, w, b, self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
 
     def backward(self, gy: Tensor, x: Tensor, w: Tensor, image: bool, weight: bool, bias: bool) -> tuple[Tensor | None, ...]:
         """The gradients with respect to image, weight and bias that are asked for."""
         gx = gw = gb = None
-        if self.pixels and pointwise.is_only_channels_last(x):  # two layouts in one operation are slow, here and in layers before
+        if self.pixels and layout(x) == torch.channels_last:  # two layouts in one operation are slow, here and in layers before
             gy = gy.contiguous(memory_format=torch.channels_last)
         if image and self.pixels:
             gx = pointwise.input_gradient(gy, w)
@@ -131,7 +133,8 @@ def _convolution(
         return settings
     if set(weight[2:]) == {1} and groups == 1 and not any(settings.padding):
         images, weights = pointwise.by_products(image[0], settings.positions(image, weight), weight[1], weight[0], channels_last)
-        return replace(settings, pixels=images and set(settings.stride) == {1}, weight_product=_weight_of_pixels if weights else None)
+        pixels, weight_product = images and set(settings.stride) == {1}, _weight_of_pixels if weights else None
+        return replace(settings, pixels=pixels, channels_last=channels_last, weight_product=weight_product)
     if axes != 2:
         return settings
     if strided.is_slow(image[1], weight[2:], settings.stride, settings.dilation, groups):
@@ -147,7 +150,7 @@ def _convolution(
 
 def _weight_of_pixels(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor:
     if set(settings.stride) != {1}:
-        channels_last = pointwise.is_only_channels_last(x)
+        channels_last = layout(x) == torch.channels_last
         x = x[(slice(None), slice(None), *(slice(None, None, step) for step in settings.stride))]
         if channels_last:
             gy, x = (images.contiguous(memory_format=torch.channels_last) for images in (gy, x))
@@ -233,13 +236,16 @@ class _WeightGradient(Function):
 
 
 def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    """A setting in Python's own numbers: PyTorch takes NumPy's and tensors too."""
+    if type(value) in (int, tuple, str):
+        return value
+    return tuple(map(int, value)) if isinstance(value, Sequence) else int(value)
 
 
 def _apply(x: Tensor, w: Tensor, b: Tensor | None, phase: Phase, *settings: Any) -> Tensor:
     device = x.device.type
-    if torch.is_autocast_enabled(device):
-        # As autocast does for the convolutions it knows; inside the function it must not cast again.
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        # As autocast does for the convolutions it knows, but for doubles; inside the function it must not cast again.
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             return _apply(x.to(dtype), w.to(dtype), b if b is None else b.to(dtype), phase, *settings)
@@ -248,13 +254,23 @@ def _apply(x: Tensor, w: Tensor, b: Tensor | None, phase: Phase, *settings: Any)
     stride, padding, dilation, groups, *rest = settings
     # On the CPU, in the types that its kernels for convolutions are slow in.
     products = device == "cpu" and x.dtype in PRODUCTS
-    channels_last = pointwise.is_only_channels_last(x) if groups == 1 else adjacent(x)  # products of pixels know whole images only
+    format = _of_result(x, w) if groups == 1 and w.shape[2:].numel() == 1 else None
+    channels_last = adjacent(x) if format is None else format == torch.channels_last
+    products = products and format != torch.channels_last_3d
     kind = _convolution(x.shape, w.shape, stride, padding, dilation, groups, products, channels_last, *rest)
-    if kind.pixels and x.shape[2:].numel() == 1:  # a linear layer: nodes of PyTorch's own start faster than ours
+    if kind.pixels and channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)  # products of pixels know whole images only
+    if kind.pixels and not channels_last and x.shape[2:].numel() == 1:  # a linear layer: nodes of PyTorch's own start faster than ours
         y: Tensor = aten._unsafe_view(linear(phase, x.flatten(1), w.flatten(1), b), (x.shape[0], w.shape[0], *x.shape[2:]))
     else:
         y = _Convolve.apply(x, w, b, kind, phase)
     return y
+
+
+def _of_result(x: Tensor, w: Tensor) -> torch.memory_format:
+    """How a convolution lays out its output: with channels last if image or weight are so."""
+    format = suggested(x)
+    return format if format != torch.contiguous_format else suggested(w)
 
 
 def convolve(
@@ -269,6 +285,10 @@ def convolve(
 ) -> Tensor:
     """`F.conv1d`, `F.conv2d`, `F.conv3d`."""
     stride, padding, dilation = _hashable(stride), _hashable(padding), _hashable(dilation)
+    refused = padding == "same" and {1} != set(_each(stride, weight.dim() - 2))
+    if input.is_complex() or refused:  # of complex ones PyTorch makes several
+        function = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
+        return function(input, weight, bias, stride, padding, dilation, groups)
     if _is_patches(input.dim(), tuple(weight.shape), stride, padding, dilation, groups):
         return _patches(phase, input, weight, bias)
     if padding == "same":
@@ -297,9 +317,10 @@ def _patches(phase: Phase, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     n, channels, height, width = x.shape
     high, wide = w.shape[2:]
     laid_out = x.device.type == "cpu" or x.dtype != torch.float64  # for which cuDNN has no kernels of this layout
-    channels_last = laid_out and pointwise.is_only_channels_last(x)
+    channels_last = laid_out and _of_result(x, w) == torch.channels_last
     rows, columns = height // high, width // wide
-    if channels_last and x.numel() > w.numel():  # runs of channels stay whole, and the weight, the smaller one, is laid out like them
+    if channels_last and suggested(x) == torch.channels_last and x.numel() > w.numel():
+        # Runs of channels stay whole, and the weight, the smaller one, is laid out like them.
         x = x.permute(0, 2, 3, 1)[:, : rows * high, : columns * wide]
         x, w = x.reshape(n, rows, high, columns, wide, channels).permute(0, 1, 3, 2, 4, 5), w.permute(0, 2, 3, 1)
     else:
@@ -322,5 +343,8 @@ def convolve_transposed(
     dilation: Any = 1,
 ) -> Tensor:
     """`F.conv_transpose1d`, `F.conv_transpose2d`, `F.conv_transpose3d`."""
-    settings = (_hashable(value) for value in (stride, padding, dilation))
-    return _apply(input, weight, bias, phase, *settings, groups, True, _hashable(output_padding))
+    stride, padding, output_padding, dilation = map(_hashable, (stride, padding, output_padding, dilation))
+    if input.is_complex():
+        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.dim() - 3]
+        return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return _apply(input, weight, bias, phase, stride, padding, dilation, groups, True, output_padding)

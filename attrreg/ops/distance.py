@@ -20,15 +20,21 @@ TWO = (2, 2.0, None, "fro")
 
 def two_norm(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
     """sqrt(sum x^2)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if x.dtype != wide:  # half types have no room for the squares
+        root = two_norm(x.to(wide), dim, keepdim)
+        return root if x.is_cuda and torch.is_autocast_enabled("cuda") else root.to(x.dtype)
     squared = x.square().sum(dim=tuple(range(x.dim())) if dim is None else dim, keepdim=keepdim)
     zero = squared == 0
     return torch.where(zero, torch.zeros_like(squared), torch.where(zero, torch.ones_like(squared), squared).sqrt())
 
 
-def vector_norm(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+def vector_norm(
+    x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, out: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """`torch.linalg.vector_norm`."""
-    if ord not in TWO or not x.is_floating_point():
-        result: Tensor = torch.linalg.vector_norm(x, ord, dim, keepdim, dtype=dtype)
+    if ord not in TWO or out is not None or not x.is_floating_point():
+        result: Tensor = torch.linalg.vector_norm(x, ord, dim, keepdim, out=out, dtype=dtype)
         return result
     return two_norm(x if dtype is None else x.to(dtype), dim, keepdim)
 
@@ -68,41 +74,40 @@ class _Normalize(Function):
         squared = x.square().sum(dim, keepdim=True)
         floor = max(eps**2, float(torch.finfo(x.dtype).tiny))
         r = squared.clamp_min(floor).rsqrt_()
-        y = x * r
-        ctx.save_for_backward(x, y, r, squared > floor)
+        ctx.save_for_backward(x, r, squared > floor)  # not y, in which a layer may go on to work in place, as with PyTorch's
         ctx.dim = dim
-        return y
+        return x * r
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, r, a = ctx.saved_tensors
+        x, r, a = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return _along(gy, y, r, a, ctx.dim)[0], None, None
-        return _NormalizeGradient.apply(gy, x, y.detach(), r, a, ctx.dim), None, None
+            return _along(gy, x, r, a, ctx.dim)[0], None, None
+        return _NormalizeGradient.apply(gy, x, r, a, ctx.dim), None, None
 
 
 class _NormalizeGradient(Function):
     @staticmethod
-    def forward(ctx: Any, gy: Tensor, x: Tensor, y: Tensor, r: Tensor, a: Tensor, dim: Any) -> Tensor:
-        gx, gy_y = _along(gy, y, r, a, dim)
-        ctx.save_for_backward(gy, y, r, a, gy_y)
+    def forward(ctx: Any, gy: Tensor, x: Tensor, r: Tensor, a: Tensor, dim: Any) -> Tensor:
+        gx, gy_y = _along(gy, x, r, a, dim)
+        ctx.save_for_backward(gy, x, r, a, gy_y)
         ctx.dim = dim
         return gx
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        gy, y, r, a, gy_y = ctx.saved_tensors
-        for_gy, v_y = _along(v, y, r, a, ctx.dim)
+        gy, x, r, a, gy_y = ctx.saved_tensors
+        for_gy, v_y = _along(v, x, r, a, ctx.dim)
         squared, v_gy = r.square().mul_(a), (v * gy).sum(ctx.dim, keepdim=True)
-        for_x = y * (3 * v_y * gy_y - v_gy).mul_(squared)
-        return for_gy, for_x.addcmul_(v, gy_y * squared, value=-1).addcmul_(gy, v_y * squared, value=-1), *[None] * 4
+        for_x = x * (3 * v_y * gy_y - v_gy).mul_(squared).mul_(r)
+        return for_gy, for_x.addcmul_(v, gy_y * squared, value=-1).addcmul_(gy, v_y * squared, value=-1), *[None] * 3
 
 
-def _along(u: Tensor, y: Tensor, r: Tensor, a: Tensor, dim: Any) -> tuple[Tensor, Tensor]:
+def _along(u: Tensor, x: Tensor, r: Tensor, a: Tensor, dim: Any) -> tuple[Tensor, Tensor]:
     """r P(u) and sum(u y)."""
-    along = (u * y).sum(dim, keepdim=True)
-    return torch.addcmul(u, y, along * a, value=-1).mul_(r), along
+    along = (u * x).sum(dim, keepdim=True).mul_(r)
+    return torch.addcmul(u, x, along * a * r, value=-1).mul_(r), along
 
 
 def normalize(input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None) -> Tensor:
@@ -117,6 +122,8 @@ def normalize(input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, o
 
 def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "") -> Tensor:
     """`torch.cdist`: the distance of each row of `x1` `(..., P, M)` to each row of `x2` `(..., R, M)`."""
+    if torch.is_autocast_enabled(x1.device.type):  # as autocast does for it
+        x1, x2 = (x if x.dtype == torch.float64 else x.float() for x in (x1, x2))
     difference = x1.unsqueeze(-2) - x2.unsqueeze(-3)
     if p == 2:
         return two_norm(difference, dim=-1)

@@ -43,6 +43,8 @@ def product(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
 
 def _fast(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
     """The same, of what is worth it, and `(..., inner)`."""
+    if a.shape[-1] == 1:  # the step of an axis of one value says nothing, and oneDNN has nothing to gain
+        return F.linear(a, b, shift).data  # not a view, as below
     if a.stride(-1) == 1 or b.stride(-1) == 1:
         return _by_onednn(a, b, shift)
     # Both by columns, as for the gradient of weights. oneDNN copies the first, which should be the smaller one then.

@@ -51,6 +51,7 @@ WITH_PHASE: dict[Callable[..., Any], Callable[..., Tensor]] = {
 
 
 OURS = {*REPLACEMENTS, *WITH_PHASE, *draws.KNOWN}
+NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # names that PyTorch's functions take too
 
 
 class _Replace(TorchFunctionMode):
@@ -64,6 +65,8 @@ class _Replace(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in OURS:  # first: a model asks for shapes more often than it computes
             return func(*args, **kwargs)
+        if not NUMPY.keys().isdisjoint(kwargs):
+            kwargs = {NUMPY.get(name, name): value for name, value in kwargs.items()}
         if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func has rules for PyTorch's functions only
             return func(*args, **kwargs)
         if self._phase.draws is not None and not self._phase.draws.stopped and func in draws.KNOWN:

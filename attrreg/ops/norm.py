@@ -24,7 +24,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from attrreg.ops import fused
-from attrreg.ops.channels import affine, layout
+from attrreg.ops.channels import affine, suggested
 from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
@@ -125,11 +125,12 @@ def group_norm(
     n, channels = input.shape[:2]
     grouped = input.reshape(n, num_groups, channels // num_groups * math.prod(input.shape[2:]))
     y = layer_norm(phase, grouped, grouped.shape[-1:], None, None, eps).reshape(input.shape)
-    if input.device.type == "cpu":  # as PyTorch's there: a dropout that follows draws in the order of memory
-        y = y.contiguous(memory_format=layout(input))
-    if weight is None:
+    if input.device.type == "cpu":  # as PyTorch's there
+        y = y.contiguous(memory_format=suggested(input))
+    if weight is None and bias is None:
         return y
-    return affine(y, weight, bias if bias is not None else torch.zeros_like(weight))
+    scale = weight if weight is not None else y.new_ones(channels)
+    return affine(y, scale, bias if bias is not None else torch.zeros_like(scale))
 
 
 class _RMSNorm(Function):
@@ -185,9 +186,10 @@ def rms_norm(
 ) -> Tensor:
     """`F.rms_norm`."""
     wide = torch.promote_types(input.dtype, torch.float32)
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    eps = torch.finfo(wide).eps if eps is None else eps
     if input.dtype != wide:  # as in `layer_norm`
         return rms_norm(phase, input.to(wide), normalized_shape, None if weight is None else weight.to(wide), eps).to(input.dtype)
     shape = list(normalized_shape)
-    result: Tensor = _RMSNorm.apply(input, weight if weight is not None else input.new_ones(shape), shape, eps, phase)
+    g = weight if weight is not None else input.new_ones(shape)
+    result: Tensor = _RMSNorm.apply(input.contiguous(memory_format=suggested(input)), g, shape, eps, phase)
     return result

@@ -35,11 +35,6 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def is_only_channels_last(x: Tensor) -> bool:
-    """Whether an image's channels are last in memory, and not also where they are in a contiguous one."""
-    return layout(x) == torch.channels_last
-
-
 def _rows(x: Tensor) -> bool:
     """Whether to take all images as rows of channels, in one product; else one product an image."""
     return x.shape[2:].numel() <= FEW or _is_channels_last(x)
@@ -50,13 +45,13 @@ def as_rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
-def convolve(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    """y(x, w) + b."""
-    return _times(w.flatten(1), x, b)
+def convolve(x: Tensor, w: Tensor, b: Tensor | None, channels_last: bool) -> Tensor:
+    """y(x, w) + b, laid out as said, which is as x is, but where it has a single position."""
+    return _times(w.flatten(1), x, b, channels_last)
 
 
-def _times(matrix: Tensor, x: Tensor, b: Tensor | None) -> Tensor:
-    """A matrix `(out, in)` times each position of `(N, in, ...)`, laid out as that. No view: autograd functions must not return one."""
+def _times(matrix: Tensor, x: Tensor, b: Tensor | None, channels_last: bool) -> Tensor:
+    """A matrix `(out, in)` times each position of `(N, in, ...)`. No view: autograd functions must not return one."""
     n, out, places = x.shape[0], matrix.shape[0], x.shape[2:]
     result: Tensor
     if not _rows(x):
@@ -66,7 +61,7 @@ def _times(matrix: Tensor, x: Tensor, b: Tensor | None) -> Tensor:
         return result
     rows = product(as_rows(x), matrix, b)
     shaped = rows.view(n, *places, out).movedim(-1, 1)
-    if is_only_channels_last(x):
+    if channels_last:
         return shaped.data
     return shaped.clone(memory_format=torch.contiguous_format)
 
@@ -74,7 +69,7 @@ def _times(matrix: Tensor, x: Tensor, b: Tensor | None) -> Tensor:
 def input_gradient(gy: Tensor, w: Tensor) -> Tensor:
     """gx(gy, w)."""
     # Of a transposed matrix, products with each image are slow.
-    return _times(w.flatten(1).t() if _rows(gy) else w.flatten(1).t().contiguous(), gy, None)
+    return _times(w.flatten(1).t() if _rows(gy) else w.flatten(1).t().contiguous(), gy, None, layout(gy) == torch.channels_last)
 
 
 def weight_gradient(gy: Tensor, x: Tensor, w: Tensor) -> Tensor:

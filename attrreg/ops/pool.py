@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from attrreg.ops.channels import layout, planes
+from attrreg.ops.channels import planes, suggested
 
 aten = torch.ops.aten
 
@@ -26,7 +26,7 @@ class _MaxPool(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *settings: Any) -> Tensor:
         """Of `(N, C, H, W)`; settings: kernel, stride, padding, dilation, whether to round up."""
-        format = layout(x)
+        format = suggested(x)
         parts = [x] if format == torch.channels_last else x.split(max(1, AT_ONCE // x[0].numel()))
         found = [aten.max_pool2d_with_indices(part.contiguous(memory_format=torch.channels_last), *settings) for part in parts]
         y, indices = (_together([each.contiguous(memory_format=format) for each in kind]) for kind in zip(*found, strict=True))
@@ -56,7 +56,7 @@ def max_pool2d(
 ) -> Tensor:
     """`F.max_pool2d`; with its indices too, it is a call of another function, which is left as it is."""
     worth_copies = input.dim() == 4 and input.numel() >= MANY and input.shape[1] >= CHANNELS and planes(input)
-    as_it_is = input.device.type == "cpu" and layout(input) == torch.channels_last  # only so that no zeros go back
+    as_it_is = input.device.type == "cpu" and suggested(input) == torch.channels_last  # only so that no zeros go back
     if not (worth_copies or as_it_is):
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
     result: Tensor = _MaxPool.apply(input, kernel_size, [] if stride is None else stride, padding, dilation, ceil_mode)

@@ -1,0 +1,111 @@
+"""Chunked paths run again in the backward: as they ran first, and without freeing what is not theirs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+import attrreg
+from tests.models import assert_close, batch, gradients
+
+
+class Centred(nn.Module):
+    """Features about a running mean, which every forward in train mode moves."""
+
+    centre: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(8, 1, 1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        result = h - self.centre
+        if self.training:
+            with torch.no_grad():
+                self.centre.lerp_(h.mean((0, 2, 3))[:, None, None], 0.5)
+        return result
+
+
+def net(middle: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 8, 3), middle, nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).double()
+
+
+def spectral() -> nn.Module:
+    layer = spectral_norm(nn.Conv2d(8, 8, 3, padding=1))
+    with torch.no_grad():  # its power iteration, in buffers, has not caught up with the weights
+        layer.parametrizations.weight.original.normal_()  # type: ignore[union-attr, operator]
+    return layer
+
+
+@pytest.mark.parametrize("build", [Centred, spectral])
+@pytest.mark.parametrize("way", ["call", "evaluate", "attached", "call, then a forward"])
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_from_the_same_buffers(build: Callable[[], nn.Module], way: str, chunk: int) -> None:
+    torch.manual_seed(0)
+    start, (x, mask, target) = net(build()), batch(3, channels=2, size=8, classes=3)
+
+    def results(chunk: int | None) -> tuple[Tensor, list[Tensor]]:
+        model, regularizer = copy.deepcopy(start), attrreg.IntegratedGradients(steps=4, chunk=chunk)
+        if way == "evaluate":
+            value = regularizer.evaluate(model, x.double(), mask, target).total
+        elif way == "attached":
+            with regularizer.attach(model):
+                model(x.double())
+                value = regularizer(model, x.double(), mask, target)
+        else:
+            value = regularizer(model, x.double(), mask, target)
+        if way == "call, then a forward":
+            model(x.double())
+        return value, gradients(model, value)
+
+    (value, found), (expected, want) = results(chunk), results(None)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    assert_close(found, want, 1e-10)
+
+
+class Given(nn.Module):
+    """A convolution whose weight comes from elsewhere."""
+
+    weight: Tensor
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.conv2d(h, self.weight)
+
+
+@pytest.mark.parametrize("owner", ["the model", "somebody else"])
+def test_weights_of_a_graph_outside(owner: str) -> None:
+    torch.manual_seed(0)
+    given, code = Given(), nn.Parameter(torch.randn(8, 8, 1, 1).double())
+    model, (x, mask, target) = net(given), batch(3, channels=2, size=8, classes=3)
+    if owner == "the model":
+        model.register_parameter("code", code)
+    found = []
+    for chunk in (None, 1):
+        given.weight = (2 * code).tanh()
+        loss = F.cross_entropy(model(x.double()), target)
+        loss = loss + attrreg.IntegratedGradients(steps=3, chunk=chunk)(model, x.double(), mask, target)
+        loss.backward()
+        found.append([parameter.grad.clone() for parameter in [*model.parameters(), code] if parameter.grad is not None])
+        model.zero_grad()
+        code.grad = None
+    assert_close(found[1], found[0], 1e-10)
+
+
+def test_weights_that_are_cached() -> None:
+    torch.manual_seed(0)
+    model, (x, mask, target) = net(weight_norm(nn.Conv2d(8, 8, 3))), batch(3, channels=2, size=8, classes=3)
+    found = []
+    for chunk in (None, 1):
+        with parametrize.cached():
+            loss = F.cross_entropy(model(x.double()), target)
+            (loss + attrreg.IntegratedGradients(steps=3, chunk=chunk)(model, x.double(), mask, target)).backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+        model.zero_grad()
+    assert_close(found[1], found[0], 1e-10)
