@@ -46,7 +46,7 @@ def usable(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"{name!r} cannot be used here ({str(error).splitlines()[0]}).") from None
     return device

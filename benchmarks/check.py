@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -97,7 +97,8 @@ ON_GPU = Bounds(
 
 def promises(record: Record) -> Iterator[Promise]:
     """All that can be told from a record."""
-    measured, bounds = set(record.plan.penalties), ON_CPU if record.plan.device == "cpu" else ON_GPU
+    measured = {penalty for found in record.costs.values() for penalty in found}
+    bounds = ON_CPU if record.plan.device == "cpu" else ON_GPU
     if ways.INPUT_GRADIENT in measured:
         yield from _input_gradient(record, bounds)
     for penalty, bound in (
@@ -175,13 +176,18 @@ def missed(record: Record) -> str:
 
 
 def main(numbers: Path) -> int:
-    """Print the table; 1 where a promise is broken."""
+    """Print the table and what was measured; 1 where a promise is broken, 2 where there is nothing to tell it from."""
+    if not numbers.is_file():
+        Console(stderr=True).print(f"{numbers} does not exist. `python -m benchmarks` writes benchmarks/results/cpu.json.", highlight=False)
+        return 2
+    record = report.load(numbers)
     table = Table("promise", "measured", "bound", "where", "")
-    found = list(promises(report.load(numbers)))
+    found = list(promises(record))
     for promise in found:
         bound = f"{'>=' if promise.least else '<='} {promise.bound:g}"
         table.add_row(promise.text, f"{promise.value:.2f}", bound, promise.where, "ok" if promise.kept else "MISSED")
     Console().print(table)
+    Console().print(report.conditions(replace(record, plan=replace(record.plan, penalties=ways.PENALTIES))), highlight=False)
     return int(not all(promise.kept for promise in found))
 
 

@@ -14,14 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from attrreg.bench import cases, measure, report, run, strategies
+from attrreg.bench import measure, report, run, strategies
 from attrreg.bench.cases import Case, build
 from attrreg.bench.measure import Cost, Step
 from attrreg.cli import build_app
 from attrreg.environment import environment, sentence
-from benchmarks import check, survey
+from benchmarks import check
 from benchmarks.__main__ import PAGE, main
-from benchmarks.page import marks
 from tests.models import assert_close
 
 pytestmark = pytest.mark.cpu
@@ -166,14 +165,23 @@ def test_the_command(tmp_path: Path) -> None:
         ["--penalty", "NoSuch"],
         ["--out", "x.txt"],
         ["--device", "tpux"],
+        ["--device", "meta"],
         ["--autocast", "float33"],
+        ["--autocast", "int8"],
+        ["--out", "folder.json"],
+        ["--out", "broken.json", "--resume"],
+        ["--out", "other.json", "--resume"],
         ["--batch", "0"],
     ],
 )
-def test_bad_options(arguments: list[str], tmp_path: Path) -> None:
+def test_bad_options(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder.json").mkdir()
+    Path("broken.json").write_text("[]")
+    Path("other.json").write_text('{"plan": {"models": [], "colour": 1}}')
     before = ["bench", "--rounds", "1", *([] if "--out" in arguments else ["--out", str(tmp_path / "x.json")])]
     result = CliRunner().invoke(build_app(), [*before, *arguments])
-    assert result.exit_code == 2 and arguments[0] in result.output.replace("│", "")
+    assert result.exit_code == 2 and arguments[-1 if "--resume" in arguments else 0] in result.output.replace("│", "")
 
 
 def test_a_record_goes_on_only_on_a_processor_alike() -> None:
@@ -200,6 +208,21 @@ def test_promises_are_kept_or_missed(tmp_path: Path) -> None:
     assert check.main(tmp_path / "large.json") == 1
     report.save(record_with(2.1, 2.0), tmp_path / "kept.json")
     assert check.main(tmp_path / "kept.json") == 0
+    assert check.main(tmp_path / "absent.json") == 2
+
+
+def test_what_was_not_measured_has_no_promise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = record_with(2.1, 2.0)
+    interrupted = replace(record, plan=replace(record.plan, penalties=strategies.PENALTIES))
+    report.save(interrupted, tmp_path / "interrupted.json")
+    assert check.main(tmp_path / "interrupted.json") == 0
+    assert "Not measured: resnet18 (GradCAM" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_size_of_the_curves_that_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = replace(record_with(2.0, 2.0).plan, batch=1, curves=True)
+    with pytest.raises(ValueError, match=r"images of 32 pixels: .*pass --no-curves, or a larger --batch"):
+        run.measure(plan, run.Record.of(plan), lambda name, part: None)
 
 
 def test_a_gpu_has_promises_of_its_own() -> None:
@@ -243,7 +266,7 @@ def test_models_that_do_not_run_are_refused_before_others_are_measured(
 
 
 def test_losses_are_named() -> None:
-    assert "slower than *own forward" in report.markdown(record_with(4.5, 2.0))
+    assert "slower (4.50 to 4.00) than *own forward" in report.markdown(record_with(4.5, 2.0))
     assert "Nowhere in this run" in report.markdown(record_with(2.0, 2.0))
 
 
@@ -299,33 +322,3 @@ def test_each_run_for_the_page_fills_its_section(arguments: list[str], section: 
     monkeypatch.setattr("benchmarks.__main__.write_page", written.append)
     main()
     assert measured == written == [check.results(section)]
-
-
-@pytest.mark.parametrize("layout", [[], ["--channels-last"]])
-def test_a_survey_writes_a_row_a_model_and_what_it_misses(layout: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    numbers, page = tmp_path / "survey.json", tmp_path / "page.md"
-    section = "survey-channels-last" if layout else "survey"
-    page.write_text("\n".join(["before", *marks(section, " ".join([survey.COMMAND, *layout])), "after"]))
-    monkeypatch.setattr(survey, "PAGE", page)
-    monkeypatch.setattr(survey, "ROUNDS", 1)
-    monkeypatch.setattr(survey, "keep_memory", lambda: False)  # for the whole process
-    monkeypatch.setattr(check, "results", lambda name: numbers)
-    for models, arguments in ((("test_resnet",), []), (("test_resnet", "test_vit"), ["--resume"])):
-        monkeypatch.setattr(cases if layout else survey, "MODELS", models)
-        monkeypatch.setattr("sys.argv", ["survey", *arguments, *layout])
-        first = report.load(numbers).costs if numbers.exists() else {}
-        survey.main()
-    record = report.load(numbers)
-    assert record.costs.keys() == set(models) and record.costs.items() >= first.items() and first
-    rows = [line.split("|")[1:-1] for line in page.read_text().splitlines() if line.startswith("| test_")]
-    assert record.plan.channels_last == bool(layout) and ("channels_last" in page.read_text()) == bool(layout)
-    assert [row[0].strip() for row in rows] == list(models) and {len(row) for row in rows} == {1 + len(survey.COLUMNS)}
-
-
-def test_a_survey_tells_each_model_by_itself() -> None:
-    kept, slow = (record_with(ratio, 2.0) for ratio in (2.0, 2.9))
-    both = replace(kept, costs={"resnet18": kept.costs["resnet18"], "resnet50": slow.costs["resnet18"]})
-    assert not survey.alone(both, "resnet18") and {promise.where for promise in survey.alone(both, "resnet50")} == {"resnet50"}
-    text = survey.missed(both)
-    assert text.startswith("1 of 2 models keep") and "- resnet50: InputGradient: time 2.90, promised at most 2.7" in text
-    assert survey.missed(kept) == "Every promise of `benchmarks.check` is kept on each of 1 models."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -38,8 +39,8 @@ def bench(
     if absent:
         typer.echo(f"attrreg bench needs {', '.join(absent)}. Install with: pip install 'attrreg[bench]'", err=True)
         raise typer.Exit(1)
-    if out.suffix != ".json" or not out.parent.is_dir():
-        raise typer.BadParameter(f"{out} must end in .json, in a folder that exists.", param_hint="--out")
+    if out.suffix != ".json" or not out.parent.is_dir() or out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise typer.BadParameter(f"{out} must end in .json, in a folder that exists and can be written to.", param_hint="--out")
 
     from rich.console import Console
 
@@ -58,8 +59,8 @@ def bench(
         raise typer.BadParameter(str(error), param_hint="--device") from None
     if threads is not None:
         torch.set_num_threads(threads)
-    if autocast is not None and not isinstance(getattr(torch, autocast, None), torch.dtype):
-        raise typer.BadParameter(f"torch has no type {autocast!r}. Write bfloat16, for example.", param_hint="--autocast")
+    if autocast not in (None, "bfloat16", "float16"):
+        raise typer.BadParameter(f"there is no autocast in {autocast!r}. Choose bfloat16 or float16.", param_hint="--autocast")
     unknown = set(penalty or ()) - set(strategies.PENALTIES)
     if unknown:
         raise typer.BadParameter(f"{sorted(unknown)} unknown. Choose from {list(strategies.PENALTIES)}.", param_hint="--penalty")
@@ -81,7 +82,7 @@ def bench(
     if resume and out.exists():
         try:
             record = report.load(out).resumed(plan)
-        except (ValueError, KeyError) as error:  # measured in another way, or no such file
+        except ValueError as error:  # measured in another way, or no such file
             raise typer.BadParameter(f"{out} cannot be gone on with: {error}", param_hint="--resume") from None
     try:
         with bar(console, run.rounds(plan, record)) as advance:
@@ -92,5 +93,6 @@ def bench(
     report.plot(record, out.with_suffix(".png"))
     if record.curves:
         report.plot_curves(record, out.with_name(out.stem + "-curves.png"))
+    console.print(report.conditions(record), highlight=False)
     console.print(report.summary(record))
     console.print(f"Written: {out}, .md and .png beside it", highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from attrreg.bench.measure import Cost
 from attrreg.bench.run import Plan, Record, names, ratios
-from attrreg.bench.strategies import ATTACHED, DETACHED, FLOORS, INTEGRATED_GRADIENTS
+from attrreg.bench.strategies import ATTACHED, CHUNKED, DETACHED, FLOORS, INTEGRATED_GRADIENTS
 from attrreg.environment import sentence
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def summary(record: Record) -> Table:
             found = [cost for _, cost in ratios(record, penalty, name)]
             cells = [f"{statistics.median(values):.2f}x" for values in _columns(found)]
             noisy = sum(cost.noisy for cost in found)
-            made.add_row(penalty if index == 0 else "", name, *cells, f"{noisy}/{len(found)}" if noisy else "")
+            label = {0: penalty, 1: f"  exact: {FLOORS[penalty]:g}x operations"}.get(index, "")
+            made.add_row(label, name, *cells, f"{noisy}/{len(found)}" if noisy else "")
     return made
 
 
@@ -105,13 +106,18 @@ def _losses(record: Record) -> str:
     lines = []
     for penalty in record.plan.penalties:
         for way in names(record, penalty):
-            if way.startswith("attrreg"):
+            if way.startswith("attrreg") or way == DETACHED:  # which is not a penalty that trains anything
                 continue
             for model, theirs in ratios(record, penalty, way):
-                ours = record.costs[model][penalty][ATTACHED]
-                what = [word for word, a, b in (("slower", ours.ratio, theirs.ratio), ("larger", ours.memory, theirs.memory)) if a >= b]
-                if what and way != DETACHED:  # which is not a penalty that trains anything
-                    lines.append(f"- {penalty}, {model}: {' and '.join(what)} than *{way}*")
+                for own in (ATTACHED, CHUNKED):
+                    ours = record.costs[model][penalty].get(own)
+                    if ours is None:
+                        continue
+                    pairs = (("slower", ours.ratio, theirs.ratio), ("larger", ours.memory, theirs.memory))
+                    what = [f"{word} ({a:.2f} to {b:.2f})" for word, a, b in pairs if a >= b]
+                    name = f"{penalty}, {own.removeprefix(ATTACHED + ', ')}" if own == CHUNKED else penalty
+                    if what:
+                        lines.append(f"- {name}, {model}: {' and '.join(what)} than *{way}*")
     return "\n".join(["### Where attrreg, attached, does not win", "", *(lines or ["Nowhere in this run."])])
 
 

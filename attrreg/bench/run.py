@@ -117,7 +117,18 @@ class Record:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Record:
-        """Back from JSON."""
+        """Back from JSON.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        try:
+            return Record._read(data)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError("it is no record of `attrreg bench`, or one of another version. Measure all anew.") from error
+
+    @staticmethod
+    def _read(data: dict[str, Any]) -> Record:
         settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data["plan"].items()}
         measured = {
             model: {penalty: {name: Cost(**cost) for name, cost in found.items()} for penalty, found in by_penalty.items()}
@@ -154,9 +165,13 @@ def measure(plan: Plan, record: Record, note: Note, save: Callable[[Record], Non
     """
     sizes = [(model, plan.size) for model, _ in record.missing(plan)]
     if "resolution" in record.missing_curves(plan):
-        sizes += [(plan.models[0], size) for size in reversed(CURVES["resolution"])]
+        for size in CURVES["resolution"]:  # the smallest first
+            try:
+                plan.case(plan.models[0], plan.batch, size)
+            except ValueError as error:
+                raise ValueError(f"{error}. That is a size of the curves: pass --no-curves, or a larger --batch.") from error
     case = None
-    for model, size in reversed(dict.fromkeys(sizes)):  # the smallest first; the one that is measured first last, and kept
+    for model, size in reversed(dict.fromkeys(sizes)):  # the one that is measured first last, and kept
         case = plan.case(model, plan.batch, size)
     for model, penalty in record.missing(plan):
         batch = plan.batch_of(penalty)

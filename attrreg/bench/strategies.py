@@ -81,16 +81,19 @@ class Strategy:
 
 def strategies(penalty: str, case: Case) -> list[Strategy]:
     """All ways to train with one of the penalties, the plain step first."""
-    plain = Strategy(PLAIN, lambda case: _cross_entropy(case, case.model(case.x)))
     lazy = Scheduled(REGULARIZERS[penalty], Every(4))
     moved = REGULARIZERS[penalty].using(FiniteDifference())
     others = [Strategy(LAZY, _with(lazy), lazy, count=4), Strategy(MOVED, _with(moved), moved)] if penalty == INPUT_GRADIENT else []
-    return [plain, *TODAYS[penalty](case), *_ours(REGULARIZERS[penalty]), *others]
+    return [_plain(), *TODAYS[penalty](case), *_ours(REGULARIZERS[penalty]), *others]
+
+
+def _plain() -> Strategy:
+    return Strategy(PLAIN, lambda case: _cross_entropy(case, case.model(case.x)))
 
 
 def of_curve(varied: str, value: int, case: Case) -> list[Strategy]:
     """What is compared where one number varies: the plain step, today's way and attrreg's."""
-    plain = Strategy(PLAIN, lambda case: _cross_entropy(case, case.model(case.x)))
+    plain = _plain()
     if varied == "steps":
         whole = attrreg.IntegratedGradients(steps=value, chunk=None, **WRITTEN)
         chunked = replace(whole, chunk=1)

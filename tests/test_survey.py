@@ -1,0 +1,43 @@
+"""The benchmark of models of many kinds, in brief."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from attrreg.bench import cases, report
+from benchmarks import check, survey
+from benchmarks.page import marks
+from tests.test_bench import record_with
+
+
+@pytest.mark.parametrize("layout", [[], ["--channels-last"]])
+def test_a_survey_writes_a_row_a_model_and_what_it_misses(layout: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    numbers, page = tmp_path / "survey.json", tmp_path / "page.md"
+    section = "survey-channels-last" if layout else "survey"
+    page.write_text("\n".join(["before", *marks(section, " ".join([survey.COMMAND, *layout])), "after"]))
+    monkeypatch.setattr(survey, "PAGE", page)
+    monkeypatch.setattr(survey, "ROUNDS", 1)
+    monkeypatch.setattr(survey, "keep_memory", lambda: False)  # for the whole process
+    monkeypatch.setattr(check, "results", lambda name: numbers)
+    for models, arguments in ((("test_resnet",), []), (("test_resnet", "test_vit"), ["--resume"])):
+        monkeypatch.setattr(cases if layout else survey, "MODELS", models)
+        monkeypatch.setattr("sys.argv", ["survey", *arguments, *layout])
+        first = report.load(numbers).costs if numbers.exists() else {}
+        survey.main()
+    record = report.load(numbers)
+    assert record.costs.keys() == set(models) and record.costs.items() >= first.items() and first
+    rows = [line.split("|")[1:-1] for line in page.read_text().splitlines() if line.startswith("| test_")]
+    assert record.plan.channels_last == bool(layout) and ("channels_last" in page.read_text()) == bool(layout)
+    assert [row[0].strip() for row in rows] == list(models) and {len(row) for row in rows} == {1 + len(survey.COLUMNS)}
+
+
+def test_a_survey_tells_each_model_by_itself() -> None:
+    kept, slow = (record_with(ratio, 2.0) for ratio in (2.0, 2.9))
+    both = replace(kept, costs={"resnet18": kept.costs["resnet18"], "resnet50": slow.costs["resnet18"]})
+    assert not survey.alone(both, "resnet18") and {promise.where for promise in survey.alone(both, "resnet50")} == {"resnet50"}
+    text = survey.missed(both)
+    assert text.startswith("1 of 2 models keep") and "- resnet50: InputGradient: time 2.90, promised at most 2.7" in text
+    assert survey.missed(kept) == "Every promise of `benchmarks.check` that is about attrreg and measured here is kept on each of 1 models."
