@@ -160,7 +160,11 @@ class WorstGroupAccuracy(Metric):
         self.add_state("images", torch.zeros(groups, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, target: Tensor, groups: Tensor) -> None:
-        """Count a batch: logits `(N, classes)`, target `(N,)`, groups `(N,)` in [0, groups)."""
+        """Count a batch: logits `(N, classes)`, target `(N,)`, groups `(N,)` in [0, groups).
+
+        Raises:
+            ValueError: a group is outside that range.
+        """
         count = len(self.images)
         if groups.numel() and not 0 <= int(groups.min()) <= int(groups.max()) < count:
             raise ValueError(f"groups has numbers outside [0, {count}). Pass `WorstGroupAccuracy(groups=...)` as many as there are.")
@@ -193,7 +197,11 @@ class LogitDifferenceAUC(Metric):
         self.add_state("targets", [], dist_reduce_fx="cat")
 
     def update(self, logits: Tensor, target: Tensor) -> None:
-        """Keep a batch: logits `(N, 2)`, target `(N,)` of 0 and 1."""
+        """Keep a batch: logits `(N, 2)`, target `(N,)` of 0 and 1.
+
+        Raises:
+            ValueError: the logits are not of two classes.
+        """
         if logits.dim() != 2 or logits.shape[1] != 2:
             raise ValueError(f"logits must be (N, 2), got {tuple(logits.shape)}. The area is that of two classes.")
         self.logits.append(logits.detach())
