@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from attrreg import sites
+from attrreg.distributed import sharded
 from attrreg.hooks import Recording
 from attrreg.ops.channels import layout
 from attrreg.ops.draws import Draws
@@ -110,6 +111,8 @@ class PathGradients:
         model, images = runner.call.model, self._runner.call.x.shape[0]
         shown_in, sizes = _SHOWN.get(model, ([], set()))
         if shown_in == self._modes and (images, runner.places) in sizes:
+            return True
+        if next(sharded(model), None) is not None:  # a backward that other ranks do not run, with other sizes, would wait for them
             return True
         for score in self._scores:
             gradient = runner.first_place(recording, score)

@@ -216,9 +216,16 @@ def test_what_was_saved_before_is_not_overwritten_in_silence() -> None:
         F.silu(h, inplace=True)
         return squared + h
 
-    for run in (ours, lambda function, x: function(x)):
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            run(model, x).sum().backward()
+    def of_a_constant(x: Tensor) -> Tensor:
+        h = torch.ones_like(x)
+        product = h * x
+        F.silu(h, inplace=True)
+        return product
+
+    for function in (model, of_a_constant):
+        for run in (ours, lambda function, x: function(x)):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                run(function, x).sum().backward()
 
 
 AXIS: Any = {"axis": 1}  # these are not in PyTorch's stubs

@@ -45,8 +45,7 @@ def _in_place(x: Tensor, function: Callable[[Tensor, Tensor | None], Tensor]) ->
     if _shared(x):
         return x.copy_(function(x.clone(), None))
     if not (torch.is_grad_enabled() and x.requires_grad):
-        x.data = function(x, None)
-        return x
+        return x.copy_(function(x, None))
     return function(_Former.apply(x), x)
 
 
