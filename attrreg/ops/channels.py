@@ -36,6 +36,12 @@ def suggested(x: Tensor) -> torch.memory_format:
     return CHANNELS_LAST[axes]
 
 
+def of_convolution(x: Tensor, w: Tensor) -> torch.memory_format:
+    """How a convolution lays out its output: with channels last if image or weight are so."""
+    format = suggested(x)
+    return format if format != torch.contiguous_format else suggested(w)
+
+
 def adjacent(x: Tensor) -> bool:
     """Whether the channels of each of several positions lie side by side, as in `channels_last` and in a slice of that."""
     return x.dim() == 4 and x.stride(1) == 1 and not x.is_contiguous()

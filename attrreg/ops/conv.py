@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from attrreg.ops import depthwise, pointwise, strided
-from attrreg.ops.channels import adjacent, layout, suggested
+from attrreg.ops.channels import adjacent, layout, of_convolution, suggested
 from attrreg.ops.linear import linear, product
 from attrreg.ops.phase import Phase, wanted
 
@@ -254,23 +254,19 @@ def _apply(x: Tensor, w: Tensor, b: Tensor | None, phase: Phase, *settings: Any)
     stride, padding, dilation, groups, *rest = settings
     # On the CPU, in the types that its kernels for convolutions are slow in.
     products = device == "cpu" and x.dtype in PRODUCTS
-    format = _of_result(x, w) if groups == 1 and w.shape[2:].numel() == 1 else None
+    format = of_convolution(x, w) if groups == 1 and w.shape[2:].numel() == 1 else None
     channels_last = adjacent(x) if format is None else format == torch.channels_last
     products = products and format != torch.channels_last_3d
     kind = _convolution(x.shape, w.shape, stride, padding, dilation, groups, products, channels_last, *rest)
     if kind.pixels and channels_last:
         x = x.contiguous(memory_format=torch.channels_last)  # products of pixels know whole images only
-    if kind.pixels and not channels_last and x.shape[2:].numel() == 1:  # a linear layer: nodes of PyTorch's own start faster than ours
+    if kind.pixels and x.shape[2:].numel() == 1:  # a linear layer: nodes of PyTorch's own start faster than ours
         y: Tensor = aten._unsafe_view(linear(phase, x.flatten(1), w.flatten(1), b), (x.shape[0], w.shape[0], *x.shape[2:]))
+        if channels_last:  # the same in memory, but it says so: what makes many positions of it lays these out alike
+            y = y.clone(memory_format=torch.channels_last)
     else:
         y = _Convolve.apply(x, w, b, kind, phase)
     return y
-
-
-def _of_result(x: Tensor, w: Tensor) -> torch.memory_format:
-    """How a convolution lays out its output: with channels last if image or weight are so."""
-    format = suggested(x)
-    return format if format != torch.contiguous_format else suggested(w)
 
 
 def convolve(
@@ -317,7 +313,7 @@ def _patches(phase: Phase, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     n, channels, height, width = x.shape
     high, wide = w.shape[2:]
     laid_out = x.device.type == "cpu" or x.dtype != torch.float64  # for which cuDNN has no kernels of this layout
-    channels_last = laid_out and _of_result(x, w) == torch.channels_last
+    channels_last = laid_out and of_convolution(x, w) == torch.channels_last
     rows, columns = height // high, width // wide
     if channels_last and suggested(x) == torch.channels_last and x.numel() > w.numel():
         # Runs of channels stay whole, and the weight, the smaller one, is laid out like them.
