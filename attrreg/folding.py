@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,12 +16,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from attrreg import sites
 from attrreg.distributed import sharded
 from attrreg.hooks import Recording
-from attrreg.ops.channels import layout
+from attrreg.ops.channels import dense, layout
 from attrreg.ops.draws import Draws
 from attrreg.part import couples
 from attrreg.runner import Runner
 from attrreg.scores import Score
-from attrreg.state import Buffers, Moment, Rng, isolated
+from attrreg.state import Rng, isolated
 from attrreg.walk import modes, modules
 
 # Models in which a pass turned out not to be shareable, in these modes: not to be tried in vain at every step.
@@ -38,7 +37,7 @@ class PathGradients:
     meet in nothing but batch normalisation of the whole batch, which our operator does place by place. Modules tell whether that is to
     be expected, the pass whether it was so, the first time by one backward more; if not, it is thrown away, and each place runs alone.
 
-    A chunked path's backward keeps this object, so it holds nothing that passes computed, and what the model's buffers hold now.
+    A chunked path's backward keeps this object, so it holds nothing that passes computed.
 
     Args:
         runner: runs the passes.
@@ -53,11 +52,9 @@ class PathGradients:
         self._scores = scores
         self._replay = replay
         model = runner.call.model
-        self._moment = Moment(model)
         self._modes = modes(model)
         self._coupled = any(map(couples, modules(model)))
-        x = runner.call.x
-        plain = runner.call.inputs is None and (x.is_contiguous() or layout(x) != torch.contiguous_format)  # draws go in memory's order
+        plain = runner.call.inputs is None and dense(runner.call.x)  # draws go in memory's order
         self._separable = plain and _REFUSED.get(model) != self._modes and _separable(model, runner.twice)
         self._once: tuple[Rng, list[torch.Size]] | None = None  # where a pass over the images alone ends, and what it drew
 
@@ -83,7 +80,7 @@ class PathGradients:
         return [self._alone(image, create_graph) for image in images]
 
     def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:
-        with self._isolated():
+        with isolated(self._runner.call.model, self._replay):
             recording = self._runner.forward(images, self._wanted)
         return [self._runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
 
@@ -92,7 +89,7 @@ class PathGradients:
         # The places of an image lie side by side, so that batch normalisation can see them as channels. Stacked, they lose their layout.
         batch = torch.stack(list(images), dim=1).flatten(0, 1).contiguous(memory_format=layout(self._runner.call.x))
         runner = self._runner.repeated(batch.detach(), places)
-        with self._isolated():
+        with isolated(runner.call.model, self._replay):
             recording = runner.forward(batch, self._wanted, places=places)
             drew = not Rng.of(batch.device).same(self._replay)
         if drew or (self._coupled and recording.phase.normalised != {batch.shape[0]}):
@@ -102,9 +99,6 @@ class PathGradients:
         found = [runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
         # Not by index, whose backward is a tensor of zeros for each place.
         return [list(each) for each in zip(*(gradient.unflatten(0, (-1, places)).unbind(1) for gradient in found), strict=True)]
-
-    def _isolated(self) -> AbstractContextManager[Buffers]:
-        return isolated(self._runner.call.model, self._replay, moment=self._moment)
 
     def _apart(self, runner: Runner, recording: Recording) -> bool:
         """Whether the scores of the first place depend on its images alone."""
@@ -126,7 +120,7 @@ class PathGradients:
         if draws.state.same(self._replay):
             return True
         if self._once is None:
-            with torch.no_grad(), self._isolated():
+            with torch.no_grad(), isolated(self._runner.call.model, self._replay):
                 recording = self._runner.forward(images.detach(), self._wanted)  # where gradients are taken, operators take note
                 self._once = Rng.of(images.device), recording.draws.shapes
         state, shapes = self._once

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from attrreg.graph import trainable_leaves
 from attrreg.points import Stop
+from attrreg.state import Moment, own_buffers
 from attrreg.walk import modes, modules
 
 
@@ -44,12 +45,13 @@ def along(
     values = [value.detach() for value in first]
     del first  # and its graph with it
     total: list[Tensor] = []
+    moment = Moment(model)
     for start in range(0, len(stops), chunk):
         part = stops[start : start + chunk]
         rest = part[1:] if start == 0 else part
         if rest:
             values = _added(values if start == 0 else [], _summed(rest, images, gradients, False))
-        step = _Step(part, gradients, model, x.device.type)
+        step = _Step(part, gradients, model, moment, x.device.type)
         total = _added(total, list(_Recomputed.apply(step, values, x, *leaves)))
     return total
 
@@ -73,10 +75,11 @@ def _added(total: list[Tensor], terms: list[Tensor]) -> list[Tensor]:
 class _Step:
     """The sum over a part of the path, to be run again under the conditions of its first run."""
 
-    def __init__(self, stops: Sequence[Stop], gradients: Gradients, model: nn.Module, device_type: str) -> None:
+    def __init__(self, stops: Sequence[Stop], gradients: Gradients, model: nn.Module, moment: Moment, device_type: str) -> None:
         self._stops = stops
         self._gradients = gradients
         self._model = model
+        self._moment = moment
         self._modes = modes(model)
         self._autocast: dict[str, Any] = {
             "device_type": device_type,
@@ -90,7 +93,7 @@ class _Step:
                 "The model changed between train and eval mode between the penalty and its backward, where chunked path methods "
                 "recompute. Call backward first, or pass chunk=None."
             )
-        with torch.enable_grad(), torch.autocast(**self._autocast):
+        with torch.enable_grad(), torch.autocast(**self._autocast), own_buffers(self._model, self._moment):
             return _summed(self._stops, x, self._gradients, True)
 
     def meets_others(self, leaves: Sequence[Tensor]) -> bool:

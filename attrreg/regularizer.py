@@ -1,4 +1,4 @@
-"""The regularizers' common type, their sums, and the one way a penalty is computed."""
+"""The regularizers' common type, and their sums."""
 
 from __future__ import annotations
 
@@ -167,11 +167,7 @@ class AttributionRegularizer(Spec, ABC):
         raise TypeError(f"{self!r} has no attribution map. Call `.attribute` on a single term that has one.")
 
     def named(self, name: str) -> Sum:
-        """The same term under another name, the key of `Penalty.terms`.
-
-        Raises:
-            ValueError: it is not a single term, or the name is empty or no string.
-        """
+        """The same term under another name, the key of `Penalty.terms`; a ValueError where there are several, or the name is no text."""
         if len(self.terms) != 1:
             raise ValueError(f"named({name!r}): a sum of {len(self.terms)} terms has no single name. Name each term before adding.")
         if not isinstance(name, str) or not name:
@@ -179,25 +175,18 @@ class AttributionRegularizer(Spec, ABC):
         return Sum((replace(self.terms[0], name=name),), self.engine)
 
     def reduced(self, reduction: Reduction) -> Sum:
-        """The same terms, reduced over the batch in another way.
+        """The same terms, reduced over the batch in another way; a ValueError where it is unknown.
 
         Args:
             reduction: "mean" over the annotated images (the default of every term); "sum" over them, as some papers do,
                 whose weight then depends on the batch size; "batchmean": the sum over the size of the whole batch.
-
-        Raises:
-            ValueError: the reduction is unknown.
         """
         if reduction not in get_args(Reduction):
             raise ValueError(f"reduced: unknown reduction {reduction!r}. Use one of {', '.join(map(repr, get_args(Reduction)))}.")
         return Sum(tuple(replace(term, reduction=reduction) for term in self.terms), self.engine)
 
     def using(self, engine: Engine) -> Sum:
-        """The same terms, with another engine. See `attrreg.engines`.
-
-        Raises:
-            TypeError: it is no engine.
-        """
+        """The same terms, with another engine (see `attrreg.engines`); a TypeError where it is none."""
         if not isinstance(engine, Engine):
             raise TypeError(
                 f"using: an engine is engines.DoubleBackward() or engines.FiniteDifference(), got {engine!r}. Pass one of them."
@@ -343,11 +332,7 @@ class Sum(AttributionRegularizer):
             seen.add(term.name)
 
     def attribute(self, model: nn.Module, x: Tensor, target: Tensor | None = None, **settings: Any) -> Tensor:
-        """The map of the only term. See `AttributionRegularizer.attribute`.
-
-        Raises:
-            TypeError: there are several terms.
-        """
+        """The map of the only term. See `AttributionRegularizer.attribute`."""
         if len(self.terms) != 1:
             raise TypeError(f"attribute: a sum of {len(self.terms)} terms has no single map. Call `.attribute` on one term.")
         return self.terms[0].regularizer.attribute(model, x, target, **settings)

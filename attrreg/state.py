@@ -118,20 +118,17 @@ def own_buffers(model: nn.Module, moment: Moment | None = None) -> Iterator[Buff
 
 
 @contextmanager
-def isolated(
-    model: nn.Module, rng: Rng | None = None, device: torch.device | None = None, moment: Moment | None = None
-) -> Iterator[Buffers]:
+def isolated(model: nn.Module, rng: Rng | None = None, device: torch.device | None = None) -> Iterator[Buffers]:
     """Run passes that leave no trace in the model's buffers or the random number generators.
 
     Args:
         model: the model.
         rng: the state to start from, so that the pass draws what an earlier one drew; None: the present one.
         device: the device whose generator is kept, besides the CPU's; that of `rng` if given.
-        moment: see `Buffers`.
     """
     before = Rng.of(rng.device if rng is not None else device or torch.device("cpu"))
     try:
-        with own_buffers(model, moment) as buffers:
+        with own_buffers(model) as buffers:
             if rng is not None:
                 rng.restore()
             yield buffers

@@ -102,6 +102,11 @@ def _cell(cost: Cost | None) -> str:
     return f"{cost.ratio:.2f}{'?' * cost.noisy} ({cost.low:.2f} to {cost.high:.2f}) / {cost.memory:.2f}"
 
 
+def _worse(ours: Cost, theirs: Cost) -> str:
+    pairs = (("slower", ours.ratio, theirs.ratio), ("larger", ours.memory, theirs.memory))
+    return " and ".join(f"{word} ({a:.2f} to {b:.2f})" for word, a, b in pairs if a >= b)
+
+
 def _losses(record: Record) -> str:
     lines = []
     for penalty in record.plan.penalties:
@@ -111,13 +116,8 @@ def _losses(record: Record) -> str:
             for model, theirs in ratios(record, penalty, way):
                 for own in (ATTACHED, CHUNKED):
                     ours = record.costs[model][penalty].get(own)
-                    if ours is None:
-                        continue
-                    pairs = (("slower", ours.ratio, theirs.ratio), ("larger", ours.memory, theirs.memory))
-                    what = [f"{word} ({a:.2f} to {b:.2f})" for word, a, b in pairs if a >= b]
-                    name = f"{penalty}, {own.removeprefix(ATTACHED + ', ')}" if own == CHUNKED else penalty
-                    if what:
-                        lines.append(f"- {name}, {model}: {' and '.join(what)} than *{way}*")
+                    if ours is not None and (worse := _worse(ours, theirs)):
+                        lines.append(f"- {penalty}{own.removeprefix(ATTACHED)}, {model}: {worse} than *{way}*")
     return "\n".join(["### Where attrreg, attached, does not win", "", *(lines or ["Nowhere in this run."])])
 
 

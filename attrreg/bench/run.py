@@ -163,16 +163,16 @@ def measure(plan: Plan, record: Record, note: Note, save: Callable[[Record], Non
     Raises:
         ValueError: a model does not exist or does not take images of a size that is measured; before anything is.
     """
-    sizes = [(model, plan.size) for model, _ in record.missing(plan)]
+    remedies = {(model, plan.size): "" for model, _ in record.missing(plan)}
     if "resolution" in record.missing_curves(plan):
-        for size in CURVES["resolution"]:  # the smallest first
-            try:
-                plan.case(plan.models[0], plan.batch, size)
-            except ValueError as error:
-                raise ValueError(f"{error}. That is a size of the curves: pass --no-curves, or a larger --batch.") from error
+        for size in reversed(CURVES["resolution"]):
+            remedies.setdefault((plan.models[0], size), ". That is a size of the curves: pass --no-curves, or a larger --batch.")
     case = None
-    for model, size in reversed(dict.fromkeys(sizes)):  # the one that is measured first last, and kept
-        case = plan.case(model, plan.batch, size)
+    for (model, size), remedy in reversed(remedies.items()):  # the smallest first; the one that is measured first last, and kept
+        try:
+            case = plan.case(model, plan.batch, size)
+        except ValueError as error:
+            raise ValueError(f"{error}{remedy}") from error
     for model, penalty in record.missing(plan):
         batch = plan.batch_of(penalty)
         if case is None or (case.name, len(case.x)) != (model, batch):

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from attrreg.ops import fused
-from attrreg.ops.channels import affine, layout, planes, suggested
+from attrreg.ops.channels import affine, dense, layout, planes, suggested
 from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
@@ -248,6 +248,5 @@ def _batch_norm(
         return result
     assert running_mean is not None and running_var is not None
     scale = g * (running_var + eps).rsqrt()
-    dense = input.is_contiguous() or layout(input) != torch.contiguous_format
-    format = layout(input) if dense else suggested(input)  # as PyTorch's
+    format = layout(input) if dense(input) else suggested(input)  # as PyTorch's
     return affine(input.contiguous(memory_format=format), scale, b - running_mean * scale).to(input.dtype)

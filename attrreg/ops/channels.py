@@ -15,6 +15,11 @@ def layout(x: Tensor) -> torch.memory_format:
     return format if x.is_contiguous(memory_format=format) and not x.is_contiguous() else torch.contiguous_format
 
 
+def dense(x: Tensor) -> bool:
+    """Whether a tensor is contiguous, in one of the layouts."""
+    return x.is_contiguous() or layout(x) != torch.contiguous_format
+
+
 def suggested(x: Tensor) -> torch.memory_format:
     """How PyTorch's layers lay out what they make of a tensor: with channels last where its axes are in that order, as in a slice of one.
 
