@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from attrreg.graph import LEAF
-from attrreg.ops import Phase, checkpoints_recompute_inside, twice_differentiable
+from attrreg.ops import Phase, checkpoints_recompute_inside, operators
 from attrreg.ops.draws import Draws
 from attrreg.ops.rectify import Rule, rectify
 from attrreg.sites import FEATURES, INPUT, OUTPUT, SPATIAL, SPECIAL, varies
@@ -138,10 +138,10 @@ class Tap:
             self._register()
             self._operators.enter_context(checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra)))
             taken = {site for site, gradient in self._sites.items() if gradient}
-            if taken and self._twice:  # else no gradient is taken that could be differentiated again
-                # What comes before the first of them is differentiated once, by PyTorch's own operators.
+            if self._twice:  # else no gradient is taken that could be differentiated again
+                # What comes before the first of them is differentiated once.
                 at_once = INPUT in taken or (SPATIAL in taken and self._map is None)
-                self._begin = self._operators.enter_context(twice_differentiable(self._phase, at_once))
+                self._begin = self._operators.enter_context(operators(self._model, self._phase, bool(taken), at_once))
         except BaseException:
             self.close()
             raise

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from attrreg.ops import depthwise, pointwise, strided
-from attrreg.ops.channels import adjacent, layout, of_convolution, suggested
-from attrreg.ops.linear import linear, product
+from attrreg.ops import depthwise, patches, pointwise, strided
+from attrreg.ops.channels import adjacent, layout, of_convolution
+from attrreg.ops.linear import PLAIN, linear, product
+from attrreg.ops.patches import each
 from attrreg.ops.phase import Phase, wanted
 
 aten = torch.ops.aten
@@ -95,10 +96,6 @@ class Convolution:
         return gw
 
 
-def _each(value: int | Sequence[int], axes: int) -> list[int]:
-    return [value] * axes if isinstance(value, int) else list(value) * (axes if len(value) == 1 else 1)
-
-
 @lru_cache(maxsize=4096)  # to find out costs as much as a small convolution
 def _convolution(
     image: tuple[int, ...],
@@ -127,7 +124,7 @@ def _convolution(
         output_padding: see stride.
     """
     axes = len(weight) - 2
-    numbers = [_each(value, axes) for value in (stride, padding, dilation, output_padding)]
+    numbers = [each(value, axes) for value in (stride, padding, dilation, output_padding)]
     settings = Convolution(numbers[0], numbers[1], numbers[2], numbers[3], transposed, groups)
     if not products or transposed or 0 in image:
         return settings
@@ -242,6 +239,16 @@ def _hashable(value: Any) -> Any:
     return tuple(map(int, value)) if isinstance(value, Sequence) else int(value)
 
 
+def _kind(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, *rest: Any) -> tuple[Convolution, bool]:
+    """What to compute with, and whether images are laid out in channels last."""
+    # On the CPU, in the types that its kernels for convolutions are slow in.
+    products = x.device.type == "cpu" and x.dtype in PRODUCTS
+    format = of_convolution(x, w) if groups == 1 and w.shape[2:].numel() == 1 else None
+    channels_last = adjacent(x) if format is None else format == torch.channels_last
+    products = products and format != torch.channels_last_3d
+    return _convolution(x.shape, w.shape, stride, padding, dilation, groups, products, channels_last, *rest), channels_last
+
+
 def _apply(x: Tensor, w: Tensor, b: Tensor | None, phase: Phase, *settings: Any) -> Tensor:
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -251,13 +258,7 @@ def _apply(x: Tensor, w: Tensor, b: Tensor | None, phase: Phase, *settings: Any)
             return _apply(x.to(dtype), w.to(dtype), b if b is None else b.to(dtype), phase, *settings)
     if x.dim() < w.dim():
         return _apply(x.unsqueeze(0), w, b, phase, *settings).squeeze(0)
-    stride, padding, dilation, groups, *rest = settings
-    # On the CPU, in the types that its kernels for convolutions are slow in.
-    products = device == "cpu" and x.dtype in PRODUCTS
-    format = of_convolution(x, w) if groups == 1 and w.shape[2:].numel() == 1 else None
-    channels_last = adjacent(x) if format is None else format == torch.channels_last
-    products = products and format != torch.channels_last_3d
-    kind = _convolution(x.shape, w.shape, stride, padding, dilation, groups, products, channels_last, *rest)
+    kind, channels_last = _kind(x, w, *settings)
     if kind.pixels and channels_last:
         x = x.contiguous(memory_format=torch.channels_last)  # products of pixels know whole images only
     if kind.pixels and x.shape[2:].numel() == 1:  # a linear layer: nodes of PyTorch's own start faster than ours
@@ -281,15 +282,15 @@ def convolve(
 ) -> Tensor:
     """`F.conv1d`, `F.conv2d`, `F.conv3d`."""
     stride, padding, dilation = _hashable(stride), _hashable(padding), _hashable(dilation)
-    refused = padding == "same" and {1} != set(_each(stride, weight.dim() - 2))
+    refused = padding == "same" and {1} != set(each(stride, weight.dim() - 2))
     if input.is_complex() or refused:  # of complex ones PyTorch makes several
         function = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
         return function(input, weight, bias, stride, padding, dilation, groups)
-    if _is_patches(input.dim(), tuple(weight.shape), stride, padding, dilation, groups):
-        return _patches(phase, input, weight, bias)
+    if patches.are(input.dim(), tuple(weight.shape), stride, padding, dilation, groups):
+        return patches.convolve(phase, input, weight, bias)
     if padding == "same":
         axes = weight.dim() - 2
-        total = [d * (k - 1) for d, k in zip(_each(dilation, axes), weight.shape[2:], strict=True)]
+        total = [d * (k - 1) for d, k in zip(each(dilation, axes), weight.shape[2:], strict=True)]
         if any(t % 2 for t in total):  # the far side gets the one more
             input = F.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
         padding = tuple(t // 2 for t in total)
@@ -298,33 +299,24 @@ def convolve(
     return _apply(input, weight, bias, phase, stride, padding, dilation, groups)
 
 
-@lru_cache(maxsize=4096)
-def _is_patches(dim: int, weight: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
-    """Whether a convolution looks at patches that do not overlap, and at more than a pixel each."""
-    if dim != 4 or len(weight) != 4 or groups != 1:
-        return False
-    kernel = list(weight[2:])
-    padded = padding != "valid" and (padding == "same" or any(_each(padding, 2)))
-    return kernel == _each(stride, 2) and min(kernel) > 1 and not padded and _each(dilation, 2) == [1, 1]
-
-
-def _patches(phase: Phase, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    # A matrix product: the input gradient of such a convolution, an ordinary training step's never, is slow on the CPU.
-    n, channels, height, width = x.shape
-    high, wide = w.shape[2:]
-    laid_out = x.device.type == "cpu" or x.dtype != torch.float64  # for which cuDNN has no kernels of this layout
-    channels_last = laid_out and of_convolution(x, w) == torch.channels_last
-    rows, columns = height // high, width // wide
-    if channels_last and suggested(x) == torch.channels_last and x.numel() > w.numel():
-        # Runs of channels stay whole, and the weight, the smaller one, is laid out like them.
-        x = x.permute(0, 2, 3, 1)[:, : rows * high, : columns * wide]
-        x, w = x.reshape(n, rows, high, columns, wide, channels).permute(0, 1, 3, 2, 4, 5), w.permute(0, 2, 3, 1)
-    else:
-        x = x[:, :, : rows * high, : columns * wide]
-        x = x.reshape(n, channels, rows, high, columns, wide).permute(0, 2, 4, 1, 3, 5)
-    y = linear(phase, x.reshape(n, rows, columns, channels * high * wide), w.flatten(1), b)
-    # Laid out as a convolution would: code that follows may take a `view`.
-    return y.permute(0, 3, 1, 2) if channels_last else y.permute(0, 3, 1, 2).contiguous()
+def convolve_if_faster(
+    phase: Phase,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`F.conv2d`, as it is where that is no slower when differentiated once."""
+    plain = type(input) in PLAIN and type(weight) in PLAIN and input.dtype == weight.dtype in PRODUCTS
+    if plain and input.dim() == weight.dim() and not isinstance(padding, str) and not torch.is_autocast_enabled(input.device.type):
+        stride, padding, dilation = _hashable(stride), _hashable(padding), _hashable(dilation)
+        kind, _ = _kind(input, weight, stride, padding, dilation, groups)
+        if kind.pixels or kind.weight_product is not None:
+            return convolve(phase, input, weight, bias, stride, padding, dilation, groups)
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def convolve_transposed(

@@ -1,0 +1,102 @@
+"""Convolutions that are faster than PyTorch's own even where nothing is differentiated twice; they are exact at every order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+
+from attrreg.ops import conv, depthwise
+from attrreg.ops.modes import checkpoints_recompute_inside, set_stack, twice_differentiable
+from attrreg.ops.phase import Phase
+from attrreg.walk import modules
+
+
+@contextmanager
+def operators(model: nn.Module, phase: Phase, twice: bool, at_once: bool) -> Iterator[Callable[[], None]]:
+    """Compute what is differentiated once as fast as can be, and the rest with operators that have a second derivative.
+
+    Args:
+        model: what will compute.
+        phase: see `twice_differentiable`.
+        twice: the latter are needed.
+        at_once: from the start, and not only from the call on of what this yields.
+    """
+    with ExitStack() as entered:
+        leave = begin = nothing
+        if not (twice and at_once):
+            leave = entered.enter_context(_faster(model, phase))
+        if twice:
+            begin = entered.enter_context(twice_differentiable(phase, at_once))
+
+        def go_on() -> None:
+            leave()
+            begin()
+
+        yield go_on
+
+
+def nothing() -> None:
+    """Does it."""
+
+
+class _Faster(TorchFunctionMode):
+    def __init__(self, phase: Phase) -> None:
+        super().__init__()
+        self._phase = phase
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.conv2d and torch._C._functorch.peek_interpreter_stack() is None:
+            return conv.convolve_if_faster(self._phase, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _may_gain(layer: nn.Module) -> bool:
+    # A bias tells squeeze-and-excitation, whose layers have a single position, from what batch normalisation follows.
+    weight = layer._parameters.get("weight")  # not the attribute: where that is computed, to ask for it may change buffers
+    if not isinstance(layer, nn.Conv2d) or weight is None or weight.device.type != "cpu":
+        return False
+    if layer.groups == 1:
+        return layer.kernel_size == (1, 1) and layer._parameters.get("bias") is not None
+    return layer.groups == layer.in_channels and layer.kernel_size[1] >= depthwise.WIDE
+
+
+@contextmanager
+def _faster(model: nn.Module, phase: Phase) -> Iterator[Callable[[], None]]:
+    """Until what this yields is called, or the first checkpointed block starts: that is recomputed when all this is over.
+
+    The mode is on in layers that may gain and nowhere else: PyTorch shows it every call, a few percent of a pass of small layers.
+    """
+    mode, there = _Faster(phase), True
+
+    def before(layer: nn.Module, args: Any) -> None:
+        if there:
+            _push_mode(mode)
+
+    def after(layer: nn.Module, args: Any, output: Any) -> None:
+        if _get_current_function_mode_stack()[-1:] == [mode]:
+            _pop_mode()
+
+    def leave() -> None:
+        nonlocal there
+        there = False
+
+    handles = []
+    try:
+        for layer in filter(_may_gain, modules(model)):
+            handles += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after, prepend=True)]
+        with checkpoints_recompute_inside(nullcontext, leave) if handles else nullcontext():
+            yield leave
+    finally:
+        for handle in handles:
+            handle.remove()
+        stack = _get_current_function_mode_stack()
+        if mode in stack:  # a layer failed
+            set_stack([entered for entered in stack if entered is not mode])

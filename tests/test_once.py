@@ -1,0 +1,201 @@
+"""Convolutions of passes that are differentiated once: the faster ones, with PyTorch's values, and nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils.checkpoint import checkpoint
+
+from attrreg import ActivationDifference, GradCAM, baselines
+from attrreg.ops import Phase, conv, once, operators
+from tests.models import DEVICE, assert_close, batch, gradients
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the CPU's")
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+class Squeeze(nn.Module):
+    """Squeeze-and-excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights: Tensor = x * self.up(F.silu(self.down(x.mean((2, 3), keepdim=True)))).sigmoid()
+        return weights
+
+
+class Block(nn.Module):
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.wide = nn.Conv2d(8, 8, 5, padding=2, groups=8, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.squeeze = Squeeze()
+
+    def inside(self, x: Tensor) -> Tensor:
+        result: Tensor = self.squeeze(F.silu(self.norm(self.wide(x))))
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = checkpoint(self.inside, x, use_reentrant=False) if self.checkpointed else self.inside(x)
+        return result
+
+
+class Net(nn.Module):
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.blocks = nn.Sequential(Block(), Block(checkpointed), Block())
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.blocks(self.stem(x)).mean((2, 3)))
+        return logits
+
+
+@contextmanager
+def counted() -> Iterator[list[tuple[int, ...]]]:
+    """The weights of the convolutions that were ours."""
+    ours: list[tuple[int, ...]] = []
+
+    def convolve(phase: Phase, input: Tensor, weight: Tensor, *settings: Any) -> Tensor:
+        ours.append(tuple(weight.shape))
+        return original(phase, input, weight, *settings)
+
+    original = conv.convolve
+    with patch.object(conv, "convolve", convolve):
+        yield ours
+
+
+@contextmanager
+def pytorch_alone() -> Iterator[None]:
+    with patch.object(once, "_may_gain", lambda layer: False):
+        yield
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    "reg", [ActivationDifference("blocks.1", fill=baselines.Zero()), GradCAM(layer="blocks.2")], ids=["difference", "map"]
+)
+def test_gradients_are_pytorchs(reg: Any, dtype: torch.dtype, attached: bool, checkpointed: bool) -> None:
+    model, (x, mask, target) = Net(checkpointed).to(dtype), batch(dtype=dtype)
+
+    def step() -> list[Tensor]:
+        model.blocks[1].norm.reset_running_stats()  # type: ignore[operator, union-attr]
+        if not attached:
+            return gradients(model, reg(model, x, mask, target=target))
+        with reg.attach(model):
+            logits = model(x)
+            return gradients(model, F.cross_entropy(logits, target) + reg(model, x, mask, target=target))
+
+    with counted() as ours:
+        got = step()
+    with counted() as none, pytorch_alone():
+        want = step()
+    assert_close(got, want, TOLERANCE[dtype])
+    assert ours.count((8, 1, 5, 5)) > none.count((8, 1, 5, 5))
+    assert ours.count((4, 8, 1, 1)) > none.count((4, 8, 1, 1))
+
+
+def test_what_is_no_faster_stays() -> None:
+    layers = [
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),  # PyTorch's weight gradients are fast
+        nn.Conv2d(8, 8, 1, bias=False),
+        nn.Conv2d(8, 8, 5, padding=2, groups=8, padding_mode="reflect"),
+        nn.Conv2d(256, 256, 1),
+    ]
+    x = torch.randn(2, 8, 12, 12)
+    with counted() as ours, operators(nn.ModuleList(layers), Phase(), False, False):
+        for layer in layers[:3]:
+            layer(x)
+        layers[3](torch.randn(2, 256, 12, 12))
+    assert ours == [(8, 1, 5, 5)]
+
+
+def test_autocast_and_strings_of_padding_are_pytorchs() -> None:
+    layer = nn.Conv2d(8, 8, 5, padding="same", groups=8)
+    with counted() as ours, operators(layer, Phase(), False, False):
+        layer(torch.randn(2, 8, 6, 6))
+        with torch.autocast("cpu"):
+            assert nn.Conv2d(8, 8, 1)(torch.randn(2, 8, 1, 1)).dtype == torch.bfloat16
+    assert not ours
+
+
+class Sees(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_of_others_stay() -> None:
+    model, x, sees = Net(), batch()[0], Sees()
+    with sees, counted() as ours, operators(model, Phase(), False, False):
+        model(x)
+        assert _get_current_function_mode_stack() == [sees]
+    assert ours
+    assert F.linear in sees.seen
+
+
+class Fails(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        raise ArithmeticError("from inside a layer")
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_layer_that_fails_leaves_nothing(attached: bool) -> None:
+    model, (x, mask, _) = Net(), batch()
+    model.blocks[1].squeeze.up = Fails(4, 8, 1)  # type: ignore[union-attr]
+    reg = ActivationDifference("blocks.2")
+    with pytest.raises(ArithmeticError):
+        if attached:
+            with reg.attach(model):
+                model(x)
+        else:
+            reg(model, x, mask)
+    assert not _get_current_function_mode_stack()
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_layers_inside_layers() -> None:
+    class Adapted(nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(8, 8, 5, padding=2, groups=8)
+            self.base = nn.Conv2d(8, 8, 5, padding=2, groups=8)
+
+        def forward(self, input: Tensor) -> Tensor:
+            result: Tensor = super().forward(input) + self.base(input)
+            return result
+
+    model, x = Adapted(), torch.randn(2, 8, 6, 6)
+    with counted() as ours, operators(model, Phase(), False, False):
+        got = model(x)
+        assert not _get_current_function_mode_stack()
+    assert len(ours) == 2
+    torch.testing.assert_close(got, model(x))
+
+
+def test_parametrized_weights_are_not_asked_for() -> None:
+    model = spectral_norm(nn.Conv2d(8, 8, 5, padding=2, groups=8)).train()
+    before = [buffer.clone() for buffer in model.buffers()]
+    with operators(model, Phase(), False, False):
+        pass
+    for buffer, was in zip(model.buffers(), before, strict=True):
+        torch.testing.assert_close(buffer, was, rtol=0, atol=0)
