@@ -28,21 +28,17 @@ def operators(model: nn.Module, phase: Phase, twice: bool, at_once: bool) -> Ite
         at_once: from the start, and not only from the call on of what this yields.
     """
     with ExitStack() as entered:
-        leave = begin = nothing
+        steps: list[Callable[[], None]] = []
         if not (twice and at_once):
-            leave = entered.enter_context(_faster(model, phase))
+            steps.append(entered.enter_context(_faster(model, phase)))
         if twice:
-            begin = entered.enter_context(twice_differentiable(phase, at_once))
+            steps.append(entered.enter_context(twice_differentiable(phase, at_once)))
 
         def go_on() -> None:
-            leave()
-            begin()
+            for step in steps:
+                step()
 
         yield go_on
-
-
-def nothing() -> None:
-    """Does it."""
 
 
 class _Faster(TorchFunctionMode):
