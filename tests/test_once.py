@@ -126,6 +126,16 @@ def test_what_is_no_faster_stays() -> None:
     assert ours == [(8, 1, 5, 5)]
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 5, padding=2, groups=8)])
+def test_calls_by_name_and_mistakes_are_pytorchs(layer: nn.Conv2d) -> None:
+    x = torch.randn(2, 8, 1, 1)
+    with operators(layer, Phase(), False, False):
+        torch.testing.assert_close(layer(input=x), layer(x))
+        for arguments in ((), ("no tensor",)):
+            with pytest.raises(TypeError, match=r"missing|invalid combination"):
+                layer(*arguments)
+
+
 def test_autocast_and_strings_of_padding_are_pytorchs() -> None:
     layer = nn.Conv2d(8, 8, 5, padding="same", groups=8)
     with counted() as ours, operators(layer, Phase(), False, False):

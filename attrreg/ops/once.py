@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from attrreg.ops import conv, depthwise
+from attrreg.ops import conv, depthwise, pointwise
 from attrreg.ops.modes import checkpoints_recompute_inside, set_stack, twice_differentiable
 from attrreg.ops.phase import Phase
 from attrreg.walk import modules
@@ -55,13 +55,18 @@ class _Faster(TorchFunctionMode):
 
 
 def _may_gain(layer: nn.Module) -> bool:
-    # A bias tells squeeze-and-excitation, whose layers have a single position, from what batch normalisation follows.
+    # A bias tells squeeze-and-excitation from what batch normalisation follows.
     weight = layer._parameters.get("weight")  # not the attribute: where that is computed, to ask for it may change buffers
     if not isinstance(layer, nn.Conv2d) or weight is None or weight.device.type != "cpu":
         return False
     if layer.groups == 1:
         return layer.kernel_size == (1, 1) and layer._parameters.get("bias") is not None
-    return layer.groups == layer.in_channels and layer.kernel_size[1] >= depthwise.WIDE
+    return layer.groups == layer.in_channels and min(layer.kernel_size) >= depthwise.WIDE
+
+
+def _gains(layer: nn.Module, args: tuple[Any, ...]) -> bool:
+    """Whether one that may does on these images, of which there are few positions in squeeze-and-excitation."""
+    return layer.groups != 1 or (bool(args) and isinstance(args[0], Tensor) and args[0].shape[-2:].numel() <= pointwise.FEW)
 
 
 @contextmanager
@@ -73,7 +78,7 @@ def _faster(model: nn.Module, phase: Phase) -> Iterator[Callable[[], None]]:
     mode, there = _Faster(phase), True
 
     def before(layer: nn.Module, args: Any) -> None:
-        if there:
+        if there and _gains(layer, args):
             _push_mode(mode)
 
     def after(layer: nn.Module, args: Any, output: Any) -> None:
