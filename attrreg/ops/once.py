@@ -66,6 +66,7 @@ def _may_gain(layer: nn.Module) -> bool:
 
 def _gains(layer: nn.Module, args: tuple[Any, ...]) -> bool:
     """Whether one that may does on these images, of which there are few positions in squeeze-and-excitation."""
+    assert isinstance(layer, nn.Conv2d)
     return layer.groups != 1 or (bool(args) and isinstance(args[0], Tensor) and args[0].shape[-2:].numel() <= pointwise.FEW)
 
 
