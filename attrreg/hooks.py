@@ -138,7 +138,7 @@ class Tap:
             self._register()
             self._operators.enter_context(checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra)))
             taken = {site for site, gradient in self._sites.items() if gradient}
-            if self._twice:  # else no gradient is taken that could be differentiated again
+            if self._twice:  # else the model computes as it does by itself
                 # What comes before the first of them is differentiated once.
                 at_once = INPUT in taken or (SPATIAL in taken and self._map is None)
                 self._begin = self._operators.enter_context(operators(self._model, self._phase, bool(taken), at_once))

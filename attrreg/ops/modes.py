@@ -97,7 +97,7 @@ def twice_differentiable(phase: Phase, at_once: bool = True) -> Iterator[Callabl
         if not begun:
             begun = True
             stack = _get_current_function_mode_stack()  # the model may be inside modes and choices of its own, and leaves them from the top
-            set_stack([*stack[:depth], mode, *stack[depth:]])
+            _set_stack([*stack[:depth], mode, *stack[depth:]])
             _sdpa_kernel([SDPBackend.MATH])
 
     def start() -> None:
@@ -113,7 +113,7 @@ def twice_differentiable(phase: Phase, at_once: bool = True) -> Iterator[Callabl
             yield begin
     finally:
         if begun:
-            set_stack([entered for entered in _get_current_function_mode_stack() if entered is not mode])
+            take_off(mode)
             _sdpa_kernel(backends)
 
 
@@ -123,8 +123,14 @@ def _operators(phase: Phase) -> Iterator[None]:
         yield
 
 
-def set_stack(modes: list[TorchFunctionMode]) -> None:
-    """Make these the function modes that are on."""
+def take_off(mode: TorchFunctionMode) -> None:
+    """Take a function mode off wherever it is, if it is on."""
+    stack = _get_current_function_mode_stack()
+    if mode in stack:
+        _set_stack([entered for entered in stack if entered is not mode])
+
+
+def _set_stack(modes: list[TorchFunctionMode]) -> None:
     for _ in _get_current_function_mode_stack():
         _pop_mode()
     for mode in modes:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from attrreg.ops import conv, depthwise, pointwise
-from attrreg.ops.modes import checkpoints_recompute_inside, set_stack, twice_differentiable
+from attrreg.ops.modes import checkpoints_recompute_inside, take_off, twice_differentiable
 from attrreg.ops.phase import Phase
 from attrreg.walk import modules
 
@@ -55,11 +55,12 @@ class _Faster(TorchFunctionMode):
 
 
 def _may_gain(layer: nn.Module) -> bool:
-    # A bias tells squeeze-and-excitation from what batch normalisation follows.
-    weight = layer._parameters.get("weight")  # not the attribute: where that is computed, to ask for it may change buffers
-    if not isinstance(layer, nn.Conv2d) or weight is None or weight.device.type != "cpu":
+    if not isinstance(layer, nn.Conv2d):
         return False
-    if layer.groups == 1:
+    weight = layer._parameters.get("weight")  # not the attribute: where that is computed, to ask for it may change buffers
+    if weight is None or weight.device.type != "cpu":
+        return False
+    if layer.groups == 1:  # a bias tells squeeze-and-excitation from what batch normalisation follows
         return layer.kernel_size == (1, 1) and layer._parameters.get("bias") is not None
     return layer.groups == layer.in_channels and min(layer.kernel_size) >= depthwise.WIDE
 
@@ -99,6 +100,4 @@ def _faster(model: nn.Module, phase: Phase) -> Iterator[Callable[[], None]]:
     finally:
         for handle in handles:
             handle.remove()
-        stack = _get_current_function_mode_stack()
-        if mode in stack:  # a layer failed
-            set_stack([entered for entered in stack if entered is not mode])
+        take_off(mode)  # which is on where a layer failed
