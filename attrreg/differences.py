@@ -49,12 +49,12 @@ class Differences:
 
     def leaves(self, recording: hooks.Recording, score: Score, wanted: list[str], found: list[Tensor], replay: Rng) -> list[Tensor]:
         """The gradients found at the wanted sites, as leaves to be moved by."""
-        leaves = [gradient.detach().requires_grad_() for gradient in found]
-        places = [self.runner.at(recording, site).detach() for site in wanted]
         names = [self.runner.map if site == sites.SPATIAL else site for site in wanted]
-        score = self.runner.chosen(recording, score)
-        self._taken.append(Taken(recording.x, score, dict(zip(names, places, strict=True)), leaves, replay))
-        return leaves
+        # The automatic layer may be asked for by its name too. Moved is one layer once, by what both terms make of its gradient.
+        leaves = {name: gradient.detach().requires_grad_() for name, gradient in zip(names, found, strict=True)}
+        places = {name: self.runner.at(recording, site).detach() for name, site in zip(names, wanted, strict=True)}
+        self._taken.append(Taken(recording.x, self.runner.chosen(recording, score), places, list(leaves.values()), replay))
+        return [leaves[name] for name in names]
 
     def differentiated(self, total: Tensor) -> Tensor:
         """The penalty with its gradient through the leaves.

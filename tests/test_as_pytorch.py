@@ -77,6 +77,7 @@ OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "group norm": lambda x: F.group_norm(x, 1, *_channels(x)),
     "group norm, plain": lambda x: F.group_norm(x, 1),
     "group norm, bias": lambda x: F.group_norm(x, 1, None, _channels(x)[0]),
+    "instance norm": lambda x: F.instance_norm(x, None, None, *_channels(x)),
     "batch norm": lambda x: F.batch_norm(x, None, None, *_channels(x), training=True),
     "batch norm, eval": lambda x: F.batch_norm(x, *_channels(x)),
     "batch norm of tokens, eval": lambda x: F.batch_norm(x.flatten(2).mT.contiguous().mT, *_channels(x)),
@@ -113,7 +114,7 @@ def test_results_are_laid_out_as_pytorchs(name: str, x: Tensor) -> None:
     """A dropout that follows draws in the order of memory, and a `view` wants it."""
     try:
         want = OPERATORS[name](x)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return  # such images PyTorch does not take either
     for images in (x, x.detach().requires_grad_()):
         got = ours(OPERATORS[name], images)
@@ -141,6 +142,7 @@ IN_PLACE_AFTER = {
     "hardswish": F.hardswish,
     "normalize": F.normalize,
     "group norm": lambda h: F.group_norm(h, 2),
+    "instance norm": F.instance_norm,
     "layer norm": lambda h: F.layer_norm(h, (SIDE, SIDE)),
     "rms norm": lambda h: F.rms_norm(h, (SIDE,)),
     "batch norm": lambda h: F.batch_norm(h, None, None, training=True),
@@ -281,6 +283,7 @@ HALF: dict[str, Callable[[Tensor], Tensor]] = {
     "convolution": lambda h: F.conv2d(h, _weights(8, C, 3, 3).to(h.dtype) / 12),
     "attention": lambda h: F.scaled_dot_product_attention(h, h, h),
     "group norm": lambda h: F.group_norm(h, 2),
+    "instance norm": F.instance_norm,
 }
 
 

@@ -24,6 +24,7 @@ REGULARIZERS: dict[str, AttributionRegularizer] = {
     "expected_gradients": attrreg.ExpectedGradients(samples=2, baseline=baselines.Noise()),
     "gradcam": attrreg.GradCAM(layer="body"),
     "gradcam_auto": attrreg.GradCAM(),
+    "gradcam_auto_and_by_name": attrreg.GradCAM() + attrreg.GradCAM(layer="body").named("by name"),
     "activation_difference": attrreg.ActivationDifference(),
     "random_projection": attrreg.InputGradient(score=scores.RandomProjection()),
     "integrated_gradients_from_a_zero_image": attrreg.IntegratedGradients(steps=3, rule="riemann_left"),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from attrreg.ops import Phase, strided, twice_differentiable
 from attrreg.ops.channels import CHANNELS_LAST
@@ -203,6 +203,12 @@ LAYERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "layer norm, strided": (lambda x, w, b: F.layer_norm(x.transpose(1, 2), (5,), w, b), [(4, 5, 6), (5,), (5,)]),
     "group norm": (lambda x, w, b: F.group_norm(x, 3, w, b), [(4, 6, 3, 5), (6,), (6,)]),
     "group norm without weight": (lambda x: F.group_norm(x, 1), [(4, 6, 3)]),
+    "instance norm": (lambda x, w, b: F.instance_norm(x, None, None, w, b), [(4, 6, 3, 5), (6,), (6,)]),
+    "instance norm without weight": (lambda x: F.instance_norm(x, eps=0.1), [(4, 6, 3)]),
+    "instance norm, eval": (
+        lambda x, w, b: F.instance_norm(x, MEAN.to(x.dtype), VARIANCE.to(x.dtype), w, b, use_input_stats=False),
+        [(4, 6, 3), (6,), (6,)],
+    ),
     "relu": (F.relu, [(4, 6)]),
     "relu in place": (lambda x: (x * 1).relu_(), [(4, 6)]),
     "relu in place of a view": (lambda x: F.relu((x * 1)[1:], inplace=True), [(4, 6)]),
@@ -250,6 +256,7 @@ def test_layers_equal_pytorchs_double_backward(name: str, dtype: torch.dtype, to
     [
         pytest.param(lambda x: F.group_norm(x, 3, torch.ones(6), torch.zeros(6)), id="group norm"),
         pytest.param(lambda x: F.group_norm(x, 1), id="group norm without weight"),
+        pytest.param(F.instance_norm, id="instance norm"),
         pytest.param(lambda x: F.batch_norm(x, None, None, training=True), id="batch norm"),
         pytest.param(lambda x: F.batch_norm(x, torch.zeros(6), torch.ones(6)), id="batch norm, eval"),
         pytest.param(F.relu, id="relu"),
@@ -269,12 +276,33 @@ def test_channels_last_stay_last_where_pytorchs_do(function: Any, axes: int) -> 
         assert function(x).stride() == expected.stride()  # a dropout that follows draws in the order of memory
 
 
+def test_instance_norm_moves_the_statistics_that_it_keeps_as_pytorch_does() -> None:
+    layers = [nn.InstanceNorm2d(6, affine=True, track_running_stats=True) for _ in range(2)]
+    x = torch.randn(4, 6, 3, 5)
+    with twice_differentiable(Phase()):
+        got = layers[0](x)
+    torch.testing.assert_close(got, layers[1](x), rtol=0, atol=0)
+    torch.testing.assert_close(layers[0].state_dict(), layers[1].state_dict(), rtol=0, atol=0)
+
+
+def test_instance_norm_of_one_image_takes_gradients_in_any_layout() -> None:
+    # PyTorch's own, of 2.14, reads a gradient with channels last by the strides of another.
+    x = torch.randn(1, 6, 3, 5, dtype=torch.float64, requires_grad=True)
+    gradient = torch.randn(1, 6, 3, 5, dtype=torch.float64)
+    with twice_differentiable(Phase()):
+        found = [
+            torch.autograd.grad(F.instance_norm(x), x, gradient.contiguous(memory_format=kind))[0]
+            for kind in (torch.contiguous_format, torch.channels_last)
+        ]
+    torch.testing.assert_close(found[1], found[0])
+
+
 def _filtered(x: Tensor, side: int, **settings: Any) -> Tensor:
     convolve = F.conv2d if x.dim() == 4 else F.conv3d
     return convolve(x, torch.ones(4, 6, *[side] * (x.dim() - 2)), **settings)
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if " norm" in name])
+@pytest.mark.parametrize("name", [name for name in LAYERS if " norm" in name and not name.startswith("instance")])
 def test_normalisations_take_an_empty_batch_as_pytorch_does(name: str) -> None:
     function, (images, *others) = LAYERS[name]
     found = []

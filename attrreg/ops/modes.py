@@ -46,6 +46,7 @@ WITH_PHASE: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.batch_norm: batch_norm.batch_norm,
     F.layer_norm: norm.layer_norm,
     F.group_norm: norm.group_norm,
+    F.instance_norm: norm.instance_norm,
     F.rms_norm: norm.rms_norm,
 }
 

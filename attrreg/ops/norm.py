@@ -133,6 +133,26 @@ def group_norm(
     return affine(y, scale, bias if bias is not None else torch.zeros_like(scale))
 
 
+def instance_norm(
+    phase: Phase,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.instance_norm`: a group norm of one channel a group, where nothing is kept for later images."""
+    own = use_input_stats and running_mean is None and running_var is None
+    kinds = {values.dtype for values in (input, weight, bias) if values is not None}
+    alike = kinds in ({torch.float32}, {torch.float64})
+    if not (own and alike and input.numel()) or input.shape[2:].numel() == 1:  # PyTorch refuses a single position
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return group_norm(phase, input.contiguous(), input.shape[1], weight, bias, eps)
+
+
 class _RMSNorm(Function):
     """As layer normalisation with a mean of zero."""
 
