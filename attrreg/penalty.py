@@ -111,7 +111,8 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
                     "over channels and pixels only."
                 )
             _check_trainable(term.name, per_image, given)
-            parts[term.name] = term.weight * call.annotation.mean(per_image, term.reduction)
+            wide = per_image.to(masks.penalty_dtype(per_image.dtype))
+            parts[term.name] = term.weight * call.annotation.mean(wide, term.reduction)
         total = trace.differentiated(torch.stack([part.to(next(iter(parts.values())).dtype) for part in parts.values()]).sum())
         distributed.prepare_backward(call.entry, total, engine.twice and any(isinstance(need, Grad) for need in needs))
         trace.commit()

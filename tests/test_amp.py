@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 import attrreg
 from attrreg import engines, objectives, scores
+from attrreg.needs import Need, Value
 from attrreg.ops import Phase, twice_differentiable
-from attrreg.regularizer import AttributionRegularizer
+from attrreg.regularizer import AttributionRegularizer, SingleRegularizer
+from attrreg.sites import OUTPUT
+from attrreg.trace import Trace
 from tests.models import DEVICE, FAMILIES, Family, SmoothNet, batch, gradients
 
 HALF = [torch.bfloat16, torch.float16]
@@ -99,10 +102,11 @@ def test_gradients_that_grow_on_their_way_survive_float16() -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", ["layer norm of a constant", "gelu", "gelu tanh", "silu"])
+@pytest.mark.parametrize("name", ["layer norm of a constant", "instance norm of a constant", "gelu", "gelu tanh", "silu"])
 def test_second_derivatives_do_not_overflow(name: str, dtype: torch.dtype) -> None:
     functions: dict[str, Any] = {
         "layer norm of a constant": lambda x: F.layer_norm(x, (8,), eps=1e-6),
+        "instance norm of a constant": lambda x: F.instance_norm(x[None], eps=1e-6)[0],
         "gelu": F.gelu,
         "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
         "silu": F.silu,
@@ -114,6 +118,31 @@ def test_second_derivatives_do_not_overflow(name: str, dtype: torch.dtype) -> No
     (slope,) = torch.autograd.grad(y.float().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad((slope * torch.linspace(0.5, 1, 8)).sum(), x)
     assert slope.isfinite().all() and second.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("inside", [True, False])
+def test_every_penalty_is_in_full_precision(dtype: torch.dtype, inside: bool) -> None:
+    model, (x, mask, target) = SmoothNet(), batch(3, channels=2, size=8, classes=3)
+    for regularizer in (attrreg.PGDEx(steps=1), attrreg.ActivationDifference(fill=ZERO), _OwnTerm()):
+        exact = regularizer(model, x, mask, target)
+        with regularizer.attach(model):
+            with torch.autocast(DEVICE, dtype):
+                model(x)
+                value = regularizer(model, x, mask, target) if inside else None
+            value = regularizer(model, x, mask, target) if value is None else value
+        assert value.dtype == torch.float32
+        assert float(value.detach()) == pytest.approx(float(exact.detach()), rel=0.01)
+
+
+class _OwnTerm(SingleRegularizer):
+    """A user's, who does not think of precision."""
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Value(OUTPUT),)
+
+    def per_image(self, trace: Trace) -> Tensor:
+        return trace.value(OUTPUT).square().sum(dim=1)
 
 
 # Recipes

@@ -71,7 +71,7 @@ class PGDEx(SingleRegularizer):
 
     def per_image(self, trace: Trace) -> Tensor:
         """The loss there."""
-        return self.loss(trace.value(OUTPUT, self._worst), trace.call.target)
+        return trace.score(self.loss, self._worst)
 
 
 def _is_number(value: Any) -> bool:
