@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from attrreg.penalty import Penalty
 from attrreg.points import At
 from attrreg.regularizer import SingleRegularizer, Sum
 from attrreg.sites import FEATURES, check_layer_name
+from attrreg.spec import is_number
 from attrreg.trace import Trace
 
 
@@ -74,10 +74,12 @@ class AdversarialInvariance:
         fill = Shuffle() if fill is None else fill
         if not isinstance(fill, Baseline):
             raise TypeError(f"fill must be a baselines.Baseline, got {type(fill).__name__}. Use baselines.Shuffle(), for example.")
+        if isinstance(hidden, str) or not isinstance(hidden, Sequence):
+            raise TypeError(f"hidden must be the widths of the hidden layers, got {hidden!r}. Write for example hidden=(1024,).")
         for name, value in (("every", every), *(("hidden", width) for width in hidden)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}. Give a positive integer.")
-        if not (math.isfinite(rate) and rate > 0):
+        if not is_number(rate) or rate <= 0:
             raise ValueError(f"rate must be a positive learning rate, got {rate!r}. Write for example rate=1e-3.")
         self._discriminator = _Discriminator(tuple(hidden), rate, seed)
         confusion = _Confusion(FEATURES if layer == "auto" else layer, fill, every, self._discriminator)
@@ -186,7 +188,7 @@ class _Discriminator:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self.step = state["step"]
+        self.step, self.width, self.network, self.optimizer = state["step"], 0, None, None  # a checkpoint may be older than the first call
         if state["network"] is not None:
             first = next(iter(state["network"].values()))
             self.build(state["width"], first.device, first.dtype)

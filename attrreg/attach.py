@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from attrreg.hooks import Recording, Tap
-from attrreg.sites import check_layer
+from attrreg.call import Call
+from attrreg.hooks import Tap
+from attrreg.recording import Recording
+from attrreg.sites import SPATIAL, check_layer
+from attrreg.walk import modules
 from attrreg.wrappers import compiled, compiling, unwrap
 
 
@@ -40,7 +44,10 @@ class Attachment:
         self._twice = twice
         self._tap: Tap | None = None
         self._recording: Recording | None = None
-        self._map: str | None = None
+        self._maps: dict[Any, tuple[Any, str] | None] = {}
+        self._called: tuple[Any, ...] = ()
+        self._recorded: tuple[dict[str, bool], str | None] = {}, None
+        self._again = False
         self.suspended = False
         self._watches: list[RemovableHandle] = []
         self._hooks: list[RemovableHandle] = []
@@ -75,17 +82,37 @@ class Attachment:
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return _inert, ()
 
-    def take(self, model: nn.Module, x: Tensor, sites: Mapping[str, bool], twice: bool) -> Recording | None:
-        """The recorded pass, if it is the one a call on `x` needs. It is given out once: its graph may be freed after."""
+    def take(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any) -> Recording | None:
+        """The recorded pass, if it is the one a call needs. It is given out once: its graph may be freed after.
+
+        Args:
+            call: the call.
+            sites: what it reads; True where it takes a gradient.
+            twice: it differentiates gradients.
+            asked: of the layer for `layer="auto"`: `runner.asked`; None: nothing.
+        """
         recording = self._recording
-        if recording is None or not recording.serves(model, x, sites, twice):
+        if recording is None:
+            return None
+        known = recording.conditions.asked if recording.conditions is not None else None
+        if SPATIAL in sites and known not in (None, asked):
+            self._maps[_kind(call.x, call.model)] = None  # there are several answers
+        if not recording.serves(call, sites, twice, asked):
             return None
         self._forget()
         return recording
 
-    def found_map(self, name: str) -> None:
-        """Say which layer `layer="auto"` turned out to be, so that later forwards record that one alone."""
-        self._map = name
+    def found_map(self, asked: Any, name: str, call: Call) -> None:
+        """Say which layer `layer="auto"` turned out to be, so that later forwards alike record that one alone."""
+        kind = _kind(call.x, call.model)
+        known = self._maps.get(kind, (asked, name))
+        self._maps[kind] = (asked, name) if known is not None and known[0] == asked else None
+
+    @property
+    def map(self) -> str | None:
+        """The layer that `layer="auto"` turned out to be for images of the last size that it was asked for; None: that is not known."""
+        known = next(reversed(self._maps.values()), None)
+        return None if known is None else known[1]
 
     @property
     def live(self) -> bool:
@@ -106,14 +133,23 @@ class Attachment:
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if self.suspended or not self.live or compiling():
             return None
-        self._discard()  # the last step's graph, and what an interrupted forward left
+        # In a backward, a checkpointed block runs again: as it did, and not as a new pass.
+        self._again = torch._C._current_graph_task_id() != -1
+        if not self._again:
+            self._discard()  # the last step's graph, and what an interrupted forward left
         arguments: dict[int | str, Any] = dict(enumerate(args)) | kwargs
         tensors = [(key, value) for key, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point()]
         images = next((item for item in tensors if item[1].dim() == 4), None)
         if not torch.is_grad_enabled() or images is None:
             return None
-        sites = self._sites if self._due() else {}  # of a skipped step the output alone, for `Scheduled.evaluate`
-        self._tap = Tap(model, sites, own=False, map=self._map, twice=self._twice)
+        if not self._again:
+            sites = self._sites if self._due() else {}  # of a skipped step the output alone, for `Scheduled.evaluate`
+            asked, map = self._maps.get(_kind(images[1], model)) or (None, None)
+            self._called, self._recorded = (args, kwargs, asked), (sites, map)
+            assert isinstance(model._forward_hooks, OrderedDict)
+            model._forward_hooks.move_to_end(self._hooks[1].id)  # others may change what the model returns
+        sites, map = self._recorded
+        self._tap = Tap(model, sites, own=False, map=map, twice=self._twice)
         arguments[images[0]] = self._tap.open(images[1])
         return tuple(arguments[i] for i in range(len(args))), {name: arguments[name] for name in kwargs}
 
@@ -122,10 +158,12 @@ class Attachment:
             return
         tap, self._tap = self._tap, None
         tap.close()
-        if output is None:  # the forward raised
+        if output is None or self._again:  # the forward raised, or repeats one
             return
-        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        self._recording = tap.recording(output)
+        parts = [part for leaf in tree_leaves(output) for part in (leaf, *getattr(leaf, "__dict__", {}).values())]
+        leaves = [part for part in parts if isinstance(part, Tensor) and part.requires_grad]
+        self._recording = tap.recording(output, *self._called)
+        self._called = ()
         for leaf in leaves:
             # A backward that reaches the output frees the graph: from then on a call must run its own forward.
             self._watches.append(leaf.register_hook(_Forget(self)))
@@ -152,12 +190,16 @@ def attached(model: nn.Module) -> Attachment | None:
     return None
 
 
-def recorded_output(model: nn.Module, x: Tensor) -> tuple[Any] | None:
-    """What the loop's own forward on `x` returned, if it was recorded."""
-    model = unwrap(model)
-    attachment = attached(model)
-    recording = attachment.take(model, x, {}, twice=False) if attachment is not None else None
+def recorded_output(call: Call) -> tuple[Any] | None:
+    """What the loop's own forward returned, if it was the one of a call and recorded."""
+    attachment = attached(call.model)
+    recording = attachment.take(call, {}, twice=False, asked=None) if attachment is not None else None
     return None if recording is None else (recording.returned,)
+
+
+def _kind(x: Tensor, model: nn.Module) -> Any:
+    """Forwards for which `layer="auto"` is one layer, as far as a forward knows."""
+    return x.shape[1:], model.training
 
 
 def _inert() -> Attachment:
@@ -168,13 +210,12 @@ def _inert() -> Attachment:
 
 @contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
-    """Run passes of our own, which an attachment must not take for the loop's."""
-    attachment = attached(model)
-    if attachment is None:
-        yield
-        return
-    attachment.suspended = True
+    """Run passes of our own, which an attachment, to the model or to a part of it, must not take for the loop's."""
+    found = [attachment for module in modules(model) if (attachment := attached(module)) is not None and not attachment.suspended]
+    for attachment in found:
+        attachment.suspended = True
     try:
         yield
     finally:
-        attachment.suspended = False
+        for attachment in found:
+            attachment.suspended = False

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attrreg import masks
-from attrreg.spec import Spec
+from attrreg.spec import Spec, is_number
 
 
 class Baseline(Spec, ABC):
@@ -123,8 +123,8 @@ class Blur(Baseline):
     sigma: float = 5.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.sigma) and self.sigma > 0):
-            raise ValueError(f"Blur(sigma={self.sigma}) is not a blur. Give a positive standard deviation in pixels.")
+        if not is_number(self.sigma) or self.sigma <= 0:
+            raise ValueError(f"Blur(sigma={self.sigma!r}) is not a blur. Give a positive standard deviation in pixels.")
 
     def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
         """Blurred `x`; the border is reflected."""
@@ -149,7 +149,7 @@ class Noise(Baseline):
     draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.std) and self.std >= 0 and math.isfinite(self.mean)):
+        if not (is_number(self.std) and self.std >= 0 and is_number(self.mean)):
             raise ValueError(f"{self!r} is not a normal distribution. Give a finite mean and a standard deviation of at least 0.")
 
     def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:

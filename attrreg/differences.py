@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attrreg import hooks, sites
+from attrreg import sites
 from attrreg.engines import Engine, FiniteDifference
 from attrreg.graph import trainable_leaves
+from attrreg.recording import Recording
 from attrreg.runner import Runner
 from attrreg.scores import Score
 from attrreg.state import Rng, full_precision, isolated
@@ -47,7 +48,7 @@ class Differences:
         self._engine = engine
         self._taken: list[Taken] = []
 
-    def leaves(self, recording: hooks.Recording, score: Score, wanted: list[str], found: list[Tensor], replay: Rng) -> list[Tensor]:
+    def leaves(self, recording: Recording, score: Score, wanted: list[str], found: list[Tensor], replay: Rng) -> list[Tensor]:
         """The gradients found at the wanted sites, as leaves to be moved by."""
         names = [self.runner.map if site == sites.SPATIAL else site for site in wanted]
         # The automatic layer may be asked for by its name too. Moved is one layer once, by what both terms make of its gradient.
@@ -114,6 +115,6 @@ class PathLeaves:
             recording = runner.forward(image, self.wanted)
         return [self._leaf(recording, score) for score in self.scores]
 
-    def _leaf(self, recording: hooks.Recording, score: Score) -> Tensor:
+    def _leaf(self, recording: Recording, score: Score) -> Tensor:
         found = self.differences.runner.backward(recording, score, [sites.INPUT], create_graph=False)
         return self.differences.leaves(recording, score, [sites.INPUT], found, self.replay)[0]

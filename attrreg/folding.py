@@ -15,10 +15,10 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from attrreg import sites
 from attrreg.distributed import sharded
-from attrreg.hooks import Recording
 from attrreg.ops.channels import dense, layout
 from attrreg.ops.draws import Draws
 from attrreg.part import couples
+from attrreg.recording import Recording
 from attrreg.runner import Runner
 from attrreg.scores import Score
 from attrreg.state import Rng, isolated

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-LEAF = "_attrreg_leaf"  # marks tensors that we made to be differentiated
+LEAF = "_attrreg_leaf"  # marks tensors that we made to be differentiated: its value is the phase of the pass
 
 
 def nodes(*values: Tensor) -> Iterator[Any]:
@@ -31,11 +31,11 @@ def trainable_leaves(*values: Tensor) -> Iterator[Tensor]:
             yield variable
 
 
-def leads_to_ours(node: Any) -> bool:
-    """Whether a gradient at a node would only reach a tensor that we made to be differentiated; quick where it would reach more."""
+def leads_to_ours(node: Any, phase: Any) -> bool:
+    """Whether a gradient at a node would only reach a tensor that a pass made to be differentiated; quick where it would reach more."""
     while len(following := node.next_functions) == 1 and following[0][0] is not None:
         ((node, _),) = following
-    return not following and hasattr(getattr(node, "variable", None), LEAF)
+    return not following and getattr(getattr(node, "variable", None), LEAF, None) is phase
 
 
 def read(total: Tensor, values: Sequence[Tensor]) -> list[bool]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -20,65 +19,14 @@ from attrreg.graph import LEAF
 from attrreg.ops import Phase, checkpoints_recompute_inside, operators
 from attrreg.ops.draws import Draws
 from attrreg.ops.rectify import Rule, rectify
-from attrreg.sites import FEATURES, INPUT, OUTPUT, SPATIAL, SPECIAL, varies
+from attrreg.recording import Conditions, Recording, kept
+from attrreg.sites import FEATURES, INPUT, SPATIAL, SPECIAL, varies
 from attrreg.state import Rng, own_buffers
 from attrreg.walk import modules
 
 MAPS = 128  # how many of the last maps are kept for layer="auto": more than the last block of any timm model has
 HEADS = 4  # how many of the last layers may belong to an auxiliary head, and one more
 PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-@dataclass(frozen=True)
-class Recording:
-    """What one forward computed.
-
-    Attributes:
-        x: the tensor that the model was called with, and `version` its state then.
-        twice: whether it can be differentiated twice.
-        values: at each recorded site, the tensor, with its graph.
-        problems: for each site that could not be recorded, why.
-        maps: for the site `SPATIAL`, the last layers whose output is a map, by name, in the order they ran; the known one
-            alone, if it is known.
-        features: for the site `FEATURES`, what entered and left each of the last few layers that could be it.
-        output: what the model returned, and `returned` what its wrappers made of that.
-        rng: the state from which the forward drew, to replay it.
-        state: of the model, to tell whether it is the same still; empty for a pass of our own.
-        phase: shared with the operators of the forward, to be told what a backward is for.
-        half: it ran in float16.
-    """
-
-    x: Tensor
-    version: int
-    values: dict[str, Tensor]
-    problems: Mapping[str, str]
-    maps: tuple[tuple[str, Tensor], ...]
-    features: tuple[tuple[Tensor, Tensor], ...]
-    output: Any
-    returned: Any
-    rng: Rng
-    state: tuple[int, ...]
-    phase: Phase
-    twice: bool
-    half: bool
-
-    @property
-    def draws(self) -> Draws:
-        """What the forward drew."""
-        assert self.phase.draws is not None  # since the tap was opened
-        return self.phase.draws
-
-    def serves(self, model: nn.Module, x: Tensor, sites: Mapping[str, bool], twice: bool) -> bool:
-        """Whether this is the pass that a call on `x` would run itself."""
-        if (twice and not self.twice) or self.x is not x or self.version != x._version or self.state != _state(model):
-            return False
-        for site, differentiated in sites.items():
-            value = self.values.get(site)
-            if site == OUTPUT or (site == SPATIAL and self.maps):
-                continue
-            if site not in self.problems and (value is None or (differentiated and not value.requires_grad)):
-                return False
-        return True
 
 
 class Tap:
@@ -133,6 +81,7 @@ class Tap:
         """Put the hooks in place, for a forward on `x`; returns the tensor to call the model with."""
         self._x, self._version, self._rng, self._half = x, x._version, Rng.of(x.device), _in_half(x)
         places, self._phase.rows = self._phase.places, x.shape[0]
+        self._phase.running = True
         self._phase.draws = Draws(x.shape[0] // places, places, self._rng)
         try:
             self._register()
@@ -146,7 +95,8 @@ class Tap:
             self.close()
             raise
         differentiated = self._sites.get(INPUT, False)
-        self._values[INPUT] = _differentiable(x) if differentiated else x
+        # Not x itself, whose hooks and `.grad` are for the gradient of the loss.
+        self._values[INPUT] = (x.view_as(x) if x.requires_grad else self._differentiable(x)) if differentiated else x
         # A copy, because a model may work on its input in place: that would change the caller's images, fail on a leaf, and
         # shift what is differentiated.
         return self._values[INPUT].clone() if differentiated or self._own else x
@@ -154,11 +104,12 @@ class Tap:
     def close(self) -> None:
         """Take the hooks away; safe to call twice."""
         self._operators.close()
+        self._phase.running = False
         while self._hooks:
             self._hooks.pop().remove()
 
-    def recording(self, output: Any) -> Recording:
-        """What was recorded, for a forward that returned `output`."""
+    def recording(self, output: Any, *called: Any) -> Recording:
+        """What was recorded, for a forward that returned `output`; of the loop's own, see `Conditions` for the rest."""
         if self._rule is not None and not self._rectified:
             raise ValueError(
                 "No nn.ReLU layer ran in the forward, so a rule for gradients through them changes nothing. Use InputGradient, or write "
@@ -180,10 +131,10 @@ class Tap:
             problems=self._problems,
             maps=maps,
             features=tuple(self._features),
-            output=inner,
+            output=kept(inner) if called else inner,
             returned=output,
             rng=self._rng,
-            state=() if self._own else _state(self._model),  # only the passes of the loop are asked for theirs
+            conditions=Conditions(self._model, inner, *called) if called else None,
             phase=self._phase,
             twice=self._twice,
             half=self._half,
@@ -242,7 +193,7 @@ class Tap:
                 return None
             if site in self._moves:
                 output = output + self._moves[site].to(output.dtype)
-            self._values[site] = value = _differentiable(output) if self._sites[site] else output
+            self._values[site] = value = self._differentiable(output) if self._sites[site] else output
             if self._sites[site]:
                 self._begin()
             # A copy goes on, because what follows may work in place, and an in-place ReLU would silently turn what was
@@ -250,6 +201,14 @@ class Tap:
             return value.clone()
 
         return hook
+
+    def _differentiable(self, value: Tensor) -> Tensor:
+        """The tensor itself, if a graph leads to it; else a leaf in its place, marked as one that nobody can train."""
+        if value.requires_grad:
+            return value
+        leaf = value.detach().requires_grad_()
+        setattr(leaf, LEAF, self._phase)
+        return leaf
 
     def _take_features(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if args and isinstance(args[0], Tensor):
@@ -265,7 +224,7 @@ class Tap:
             if not isinstance(output, Tensor) or not varies(output, self._model, self._x, name):
                 return None
             # Behind frozen layers the first map becomes the leaf that later ones hang on.
-            value = _differentiable(output)
+            value = self._differentiable(output)
             self._begin()
             if self._maps and self._maps[-1][1] is value:
                 if not self._maps[-1][0].startswith(f"{name}.") and value._version == self._written:
@@ -287,15 +246,6 @@ def _recomputing(model: nn.Module, phase: Phase, extra: bool) -> Callable[[], Ab
 def _in_half(x: Tensor) -> bool:
     kind = x.device.type
     return x.dtype == torch.float16 or (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16)
-
-
-def _differentiable(value: Tensor) -> Tensor:
-    """The tensor itself, if a graph leads to it; else a leaf in its place, marked as one that nobody can train."""
-    if value.requires_grad:
-        return value
-    leaf = value.detach().requires_grad_()
-    setattr(leaf, LEAF, True)
-    return leaf
 
 
 def forward(
@@ -341,10 +291,3 @@ def _projections(model: nn.Module) -> list[nn.Module]:
     if isinstance(named, (tuple, list)) and named:
         named = named[0]
     return [named] if isinstance(named, PROJECTIONS) else [module for module in modules(model) if isinstance(module, PROJECTIONS)]
-
-
-def _state(model: nn.Module) -> tuple[int, ...]:
-    """Versions of parameters and train/eval modes."""
-    found = modules(model)
-    versions = [parameter._version for module in found for parameter in module._parameters.values() if parameter is not None]
-    return (*(module.training for module in found), *versions)

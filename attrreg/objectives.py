@@ -16,14 +16,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from attrreg.masks import penalty_dtype
 from attrreg.scores import Score
 from attrreg.spec import Spec
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 
 
-def _outside(mask: Tensor, map: Tensor) -> Tensor:
-    return 1 - mask.to(map.dtype)
+def _judged(map: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The map and o, in float32 at least: a sum over a map leaves the range of half precision, and eps is below it."""
+    map = map.to(penalty_dtype(map.dtype))
+    return map, 1 - mask.to(map.dtype)
 
 
 def requires_region(objective: Objective) -> bool:
@@ -42,7 +45,8 @@ class SquaredOutside(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Penalty `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
-        return (_outside(mask, map) * map).square().sum(dim=(1, 2, 3))
+        map, outside = _judged(map, mask)
+        return (outside * map).square().sum(dim=(1, 2, 3))
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,7 +60,8 @@ class AbsoluteOutside(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Penalty `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
-        return (_outside(mask, map) * map).abs().sum(dim=(1, 2, 3))
+        map, outside = _judged(map, mask)
+        return (outside * map).abs().sum(dim=(1, 2, 3))
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,7 +79,9 @@ class LogOutside(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Penalty `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
-        return AbsoluteOutside()(map, mask).square().log1p()
+        total = AbsoluteOutside()(map, mask)
+        large = total > 1e8  # where 1 is nothing beside its square, which float32 may have no room for
+        return torch.where(large, 2 * torch.where(large, total, 1).log(), torch.where(large, 0, total).square().log1p())
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,7 +96,8 @@ class NetOutside(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Penalty `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
-        return (_outside(mask, map) * map).sum(dim=(1, 2, 3)).abs()
+        map, outside = _judged(map, mask)
+        return (outside * map).sum(dim=(1, 2, 3)).abs()
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,8 +116,9 @@ class OutsideFraction(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Share `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
+        map, outside = _judged(map, mask)
         size = map.abs()
-        return (_outside(mask, map) * size).sum(dim=(1, 2, 3)) / (size.sum(dim=(1, 2, 3)) + self.eps)
+        return (outside * size).sum(dim=(1, 2, 3)) / (size.sum(dim=(1, 2, 3)) + self.eps)
 
 
 @dataclass(frozen=True, repr=False)
@@ -131,10 +140,11 @@ class Energy(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Share `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
+        map, outside = _judged(map, mask)
         positive = map.relu()
         nowhere = positive.sum(dim=(1, 2, 3), keepdim=True) <= 0
         size = torch.where(nowhere, map.abs(), positive)
-        return (_outside(mask, map) * size).sum(dim=(1, 2, 3)) / (size.sum(dim=(1, 2, 3)) + self.eps)
+        return (outside * size).sum(dim=(1, 2, 3)) / (size.sum(dim=(1, 2, 3)) + self.eps)
 
 
 def check_score_and_objective(regularizer: Any) -> None:

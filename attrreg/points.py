@@ -133,7 +133,7 @@ class Ascent(Point):
         """One step from `image`, which stays near `x`."""
         outside = 1 - masks.resize(mask, (x.shape[-2], x.shape[-1])).to(x.dtype)
         reach = self.epsilon * outside
-        moved = (image - x + self.rate * outside * gradient.sign()).clamp(-reach, reach)
+        moved = (image - x + self.rate * outside * gradient.sign().to(x.dtype)).clamp(-reach, reach)  # gradients are in float32 at least
         return torch.where(outside > 0, (x + moved).clamp(self.low, self.high), x)
 
 

@@ -19,6 +19,7 @@ from attrreg.distributed import sharded
 from attrreg.graph import checkpoints_reentrant, read, reads
 from attrreg.masks import penalty_dtype
 from attrreg.ops.rectify import Rule
+from attrreg.recording import Recording
 from attrreg.scores import Score
 from attrreg.state import full_precision
 
@@ -27,17 +28,23 @@ REENTRANT = (
     "Use torch.utils.checkpoint with use_reentrant=False."
 )
 
+FREED = (
+    "A backward between the forward that was recorded and this penalty freed a part of its graph. Compute the penalty before that "
+    "backward, or give it retain_graph=True."
+)
+
 # The layer that layer="auto" was last in a model, and for what: from there on alone, layers must be differentiable twice.
 _MAPS: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
 
 
 def known_map(call: Call, score: Score) -> str | None:
     """The layer that `layer="auto"` was for the last call alike; None: to be found."""
-    asked, name = _MAPS.get(call.model, (None, ""))
-    return name if asked == _asked(call, score) and name in dict(call.model.named_modules()) else None
+    known, name = _MAPS.get(call.model, (None, ""))
+    return name if known == asked(call, score) and name in dict(call.model.named_modules()) else None
 
 
-def _asked(call: Call, score: Score) -> tuple[Any, ...]:
+def asked(call: Call, score: Score) -> tuple[Any, ...]:
+    """What the layer for `layer="auto"` depends on, besides the model."""
     return call.x.shape[1:], call.model.training, call.output, ref(type(score)), score.site
 
 
@@ -90,7 +97,7 @@ class Runner:
         places: int = 1,
         rule: Rule | None = None,
         map: str | None = None,
-    ) -> hooks.Recording:
+    ) -> Recording:
         """Run the model once on an image in place of `x`, recording the wanted sites. For the other arguments see `hooks.Tap`."""
         for counter in self._counters:
             counter.forward += 1
@@ -98,7 +105,7 @@ class Runner:
             run = partial(self.call.run, as_users_forward=as_users_forward)
             return hooks.forward(self.call.model, image, wanted, run, self.twice, moves, places, rule, not as_users_forward, map)
 
-    def backward(self, recording: hooks.Recording, score: Score, wanted: list[str], create_graph: bool) -> list[Tensor]:
+    def backward(self, recording: Recording, score: Score, wanted: list[str], create_graph: bool) -> list[Tensor]:
         """The gradients of a score at the wanted sites, all from one backward."""
         value = self._score_value(recording, score)
         total = self._scores(value, score).sum()
@@ -116,15 +123,15 @@ class Runner:
             self._check_patches(site, grad)
         return [grad.to(penalty_dtype(grad.dtype)) for grad in grads if grad is not None]
 
-    def scores(self, recording: hooks.Recording, score: Score) -> Tensor:
+    def scores(self, recording: Recording, score: Score) -> Tensor:
         """The score of each image, `(N,)`, in float32 at least."""
         return self._scores(self._score_value(recording, score), score)
 
-    def chosen(self, recording: hooks.Recording, score: Score) -> Score:
+    def chosen(self, recording: Recording, score: Score) -> Score:
         """A score with its choices kept as they are in a recording."""
         return score.chosen(self._score_value(recording, score).detach(), self.call.target)
 
-    def _score_value(self, recording: hooks.Recording, score: Score) -> Tensor:
+    def _score_value(self, recording: Recording, score: Score) -> Tensor:
         value = self.at(recording, score.site)
         return value.to(penalty_dtype(value.dtype))
 
@@ -147,31 +154,31 @@ class Runner:
         targets = [None] * self.places if target is None else target.unflatten(0, (-1, self.places)).unbind(1)
         return torch.stack([score(*each) for each in zip(values, targets, strict=True)], dim=1).flatten()
 
-    def first_place(self, recording: hooks.Recording, score: Score) -> Tensor | None:
+    def first_place(self, recording: Recording, score: Score) -> Tensor | None:
         """The gradient of the scores of each image's first place, with respect to all places; None: it reaches none."""
         for counter in self._counters:
             counter.checks += 1
         first = self.scores(recording, score).unflatten(0, (-1, self.places))[:, 0].sum()
         return self._run_backward(recording, first, [self.at(recording, sites.INPUT)], create_graph=False)[0]
 
-    def _gradients(self, recording: hooks.Recording, total: Tensor, inputs: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
+    def _gradients(self, recording: Recording, total: Tensor, inputs: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
         for counter in self._counters:
             counter.backward += 1
         return self._run_backward(recording, total, inputs, create_graph)
 
-    def _run_backward(
-        self, recording: hooks.Recording, total: Tensor, inputs: list[Tensor], create_graph: bool
-    ) -> tuple[Tensor | None, ...]:
+    def _run_backward(self, recording: Recording, total: Tensor, inputs: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
         try:
             with recording.phase.attributing(), full_precision(total.device):  # a backward runs in the types of its forward
                 return torch.autograd.grad(total, inputs, create_graph=create_graph, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
-            if "use_reentrant=True" not in str(error):
-                raise
-            raise RuntimeError(REENTRANT) from error
+            if "use_reentrant=True" in str(error):
+                raise RuntimeError(REENTRANT) from error
+            if recording.conditions is not None and "a second time" in str(error):
+                raise RuntimeError(FREED) from error
+            raise
 
     def _scaled_gradients(
-        self, recording: hooks.Recording, total: Tensor, scale: Tensor, inputs: list[Tensor], create_graph: bool
+        self, recording: Recording, total: Tensor, scale: Tensor, inputs: list[Tensor], create_graph: bool
     ) -> tuple[Tensor | None, ...]:
         """Gradients through float16, which has no room for small ones: of the scaled score, unscaled in float32."""
         # Under FSDP2 a backward gathers weights, so that a rank must not run one more than others do.
@@ -193,7 +200,7 @@ class Runner:
                 "here on. Name an earlier layer, such as the norm before the last block's attention."
             )
 
-    def _find_map(self, recording: hooks.Recording, score: Score, total: Tensor) -> None:
+    def _find_map(self, recording: Recording, score: Score, total: Tensor) -> None:
         """Choose the layer for `layer="auto"`: the last map that the score depends on."""
         if not recording.maps:
             cause = recording.problems.get(sites.SPATIAL, "no layer has one. Name a layer whose output is (N, C, h, w).")
@@ -226,12 +233,12 @@ class Runner:
         if not decided:
             return
         if not callable(self.call.output):  # which may hold the model, and keep it for ever
-            _MAPS[self.call.model] = _asked(self.call, score), self.map
+            _MAPS[self.call.model] = asked(self.call, score), self.map
         attachment = attached(self.call.model)
         if attachment is not None:
-            attachment.found_map(self.map)
+            attachment.found_map(asked(self.call, score), self.map, self.call)
 
-    def at(self, recording: hooks.Recording, site: str) -> Tensor:
+    def at(self, recording: Recording, site: str) -> Tensor:
         """What was recorded at a site."""
         if site == sites.OUTPUT:
             return self.call.logits(recording.output)
@@ -240,7 +247,7 @@ class Runner:
             raise ValueError(recording.problems.get(site, missing))
         return self._features(recording) if site == sites.FEATURES else recording.values[site]
 
-    def _features(self, recording: hooks.Recording) -> Tensor:
+    def _features(self, recording: Recording) -> Tensor:
         """What enters the last layer that could be a classifier and that the logits come from: an auxiliary head may run after it."""
         if len(recording.features) > 1 and (self.call.output is not None or isinstance(recording.output, Tensor)):
             logits = self.call.logits(recording.output)

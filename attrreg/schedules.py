@@ -16,6 +16,7 @@ from torch.autograd import Function
 
 from attrreg import penalty
 from attrreg.attach import Attachment, recorded_output
+from attrreg.call import Call
 from attrreg.penalty import Penalty
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.spec import Spec
@@ -204,7 +205,8 @@ class Scheduled:
             terms = {name: weight * value for name, value in whole.terms.items()}
             result = Penalty(weight * whole.total, terms, whole.output)
         else:
-            (output,) = recorded_output(model, x) or (_plain_forward(model, x, settings.get("inputs")),)
+            call = Call(model, x, None, None, None, inputs=settings.get("inputs"), as_compiled=True)
+            (output,) = recorded_output(call) or (call.run(x, as_users_forward=True),)
             zero = _zero(model, x)
             result = Penalty(zero, {term.name: zero.detach() for term in self.regularizer.terms}, output)
         self.step += 1
@@ -231,10 +233,6 @@ class Scheduled:
 
     def __repr__(self) -> str:
         return f"attrreg.Scheduled({self.regularizer!r}, {self.schedule!r})"
-
-
-def _plain_forward(model: nn.Module, x: Tensor, inputs: Any) -> Any:
-    return model(**inputs) if isinstance(inputs, dict) else model(*(inputs if inputs is not None else (x,)))
 
 
 class _Nothing(Function):

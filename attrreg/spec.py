@@ -1,8 +1,10 @@
-"""What every declared object of the library shares: a repr that rebuilds it."""
+"""What every declared object of the library shares: a repr that rebuilds it, and how a number is told."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -19,11 +21,16 @@ def source(value: Any) -> str:
     """Python source of a setting: `repr`, but with functions written as the path that imports them."""
     if not isinstance(value, Spec) and callable(value) and hasattr(value, "__qualname__"):
         return public_path(value)
-    if isinstance(value, float):
-        return float.__repr__(value)  # NumPy's floats name themselves
+    if isinstance(value, Real) and not isinstance(value, Integral):
+        return float.__repr__(float(value))  # NumPy's name themselves
     if isinstance(value, tuple):
         return "(" + "".join(f"{source(item)}, " for item in value).rstrip() + ")"
     return repr(value)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number, and no text that looks like one."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class Spec:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attrreg import hooks, sites
+from attrreg import sites
 from attrreg.attach import attached
 from attrreg.call import Call
 from attrreg.differences import Differences, PathLeaves
@@ -26,7 +26,8 @@ from attrreg.graph import read
 from attrreg.needs import Grad, Need, Value
 from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
 from attrreg.recompute import Gradients, along
-from attrreg.runner import Passes, Runner, known_map
+from attrreg.recording import Recording
+from attrreg.runner import Passes, Runner, asked, known_map
 from attrreg.scores import Score
 from attrreg.state import Buffers, Rng, isolated
 
@@ -88,7 +89,7 @@ class Trace:
         self.call = call if engine.twice else replace(call, as_compiled=reached <= {sites.INPUT, sites.OUTPUT})
         self._runner = Runner(self.call, _counting.get(), twice=engine.twice and differentiable)
         self._differences = Differences(self._runner, engine)
-        self._recordings: dict[Point, hooks.Recording] = {}
+        self._recordings: dict[Point, Recording] = {}
         self._grads: dict[tuple[str, Score, Point], Tensor] = {}
         self._score_seeds: dict[Score, int] = {}
         self._own_forward: Buffers | None = None
@@ -183,7 +184,7 @@ class Trace:
     def _clean_pass(self, wanted: dict[str, bool], as_users_forward: bool) -> None:
         call = self.call
         attachment = attached(call.model) if self._differentiable else None
-        recording = attachment.take(call.model, call.x, wanted, self._runner.twice) if attachment is not None else None
+        recording = attachment.take(call, wanted, self._runner.twice, self._asked()) if attachment is not None else None
         # The images themselves need no pass. One that was recorded is taken all the same: others replay its draws.
         needed = as_users_forward or any(wanted.values()) or bool(wanted.keys() - {sites.INPUT})
         if recording is None and needed:
@@ -201,10 +202,19 @@ class Trace:
             if sites.SPATIAL in recording.values:
                 self._runner.map = recording.maps[-1][0]
 
+    def _score_of_map(self) -> Score | None:
+        """Whose gradient chooses the layer for `layer="auto"`."""
+        scores = (need.score for need in self._needs if isinstance(need, Grad) and need.site == sites.SPATIAL and need.at == CLEAN)
+        score = next(scores, None)
+        return None if score is None else score.resolve(self.call.target, self.call.shown)
+
     def _known_map(self) -> str | None:
-        asked = (need.score for need in self._needs if isinstance(need, Grad) and need.site == sites.SPATIAL and need.at == CLEAN)
-        score = next(asked, None)
-        return None if score is None else known_map(self.call, score.resolve(self.call.target, self.call.shown))
+        score = self._score_of_map()
+        return None if score is None else known_map(self.call, score)
+
+    def _asked(self) -> Any:
+        score = self._score_of_map()
+        return None if score is None else asked(self.call, score)
 
     def _points(self) -> list[Point]:
         return list(dict.fromkeys(need.at for need in self._needs))
@@ -240,7 +250,7 @@ class Trace:
             for need in needs:
                 self._grads[need.site, need.score, point] = found[need.site]
 
-    def _gradients(self, recording: hooks.Recording, score: Score, wanted: list[str], replay: Rng) -> list[Tensor]:
+    def _gradients(self, recording: Recording, score: Score, wanted: list[str], replay: Rng) -> list[Tensor]:
         """The gradients at one pass, as the engine differentiates them: with their graph, or as leaves to be moved by."""
         found = self._runner.backward(recording, score, wanted, self._runner.twice)
         if self._engine.twice or not self._differentiable:

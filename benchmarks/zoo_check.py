@@ -182,7 +182,7 @@ def _look_inside(result: Result, model: nn.Module, case: Case) -> None:
             result.shape = tuple(handle._recording.values[sites.FEATURES].shape[1:])
             return
         REGULARIZERS["GradCAM"](model, case.x, case.mask, case.target, output=case.subject.output)
-        result.layer = handle._map or ""
+        result.layer = handle.map or ""
     if result.layer:
         result.aligned = right, contrast = alignment(model, case.x, result.layer)
         if contrast > CLEAR and right < 2:

@@ -271,7 +271,7 @@ def test_the_automatic_layer(name: str, settings: dict[str, Any], layer: str) ->
         for _ in range(3):
             model(x)
             regularizer(model, x, mask, target)
-    assert handle._map is not None and layer in handle._map
+    assert handle.map is not None and layer in handle.map
     assert counted.forward == 0 and counted.backward <= 4  # looked for at most once
 
 
@@ -318,8 +318,8 @@ def test_the_automatic_layer_of_class_attention(name: str, settings: dict[str, A
             model(x)
             got = regularizer(model, x, mask, target, generator=torch.Generator().manual_seed(0))
             torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
-    assert handle._map is not None and handle._map.rsplit(".", 1)[-1].startswith(layer)
-    assert float(attrreg.GradCAM(handle._map).attribute(model, x, target).std()) > 0
+    assert handle.map is not None and handle.map.rsplit(".", 1)[-1].startswith(layer)
+    assert float(attrreg.GradCAM(handle.map).attribute(model, x, target).std()) > 0
 
 
 def test_features_are_what_enters_the_classifier() -> None:
@@ -339,4 +339,4 @@ def test_a_pool_that_enlarges_is_no_map() -> None:
         model(x)
         attrreg.GradCAM()(model, x, torch.ones(64, 64), torch.tensor([1]))
         model(x)
-    assert handle._map == "features.11"
+    assert handle.map == "features.11"

@@ -44,7 +44,7 @@ def test_the_automatic_layer_is_one_that_the_score_reads(output: str, layer: str
         for _ in range(2):
             model(x)
             torch.testing.assert_close(regularizer(model, x, mask, target, output=output), want)
-    assert handle._map == layer
+    assert handle.map == layer
 
 
 @pytest.mark.parametrize("output", ["out", "aux"])
@@ -109,7 +109,7 @@ def test_hidden_features_are_not_the_automatic_layer() -> None:
     with attrreg.GradCAM().attach(model) as handle:
         model(x)
         attrreg.GradCAM()(model, x, mask, target)
-    assert handle._map == "mlp"
+    assert handle.map == "mlp"
 
 
 class Twice(nn.Module):

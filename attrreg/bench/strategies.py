@@ -267,8 +267,8 @@ def _layer(case: Case) -> str:
     with regularizer.attach(model) as handle:
         model(case.x)
         regularizer(model, case.x, case.mask, case.y)
-        assert handle._map is not None
-        return handle._map
+        assert handle.map is not None
+        return handle.map
 
 
 def _grad_cams(case: Case) -> list[Strategy]:

@@ -236,8 +236,10 @@ def _batch_norm(
     eps: float,
 ) -> Tensor:
     wide = torch.promote_types(input.dtype, torch.float32)  # of weights and statistics, also where autocast made images narrower
-    alike = all(values is None or values.dtype == wide for values in (running_mean, running_var, weight, bias))
-    if not alike or not (training or running_mean is not None):
+    kept = [values for values in (running_mean, running_var, weight, bias) if values is not None]
+    alike = input.dim() > 1 and input.is_floating_point() and all(values.dtype == wide and values.shape == input.shape[1:2] for values in kept)
+    both = (running_mean is None) == (running_var is None)
+    if not (alike and both and eps > 0 and momentum is not None and (training or running_mean is not None)):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     g = weight if weight is not None else input.new_ones(input.shape[1], dtype=wide)
     b = bias if bias is not None else input.new_zeros(input.shape[1], dtype=wide)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from attrreg.ops import depthwise, patches, pointwise, strided
+from attrreg.ops import depthwise, patches, pointwise, sound, strided
 from attrreg.ops.channels import adjacent, layout, of_convolution
 from attrreg.ops.linear import PLAIN, linear, product
 from attrreg.ops.patches import each
@@ -239,6 +239,12 @@ def _hashable(value: Any) -> Any:
     return tuple(map(int, value)) if isinstance(value, Sequence) else int(value)
 
 
+def _sound(check: Callable[..., bool], x: Tensor, w: Tensor, b: Tensor | None, *settings: Any) -> bool:
+    """Whether types, shapes and settings are of a convolution; of complex ones PyTorch makes several."""
+    alike = sound.floating(x, w, b) or (torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and w.is_floating_point())
+    return alike and check(x.shape, w.shape, None if b is None else b.shape, *settings)
+
+
 def _kind(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, *rest: Any) -> tuple[Convolution, bool]:
     """What to compute with, and whether images are laid out in channels last."""
     # On the CPU, in the types that its kernels for convolutions are slow in.
@@ -283,7 +289,7 @@ def convolve(
     """`F.conv1d`, `F.conv2d`, `F.conv3d`."""
     stride, padding, dilation = _hashable(stride), _hashable(padding), _hashable(dilation)
     refused = padding == "same" and {1} != set(each(stride, weight.dim() - 2))
-    if input.is_complex() or refused:  # of complex ones PyTorch makes several
+    if refused or not _sound(sound.convolution, input, weight, bias, stride, padding, dilation, groups):
         function = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
         return function(input, weight, bias, stride, padding, dilation, groups)
     if patches.are(input.dim(), tuple(weight.shape), stride, padding, dilation, groups):
@@ -313,8 +319,9 @@ def convolve_if_faster(
     plain = type(input) in PLAIN and type(weight) in PLAIN and input.dtype == weight.dtype in PRODUCTS
     if plain and input.dim() == weight.dim() and not isinstance(padding, str) and not torch.is_autocast_enabled(input.device.type):
         stride, padding, dilation = _hashable(stride), _hashable(padding), _hashable(dilation)
-        kind, _ = _kind(input, weight, stride, padding, dilation, groups)
-        if kind.pixels or kind.weight_product is not None:
+        settings = stride, padding, dilation, groups
+        kind = _kind(input, weight, *settings)[0] if _sound(sound.convolution, input, weight, bias, *settings) else None
+        if kind is not None and (kind.pixels or kind.weight_product is not None):
             return convolve(phase, input, weight, bias, stride, padding, dilation, groups)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
@@ -332,7 +339,7 @@ def convolve_transposed(
 ) -> Tensor:
     """`F.conv_transpose1d`, `F.conv_transpose2d`, `F.conv_transpose3d`."""
     stride, padding, output_padding, dilation = map(_hashable, (stride, padding, output_padding, dilation))
-    if input.is_complex():
+    if not _sound(sound.transposed, input, weight, bias, stride, padding, output_padding, groups, dilation):
         function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.dim() - 3]
         return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
     return _apply(input, weight, bias, phase, stride, padding, dilation, groups, True, output_padding)

@@ -7,6 +7,7 @@ the norm, as in cosine attention, is a closed form of few passes over memory.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 TWO = (2, 2.0, None, "fro")
+MODES = ("", "use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist")
 
 
 def two_norm(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
@@ -29,11 +31,16 @@ def two_norm(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
     return torch.where(zero, torch.zeros_like(squared), torch.where(zero, torch.ones_like(squared), squared).sqrt())
 
 
+def _widens(x: Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether floating-point values are computed with in their own type or in a wider one."""
+    return x.is_floating_point() and (dtype is None or (dtype.is_floating_point and torch.promote_types(x.dtype, dtype) == dtype))
+
+
 def vector_norm(
     x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, out: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     """`torch.linalg.vector_norm`."""
-    if ord not in TWO or out is not None or not x.is_floating_point():
+    if ord not in (2, 2.0) or out is not None or not _widens(x, dtype):
         result: Tensor = torch.linalg.vector_norm(x, ord, dim, keepdim, out=out, dtype=dtype)
         return result
     return two_norm(x if dtype is None else x.to(dtype), dim, keepdim)
@@ -41,7 +48,8 @@ def vector_norm(
 
 def norm(input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Tensor | None = None, dtype: Any = None) -> Tensor:
     """`torch.norm`."""
-    if p not in TWO or out is not None or not input.is_floating_point():
+    matrix = p in (None, "fro") and isinstance(dim, Sequence) and len(dim) > 2  # of which there is none of so many axes
+    if p not in TWO or matrix or out is not None or not _widens(input, dtype):
         result: Tensor = torch.norm(input, p, dim, keepdim, out, dtype)
         return result
     return two_norm(input if dtype is None else input.to(dtype), dim, keepdim)
@@ -52,7 +60,8 @@ def linalg_norm(
 ) -> Tensor:
     """`torch.linalg.norm`, whose 2-norm of a matrix is another."""
     axes = 1 if isinstance(dim, int) else len(dim) if dim is not None else 0 if ord is None else A.dim()
-    if ord not in TWO or (ord == 2 and axes != 1) or out is not None or not A.is_floating_point():
+    fits = axes == 1 if ord == 2 else axes == 2 if ord == "fro" else axes < 3
+    if ord not in TWO or not fits or out is not None or not _widens(A, dtype):
         result: Tensor = torch.linalg.norm(A, ord, dim, keepdim, out=out, dtype=dtype)
         return result
     return two_norm(A if dtype is None else A.to(dtype), dim, keepdim)
@@ -124,6 +133,9 @@ def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "") -> Ten
     """`torch.cdist`: the distance of each row of `x1` `(..., P, M)` to each row of `x2` `(..., R, M)`."""
     if torch.is_autocast_enabled(x1.device.type):  # as autocast does for it
         x1, x2 = (x if x.dtype == torch.float64 else x.float() for x in (x1, x2))
+    rows = min(x1.dim(), x2.dim()) > 1 and x1.shape[-1] == x2.shape[-1] > 0
+    if not (rows and x1.dtype == x2.dtype in (torch.float32, torch.float64) and p >= 0 and compute_mode in MODES):
+        return torch.cdist(x1, x2, p, compute_mode)
     difference = x1.unsqueeze(-2) - x2.unsqueeze(-3)
     if p == 2:
         return two_norm(difference, dim=-1)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from attrreg.ops import fused
+from attrreg.ops import fused, sound
 from attrreg.ops.channels import affine, suggested
 from attrreg.ops.phase import Phase, wanted
 
@@ -99,7 +99,8 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`F.layer_norm`."""
-    if not input.numel():  # the second derivative's kernel would divide by the number of its channels
+    shaped = isinstance(normalized_shape, Sequence) and sound.with_parameters(input, normalized_shape, weight, bias)
+    if not (shaped and input.numel()):  # the second derivative's kernel would divide by the number of its channels
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     wide = torch.promote_types(input.dtype, torch.float32)
     if input.dtype != wide:  # PyTorch's second derivative has the cube of 1 / deviation, for which float16 has no room
@@ -122,7 +123,11 @@ def group_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`F.group_norm`: a layer norm over each group, and a scale and shift a channel."""
-    n, channels = input.shape[:2]
+    channels = input.shape[1] if input.dim() > 1 else 0
+    divides = num_groups > 0 and channels % num_groups == 0 and input.numel() > num_groups  # of a single value, PyTorch refuses the norm
+    if not (divides and sound.with_parameters(input, (channels,), weight, bias)):
+        return F.group_norm(input, num_groups, weight, bias, eps)
+    n = len(input)
     grouped = input.reshape(n, num_groups, channels // num_groups * math.prod(input.shape[2:]))
     y = layer_norm(phase, grouped, grouped.shape[-1:], None, None, eps).reshape(input.shape)
     if input.device.type == "cpu":  # as PyTorch's there
@@ -130,7 +135,7 @@ def group_norm(
     if weight is None and bias is None:
         return y
     scale = weight if weight is not None else y.new_ones(channels)
-    return affine(y, scale, bias if bias is not None else torch.zeros_like(scale))
+    return affine(y, scale, bias if bias is not None else torch.zeros_like(scale)).to(y.dtype)
 
 
 def instance_norm(
@@ -207,11 +212,14 @@ def rms_norm(
     phase: Phase, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     """`F.rms_norm`."""
+    shape = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else ()
+    weighted = weight is None or weight.shape == shape
+    if not (shape and input.shape[-len(shape) :] == shape and weighted and input.is_floating_point()):
+        return F.rms_norm(input, normalized_shape, weight, eps)
     wide = torch.promote_types(input.dtype, torch.float32)
     eps = torch.finfo(wide).eps if eps is None else eps
     if input.dtype != wide:  # as in `layer_norm`
         return rms_norm(phase, input.to(wide), normalized_shape, None if weight is None else weight.to(wide), eps).to(input.dtype)
-    shape = list(normalized_shape)
     g = weight if weight is not None else input.new_ones(shape)
-    result: Tensor = _RMSNorm.apply(input.contiguous(memory_format=suggested(input)), g, shape, eps, phase)
+    result: Tensor = _RMSNorm.apply(input.contiguous(memory_format=suggested(input)), g, list(shape), eps, phase)
     return result

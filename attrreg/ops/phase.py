@@ -21,6 +21,7 @@ class Phase:
     backward would also compute weight gradients that nobody uses.
 
     Attributes:
+        running: the forward is not over: a backward now is the model's own.
         inner: the running backward makes an attribution: nobody asks for the gradients of weights.
         places: how many places of a path share the batch, those of an image side by side.
         draws: what they draw, where they are several.
@@ -28,6 +29,7 @@ class Phase:
         normalised: how many rows of their own statistics' batches are told apart: `rows`, unless images meet in another way.
     """
 
+    running: bool = False
     inner: bool = False
     places: int = 1
     rows: int = 0
@@ -49,8 +51,10 @@ def wanted(ctx: Any, count: int) -> list[bool]:
     needed, phase, nodes = ctx.needs_input_grad, ctx.phase, ctx.next_functions  # a bias that is None has no node, and needs none
     if phase.inner:  # which runs a function only for what comes before it, unless a weight was computed from the images
         return [needed[0], *(needed[index] and _executes(nodes[index][0], leaf=False) for index in range(1, count))]
+    if phase.running:
+        return list(needed[:count])
     # Gradients of weights are what the outer one is for. A plain step has no gradient of the images either.
-    return [needed[0] and _executes(nodes[0][0], leaf=True) and not leads_to_ours(nodes[0][0]), *needed[1:count]]
+    return [needed[0] and _executes(nodes[0][0], leaf=True) and not leads_to_ours(nodes[0][0], phase), *needed[1:count]]
 
 
 def _executes(node: Any, leaf: bool) -> bool:

@@ -1,0 +1,138 @@
+"""What one forward computed, and whether another one would compute the same."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from attrreg.call import Call
+from attrreg.ops import Phase
+from attrreg.ops.draws import Draws
+from attrreg.sites import OUTPUT, SPATIAL
+from attrreg.state import Rng
+from attrreg.walk import modules
+
+PLAIN = (bool, int, float, str)
+
+
+class Conditions:
+    """What the loop's own forward depended on and left, to tell whether all of it is the same still.
+
+    Args:
+        model: the model, after the forward.
+        output: what it returned.
+        args, kwargs: what it was called with.
+        asked: what was asked of the layer for `layer="auto"`, where that one layer was recorded; None: all were.
+    """
+
+    def __init__(self, model: nn.Module, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], asked: Any) -> None:
+        self._objects, self._numbers = _state(model)
+        self._arguments = args, kwargs
+        self._tensors = [leaf for leaf in tree_leaves((output, args, kwargs)) if isinstance(leaf, Tensor)]
+        self._versions = list(map(_version, self._tensors))
+        self.asked = asked
+
+    def hold(self, call: Call) -> bool:
+        """Whether a call would meet the same."""
+        objects, numbers = _state(call.model)
+        same = numbers == self._numbers and len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
+        return same and self._versions == list(map(_version, self._tensors)) and self._called_with(call)
+
+    def _called_with(self, call: Call) -> bool:
+        if call.inputs is None:  # which says nothing of what else there was
+            return True
+        args, kwargs = ((), dict(call.inputs)) if isinstance(call.inputs, Mapping) else (call.inputs, {})
+        (ours, shape), (theirs, other) = (tree_flatten(_bound(call.model, *given)) for given in ((args, kwargs), self._arguments))
+        return shape == other and all(map(_same, ours, theirs))
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What one forward computed.
+
+    Attributes:
+        x: the tensor that the model was called with, and `version` its state then.
+        twice: whether it can be differentiated twice.
+        values: at each recorded site, the tensor, with its graph.
+        problems: for each site that could not be recorded, why.
+        maps: for the site `SPATIAL`, the last layers whose output is a map, by name, in the order they ran; the known one
+            alone, if it is known.
+        features: for the site `FEATURES`, what entered and left each of the last few layers that could be it.
+        output: what the model returned, and `returned` what its wrappers made of that.
+        rng: the state from which the forward drew, to replay it.
+        conditions: of the loop's own forward; None for a pass of our own.
+        phase: shared with the operators of the forward, to be told what a backward is for.
+        half: it ran in float16.
+    """
+
+    x: Tensor
+    version: int
+    values: dict[str, Tensor]
+    problems: Mapping[str, str]
+    maps: tuple[tuple[str, Tensor], ...]
+    features: tuple[tuple[Tensor, Tensor], ...]
+    output: Any
+    returned: Any
+    rng: Rng
+    conditions: Conditions | None
+    phase: Phase
+    twice: bool
+    half: bool
+
+    @property
+    def draws(self) -> Draws:
+        """What the forward drew."""
+        assert self.phase.draws is not None  # since the tap was opened
+        return self.phase.draws
+
+    def serves(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any) -> bool:
+        """Whether this is the pass that a call would run itself; `asked`: of the layer for `layer="auto"`."""
+        if (twice and not self.twice) or self.x is not call.x or self.version != call.x._version:
+            return False
+        if self.conditions is None or not self.conditions.hold(call):
+            return False
+        for site, differentiated in sites.items():
+            value = self.values.get(site)
+            if site == SPATIAL and self.conditions.asked not in (None, asked):
+                return False
+            if site == OUTPUT or (site == SPATIAL and self.maps):
+                continue
+            if site not in self.problems and (value is None or (differentiated and not value.requires_grad)):
+                return False
+        return True
+
+
+def kept(output: Any) -> Any:
+    """What a model returned, in containers of our own: the loop may put something else into its."""
+    return tree_map(lambda leaf: leaf, output)
+
+
+def _state(model: nn.Module) -> tuple[list[object], list[int]]:
+    """Modules, parameters and buffers; train/eval modes, what is trained, and versions."""
+    found = modules(model)
+    parameters = [parameter for module in found for parameter in module._parameters.values() if parameter is not None]
+    buffers = [buffer for module in found for buffer in module._buffers.values() if buffer is not None]
+    numbers = [module.training for module in found] + [parameter.requires_grad for parameter in parameters]
+    return [*found, *parameters, *buffers], [*numbers, *map(_version, parameters), *map(_version, buffers)]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
+    """Arguments by name, whether they were given so or by position."""
+    try:
+        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    except (TypeError, ValueError):
+        return {**dict(enumerate(args)), **kwargs}
+
+
+def _same(a: object, b: object) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, PLAIN) and a == b)
