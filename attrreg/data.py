@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from attrreg.masks import from_boxes
+from attrreg.masks import checked_flags, from_boxes, penalty_dtype
 
 if TYPE_CHECKING:
     from torchvision.tv_tensors import Image, Mask
@@ -102,7 +102,10 @@ class MaskFolder(MaskSource):
 
         path = self.path(name)
         with Image.open(path) as file:
-            values = torch.as_tensor(numpy.array(file))
+            found = numpy.array(file)
+        if found.dtype.kind == "u" and found.dtype.itemsize > 1:  # of which PyTorch compares few, and none in another byte order
+            found = found.astype(numpy.int64)
+        values = torch.as_tensor(found)
         if values.dim() != 2:
             raise ValueError(f"{path} has {values.shape[-1]} channels, but a mask has one. Save it as a greyscale or palette image.")
         if tuple(values.shape) != size:
@@ -261,17 +264,19 @@ class WithMasks:
             raise TypeError(f"mask must be boolean to be mixed, got {mask.dtype}. Threshold it, for example mask > 0.5.")
         if mask.shape != (x.shape[0], *x.shape[2:]):
             raise ValueError(f"mask must be {(x.shape[0], *x.shape[2:])}, as the images, to be mixed; got {tuple(mask.shape)}. Resize it.")
-        known = annotated.view(-1, 1, 1).expand_as(mask)
-        stacked = torch.cat([x, torch.stack([mask & known, known], dim=1).to(x)], dim=1)
+        known = checked_flags(annotated, x).view(-1, 1, 1).expand_as(mask)
+        # In float32 at least: in half precision a blend with little of another image would be rounded to none.
+        wide = x.to(penalty_dtype(x.dtype))
+        stacked = torch.cat([wide, torch.stack([mask & known, known], dim=1).to(wide)], dim=1)
         mixed, labels = self.mix(stacked, label)
-        if mixed.shape != stacked.shape or mixed.dtype != x.dtype:  # timm's FastCollateMixup rounds to integers
+        if mixed.shape != stacked.shape or mixed.dtype != wide.dtype:  # timm's FastCollateMixup rounds to integers
             raise TypeError(
-                f"{type(self.mix).__name__} made {mixed.dtype} {tuple(mixed.shape)} of {x.dtype} {tuple(stacked.shape)}, in which masks "
+                f"{type(self.mix).__name__} made {mixed.dtype} {tuple(mixed.shape)} of {wide.dtype} {tuple(stacked.shape)}, in which masks "
                 "are lost. Use CutMix or MixUp of torchvision.transforms.v2, or timm.data.Mixup."
             )
         images, relevant, share = mixed[:, :-2], mixed[:, -2] > 0, mixed[:, -1]
-        whole = share.flatten(1).amin(dim=1) > 1 - 4 * torch.finfo(x.dtype).eps  # shares of a blend add up to 1 but for rounding
-        return Sample(images.contiguous(), relevant | ~whole.view(-1, 1, 1), labels, whole)
+        whole = share.flatten(1).amin(dim=1) > 1 - 4 * torch.finfo(wide.dtype).eps  # shares of a blend add up to 1 but for rounding
+        return Sample(images.to(x.dtype).contiguous(), relevant | ~whole.view(-1, 1, 1), labels, whole)
 
     def collate(self, samples: list[Sample]) -> Sample:
         """Mix the batch that `default_collate` makes of samples: a loader's `collate_fn` that any worker process can be given."""

@@ -153,12 +153,12 @@ class Tap:
             self._hooks.append(self._model.register_forward_hook(self._take_output))
         for site in self._sites:
             if site == FEATURES:
-                for module in _projections(self._model):
+                for module in filter(_reachable, _projections(self._model)):
                     self._hooks.append(module.register_forward_hook(self._take_features))
             elif site == SPATIAL:
                 known = None if self._map is None else [(self._map, self._model.get_submodule(self._map))]
                 for name, module in known or self._model.named_modules():
-                    if name:
+                    if name and _reachable(module):
                         self._hooks.append(module.register_forward_hook(self._take_map(name)))
             elif site not in SPECIAL:
                 self._hooks.append(self._model.get_submodule(site).register_forward_hook(self._take(site)))
@@ -276,12 +276,17 @@ def observed(model: nn.Module, see: Callable[[str, nn.Module, Any], None]) -> It
     def watch(name: str) -> Any:
         return lambda module, args, output: see(name, module, output)
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name and _reachable(module)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _reachable(module: nn.Module) -> bool:
+    """Whether it takes hooks: TorchScript's do not."""
+    return not isinstance(module, torch.jit.ScriptModule)
 
 
 def _projections(model: nn.Module) -> list[nn.Module]:

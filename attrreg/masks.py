@@ -7,6 +7,7 @@ same as an image whose mask is empty: the first is left out of every mean, the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -79,7 +80,7 @@ def check(mask: Tensor, x: Tensor, annotated: Tensor | None, needs_region: str |
         TypeError, ValueError: naming `mask` or `annotated`, with the remedy.
     """
     relevant = _canonical(mask, x)
-    flags = _annotated(annotated, x)
+    flags = checked_flags(annotated, x)
     pixels = relevant.flatten(1)
     low, high = pixels.amin(1), pixels.amax(1)  # NaN where there is one
     # One transfer to the host for all checks of values: each would otherwise wait for the device by itself.
@@ -120,7 +121,12 @@ def _canonical(mask: Tensor, x: Tensor) -> Tensor:
     return mask.detach().to(device=x.device, dtype=penalty_dtype(x.dtype))
 
 
-def _annotated(annotated: Tensor | None, x: Tensor) -> Tensor:
+def checked_flags(annotated: Tensor | None, x: Tensor) -> Tensor:
+    """Which images are annotated, `(N,)`; `annotated`: boolean `(N,)`, or None: all.
+
+    Raises:
+        TypeError, ValueError: naming `annotated`.
+    """
     n = x.shape[0]
     if annotated is None:
         return torch.ones(n, dtype=torch.bool, device=x.device)
@@ -167,12 +173,15 @@ def from_boxes(boxes: Sequence[Tensor | Sequence[Sequence[float]] | None], size:
         if entry is None:
             masks[index] = True
             continue
+        form = str(getattr(getattr(entry, "format", "XYXY"), "value", "XYXY"))  # of torchvision's `BoundingBoxes`
+        if form != "XYXY":
+            raise ValueError(f"boxes[{index}] are {form}, not (x1, y1, x2, y2). Convert them: v2.ConvertBoundingBoxFormat('XYXY').")
         listed = torch.as_tensor(entry, dtype=torch.float64)
         if listed.numel() % 4 or (listed.numel() and listed.shape[-1] != 4):
             raise ValueError(f"boxes[{index}] has the shape {tuple(listed.shape)}, but boxes are (K, 4). Give (x1, y1, x2, y2) a box.")
         for box in listed.reshape(-1, 4).tolist():
             x1, y1, x2, y2 = box
-            if not (x1 < x2 and y1 < y2 and x2 > 0 and y2 > 0 and x1 < width and y1 < height):
+            if not (-math.inf < x1 < x2 < math.inf and -math.inf < y1 < y2 < math.inf and x2 > 0 and y2 > 0 and x1 < width and y1 < height):
                 raise ValueError(
                     f"boxes[{index}] has the box {box}, which is empty or outside an image of {height} x {width}. Give "
                     "(x1, y1, x2, y2) in pixels with x1 < x2 and y1 < y2."

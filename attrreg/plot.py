@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from attrreg.masks import checked_flags, resize
 from attrreg.objectives import OutsideFraction
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def training(penalties: Mapping[str, Curve], shares_inside: Mapping[str, Curve],
 
     Args:
         penalties: name to values by step, for example those of `Penalty.terms`. On a logarithmic axis.
-        shares_inside: name to shares in [0, 1] by step, measured as often as you like. `1 - OutsideFraction()(map, mask)` is one.
+        shares_inside: name to shares in [0, 1] by step, measured as often as you like: `metrics.share_inside(map, mask)`, say.
         area: the share of the images that is relevant, drawn as a line: what a map that is the same everywhere has inside.
 
     Returns:
@@ -139,7 +140,7 @@ def _checked(
     if images.dim() != 4 or images.shape[0] == 0:
         raise ValueError(f"images must be (N, C, H, W), got {tuple(images.shape)}. Add or keep the missing axes.")
     count = images.shape[0]
-    known = torch.ones(count, dtype=torch.bool) if annotated is None else annotated.cpu().bool()
+    known = checked_flags(annotated, images).cpu()
     relevant = mask.detach().cpu().float()
     relevant = relevant.expand(count, *mask.shape) if mask.dim() == 2 else relevant
     relevant = relevant.unsqueeze(1) if relevant.dim() == 3 else relevant
@@ -185,7 +186,7 @@ def _draw_image(axes: Axes, image: Tensor) -> None:
     values = values if values.shape[0] == 3 else values[:1]
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > 1:
-        values = (values - low) / (high - low)
+        values = (values - low) / (high - low) if high > low else torch.full_like(values, 0.5)
     axes.imshow(values.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
     _bare(axes)
 
@@ -223,9 +224,6 @@ def _outline(axes: Axes, relevant: Tensor) -> None:
 
 
 def _shares_inside(map: Tensor, relevant: Tensor, known: Tensor) -> list[str]:
-    from attrreg.masks import resize
-
     phi = map.detach().cpu().float()
-    outside = OutsideFraction()(phi, resize(relevant, (phi.shape[-2], phi.shape[-1])))
-    some = phi.abs().sum(dim=(1, 2, 3)) > 0
-    return [f"{1 - float(share):.0%} inside" if there and shown else "" for share, there, shown in zip(outside, some, known, strict=True)]
+    outside = OutsideFraction(eps=0.0)(phi, resize(relevant, (phi.shape[-2], phi.shape[-1])))
+    return ["" if share.isnan() or not shown else f"{1 - float(share):.0%} inside" for share, shown in zip(outside, known, strict=True)]

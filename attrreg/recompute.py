@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -105,6 +106,21 @@ class _Step:
         return any(isinstance(value, Tensor) and value.grad_fn is not None for value in held)
 
 
+@contextmanager
+def _without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Set the hooks of leaves aside: they will be shown the whole gradient, once."""
+    hooks = [leaf._backward_hooks for leaf in leaves]
+    try:
+        for leaf, own in zip(leaves, hooks, strict=True):
+            if own:
+                leaf._backward_hooks = None
+        yield
+    finally:
+        for leaf, own in zip(leaves, hooks, strict=True):
+            if own:
+                leaf._backward_hooks = own
+
+
 class _Recomputed(Function):
     """Known values as a function of x and the trainable leaves, whose graph is built only in the backward."""
 
@@ -124,5 +140,6 @@ class _Recomputed(Function):
         if not pairs or not inputs:
             return (None,) * (3 + len(leaves))
         outputs, directions = zip(*pairs, strict=True)
-        grads = torch.autograd.grad(outputs, inputs, directions, retain_graph=ctx.step.meets_others(leaves), allow_unused=True)
+        with _without_hooks(leaves):
+            grads = torch.autograd.grad(outputs, inputs, directions, retain_graph=ctx.step.meets_others(leaves), allow_unused=True)
         return (None, None, *grads) if images.requires_grad else (None, None, None, *grads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -37,15 +37,18 @@ FREED = (
 _MAPS: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
 
 
-def known_map(call: Call, score: Score) -> str | None:
+def known_map(call: Call, asked: Any) -> str | None:
     """The layer that `layer="auto"` was for the last call alike; None: to be found."""
-    known, name = _MAPS.get(call.model, (None, ""))
-    return name if known == asked(call, score) and name in dict(call.model.named_modules()) else None
+    known, name = _MAPS.get(call.model, ((), ""))
+    return name if known == asked and name in dict(call.model.named_modules()) else None
 
 
-def asked(call: Call, score: Score) -> tuple[Any, ...]:
-    """What the layer for `layer="auto"` depends on, besides the model."""
-    return call.x.shape[1:], call.model.training, call.output, ref(type(score)), score.site
+def asked(call: Call, score: Score | None) -> tuple[Any, ...]:
+    """What the layer for `layer="auto"` depends on, besides the model; None: no score is differentiated there."""
+    output: Any = call.output
+    if isinstance(output, FunctionType) and output.__closure__ is None:
+        output = output.__code__  # which stays, where the function is written in the loop
+    return call.x.shape[1:], call.model.training, output, *(() if score is None else (ref(type(score)), score.site))
 
 
 @dataclass
@@ -200,7 +203,12 @@ class Runner:
                 "here on. Name an earlier layer, such as the norm before the last block's attention."
             )
 
-    def _find_map(self, recording: Recording, score: Score, total: Tensor) -> None:
+    def find_map(self, recording: Recording) -> None:
+        """Choose the layer for `layer="auto"` where no gradient is taken there."""
+        if sites.SPATIAL not in recording.values:
+            self._find_map(recording, None, self.at(recording, sites.OUTPUT).sum())
+
+    def _find_map(self, recording: Recording, score: Score | None, total: Tensor) -> None:
         """Choose the layer for `layer="auto"`: the last map that the score depends on."""
         if not recording.maps:
             cause = recording.problems.get(sites.SPATIAL, "no layer has one. Name a layer whose output is (N, C, h, w).")
@@ -269,18 +277,19 @@ def _scale(total: Tensor, value: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(total), 4 - torch.frexp(gradient.abs().amax()).exponent).detach()
 
 
-def _unreached(score: Score, site: str, total: Tensor) -> str:
+def _unreached(score: Score | None, site: str, total: Tensor) -> str:
     """Why a score has no gradient at a site, and what to do."""
     if checkpoints_reentrant(total):
         return REENTRANT
+    what = "The output" if score is None else repr(score)
     if site in sites.SPECIAL:
         place = "the images" if site == sites.INPUT else "any layer with a spatial map"
         return (
-            f"{score!r} does not depend on {place}: on the way to it the model detaches or runs under no_grad, as a first block "
+            f"{what} does not depend on {place}: on the way to it the model detaches or runs under no_grad, as a first block "
             "checkpointed with use_reentrant=True does. Let gradients through, or choose another score or output."
         )
     return (
-        f"{score!r} does not depend on layer {site!r}, so its gradient there is zero for every input. Name a layer between the images "
+        f"{what} does not depend on layer {site!r}, so its gradient there is zero for every input. Name a layer between the images "
         "and the score."
     )
 

@@ -1,7 +1,6 @@
 """Scores: what is differentiated. Each maps what the model computes to one number an image.
 
-The attribution of a batch is the gradient of the sum of its images' scores. Logits are `(N, C)` and a target is `(N,)`
-integers in [0, C), where a score does not say otherwise.
+The attribution of a batch is the gradient of the sum of its scores. Logits are `(N, C)`, targets `(N,)` integers in [0, C), by default.
 """
 
 from __future__ import annotations
@@ -286,7 +285,7 @@ class SegmentationLogit(Score):
     def check_target(self, target: Tensor) -> None:
         """Check that the target is a map of classes."""
         if target.dim() != 3 or target.is_floating_point() or target.dtype is torch.bool:
-            raise ValueError(f"target must be (N, H, W) class indices for SegmentationLogit, got {tuple(target.shape)}. Pass a label map.")
+            raise ValueError(f"target must be a label map, (N, H, W) integers, got {target.dtype} {tuple(target.shape)}. Pass one.")
 
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
         """Check that logits and target are maps of one size, and that the classes are in range."""
@@ -317,7 +316,7 @@ class RegressionOutput(Score):
 
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
         """Check that the outputs are numbers, and that there are enough."""
-        if value.dim() > 2 or (self.index is not None and not -1 < self.index < value[0].numel()):
+        if value.dim() not in (1, 2) or (self.index is not None and not -1 < self.index < value[0].numel()):
             raise ValueError(f"{self!r} does not fit outputs of shape {tuple(value.shape)}. Pass an index in range, or None.")
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
@@ -330,7 +329,7 @@ class RegressionOutput(Score):
 class ByTarget(Score):
     """The default of every regularizer: without `target=` it is `SumLogProb`; with it, what the target's shape says.
 
-    `(N,)` class indices: `Contrast`, because a shortcut can also act on the other logits. `(N, C)`: `MultiLabelLogit`.
+    `(N,)` class indices: `Contrast`, because a shortcut can also act on the other logits. `(N, C)`, C > 1: `MultiLabelLogit`.
     `(N, H, W)`: `SegmentationLogit`. A map that is only shown, by `.attribute`, is Captum's: of `TargetLogit`, not `Contrast`;
     without `contrast` so are penalties.
     """
@@ -341,6 +340,8 @@ class ByTarget(Score):
         """The score that the call uses."""
         if target is None:
             return SumLogProb()
+        if target.dim() == 2 and target.shape[1] == 1:  # its logit times the label would say nothing of images of class 0
+            raise ValueError(f"target is {tuple(target.shape)}, one label an image. For one logit name the score: scores.BinaryLogit().")
         of_classes = Contrast() if self.contrast and not shown else TargetLogit()
         return {2: MultiLabelLogit(), 3: SegmentationLogit()}.get(target.dim(), of_classes)
 

@@ -10,6 +10,7 @@ import difflib
 import math
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from attrreg.walk import modules
@@ -42,10 +43,14 @@ def check_layer(model: nn.Module, name: str) -> None:
     if name in SPECIAL:
         return
     try:
-        model.get_submodule(name)
-        return
+        layer = model.get_submodule(name)
     except AttributeError:
-        names = [known for known, _ in model.named_modules() if known]
+        layer = None
+    if isinstance(layer, torch.jit.ScriptModule):
+        raise ValueError(f"layer {name!r} is TorchScript, which takes no hooks. Name a layer around it, or leave it as it was written.")
+    if layer is not None:
+        return
+    names = [known for known, _ in model.named_modules() if known]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Its outermost layers are {[n for n in names if '.' not in n]}."
     raise ValueError(f"layer {name!r} is not in {type(model).__name__}. {hint}")

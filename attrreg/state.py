@@ -83,15 +83,18 @@ class Buffers:
     def stand_in(self) -> None:
         """Put the copies in place."""
         for module, buffers in self._originals:
-            if buffers:
-                module._buffers.update({name: self._copies[id(buffer)] for name, buffer in buffers.items() if buffer is not None})
+            for name, buffer in buffers.items():  # one by one: TorchScript's have no `update`
+                if buffer is not None:
+                    module._buffers[name] = self._copies[id(buffer)]
 
     def put_back(self) -> None:
         """Put the originals in place, as they were, and remember what the pass left in theirs."""
         self._left = [(module, buffers, dict(left)) for module, buffers in self._originals if (left := module._buffers) or buffers]
-        for module, buffers, _ in self._left:
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        for module, buffers, left in self._left:
+            if left.keys() != buffers.keys():
+                module._buffers.clear()
+            for name, buffer in buffers.items():
+                module._buffers[name] = buffer
 
     def commit(self) -> None:
         """Make what the pass did final (the originals are in place again)."""

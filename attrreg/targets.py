@@ -27,7 +27,8 @@ def check_classes(target: Tensor) -> None:
         others = "For one-hot labels write `target.argmax(1)`; one logit takes BinaryLogit(), regression RegressionOutput()."
         raise TypeError(f"target must be class indices, got {target.dtype}. {others}")
     if target.dim() != 1:
-        raise ValueError(f"target must be ({len(target)},), one class an image of x, got {tuple(target.shape)}. Reshape it.")
+        remedy = "Reshape it; a label map is (N, H, W)." if target.dim() > 2 else "Reshape it."
+        raise ValueError(f"target must be ({len(target)},), one class an image of x, got {tuple(target.shape)}. {remedy}")
     if bool((target < 0).any()):
         raise ValueError(
             f"target has the class {int(target.min())}, which is negative. Pass class indices, and leave out images to be ignored."

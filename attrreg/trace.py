@@ -101,6 +101,8 @@ class Trace:
         at = self._seen(at)
         if site == sites.INPUT and at == CLEAN:
             return self._recordings[CLEAN].values.get(site, self.call.x) if CLEAN in self._recordings else self.call.x
+        if site == sites.SPATIAL:
+            self._runner.find_map(self._recordings[at])
         return self._runner.at(self._recordings[at], site)
 
     def grad(self, site: str, score: Score, at: Point = CLEAN) -> Tensor:
@@ -188,7 +190,7 @@ class Trace:
         # The images themselves need no pass. One that was recorded is taken all the same: others replay its draws.
         needed = as_users_forward or any(wanted.values()) or bool(wanted.keys() - {sites.INPUT})
         if recording is None and needed:
-            for known in dict.fromkeys((self._known_map(), None)):
+            for known in dict.fromkeys((known_map(call, self._asked()), None)):
                 with isolated(call.model, device=call.x.device) as buffers:
                     recording = self._runner.forward(call.x, wanted, as_users_forward, map=known)
                     after = Rng.of(call.x.device)
@@ -202,19 +204,11 @@ class Trace:
             if sites.SPATIAL in recording.values:
                 self._runner.map = recording.maps[-1][0]
 
-    def _score_of_map(self) -> Score | None:
-        """Whose gradient chooses the layer for `layer="auto"`."""
-        scores = (need.score for need in self._needs if isinstance(need, Grad) and need.site == sites.SPATIAL and need.at == CLEAN)
-        score = next(scores, None)
-        return None if score is None else score.resolve(self.call.target, self.call.shown)
-
-    def _known_map(self) -> str | None:
-        score = self._score_of_map()
-        return None if score is None else known_map(self.call, score)
-
     def _asked(self) -> Any:
-        score = self._score_of_map()
-        return None if score is None else asked(self.call, score)
+        """What is asked of the layer for `layer="auto"`; None: nothing."""
+        needs = [need for need in self._needs if need.site == sites.SPATIAL and need.at == CLEAN]
+        score = next((need.score for need in needs if isinstance(need, Grad)), None)
+        return asked(self.call, score.resolve(self.call.target, self.call.shown) if score is not None else None) if needs else None
 
     def _points(self) -> list[Point]:
         return list(dict.fromkeys(need.at for need in self._needs))

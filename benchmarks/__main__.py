@@ -20,6 +20,7 @@ import typer
 from attrreg.bench import report
 from attrreg.bench import strategies as ways
 from attrreg.bench.command import bench
+from attrreg.bench.measure import Cost
 from attrreg.bench.run import Record, ratios
 from benchmarks import check
 from benchmarks.page import ROOT, marks, write_section
@@ -57,13 +58,21 @@ def summary(record: Record) -> tuple[str, str, str]:
     lines = ["| penalty | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for label, (penalty, names) in rows.items():
         found = [[cost for _, cost in ratios(record, penalty, way)] for way in names]
-        cells = [f"{median(c.ratio for c in costs):.1f}x / {median(c.memory for c in costs):.1f}x" if costs else "" for costs in found]
+        cells = [_medians(costs, len(record.costs)) for costs in found]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     intro = (
         f"Time / peak memory above the parameters of a training step, as multiples of a plain one's: medians over {len(record.costs)} "
         "models. *All three* are the rows above it in one sum."
     )
     return intro, "\n".join(lines), report.conditions(record)
+
+
+def _medians(costs: list[Cost], models: int) -> str:
+    """Of time and memory, and over how many models where those are not all."""
+    if not costs:
+        return ""
+    fewer = f" ({len(costs)} models)" if len(costs) < models else ""
+    return f"{median(cost.ratio for cost in costs):.1f}x / {median(cost.memory for cost in costs):.1f}x{fewer}"
 
 
 def main() -> None:

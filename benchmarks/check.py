@@ -6,6 +6,7 @@ python -m benchmarks.check other.json
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ class Promise:
 
     @property
     def kept(self) -> bool:
-        """Whether it holds."""
+        """Whether it holds; what is no number does not."""
         return self.value >= self.bound if self.least else self.value <= self.bound
 
     @property
@@ -147,12 +148,12 @@ def _integrated_gradients(record: Record, bounds: Bounds) -> Iterator[Promise]:
 
 
 def _worst(text: str, values: dict[str, float], bound: float) -> Promise:
-    where = max(values, key=lambda model: values[model])
+    where = max(values, key=lambda model: (math.isnan(values[model]), values[model]))
     return Promise(text, values[where], bound, where)
 
 
 def _least(text: str, values: dict[str, float], bound: float) -> Promise:
-    where = min(values, key=lambda model: values[model])
+    where = min(values, key=lambda model: (not math.isnan(values[model]), values[model]))
     return Promise(text, values[where], bound, where, least=True)
 
 
@@ -176,11 +177,15 @@ def missed(record: Record) -> str:
 
 
 def main(numbers: Path) -> int:
-    """Print the table and what was measured; 1 where a promise is broken, 2 where there is nothing to tell it from."""
+    """Print the table and what was measured; 1 where a promise is broken, 2 where a part of the record is missing, or all of it."""
     if not numbers.is_file():
         Console(stderr=True).print(f"{numbers} does not exist. `python -m benchmarks` writes benchmarks/results/cpu.json.", highlight=False)
         return 2
-    record = report.load(numbers)
+    try:
+        record = report.load(numbers)
+    except ValueError as error:
+        Console(stderr=True).print(f"{numbers}: {error}", highlight=False)
+        return 2
     table = Table("promise", "measured", "bound", "where", "")
     found = list(promises(record))
     for promise in found:
@@ -188,7 +193,9 @@ def main(numbers: Path) -> int:
         table.add_row(promise.text, f"{promise.value:.2f}", bound, promise.where, "ok" if promise.kept else "MISSED")
     Console().print(table)
     Console().print(report.conditions(replace(record, plan=replace(record.plan, penalties=ways.PENALTIES))), highlight=False)
-    return int(not all(promise.kept for promise in found))
+    if not all(promise.kept for promise in found):
+        return 1
+    return 2 if record.missing(record.plan) else 0
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def missed(record: run.Record) -> str:
     if not broken:
         return f"Every {PROMISE} is kept on each of {len(record.costs)} models."
     lines = [
-        f"- {name}: {promise.text} {promise.value:.2f}, {promise.promised}" for name, promises in broken.items() for promise in promises
+        f"- {name}: {promise.text} {promise.value:.3f}, {promise.promised}" for name, promises in broken.items() for promise in promises
     ]
     kept = len(record.costs) - len(broken)
     return "\n".join([f"{kept} of {len(record.costs)} models keep every {PROMISE}; missed are:", "", *lines])
@@ -141,7 +141,10 @@ def main() -> None:
         keep_memory=keep_memory(),
         channels_last=arguments.channels_last,
     )
-    record = report.load(numbers).resumed(plan) if arguments.resume and numbers.exists() else run.Record.of(plan)
+    try:
+        record = report.load(numbers).resumed(plan) if arguments.resume and numbers.exists() else run.Record.of(plan)
+    except ValueError as error:
+        parser.error(f"{numbers} cannot be gone on with: {error}")
     absent = list(dict.fromkeys(model for model, _ in record.missing(plan)))
     path = (ways.INTEGRATED_GRADIENTS,)  # ten times as slow, and so by itself, in fewer rounds
     others = tuple(penalty for penalty in plan.penalties if penalty not in path)

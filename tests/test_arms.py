@@ -191,6 +191,10 @@ def test_a_checkpoint_goes_on_where_it_was() -> None:
     values = [whole(model, x, mask, generator=torch.Generator().manual_seed(step)) for step in range(6)]
     for step in range(3):
         first(model, x, mask, generator=torch.Generator().manual_seed(step))
+    fresh = second.state_dict()
+    second.load_state_dict(whole.state_dict())
+    second.load_state_dict(fresh)  # of before the first call
+    assert second.step == 0 and second._discriminator.network is None
     second.load_state_dict(first.state_dict())
     assert second.step == 3
     for step in range(3, 6):
@@ -300,6 +304,8 @@ DATA = batch(3)
         (lambda: attrreg.PGDEx(loss=scores.TargetLogit()), TypeError, r"loss must be.*\. "),  # type: ignore[arg-type]
         (lambda: attrreg.AdversarialInvariance(every=0), ValueError, r"every must be.*\. "),
         (lambda: attrreg.AdversarialInvariance(rate=0.0), ValueError, r"rate must be.*\. "),
+        (lambda: attrreg.AdversarialInvariance(rate="1e-3"), ValueError, r"rate must be.*\. "),  # type: ignore[arg-type]
+        (lambda: attrreg.AdversarialInvariance(hidden=8), TypeError, r"hidden must be the widths.*\. "),  # type: ignore[arg-type]
         (lambda: attrreg.AdversarialInvariance(weight=-1.0), ValueError, r"weight of AdversarialInvariance must be.*\. "),
         (lambda: attrreg.AdversarialInvariance(layer=nn.Linear(1, 1)), TypeError, r"layer must be the dotted name.*\. "),  # type: ignore[arg-type]
         (lambda: attrreg.AdversarialInvariance(fill=1), TypeError, r"fill must be.*\. "),  # type: ignore[arg-type]

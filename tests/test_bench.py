@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,10 +133,14 @@ def test_memory_is_that_of_what_is_alive() -> None:
 
 
 def test_a_model_that_cannot_be_measured_is_named() -> None:
-    with pytest.raises(ValueError, match="no_such_model"):
+    with pytest.raises(LookupError, match="no_such_model"):
         build("no_such_model", batch=2, size=64, device=CPU)
-    with pytest.raises(ValueError, match=r"test_resnet does not run on images of 0 pixels"):
+    with pytest.raises(ValueError, match=r"test_resnet does not run on 2 images of 0 pixels"):
         build("test_resnet", batch=2, size=0, device=CPU)
+
+
+def test_a_model_may_be_named_with_its_weights() -> None:
+    assert build("test_resnet.r160_in1k", batch=1, size=64, device=CPU).name == "test_resnet.r160_in1k"
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -169,6 +174,10 @@ def test_the_command(tmp_path: Path) -> None:
         ["--autocast", "float33"],
         ["--autocast", "int8"],
         ["--out", "folder.json"],
+        ["--out", "no/such.json"],
+        ["--out", "/proc/attrreg.json"],
+        ["--seconds", "inf"],
+        ["--seconds", "nan"],
         ["--out", "broken.json", "--resume"],
         ["--out", "other.json", "--resume"],
         ["--batch", "0"],
@@ -177,7 +186,8 @@ def test_the_command(tmp_path: Path) -> None:
 def test_bad_options(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("folder.json").mkdir()
-    Path("broken.json").write_text("[]")
+    Path("broken.json").write_text("{")
+    Path("folder").mkdir()
     Path("other.json").write_text('{"plan": {"models": [], "colour": 1}}')
     before = ["bench", "--rounds", "1", *([] if "--out" in arguments else ["--out", str(tmp_path / "x.json")])]
     result = CliRunner().invoke(build_app(), [*before, *arguments])
@@ -209,19 +219,26 @@ def test_promises_are_kept_or_missed(tmp_path: Path) -> None:
     report.save(record_with(2.1, 2.0), tmp_path / "kept.json")
     assert check.main(tmp_path / "kept.json") == 0
     assert check.main(tmp_path / "absent.json") == 2
+    for text in ("[]", "{", "\xff", json.dumps(replace(record_with(2.1, 2.0), costs={}).as_dict())):
+        (tmp_path / "broken.json").write_text(text, encoding="latin-1")
+        assert check.main(tmp_path / "broken.json") == 2
+    report.save(record_with(math.nan, 2.0), tmp_path / "nan.json")
+    assert check.main(tmp_path / "nan.json") == 1
+    several = {"resnet18": 2.0, "resnet50": math.nan, "resnet34": 2.1}
+    assert not check._worst("", several, 3.0).kept and not check._least("", several, 1.0).kept
 
 
 def test_what_was_not_measured_has_no_promise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = record_with(2.1, 2.0)
     interrupted = replace(record, plan=replace(record.plan, penalties=strategies.PENALTIES))
     report.save(interrupted, tmp_path / "interrupted.json")
-    assert check.main(tmp_path / "interrupted.json") == 0
+    assert check.main(tmp_path / "interrupted.json") == 2
     assert "Not measured: resnet18 (GradCAM" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_a_size_of_the_curves_that_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = replace(record_with(2.0, 2.0).plan, batch=1, curves=True)
-    with pytest.raises(ValueError, match=r"images of 32 pixels: .*pass --no-curves, or a larger --batch"):
+    with pytest.raises(ValueError, match=r"1 images of 32 pixels: .*Try another --size or --batch\. .* --no-curves"):
         run.measure(plan, run.Record.of(plan), lambda name, part: None)
 
 
@@ -250,9 +267,9 @@ def test_a_path_of_many_images_is_measured_on_fewer() -> None:
 @pytest.mark.parametrize(
     ("models", "size", "curves", "cause"),
     [
-        (("test_resnet", "no_such_model"), 64, False, "timm has no model 'no_such_model'"),
-        (("test_resnet", "test_vit"), 8, False, "test_vit does not run on images of 8 pixels"),
-        (("inception_v4",), 96, True, "inception_v4 does not run on images of 32 pixels"),
+        (("test_resnet", "no_such_model"), 64, True, r"timm has no model 'no_such_model'\. Choose one of timm\.list_models\(\)\.$"),
+        (("test_resnet", "test_vit"), 8, False, "test_vit does not run on 2 images of 8 pixels"),
+        (("inception_v4",), 96, True, r"inception_v4 does not run on 2 images of 32 pixels: .* --no-curves leaves them out"),
     ],
 )
 def test_models_that_do_not_run_are_refused_before_others_are_measured(
@@ -260,7 +277,7 @@ def test_models_that_do_not_run_are_refused_before_others_are_measured(
 ) -> None:
     plan = run.Plan(models, (strategies.GRAD_CAM,), 2, size, 1, 0, curves, "cpu", None)
     record, notes = run.Record.of(plan), []
-    with pytest.raises(ValueError, match=cause):
+    with pytest.raises((LookupError, ValueError), match=cause):
         run.measure(plan, record, lambda doing, part: notes.append(doing))
     assert not record.costs and not notes
 

@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 import attrreg
 from attrreg import baselines, engines
 from attrreg.bench.memory import LiveStorage
+from attrreg.trace import passes
 from benchmarks import captum_check
 from benchmarks.captum_check import Net
-from tests import oracles
-from tests.models import SmoothNet, assert_close, gradients, smooth_batch
+from tests import models, oracles
+from tests.models import FAMILIES, SmoothNet, assert_close, gradients, smooth_batch
 from tests.test_gradients import check_numerically
 from tests.test_side_effects import CALLS, assert_same, snapshot
 
@@ -289,3 +290,29 @@ def test_rules_are_refused_with_finite_differences() -> None:
     model, (x, mask, target) = Residual().double(), smooth_batch()
     with pytest.raises(ValueError, match="is the gradient of none"):
         (attrreg.InputGradient() + attrreg.captum.GuidedBackprop()).using(engines.FiniteDifference())(model, x, mask, target)
+
+
+@pytest.mark.parametrize("attach", [False, True])
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_the_last_maps_activations_need_no_gradient_there(name: str, attach: bool) -> None:
+    family = FAMILIES[name]
+    model, (x, mask, target) = family.build(), models.batch(2, channels=3, size=family.size, classes=5)
+    reg = attrreg.captum.LayerActivation()
+    with torch.no_grad():
+        cam = attrreg.GradCAM().attribute(model.eval(), x, target)
+    assert reg.attribute(model, x, target).shape[2:] == cam.shape[2:]
+    with reg.attach(model) if attach else torch.enable_grad():
+        for _ in range(2):
+            with passes() as counted:
+                if attach:
+                    model(x)
+                value = reg(model, x, mask, target)
+            assert value > 0 and value.requires_grad and counted.forward == (0 if attach else 1)
+
+
+def test_the_activations_with_grad_cam_are_those_of_its_layer() -> None:
+    family = FAMILIES["resnet"]
+    model, (x, mask, target) = family.build().eval(), models.batch(2, channels=3, size=family.size, classes=5)
+    alone = attrreg.captum.LayerActivation()(model, x, mask, target)
+    together = (attrreg.captum.LayerActivation() + attrreg.GradCAM()).evaluate(model, x, mask, target)
+    torch.testing.assert_close(together.terms["LayerActivation"], alone.detach())

@@ -135,6 +135,18 @@ def test_masks_by_suffix_and_value(tmp_path: Path) -> None:
     assert (data[0].mask.numpy() == (labels == 2)).all()
 
 
+def test_masks_of_sixteen_bits(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    labels = numpy.zeros((4, 4), dtype=numpy.uint16)
+    labels[1:] = 300
+    Image.fromarray(labels).save(tmp_path / "cat" / "a.png")
+    Image.frombytes("I;16B", (4, 4), labels.astype(">u2").tobytes()).save(tmp_path / "cat" / "a.tif")
+    for suffix in (".png", ".tif"):
+        for relevant in (lambda values: values > 255, lambda values: torch.isin(values, torch.tensor([300])), lambda values: values == 300):
+            mask = MaskFolder(tmp_path, suffix, relevant)(PurePosixPath("cat/a.jpg"), (4, 4))
+            assert (mask.numpy() == (labels == 300)).all()
+
+
 def coco(root: Path, **changes: Any) -> Path:
     content = {
         "images": [{"id": 7, "file_name": "disc/000.jpg"}, {"id": 3, "file_name": "./plus/001.jpg"}, {"id": 9, "file_name": "else.jpg"}],
@@ -285,8 +297,22 @@ def test_a_mix_goes_to_spawned_workers(folder: MaskedImageFolder) -> None:
     assert mixed.label.shape == (2, 2) and mixed.mask.dtype == torch.bool
 
 
+def test_a_little_of_an_unannotated_image_counts_in_half_precision_too() -> None:
+    given = batch()
+    given = given._replace(image=given.image.bfloat16(), annotated=torch.zeros(len(given.image), dtype=torch.bool))
+    given.annotated[0] = True
+
+    def blend(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return 0.99 * images + 0.01 * images.roll(1, 0), labels
+
+    mixed = WithMasks(blend)(given)
+    assert mixed.image.dtype == torch.bfloat16 and not mixed.annotated.any()
+
+
 def test_what_cannot_be_mixed() -> None:
     mix, given = WithMasks(v2.CutMix(num_classes=3)), batch()
+    with pytest.raises(TypeError, match=r"annotated must be a boolean tensor, got list"):
+        mix(given._replace(annotated=[True] * 4))
     with pytest.raises(TypeError, match=r"mask must be boolean.*mask > 0\.5"):
         mix(given._replace(mask=given.mask.float()))
     with pytest.raises(ValueError, match=r"mask must be \(4, 16, 16\).*Resize"):

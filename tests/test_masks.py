@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.tv_tensors import BoundingBoxes
 
 import attrreg
 from attrreg import masks, objectives, scores
@@ -98,3 +101,16 @@ def test_boxes_cover_every_pixel_they_touch(x1: float, y1: float, width: float, 
         for column in range(8):
             touches = x1 < column + 1 and x2 > column and y1 < row + 1 and y2 > row
             assert bool(mask[row, column]) == touches
+
+
+@pytest.mark.parametrize("box", [(0, 0, math.inf, 4), (-math.inf, 0, 4, 4), (0, 0, 4, math.nan)])
+def test_boxes_that_are_not_finite(box: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=r"boxes\[0\] has the box .* which is empty or outside"):
+        masks.from_boxes([[box]], (8, 8))
+
+
+def test_boxes_that_say_their_format() -> None:
+    corners, sizes = (BoundingBoxes([[2, 2, 5, 5]], format=form, canvas_size=(8, 8)) for form in ("XYXY", "XYWH"))
+    assert masks.from_boxes([corners], (8, 8)).sum() == 9
+    with pytest.raises(ValueError, match=r"boxes\[0\] are XYWH.*ConvertBoundingBoxFormat"):
+        masks.from_boxes([sizes], (8, 8))

@@ -264,10 +264,61 @@ def test_modules_work_in_a_collection() -> None:
     assert together.compute()["ShareInside"].item() == pytest.approx(metrics.share_inside(map, mask).mean().item())
 
 
+def test_metrics_that_agree_on_a_batch_stay_apart_in_a_collection() -> None:
+    mask = torch.zeros(2, 8, 8, dtype=torch.bool)
+    mask[:, 2:6, 2:6] = True
+    inside, beside, both = torch.zeros(3, 2, 1, 8, 8)
+    inside[:, :, 3, 3] = beside[:, :, 1, 3] = both[:, :, 1, 3] = 1
+    both[:, :, 3, 3] = -1
+    made = {"exact": modules.PointingGame(0), "near": modules.PointingGame(2), "share": modules.ShareInside()}
+    made["energy"] = modules.EnergyPointingGame()
+    together = torchmetrics.MetricCollection({name: metric.clone() for name, metric in made.items()})
+    for map in (inside, beside, both):
+        together.update(map, mask)
+        for metric in made.values():
+            metric.update(map, mask)
+    for name, value in together.compute().items():
+        assert value == made[name].compute(), name
+
+
+def test_multi_hot_targets_of_annotated_images_are_judged() -> None:
+    x, mask = torch.rand(4, 2, 8, 8), torch.rand(4, 8, 8)
+    hot, annotated = torch.eye(3)[[0, 1, 2, 0]], torch.tensor([True, False, True, False])
+    metric, model = modules.Judged(attrreg.InputGradient().attribute), SmoothNet().eval()
+    metric.update(model, x, mask, hot, annotated)
+    assert metric.images == 2
+    expected = metrics.share_inside(attrreg.InputGradient().attribute(model, x[annotated], hot[annotated]), mask[annotated])
+    assert metric.compute().item() == pytest.approx(expected.mean().item())
+
+
+def test_boolean_groups() -> None:
+    logits, target = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), torch.tensor([0, 1, 1])
+    metric = modules.WorstGroupAccuracy(2)
+    metric.update(logits, target, target.bool())
+    assert metric.compute() == 0.5 == metrics.worst_group_accuracy(logits, target, target.bool())
+
+
 # Bad input
 
 
+class InMapping(nn.Module):
+    """Returns no tensor."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": x.flatten(1)}
+
+
 MAP = torch.rand(2, 1, 4, 4)
+
+
+def judge(model: nn.Module, target: Tensor) -> Tensor:
+    """By occlusion."""
+    return metrics.judged(model, MAP, MAP[:, 0], target, metrics.Occlusion(window=4, stride=4))
+
+
+def groups_of(target: Tensor = torch.zeros(2).long(), groups: Tensor = torch.zeros(2).long()) -> None:  # noqa: B008
+    """Counted."""
+    modules.WorstGroupAccuracy(1).update(torch.rand(2, 2), target, groups)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +342,13 @@ MAP = torch.rand(2, 1, 4, 4)
             ValueError,
             r"groups has numbers outside \[0, 1\)\. ",
         ),
+        (lambda: modules.ShareInside().update(MAP, MAP[:, 0], torch.tensor([1, 0])), TypeError, r"annotated must be a boolean.*\. "),
+        (lambda: judge(InMapping(), torch.tensor([0, 1])), TypeError, r"model returned a dict and not logits\. "),
+        (lambda: judge(nn.Flatten(), torch.tensor([0, 99])), ValueError, r"target has the class 99, but the model has 16 classes\. "),
+        (lambda: judge(nn.Flatten(), torch.eye(2)), TypeError, r"target must be class indices, got torch.float32\. "),
+        (lambda: judge(nn.Flatten(), torch.tensor([0])), ValueError, r"target must be \(2,\).*\. "),
+        (lambda: groups_of(target=torch.zeros(1).long()), ValueError, r"logits must be \(N, classes\).*\. "),
+        (lambda: groups_of(groups=torch.zeros(1).long()), TypeError, r"groups must be \(2,\) integers.*\. "),
         (lambda: modules.LogitDifferenceAUC().update(torch.rand(2, 3), torch.zeros(2)), ValueError, r"logits must be \(N, 2\).*\. "),
     ],
 )

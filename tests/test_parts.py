@@ -236,3 +236,26 @@ def test_a_single_position_is_a_map_where_a_convolution_made_it_and_none_where_p
         attrreg.GradCAM("2")(model, x, mask, target)
     with pytest.raises(ValueError, match="'auto' found no layer"):
         attrreg.GradCAM()(model, x, mask, target)
+
+
+@pytest.mark.parametrize("kind", [objectives.OutsideFraction, objectives.Energy, objectives.LogOutside, objectives.SquaredOutside])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1000.0])
+def test_half_maps_are_judged_in_float32(kind: Any, scale: float) -> None:
+    objective: objectives.Objective = kind()
+    map, mask = (scale * torch.randn(2, 3, 16, 16)).half(), (torch.rand(2, 1, 16, 16) > 0.5).float()
+    found = objective(map, mask)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, objective(map.float(), mask))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-8, 1.0, 1e4, 1e7, 1e9, 1e17])
+def test_the_default_neither_overflows_nor_loses_its_gradient(size: float) -> None:
+    map = torch.full((1, 3, 8, 8), size, requires_grad=True)
+    value = objectives.LogOutside()(map, torch.zeros(1, 1, 8, 8))
+    value.sum().backward()
+    wide = torch.full((1, 3, 8, 8), size, dtype=torch.float64, requires_grad=True)
+    want = wide.abs().sum().square().log1p()
+    want.backward()
+    torch.testing.assert_close(value.double(), want.view(1))
+    assert map.grad is not None
+    torch.testing.assert_close(map.grad.double(), wide.grad, rtol=1e-5, atol=0.0)

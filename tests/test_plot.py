@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import attrreg
-from attrreg import objectives, plot
+from attrreg import metrics, objectives, plot
 
 pytestmark = pytest.mark.cpu
 
@@ -116,6 +116,20 @@ def test_images_are_stretched_only_if_they_must_be(scale: tuple[float, float]) -
     numpy.testing.assert_allclose(eight_bit, (255 * x).byte()[0].permute(1, 2, 0) / 255)
 
 
+def test_an_image_of_one_value_is_drawn() -> None:
+    _, mask, phi = case()
+    found = drawn(grid(plot.attributions(torch.full((3, 3, 32, 32), -2.0), mask, {"phi": phi}), 3)[0][0])
+    assert (found == 0.5).all()
+
+
+def test_shares_of_small_gradients_are_shares() -> None:
+    x, mask, _ = case()
+    phi = torch.zeros(len(x), 1, *x.shape[2:])
+    phi[..., -1] = 1e-15  # outside
+    axes = grid(plot.attributions(x, mask, {"phi": phi}), 3)[0][2]
+    assert axes.get_xlabel() == f"{float(metrics.share_inside(phi[:1], mask[:1])[0]):.0%} inside"
+
+
 def test_captions() -> None:
     x, mask, phi = case()
     figure = plot.attributions(x[:, :1], mask, {"phi": phi}, captions={"image": ["a", "b", "c"], "phi": ["d", "e", "f"]}, title="all")
@@ -168,7 +182,7 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"images": torch.rand(3, 24, 24)}, r"images must be \(N, C, H, W\)"),
         ({"mask": torch.ones(2, 24, 24)}, r"mask \(2, 24, 24\) and annotated \(3,\) do not fit 3 images"),
-        ({"annotated": torch.ones(2, dtype=torch.bool)}, r"annotated \(2,\) do not fit 3 images"),
+        ({"annotated": torch.ones(2, dtype=torch.bool)}, r"annotated must be \(3,\), one flag an image of x, got \(2,\)"),
         ({"mask": torch.full((3, 24, 24), 255)}, r"mask leaves \[0, 1\].*mask > 0"),
         ({"maps": {}}, "maps is empty.*at least one"),
         ({"maps": {"phi": torch.rand(2, 3, 24, 24)}}, r"maps\['phi'\] is \(2, 3, 24, 24\).*for 3 images"),

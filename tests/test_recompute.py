@@ -98,6 +98,22 @@ def test_weights_of_a_graph_outside(owner: str) -> None:
     assert_close(found[1], found[0], 1e-10)
 
 
+@pytest.mark.parametrize("way", ["integrated", "expected"])
+def test_hooks_of_parameters_are_shown_the_whole_gradient_once(way: str) -> None:
+    found = []
+    for chunk in (None, 1):
+        torch.manual_seed(0)
+        model, (x, mask, target) = net(nn.Conv2d(8, 8, 3)), batch(3, channels=2, size=8, classes=3)
+        seen: list[Tensor] = []
+        weight = next(model.parameters())
+        weight.register_hook(lambda gradient: seen.append(gradient) or 0.1 * gradient)
+        reg = attrreg.IntegratedGradients(3, chunk=chunk) if way == "integrated" else attrreg.ExpectedGradients(3, chunk=chunk)
+        reg(model, x.double(), mask, target, generator=torch.Generator().manual_seed(0)).backward()
+        assert len(seen) == 1 and weight._backward_hooks is not None
+        found.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert_close(found[1], found[0], 1e-10)
+
+
 def test_weights_that_are_cached() -> None:
     torch.manual_seed(0)
     model, (x, mask, target) = net(weight_norm(nn.Conv2d(8, 8, 3))), batch(3, channels=2, size=8, classes=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import UserDict
 from typing import Any
 
 import pytest
@@ -142,6 +143,13 @@ def test_evaluate_on_a_skipped_step_is_the_plain_forward() -> None:
     assert second.terms.keys() == first.terms.keys()
     assert not any(value.any() for value in second.terms.values())
     (F.cross_entropy(second.output, target) + second.total).backward()
+
+
+def test_evaluate_takes_keywords_in_any_mapping_at_any_step() -> None:
+    model, x, mask, target = case()
+    regularizer = Scheduled(attrreg.InputGradient(), schedules.Every(2))
+    outputs = [regularizer.evaluate(model, x, mask, target, inputs=UserDict(x=x)).output for _ in range(2)]
+    torch.testing.assert_close(outputs[1], outputs[0])
 
 
 def test_attached_evaluate_runs_no_forward_at_any_step() -> None:

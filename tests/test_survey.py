@@ -39,5 +39,5 @@ def test_a_survey_tells_each_model_by_itself() -> None:
     both = replace(kept, costs={"resnet18": kept.costs["resnet18"], "resnet50": slow.costs["resnet18"]})
     assert not survey.alone(both, "resnet18") and {promise.where for promise in survey.alone(both, "resnet50")} == {"resnet50"}
     text = survey.missed(both)
-    assert text.startswith("1 of 2 models keep") and "- resnet50: InputGradient: time 2.90, promised at most 2.7" in text
+    assert text.startswith("1 of 2 models keep") and "- resnet50: InputGradient: time 2.900, promised at most 2.7" in text
     assert survey.missed(kept) == "Every promise of `benchmarks.check` that is about attrreg and measured here is kept on each of 1 models."

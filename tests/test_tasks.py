@@ -94,6 +94,18 @@ def test_the_task_loss_of_any_task() -> None:
     assert float(value.detach()) > 0
 
 
+class Squeezed(nn.Module):
+    """One number for the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(2 * 8 * 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        number: Tensor = self.head(x.flatten(1)).mean()
+        return number
+
+
 BAD: list[tuple[scores.Score, nn.Module, Tensor | None, str]] = [
     (scores.MultiLabelLogit(), SmoothNet(), torch.tensor([0, 1, 2]), r"target must be \(N, C\)"),
     (scores.MultiLabelLogit(), SmoothNet(), 2 * HOT, r"target must be \(N, C\)"),
@@ -101,7 +113,11 @@ BAD: list[tuple[scores.Score, nn.Module, Tensor | None, str]] = [
     (scores.MultiLabelLogit(), SmoothNet(), None, "MultiLabelLogit needs a target"),
     (scores.BinaryLogit(), SmoothNet(classes=1), torch.tensor([0, 2, 1]), "of 0 and 1"),
     (scores.BinaryLogit(), SmoothNet(), torch.tensor([0, 1, 1]), "one logit an image"),
-    (scores.SegmentationLogit(), Dense(3), LABELS.double(), r"target must be \(N, H, W\)"),
+    (scores.SegmentationLogit(), Dense(3), LABELS.double(), r"label map, \(N, H, W\) integers, got torch.float64 \(3, 8, 8\)"),
+    (scores.SegmentationLogit(), Dense(3), LABELS.bool(), r"label map, \(N, H, W\) integers, got torch.bool \(3, 8, 8\)"),
+    (scores.ByTarget(), Dense(3), LABELS[:, None], r"got \(3, 1, 8, 8\)\. Reshape it; a label map is \(N, H, W\)"),
+    (scores.ByTarget(), SmoothNet(classes=1), torch.zeros(3, 1), r"target is \(3, 1\).*For one logit name the score: scores.BinaryLogit"),
+    (scores.RegressionOutput(), Squeezed(), None, r"does not fit outputs of shape \(\)"),
     (scores.SegmentationLogit(), Dense(3), LABELS[:, :4], "Resize"),
     (scores.SegmentationLogit(), SmoothNet(), LABELS, r"needs logits \(N, C, H, W\)"),
     (scores.SegmentationLogit(), Dense(2), LABELS, r"outside \[0, 2\)"),

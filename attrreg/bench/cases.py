@@ -62,7 +62,8 @@ def build(name: str, batch: int, size: int, device: torch.device, autocast: torc
         channels_last: how the model and the images are laid out; else contiguous.
 
     Raises:
-        ValueError: there is no such model, or it does not take images of this size.
+        LookupError: there is no such model.
+        ValueError: it does not take images of this size.
     """
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -79,13 +80,14 @@ def build(name: str, batch: int, size: int, device: torch.device, autocast: torc
         with torch.no_grad():
             model(x)
     except Exception as error:  # a size that does not fit fails in as many ways as there are models
-        raise ValueError(f"{name} does not run on images of {size} pixels: {error}") from error
+        said = str(error).rstrip(". ")
+        raise ValueError(f"{name} does not run on {batch} images of {size} pixels: {said}. Try another --size or --batch.") from error
     return case
 
 
 def _create(name: str, size: int) -> nn.Module:
-    if name not in timm.list_models():
-        raise ValueError(f"timm has no model {name!r}. Choose one of timm.list_models().")
+    if not timm.is_model(name.split(".")[0]):  # what follows names pretrained weights
+        raise LookupError(f"timm has no model {name!r}. Choose one of timm.list_models().")
     try:
         model = timm.create_model(name, num_classes=CLASSES, img_size=size)
     except (TypeError, AssertionError):  # most models take any size and have no such setting

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from attrreg.writable import writable
 
 NEEDED = ("matplotlib", "rich")
 
@@ -39,8 +41,10 @@ def bench(
     if absent:
         typer.echo(f"attrreg bench needs {', '.join(absent)}. Install with: pip install 'attrreg[bench]'", err=True)
         raise typer.Exit(1)
-    if out.suffix != ".json" or not out.parent.is_dir() or out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+    if out.suffix != ".json" or not writable(out):
         raise typer.BadParameter(f"{out} must end in .json, in a folder that exists and can be written to.", param_hint="--out")
+    if not math.isfinite(seconds):
+        raise typer.BadParameter(f"{seconds} seconds never end. Give a finite number.", param_hint="--seconds")
 
     from rich.console import Console
 
@@ -65,8 +69,8 @@ def bench(
     if unknown:
         raise typer.BadParameter(f"{sorted(unknown)} unknown. Choose from {list(strategies.PENALTIES)}.", param_hint="--penalty")
     plan = run.Plan(
-        models=tuple(model or (cases.SMALL if quick else cases.MODELS)),
-        penalties=tuple(penalty or (strategies.PENALTIES[:2] if quick else strategies.PENALTIES)),
+        models=tuple(dict.fromkeys(model or (cases.SMALL if quick else cases.MODELS))),
+        penalties=tuple(dict.fromkeys(penalty or (strategies.PENALTIES[:2] if quick else strategies.PENALTIES))),
         batch=batch,
         size=size,
         rounds=min(rounds, 4) if quick else rounds,
@@ -87,7 +91,7 @@ def bench(
     try:
         with bar(console, run.rounds(plan, record)) as advance:
             run.measure(plan, record, advance, lambda record: report.save(record, out))
-    except ValueError as error:  # a model that there is not, or that does not take such images
+    except (LookupError, ValueError) as error:  # a model that there is not, or that does not take such images
         raise typer.BadParameter(str(error), param_hint="--model") from None
     out.with_suffix(".md").write_text(report.markdown(record) + "\n")
     report.plot(record, out.with_suffix(".png"))

@@ -22,13 +22,23 @@ AXES = {"batch": "images a batch", "resolution": "pixels a side", "steps": "step
 
 
 def save(record: Record, path: Path) -> None:
-    """As JSON."""
-    path.write_text(json.dumps(record.as_dict(), indent=1) + "\n")
+    """As JSON; the file is whole at every time, whatever stops the run."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(record.as_dict(), indent=1) + "\n")
+    part.replace(path)
 
 
 def load(path: Path) -> Record:
-    """From JSON."""
-    return Record.from_dict(json.loads(path.read_text()))
+    """From JSON.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"it is no record of `attrreg bench` ({error}). Measure all anew, or name another file.") from error
+    return Record.from_dict(data)
 
 
 def summary(record: Record) -> Table:

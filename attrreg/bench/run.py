@@ -161,18 +161,18 @@ def measure(plan: Plan, record: Record, note: Note, save: Callable[[Record], Non
         save: called after each part, so that an interrupted run leaves what it has.
 
     Raises:
-        ValueError: a model does not exist or does not take images of a size that is measured; before anything is.
+        LookupError: a model does not exist; ValueError: it does not take images of a size that is measured; before anything is.
     """
     remedies = {(model, plan.size): "" for model, _ in record.missing(plan)}
     if "resolution" in record.missing_curves(plan):
         for size in reversed(CURVES["resolution"]):
-            remedies.setdefault((plan.models[0], size), ". That is a size of the curves: pass --no-curves, or a larger --batch.")
+            remedies.setdefault((plan.models[0], size), " That is a size of the curves: --no-curves leaves them out.")
     case = None
     for (model, size), remedy in reversed(remedies.items()):  # the smallest first; the one that is measured first last, and kept
         try:
             case = plan.case(model, plan.batch, size)
         except ValueError as error:
-            raise ValueError(f"{error}{remedy}") from error
+            raise ValueError(f"{error}{remedy}") from error.__cause__
     for model, penalty in record.missing(plan):
         batch = plan.batch_of(penalty)
         if case is None or (case.name, len(case.x)) != (model, batch):

@@ -20,6 +20,7 @@ from attrreg.captum.refusals import ABSTRACT, REFUSED
 from attrreg.objectives import LogOutside, Objective
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
+from attrreg.spec import is_number
 
 Index = int | tuple[int, ...]
 Images = Baseline | Tensor | float | None
@@ -234,12 +235,15 @@ def _noise_tunnel(
     attribution_method: type | MapRegularizer,
     nt_type: Kind = "smoothgrad",
     nt_samples: int = 5,
-    stdevs: float = 1.0,
+    stdevs: float | tuple[float, ...] = 1.0,
 ) -> MapRegularizer:
     if isinstance(attribution_method, MapRegularizer) and score != BY_TARGET:
         raise ValueError("from_captum: the score of NoiseTunnel is that of its attribution_method. Give it there.")
     inside = attribution_method if isinstance(attribution_method, MapRegularizer) else from_captum(attribution_method, score=score)
-    return NoiseTunnel(inside, nt_type, nt_samples, stdevs, objective)
+    std = stdevs[0] if isinstance(stdevs, tuple) and len(stdevs) == 1 else stdevs  # one for each of Captum's inputs
+    if isinstance(std, tuple) or not is_number(std):
+        raise ValueError(f"from_captum: stdevs must be a number, as there is one tensor of images; got {stdevs!r}. Write stdevs=0.1, say.")
+    return NoiseTunnel(inside, nt_type, nt_samples, std, objective)
 
 
 def _feature_ablation(score: Score, objective: Objective, feature_mask: Tensor, baselines: Images = None) -> MapRegularizer:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 import importlib.util
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from attrreg.writable import writable
 
 NEEDED = ("matplotlib", "mlxtend", "rich")
 
@@ -70,5 +71,5 @@ def _check_writable(out: Path) -> None:
         raise typer.BadParameter(f"{out} does not end in .png.", param_hint="--out")
     if not out.parent.is_dir():
         raise typer.BadParameter(f"the folder {out.parent} does not exist.", param_hint="--out")
-    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+    if not writable(out):
         raise typer.BadParameter(f"{out} cannot be written.", param_hint="--out")

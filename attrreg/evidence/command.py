@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from attrreg.writable import writable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -20,19 +22,20 @@ if TYPE_CHECKING:
 
 NEEDED = ("matplotlib", "optuna", "rich", "scipy")
 OUT = Path("attrreg-evidence.jsonl")
+SPLITS = "train,valid,test"
 
 
 def evidence(
     data: Annotated[list[str] | None, typer.Option(help="Data sets; again for each. Default: all.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Your own arrays in place of these: see docs/evidence.md.")] = None,
-    splits: Annotated[str, typer.Option(help="Of --folder: the names of the training, validation and test splits.")] = "train,valid,test",
+    splits: Annotated[str, typer.Option(help="Of --folder: the names of the training, validation and test splits.")] = SPLITS,
     sizes: Annotated[str, typer.Option(help="Of --folder: how many images of each, as in 500,128,128. Default: all.")] = "",
     similar: Annotated[str, typer.Option(help="Of --folder: a split like training. Default: a fifth of training, or by --flip.")] = "",
     flip: Annotated[bool, typer.Option("--flip", help="Of --folder: mirror validation and test images, as the paper does.")] = False,
     dilation: Annotated[int, typer.Option(min=0, help="Of --folder: pixels by which masks are grown.")] = 0,
     method: Annotated[list[str] | None, typer.Option(help="Methods; again for each. Default: all.")] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Settings tried for each method.")] = 5,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings with the settings chosen.")] = 5,
+    trials: Annotated[int, typer.Option(min=1, help="Settings tried for each method; with --quick one.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings with the settings chosen; with --quick one.")] = 5,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of each training. Default: the data set's own.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Everything once, small: minutes. Draw no conclusions from it.")] = False,
     out: Annotated[Path, typer.Option(help="The results (.jsonl), gone on from; tables (.md) and a picture (.png) go beside it.")] = OUT,
@@ -46,8 +49,14 @@ def evidence(
     if absent:
         typer.echo(f"attrreg evidence needs {', '.join(absent)}. Install with: pip install 'attrreg[evidence]'", err=True)
         raise typer.Exit(1)
-    if out.suffix != ".jsonl" or not out.parent.is_dir():
-        raise typer.BadParameter(f"{out} must end in .jsonl, in a folder that exists.", param_hint="--out")
+    if out.suffix != ".jsonl" or not writable(out):
+        raise typer.BadParameter(f"{out} must end in .jsonl, in a folder that exists and can be written to.", param_hint="--out")
+    own_options = {"--splits": splits != SPLITS, "--sizes": sizes, "--similar": similar, "--flip": flip, "--dilation": dilation}
+    if folder is None and any(own_options.values()):
+        given = next(name for name, value in own_options.items() if value)
+        raise typer.BadParameter("it is of --folder, which is missing. Pass both, or neither.", param_hint=given)
+    if folder is not None and data:
+        raise typer.BadParameter("it takes the place of --data. Pass one of them.", param_hint="--folder")
     if packages is not None:
         os.environ["ATTRREG_PACKAGES"] = str(packages)
 
@@ -98,7 +107,10 @@ def _folder(root: Path, splits: str, similar: str, sizes: str, flip: bool, dilat
     names = splits.split(",")
     if len(names) != 3:
         raise ValueError(f"--splits must be three names, got {splits!r}. Write train,valid,test.")
-    counts = tuple(int(count) for count in sizes.split(",")) if sizes else ()
+    try:
+        counts = tuple(int(count) for count in sizes.split(",")) if sizes else ()
+    except ValueError:
+        raise ValueError(f"--sizes must be three numbers of images, got {sizes!r}. Write 500,128,128.") from None
     return Folder(str(root), names[0], names[1], names[2], similar or None, flip=flip, sizes=counts, dilation=dilation)
 
 

@@ -16,7 +16,7 @@ def accuracy(logits: Tensor, target: Tensor) -> float:
     Raises:
         ValueError: the shapes do not fit.
     """
-    return _correct(logits, target).double().mean().item()
+    return check_correct(logits, target).double().mean().item()
 
 
 def auc(logits: Tensor, target: Tensor) -> float | None:
@@ -37,7 +37,7 @@ def auc(logits: Tensor, target: Tensor) -> float | None:
     Cost:
         Sorting.
     """
-    _correct(logits, target)
+    check_correct(logits, target)
     if logits.shape[1] != 2:
         return None
     score = logits[:, 1].double() - logits[:, 0].double()
@@ -59,7 +59,7 @@ def group_accuracies(logits: Tensor, target: Tensor, groups: Tensor) -> dict[int
     Raises:
         ValueError: the shapes do not fit.
     """
-    correct = _correct(logits, target)
+    correct = check_correct(logits, target)
     if groups.shape != target.shape:
         raise ValueError(f"groups must be {tuple(target.shape)}, one group an image, got {tuple(groups.shape)}. Reshape it.")
     return {int(group): correct[groups == group].double().mean().item() for group in groups.unique().tolist()}
@@ -77,7 +77,12 @@ def worst_group_accuracy(logits: Tensor, target: Tensor, groups: Tensor) -> floa
     return min(group_accuracies(logits, target, groups).values())
 
 
-def _correct(logits: Tensor, target: Tensor) -> Tensor:
+def check_correct(logits: Tensor, target: Tensor) -> Tensor:
+    """Of each image, whether its highest logit is the target's.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
     if logits.dim() != 2 or target.shape != logits.shape[:1] or not len(target):
         raise ValueError(
             f"logits must be (N, classes) and target (N,), got {tuple(logits.shape)} and {tuple(target.shape)}. Pass one class an image."

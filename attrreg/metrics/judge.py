@@ -13,6 +13,7 @@ from attrreg.baselines import Baseline, Zero, as_baseline
 from attrreg.metrics.maps import Measure, share_inside
 from attrreg.spec import Spec
 from attrreg.state import isolated
+from attrreg.targets import check_classes, check_logits
 
 Attribution = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -53,17 +54,18 @@ class Occlusion(Spec):
             raise ValueError(f"fill={self.fill!r} depends on the mask that the map is to be judged by. Use baselines.Zero(), for example.")
 
     def __call__(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-        """The map `(N, C, H, W)`, the same in all channels."""
+        """The map `(N, C, H, W)`, the same in all channels, of logits `(N, classes)` and targets `(N,)`."""
         from captum.attr import Occlusion as Captum
 
         calls.check_images(model, x)
         if self.window > min(x.shape[-2:]):
             raise ValueError(f"window={self.window} is larger than images of {tuple(x.shape[-2:])}. Choose a smaller one.")
+        target = _checked(target, x)
         draws = torch.Generator(x.device).manual_seed(0)
         fill = as_baseline(self.fill)(x, None, draws)
         channels = x.shape[1]
         with torch.no_grad(), isolated(model, device=x.device):
-            phi: Tensor = Captum(model).attribute(
+            phi: Tensor = Captum(_logits_of(model, target)).attribute(
                 x.detach(),
                 sliding_window_shapes=(channels, self.window, self.window),
                 strides=(channels, self.stride, self.stride),
@@ -71,6 +73,27 @@ class Occlusion(Spec):
                 target=target,
             )
         return phi
+
+
+def _checked(target: Tensor, x: Tensor) -> Tensor:
+    checked = calls.check_target(target, x)
+    if checked is None:
+        raise TypeError("target must be class indices (N,), got None. Pass the classes whose logits are judged.")
+    check_classes(checked)
+    return checked
+
+
+def _logits_of(model: nn.Module, target: Tensor) -> Callable[[Tensor], Tensor]:
+    """The model, whose output is checked first."""
+
+    def forward(images: Tensor) -> Tensor:
+        output = model(images)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"model returned a {type(output).__name__} and not logits. Pass a module that picks them out.")
+        check_logits("Occlusion", output, 1, target)
+        return output
+
+    return forward
 
 
 def judged(

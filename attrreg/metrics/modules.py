@@ -6,11 +6,13 @@ Import it by name: `from attrreg.metrics import modules`. It needs the package t
 from __future__ import annotations
 
 from abc import abstractmethod
+from itertools import count
 
 import torch
 from torch import Tensor, nn
 
-from attrreg.metrics.accuracy import auc
+from attrreg.masks import checked_flags
+from attrreg.metrics.accuracy import auc, check_correct
 from attrreg.metrics.judge import Attribution, judged
 from attrreg.metrics.maps import Measure, energy_pointing_game, iou_at_mask_size, pointing_game, share_inside
 
@@ -20,6 +22,9 @@ except ModuleNotFoundError as error:
     if error.name != "torchmetrics":
         raise
     raise ImportError("attrreg.metrics.modules needs torchmetrics. Install with: pip install 'attrreg[metrics]'") from None
+
+
+_numbers = count()
 
 
 class _Mean(Metric):
@@ -34,7 +39,9 @@ class _Mean(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("total", "images", "undefined"):
+        # The last, which stays zero, has a name of its own in each metric: a `MetricCollection` takes those with states of the same names
+        # and, in the first batch, values for one metric, and updates only one of them from then on.
+        for name in ("total", "images", "undefined", f"only_{next(_numbers)}"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def add(self, values: Tensor) -> None:
@@ -49,9 +56,12 @@ class _Mean(Metric):
         return self.total / self.images
 
 
-def _annotated(annotated: Tensor | None, *parts: Tensor) -> tuple[Tensor, ...]:
-    """What a batch has of its annotated images; a mask `(H, W)` serves them all."""
-    return parts if annotated is None else tuple(part if part.dim() == 2 else part[annotated] for part in parts)
+def _annotated(annotated: Tensor | None, mask: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+    """The mask, of which one `(H, W)` serves all, and what else a batch has, of its annotated images."""
+    if annotated is None:
+        return mask, *parts
+    known = checked_flags(annotated, parts[0])
+    return mask if mask.dim() == 2 else mask[known.to(mask.device)], *(part[known.to(part.device)] for part in parts)
 
 
 class MapMetric(_Mean):
@@ -63,8 +73,8 @@ class MapMetric(_Mean):
 
     def update(self, map: Tensor, mask: Tensor, annotated: Tensor | None = None) -> None:
         """Count a batch: maps `(N, C, H, W)`, masks as the regularizers take them, `annotated` boolean `(N,)`."""
-        if annotated is None or bool(annotated.any()):
-            map, mask = _annotated(annotated, map, mask)
+        mask, map = _annotated(annotated, mask, map)
+        if len(map):
             self.add(self.measure(map, mask))
 
 
@@ -131,8 +141,8 @@ class Judged(_Mean):
 
     def update(self, model: nn.Module, x: Tensor, mask: Tensor, target: Tensor, annotated: Tensor | None = None) -> None:
         """Count a batch. Arguments as in `metrics.judged`."""
-        if annotated is None or bool(annotated.any()):
-            x, target, mask = _annotated(annotated, x, target, mask)
+        mask, x, target = _annotated(annotated, mask, x, target)
+        if len(x):
             self.add(judged(model, x, mask, target, self.attribution, self.measure))
 
 
@@ -163,12 +173,16 @@ class WorstGroupAccuracy(Metric):
         """Count a batch: logits `(N, classes)`, target `(N,)`, groups `(N,)` in [0, groups).
 
         Raises:
-            ValueError: a group is outside that range.
+            TypeError, ValueError: the shapes do not fit, or a group is no integer of that range.
         """
-        count = len(self.images)
+        correct, count = check_correct(logits, target), len(self.images)
+        if groups.is_floating_point() or groups.shape != target.shape:
+            got = f"{groups.dtype} {tuple(groups.shape)}"
+            raise TypeError(f"groups must be {tuple(target.shape)} integers, one group an image, got {got}. Convert or reshape it.")
+        groups = groups.long()
         if groups.numel() and not 0 <= int(groups.min()) <= int(groups.max()) < count:
             raise ValueError(f"groups has numbers outside [0, {count}). Pass `WorstGroupAccuracy(groups=...)` as many as there are.")
-        self.correct += torch.bincount(groups[logits.argmax(dim=1) == target], minlength=count)
+        self.correct += torch.bincount(groups[correct], minlength=count)
         self.images += torch.bincount(groups, minlength=count)
 
     def compute(self) -> Tensor:

@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from attrreg.ops.linear import PLAIN
 from attrreg.ops.phase import Phase, wanted
+from attrreg.ops.process import BY_MATH, attention_by
 
 aten = torch.ops.aten
 KEPT = 4  # how many times as large as the queries P may be, to be kept: a ViT's 197 tokens of 64 values are 3.1 times
@@ -153,7 +154,7 @@ class _Attention(Function):
                 o = o.contiguous()  # as of PyTorch's math path, which it takes then
             ctx.save_for_backward(q, k, v, mask, o, log_sum)
         else:
-            with sdpa_kernel(FUSED):
+            with attention_by(FUSED):
                 o = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
             ctx.save_for_backward(q, k, v, mask)
         result: Tensor = o
@@ -217,7 +218,7 @@ def by_math(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that computes attention, by PyTorch's math path, whatever kernels the model has chosen meanwhile."""
 
     def call(*args: Any, **settings: Any) -> Any:
-        with sdpa_kernel(SDPBackend.MATH):
+        with attention_by(BY_MATH):
             return function(*args, **settings)
 
     return call

@@ -237,7 +237,8 @@ def _batch_norm(
 ) -> Tensor:
     wide = torch.promote_types(input.dtype, torch.float32)  # of weights and statistics, also where autocast made images narrower
     kept = [values for values in (running_mean, running_var, weight, bias) if values is not None]
-    alike = input.dim() > 1 and input.is_floating_point() and all(values.dtype == wide and values.shape == input.shape[1:2] for values in kept)
+    shape = input.shape[1:2]
+    alike = input.dim() > 1 and input.is_floating_point() and all(values.dtype == wide and values.shape == shape for values in kept)
     both = (running_mean is None) == (running_var is None)
     if not (alike and both and eps > 0 and momentum is not None and (training or running_mean is not None)):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor
-from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, _sdpa_kernel, sdpa_kernel
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from attrreg.ops import activation, attention, batch_norm, concatenate, conv, distance, draws, linear, norm, pool
 from attrreg.ops.phase import Phase
+from attrreg.ops.process import BY_MATH, attention_by, attention_kernels, checkpoints_recompute_inside
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), activation.relu),
@@ -90,7 +89,7 @@ def twice_differentiable(phase: Phase, at_once: bool = True) -> Iterator[Callabl
         at_once: False: they start with the first checkpointed block, or when what this yields is called. Nothing costs time until then:
             PyTorch shows a mode every call, those that it leaves as they are too.
     """
-    mode, backends, begun = _Replace(phase), _cur_sdpa_kernel_backends(), False
+    mode, begun = _Replace(phase), False
     depth = len(_get_current_function_mode_stack())
 
     def begin() -> None:
@@ -99,28 +98,26 @@ def twice_differentiable(phase: Phase, at_once: bool = True) -> Iterator[Callabl
             begun = True
             stack = _get_current_function_mode_stack()  # the model may be inside modes and choices of its own, and leaves them from the top
             _set_stack([*stack[:depth], mode, *stack[depth:]])
-            _sdpa_kernel([SDPBackend.MATH])
+            choose_kernels(BY_MATH)
 
     def start() -> None:
         begin()  # the recomputation must not change operators midway, where the first run did
         if phase.draws is not None:
             phase.draws.stopped = True  # PyTorch winds back its own generators only
 
-    if at_once:
-        begin()
     try:
         # PyTorch captures autocast and generators for the recomputation, but not function modes or attention kernels.
-        with checkpoints_recompute_inside(lambda: _operators(phase), start):
+        with attention_kernels() as choose_kernels, checkpoints_recompute_inside(lambda: _operators(phase), start):
+            if at_once:
+                begin()
             yield begin
     finally:
-        if begun:
-            take_off(mode)
-            _sdpa_kernel(backends)
+        take_off(mode)
 
 
 @contextmanager
 def _operators(phase: Phase) -> Iterator[None]:
-    with sdpa_kernel(SDPBackend.MATH), _Replace(phase):
+    with attention_by(BY_MATH), _Replace(phase):
         yield
 
 
@@ -136,32 +133,3 @@ def _set_stack(modes: list[TorchFunctionMode]) -> None:
         _pop_mode()
     for mode in modes:
         _push_mode(mode)
-
-
-@contextmanager
-def checkpoints_recompute_inside(
-    context: Callable[[], AbstractContextManager[object]], start: Callable[[], None] = lambda: None
-) -> Iterator[None]:
-    """Recompute blocks that are checkpointed (`use_reentrant=False`) meanwhile inside a context, whenever that happens.
-
-    Args:
-        context: made anew for each recomputation.
-        start: called where a checkpointed block starts.
-    """
-    # There is no public way in from outside the checkpointed code. A function, since to make a class takes longer, several times a step.
-    frame = torch.utils.checkpoint._CheckpointFrame
-
-    def framed(recompute_fn: Callable[..., None], *rest: Any) -> Any:
-        start()
-
-        def recompute(*args: Any) -> None:
-            with context(), checkpoints_recompute_inside(context, start):  # a block may hold another
-                recompute_fn(*args)
-
-        return frame(recompute, *rest)
-
-    torch.utils.checkpoint._CheckpointFrame = framed  # type: ignore[assignment, misc]
-    try:
-        yield
-    finally:
-        torch.utils.checkpoint._CheckpointFrame = frame  # type: ignore[misc]

@@ -127,6 +127,11 @@ def group_norm(
     divides = num_groups > 0 and channels % num_groups == 0 and input.numel() > num_groups  # of a single value, PyTorch refuses the norm
     if not (divides and sound.with_parameters(input, (channels,), weight, bias)):
         return F.group_norm(input, num_groups, weight, bias, eps)
+    wide = torch.promote_types(input.dtype, torch.float32)
+    if input.dtype != wide:  # as in `layer_norm`; rounded once, as PyTorch's
+        g, b = (None if parameter is None else parameter.to(wide) for parameter in (weight, bias))
+        y = group_norm(phase, input.to(wide), num_groups, g, b, eps)
+        return y if input.is_cuda and torch.is_autocast_enabled("cuda") else y.to(input.dtype)
     n = len(input)
     grouped = input.reshape(n, num_groups, channels // num_groups * math.prod(input.shape[2:]))
     y = layer_norm(phase, grouped, grouped.shape[-1:], None, None, eps).reshape(input.shape)
@@ -135,7 +140,7 @@ def group_norm(
     if weight is None and bias is None:
         return y
     scale = weight if weight is not None else y.new_ones(channels)
-    return affine(y, scale, bias if bias is not None else torch.zeros_like(scale)).to(y.dtype)
+    return affine(y, scale, bias if bias is not None else torch.zeros_like(scale))
 
 
 def instance_norm(

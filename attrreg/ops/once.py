@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from attrreg.ops import conv, depthwise, pointwise
-from attrreg.ops.modes import checkpoints_recompute_inside, take_off, twice_differentiable
+from attrreg.ops.modes import take_off, twice_differentiable
 from attrreg.ops.phase import Phase
+from attrreg.ops.process import checkpoints_recompute_inside
 from attrreg.walk import modules
 
 

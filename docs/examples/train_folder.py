@@ -30,7 +30,7 @@ def check(model):  # accuracy, share of the input gradient inside the mask, and 
     right, inside = [], []
     for x, mask, y, annotated in (tuple(item.to(DEVICE) for item in batch) for batch in valid):
         phi = attrreg.InputGradient().attribute(model, x, target=y)
-        inside.append(1 - attrreg.objectives.OutsideFraction()(phi, mask[:, None])[annotated])
+        inside.append(attrreg.metrics.share_inside(phi[annotated], mask[annotated]))
         right.append(model(x).argmax(dim=1) == y)
     return torch.cat(right).float().mean().item(), torch.cat(inside).mean().item(), phi
 

@@ -1,0 +1,116 @@
+"""What PyTorch keeps for the whole process, changed so that threads which train side by side leave it as it was."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch.utils.checkpoint
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, _sdpa_kernel
+
+Recomputing = tuple[Callable[[], AbstractContextManager[object]], Callable[[], None]]
+
+
+class _Setting:
+    """One that threads may change: how often each uses it now, and what it was before the first did."""
+
+    def __init__(self, get: Callable[[], Any], put: Callable[[Any], None]) -> None:
+        self._get, self._put = get, put
+        self._lock = threading.Lock()
+        self._uses: Counter[int] = Counter()
+        self._first: Any = None
+        self._changed = False
+
+    @contextmanager
+    def __call__(self) -> Iterator[Callable[[Any], None]]:
+        """Yields what changes it, until the end."""
+        own, changed = threading.get_ident(), False
+        with self._lock:
+            before = self._get()
+            if not self._uses:
+                self._first, self._changed = before, False
+            self._uses[own] += 1
+
+        def put(value: Any) -> None:
+            nonlocal changed
+            with self._lock:
+                changed = self._changed = True
+                self._put(value)
+
+        try:
+            yield put
+        finally:
+            with self._lock:
+                self._uses[own] -= 1
+                self._uses += Counter()  # drops those at zero
+                if not self._uses and self._changed:
+                    self._put(self._first)
+                elif changed and own in self._uses:
+                    self._put(before)  # else another thread goes on, with what it needs, which is the same
+
+
+attention_kernels = _Setting(_cur_sdpa_kernel_backends, _sdpa_kernel)
+BY_MATH = [SDPBackend.MATH]
+
+
+@contextmanager
+def attention_by(kernels: list[SDPBackend]) -> Iterator[None]:
+    """Have PyTorch choose among these kernels."""
+    with attention_kernels() as put:
+        put(kernels)
+        yield
+
+
+# There is no public way into checkpointed code from outside. A function in the place of the class: to make a class takes longer.
+FRAME = torch.utils.checkpoint._CheckpointFrame
+_frames = _Setting(lambda: torch.utils.checkpoint._CheckpointFrame, partial(setattr, torch.utils.checkpoint, "_CheckpointFrame"))
+
+
+class _Thread(threading.local):
+    """What checkpointed blocks of a thread are recomputed inside, the outermost first."""
+
+    def __init__(self) -> None:
+        self.inside: list[Recomputing] = []
+
+
+_thread = _Thread()
+
+
+def _framed(recompute_fn: Callable[..., None], *rest: Any) -> Any:
+    for context, start in reversed(_thread.inside):
+        start()
+        recompute_fn = _recomputing(recompute_fn, context, start)
+    return FRAME(recompute_fn, *rest)
+
+
+def _recomputing(
+    recompute_fn: Callable[..., None], context: Callable[[], AbstractContextManager[object]], start: Callable[[], None]
+) -> Callable[..., None]:
+    def recompute(*args: Any) -> None:
+        with context(), checkpoints_recompute_inside(context, start):  # a block may hold another
+            recompute_fn(*args)
+
+    return recompute
+
+
+@contextmanager
+def checkpoints_recompute_inside(
+    context: Callable[[], AbstractContextManager[object]], start: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Recompute blocks that are checkpointed (`use_reentrant=False`) meanwhile inside a context, whenever that happens.
+
+    Args:
+        context: made anew for each recomputation.
+        start: called where a checkpointed block starts.
+    """
+    with _frames() as put:
+        put(_framed)
+        _thread.inside.append((context, start))
+        try:
+            yield
+        finally:
+            _thread.inside.pop()

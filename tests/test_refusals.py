@@ -1,0 +1,169 @@
+"""What PyTorch's operators refuse, ours leave to them, with PyTorch's own words; what PyTorch takes, they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import attrreg
+from attrreg.ops import Phase, operators, twice_differentiable
+
+R, ONES = torch.randn, torch.ones
+H = R(4, 16, 8, 8)
+LAST = H.to(memory_format=torch.channels_last)
+Operator = Callable[[], Tensor]
+REFUSED: dict[str, Operator] = {
+    "conv2d of two axes": lambda: F.conv2d(R(8, 8), R(4, 1, 3, 3)),
+    "conv2d of one axis": lambda: F.conv2d(R(8), R(4, 1, 1, 1)),
+    "conv1d of one axis": lambda: F.conv1d(R(8), R(4, 1, 3)),
+    "conv2d of five axes": lambda: F.conv2d(R(2, 16, 8, 8, 8), R(4, 16, 3, 3)),
+    "conv2d, other channels": lambda: F.conv2d(H, R(4, 15, 3, 3)),
+    "1x1, other channels": lambda: F.conv2d(H, R(4, 15, 1, 1)),
+    "1x1 of one position, other channels": lambda: F.conv2d(H[:, :, :1, :1], R(4, 15, 1, 1)),
+    "patches, other channels": lambda: F.conv2d(H, R(4, 15, 4, 4), stride=4),
+    "patches larger than the image": lambda: F.conv2d(H, R(4, 16, 16, 16), stride=16),
+    "patches larger along one axis": lambda: F.conv2d(H, R(4, 16, 2, 16), stride=(2, 16)),
+    "conv2d larger than the image": lambda: F.conv2d(H, R(4, 16, 9, 9)),
+    "1x1, bias of one": lambda: F.conv2d(H, R(4, 16, 1, 1), R(1)),
+    "patches, bias of one": lambda: F.conv2d(H, R(4, 16, 2, 2), R(1), stride=2),
+    "1x1, another type of bias": lambda: F.conv2d(H, R(4, 16, 1, 1), R(4).double()),
+    "conv2d, stride 0": lambda: F.conv2d(H, R(4, 16, 3, 3), stride=0),
+    "conv2d, three strides": lambda: F.conv2d(H, R(4, 16, 3, 3), stride=(1, 1, 1)),
+    "conv2d, negative padding": lambda: F.conv2d(H, R(4, 16, 1, 1), padding=-1),
+    "conv2d, unknown padding": lambda: F.conv2d(H, R(4, 16, 3, 3), padding="foo"),
+    "conv2d, groups do not divide": lambda: F.conv2d(H, R(4, 16, 3, 3), groups=3),
+    "conv_transpose2d of two axes": lambda: F.conv_transpose2d(R(8, 8), R(1, 4, 2, 2)),
+    "conv_transpose2d, other channels": lambda: F.conv_transpose2d(H, R(15, 4, 2, 2)),
+    "conv_transpose2d, too much output padding": lambda: F.conv_transpose2d(H, R(16, 4, 2, 2), output_padding=1),
+    "batch_norm of other statistics": lambda: F.batch_norm(H, torch.zeros(1), ONES(1)),
+    "batch_norm of other weights": lambda: F.batch_norm(H, torch.zeros(16), ONES(16), ONES(1)),
+    "batch_norm, eps 0": lambda: F.batch_norm(H, None, None, training=True, eps=0.0),
+    "batch_norm, mean alone": lambda: F.batch_norm(H, torch.zeros(16), None),
+    "batch_norm of integers": lambda: F.batch_norm(H.long(), torch.zeros(16), ONES(16)),
+    "layer_norm of integers": lambda: F.layer_norm(H.long(), (8,)),
+    "layer_norm, another shape": lambda: F.layer_norm(H, (7,)),
+    "rms_norm, another shape": lambda: F.rms_norm(H, (1,)),
+    "rms_norm, another weight": lambda: F.rms_norm(H, (8, 8), ONES(8)),
+    "rms_norm of nothing": lambda: F.rms_norm(H, ()),
+    "group_norm of one value": lambda: F.group_norm(R(1, 4, 1, 1), 4),
+    "group_norm, groups do not divide": lambda: F.group_norm(H, 3),
+    "group_norm, weight of one": lambda: F.group_norm(R(4, 16), 4, ONES(1)),
+    "group_norm, another type of weights": lambda: F.group_norm(H.double(), 4, ONES(16), ONES(16)),
+    "cdist, other columns": lambda: torch.cdist(R(3, 5), R(4, 1)),
+    "cdist of one axis": lambda: torch.cdist(R(5), R(4, 5)),
+    "cdist, negative p": lambda: torch.cdist(R(3, 5), R(4, 5), p=-1),
+    "attention, another type of mask": lambda: F.scaled_dot_product_attention(H, H, H, R(8, 8).double()),
+    "linalg.norm, fro of four axes": lambda: torch.linalg.norm(H, "fro"),
+    "linalg.norm of three axes": lambda: torch.linalg.norm(H, dim=(1, 2, 3)),
+    "norm, fro of three axes": lambda: torch.norm(H, "fro", (1, 2, 3)),
+    "vector_norm in a narrower type": lambda: torch.linalg.vector_norm(H.double(), dtype=torch.float32),
+    "cat along no axis": lambda: torch.cat([H, H], 7),
+    "cat of numbers": lambda: torch.cat([H.sum(), H.sum()]),
+}
+TAKEN: dict[str, Operator] = {
+    "group_norm, wide weights": lambda: F.group_norm(H.bfloat16(), 4, ONES(16), ONES(16)),
+    "group_norm, wide weights, channels last": lambda: F.group_norm(
+        H.bfloat16().to(memory_format=torch.channels_last), 4, ONES(16), ONES(16)
+    ),
+    "cdist of no columns": lambda: torch.cdist(R(3, 0), R(4, 0), p=float("inf")),
+    "attention of no width": lambda: F.scaled_dot_product_attention(H[..., :0], H[..., :0], H),
+    "conv2d of no images": lambda: F.conv2d(H[:0], R(4, 16, 3, 3)),
+    "conv2d, same padding": lambda: F.conv2d(H, R(4, 16, 3, 3), padding="same", dilation=2),
+    "conv2d of one image": lambda: F.conv2d(H[0], R(4, 16, 1, 1), R(4)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    with pytest.raises((RuntimeError, ValueError, IndexError, NotImplementedError)) as plain:
+        REFUSED[name]()
+    for context in (twice_differentiable(Phase()), operators(nn.Conv2d(1, 1, 1), Phase(), twice=True, at_once=True)):
+        with context, pytest.raises(plain.type) as ours:
+            REFUSED[name]()
+        assert str(ours.value).split("[")[0] == str(plain.value).split("[")[0]
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_taken(name: str) -> None:
+    torch.manual_seed(0)
+    want = TAKEN[name]()
+    torch.manual_seed(0)
+    with twice_differentiable(Phase()):
+        found = TAKEN[name]()
+    assert found.dtype == want.dtype and found.stride() == want.stride()
+    torch.testing.assert_close(found, want)
+
+
+class Large(nn.Module):
+    """A first layer whose patches need larger images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 8, 16, 16), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.patches(x).mean((2, 3)))
+        return logits
+
+
+def test_images_smaller_than_the_patches_are_refused_and_not_penalised_with_zero() -> None:
+    model, x, target = Large(), R(2, 3, 8, 8), torch.tensor([0, 1])
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        attrreg.InputGradient()(model, x, torch.zeros(2, 8, 8), target)
+    with attrreg.InputGradient().attach(model), pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        model(x)
+
+
+class Mixed(nn.Module):
+    """In half precision, with its norm in float32."""
+
+    def __init__(self, narrow: torch.dtype) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 8, 3).to(narrow), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 3).to(narrow)
+        self.narrow = narrow
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x.to(self.narrow)))).mean((2, 3)).float()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_a_norm_in_float32_between_half_layers(narrow: torch.dtype) -> None:
+    model, x, target = Mixed(narrow), R(2, 3, 12, 12), torch.tensor([0, 1])
+    logits = model(x)
+    with attrreg.InputGradient().attach(model):
+        torch.testing.assert_close(model(x), logits, rtol=0.02, atol=0.02)
+        value = attrreg.InputGradient()(model, x, torch.zeros(2, 12, 12), target)
+    assert value.isfinite() and value > 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("attach", [False, True])
+def test_a_torchscript_part(attach: bool) -> None:
+    block = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.SiLU())
+    ends = nn.Conv2d(3, 8, 3), [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    plain = nn.Sequential(ends[0], block, *ends[1]).double()
+    scripted = nn.Sequential(ends[0], torch.jit.script(block), *ends[1])
+    x, target, mask = R(2, 3, 12, 12).double(), torch.tensor([0, 1]), torch.zeros(2, 12, 12)
+    for reg in (attrreg.InputGradient(), attrreg.GradCAM("0"), attrreg.ActivationDifference()):
+        found = []
+        for model in (plain, scripted):
+            before = [buffer.clone() for buffer in model.buffers()]
+            handle = reg.attach(model) if attach else None
+            logits = model(x) if attach else None
+            after = [buffer.clone() for buffer in model.buffers()]
+            value = reg(model, x, mask, target, generator=torch.Generator().manual_seed(0))
+            assert all(map(torch.equal, after, model.buffers()))
+            assert attach or all(map(torch.equal, before, after))
+            found.append(value if logits is None else value + logits.sum())
+            if handle is not None:
+                handle.remove()
+        torch.testing.assert_close(found[1], found[0])
+    reachable = attrreg.GradCAM("0")(scripted, x, mask, target)
+    torch.testing.assert_close(attrreg.GradCAM()(scripted, x, mask, target), reachable)
+    with pytest.raises(ValueError, match=r"layer '1\.0' is TorchScript, which takes no hooks"):
+        attrreg.GradCAM("1.0")(scripted, x, mask, target)
+    assert next(info.name for info in attrreg.layers(scripted, x)) == "0"
