@@ -106,7 +106,12 @@ def test_hooks_of_parameters_are_shown_the_whole_gradient_once(way: str) -> None
         model, (x, mask, target) = net(nn.Conv2d(8, 8, 3)), batch(3, channels=2, size=8, classes=3)
         seen: list[Tensor] = []
         weight = next(model.parameters())
-        weight.register_hook(lambda gradient: seen.append(gradient) or 0.1 * gradient)
+
+        def shrink(gradient: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(gradient)
+            return 0.1 * gradient
+
+        weight.register_hook(shrink)
         reg = attrreg.IntegratedGradients(3, chunk=chunk) if way == "integrated" else attrreg.ExpectedGradients(3, chunk=chunk)
         reg(model, x.double(), mask, target, generator=torch.Generator().manual_seed(0)).backward()
         assert len(seen) == 1 and weight._backward_hooks is not None
