@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from attrreg.call import Call
 from attrreg.hooks import Tap
-from attrreg.recording import Recording
+from attrreg.recording import Recording, read
 from attrreg.sites import SPATIAL, check_layer
 from attrreg.walk import modules
 from attrreg.wrappers import compiled, compiling, unwrap
@@ -82,7 +82,7 @@ class Attachment:
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return _inert, ()
 
-    def take(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any) -> Recording | None:
+    def take(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any, alone: bool) -> Recording | None:
         """The recorded pass, if it is the one a call needs. It is given out once: its graph may be freed after.
 
         Args:
@@ -90,6 +90,7 @@ class Attachment:
             sites: what it reads; True where it takes a gradient.
             twice: it differentiates gradients.
             asked: of the layer for `layer="auto"`: `runner.asked`; None: nothing.
+            alone: it runs no other pass, which would have to start from the same buffers.
         """
         recording = self._recording
         if recording is None:
@@ -97,7 +98,7 @@ class Attachment:
         known = recording.conditions.asked if recording.conditions is not None else None
         if SPATIAL in sites and known not in (None, asked):
             self._maps[_kind(call.x, call.model)] = None  # there are several answers
-        if not recording.serves(call, sites, twice, asked):
+        if not recording.serves(call, sites, twice, asked, alone):
             return None
         self._forget()
         return recording
@@ -145,7 +146,7 @@ class Attachment:
         if not self._again:
             sites = self._sites if self._due() else {}  # of a skipped step the output alone, for `Scheduled.evaluate`
             asked, map = self._maps.get(_kind(images[1], model)) or (None, None)
-            self._called, self._recorded = (args, kwargs, asked), (sites, map)
+            self._called, self._recorded = (args, kwargs, asked, read(model)), (sites, map)
             assert isinstance(model._forward_hooks, OrderedDict)
             model._forward_hooks.move_to_end(self._hooks[1].id)  # others may change what the model returns
         sites, map = self._recorded
@@ -193,7 +194,7 @@ def attached(model: nn.Module) -> Attachment | None:
 def recorded_output(call: Call) -> tuple[Any] | None:
     """What the loop's own forward returned, if it was the one of a call and recorded."""
     attachment = attached(call.model)
-    recording = attachment.take(call, {}, twice=False, asked=None) if attachment is not None else None
+    recording = attachment.take(call, {}, twice=False, asked=None, alone=True) if attachment is not None else None
     return None if recording is None else (recording.returned,)
 
 

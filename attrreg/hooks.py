@@ -25,7 +25,7 @@ from attrreg.state import Rng, own_buffers
 from attrreg.walk import modules
 
 MAPS = 128  # how many of the last maps are kept for layer="auto": more than the last block of any timm model has
-HEADS = 4  # how many of the last layers may belong to an auxiliary head, and one more
+HEADS = 4  # how many of the last layers are kept that may be a head and have large outputs; of those with vectors, all are
 PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -68,7 +68,8 @@ class Tap:
         self._values: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
         self._maps: deque[tuple[str, Tensor]] = deque(maxlen=MAPS)
-        self._features: deque[tuple[Tensor, Tensor]] = deque(maxlen=HEADS)
+        self._features: list[tuple[Tensor, Tensor]] = []
+        self._heads: list[nn.Module] = []
         self._runs: Counter[str] = Counter()
         self._output: Any = None
         self._written = 0
@@ -130,7 +131,7 @@ class Tap:
             values=self._values,
             problems=self._problems,
             maps=maps,
-            features=tuple(self._features),
+            features=tuple(reversed(self._features) if len(self._heads) > 1 else self._features),
             output=kept(inner) if called else inner,
             returned=output,
             rng=self._rng,
@@ -151,9 +152,11 @@ class Tap:
                     self._hooks += self._replace_relu(module, self._rule)
         if self._own:
             self._hooks.append(self._model.register_forward_hook(self._take_output))
-        for site in self._sites:
+        # A copy goes on from a layer that is named: the last map is that copy.
+        for site in sorted(self._sites, key=lambda site: site == SPATIAL):
             if site == FEATURES:
-                for module in filter(_reachable, _projections(self._model)):
+                self._heads = _classifiers(self._model)
+                for module in self._heads or filter(_reachable, _projections(self._model)):
                     self._hooks.append(module.register_forward_hook(self._take_features))
             elif site == SPATIAL:
                 known = None if self._map is None else [(self._map, self._model.get_submodule(self._map))]
@@ -212,8 +215,12 @@ class Tap:
 
     def _take_features(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if args and isinstance(args[0], Tensor):
-            self._values[FEATURES] = args[0]  # the last one stays
+            if len(self._heads) < 2 or FEATURES not in self._values:
+                self._values[FEATURES] = args[0]  # the last one stays, but of heads that the model names, the first
             if isinstance(output, Tensor):
+                large = [pair for pair in self._features if pair[1].dim() > 2]
+                if output.dim() > 2 and len(large) == HEADS:
+                    self._features = [pair for pair in self._features if pair is not large[0]]
                 self._features.append((args[0], output))
 
     def _take_map(self, name: str) -> Any:
@@ -289,10 +296,15 @@ def _reachable(module: nn.Module) -> bool:
     return not isinstance(module, torch.jit.ScriptModule)
 
 
-def _projections(model: nn.Module) -> list[nn.Module]:
-    """Where the features enter: the classifier, if the model names it as timm's do; else any layer, of which the last counts."""
+def _classifiers(model: nn.Module) -> list[nn.Module]:
+    """Where the features enter, if the model names it as timm's do; the first is its main one."""
     classifier = getattr(model, "get_classifier", None)
     named = classifier() if callable(classifier) else None
-    if isinstance(named, (tuple, list)) and named:
-        named = named[0]
-    return [named] if isinstance(named, PROJECTIONS) else [module for module in modules(model) if isinstance(module, PROJECTIONS)]
+    heads = named if isinstance(named, (tuple, list)) else [named]
+    found: list[nn.Module] = [head for head in heads if isinstance(head, PROJECTIONS)]
+    return found if len(found) == len(heads) else []
+
+
+def _projections(model: nn.Module) -> list[nn.Module]:
+    """Where they may enter else: of these the last counts."""
+    return [module for module in modules(model) if isinstance(module, PROJECTIONS)]

@@ -9,6 +9,7 @@ from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from attrreg.call import Call
@@ -29,14 +30,22 @@ class Conditions:
         output: what it returned.
         args, kwargs: what it was called with.
         asked: what was asked of the layer for `layer="auto"`, where that one layer was recorded; None: all were.
+        before: what `read` gave before the forward.
+
+    Attributes:
+        moved: the forward changed what the next one will compute with, as spectral normalisation's does.
     """
 
-    def __init__(self, model: nn.Module, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], asked: Any) -> None:
+    def __init__(
+        self, model: nn.Module, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], asked: Any, before: list[tuple[Tensor, int]]
+    ) -> None:
         self._objects, self._numbers = _state(model)
         self._arguments = args, kwargs
         self._tensors = [leaf for leaf in tree_leaves((output, args, kwargs)) if isinstance(leaf, Tensor)]
         self._versions = list(map(_version, self._tensors))
         self.asked = asked
+        now = read(model)
+        self.moved = len(now) != len(before) or any(a is not b or i != j for (a, i), (b, j) in zip(now, before, strict=False))
 
     def hold(self, call: Call) -> bool:
         """Whether a call would meet the same."""
@@ -63,7 +72,7 @@ class Recording:
         problems: for each site that could not be recorded, why.
         maps: for the site `SPATIAL`, the last layers whose output is a map, by name, in the order they ran; the known one
             alone, if it is known.
-        features: for the site `FEATURES`, what entered and left each of the last few layers that could be it.
+        features: for the site `FEATURES`, what entered and left each of the layers that could be it, the likeliest last.
         output: what the model returned, and `returned` what its wrappers made of that.
         rng: the state from which the forward drew, to replay it.
         conditions: of the loop's own forward; None for a pass of our own.
@@ -91,11 +100,11 @@ class Recording:
         assert self.phase.draws is not None  # since the tap was opened
         return self.phase.draws
 
-    def serves(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any) -> bool:
-        """Whether this is the pass that a call would run itself; `asked`: of the layer for `layer="auto"`."""
+    def serves(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any, alone: bool) -> bool:
+        """Whether this is the pass that a call would run itself; for the arguments see `Attachment.take`."""
         if (twice and not self.twice) or self.x is not call.x or self.version != call.x._version:
             return False
-        if self.conditions is None or not self.conditions.hold(call):
+        if self.conditions is None or not self.conditions.hold(call) or (self.conditions.moved and not alone):
             return False
         for site, differentiated in sites.items():
             value = self.values.get(site)
@@ -111,6 +120,12 @@ class Recording:
 def kept(output: Any) -> Any:
     """What a model returned, in containers of our own: the loop may put something else into its."""
     return tree_map(lambda leaf: leaf, output)
+
+
+def read(model: nn.Module) -> list[tuple[Tensor, int]]:
+    """Buffers that a forward may compute with and change, each with its version: not those of norms, which only add up in train mode."""
+    own = (module for module in modules(model) if module._buffers and not isinstance(module, _NormBase))
+    return [(buffer, _version(buffer)) for module in own for buffer in module._buffers.values() if buffer is not None]
 
 
 def _state(model: nn.Module) -> tuple[list[object], list[int]]:

@@ -21,7 +21,7 @@ from attrreg.masks import penalty_dtype
 from attrreg.ops.rectify import Rule
 from attrreg.recording import Recording
 from attrreg.scores import Score
-from attrreg.state import full_precision
+from attrreg.state import full_precision, isolated
 
 REENTRANT = (
     "The model checkpoints activations with use_reentrant=True, through which PyTorch cannot take a gradient of a gradient. "
@@ -216,6 +216,9 @@ class Runner:
         # Auxiliary heads have maps that the score does not read.
         on_path = read(total, [map for _, map in recording.maps])
         maps = [named for named, is_read in zip(recording.maps, on_path, strict=True) if is_read]
+        if maps and self.call.inputs is not None:  # what comes from another input may look like a map, as a text's tokens do
+            reached = self._reached()
+            maps = [(name, map) for name, map in maps if name in reached]
         if not maps:
             raise RuntimeError(_unreached(score, sites.SPATIAL, total))
         # Queries, keys and hidden features have maps too, but of another meaning or width: rather not those.
@@ -246,6 +249,13 @@ class Runner:
         if attachment is not None:
             attachment.found_map(asked(self.call, score), self.map, self.call)
 
+    def _reached(self) -> set[str]:
+        """Layers whose map comes from the images; takes a forward."""
+        with isolated(self.call.model, device=self.call.x.device):
+            recording = self.forward(self.call.x.detach(), {sites.INPUT: True, sites.SPATIAL: False})
+        images = [recording.values[sites.INPUT]]
+        return {name for name, map in recording.maps if read(map, images)[0]}
+
     def at(self, recording: Recording, site: str) -> Tensor:
         """What was recorded at a site."""
         if site == sites.OUTPUT:
@@ -262,6 +272,8 @@ class Runner:
             for entered, left in reversed(recording.features):
                 if left is logits or reads(logits, left):
                     return entered
+            if logits.grad_fn is not None:
+                raise ValueError("The logits come from none of the layers that features are looked for in. Name the layer of the features.")
         return recording.values[sites.FEATURES]
 
 

@@ -69,7 +69,7 @@ def layout(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Layout | No
     if not value.is_floating_point() or value.dim() not in (3, 4) or value.shape[0] != x.shape[0]:
         return None
     if value.dim() == 3:
-        if _unrolled(value.shape[1], model):
+        if value.shape[2] == 1 or _unrolled(value.shape[1], model):  # pooled to (N, C, 1), or in another order
             return None
         return _prefix_tokens(value.shape[1], model, height, width)
     _, a, b, c = value.shape
@@ -106,6 +106,11 @@ def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Tensor:
         raise ValueError(
             f"layer {site!r} keeps its tokens in the order of {type(model).__name__}'s mask units, not of the image, so a mask cannot be "
             "laid over them. Name a block of the last stage, or leave the choice to layer='auto'."
+        )
+    if value.dim() == 3 and _before_drops(model) is not None:
+        raise ValueError(
+            f"layer {site!r} has the patches that {type(model).__name__} kept at random, so a mask cannot be laid over them. Name a layer "
+            "before its patch_drop, or leave the choice to layer='auto'."
         )
     raise ValueError(
         f"layer {site!r} gives {tuple(value.shape)} for images {tuple(x.shape)}, which is not a spatial map. Name a layer "
@@ -152,10 +157,17 @@ def _unrolled(length: int, model: nn.Module) -> bool:
     return length > math.prod(size) // math.prod(math.prod(stride) for stride in strides)
 
 
+def _before_drops(model: nn.Module) -> int | None:
+    """Patches of the whole image, where the model now goes on with some at random, as timm's `PatchDropout` does; else None."""
+    drop, grid = getattr(model, "patch_drop", None), getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    dropping = isinstance(drop, nn.Module) and drop.training and getattr(drop, "prob", 0) > 0
+    return math.prod(grid) if dropping and grid is not None else None
+
+
 def _prefix_tokens(length: int, model: nn.Module, height: int, width: int) -> int | None:
     # timm's attribute first; it is missing on some models that do have a class token
-    declared = getattr(model, "num_prefix_tokens", 0)
+    declared, whole = getattr(model, "num_prefix_tokens", 0), _before_drops(model)
     for prefix in dict.fromkeys([declared if isinstance(declared, int) else 0, 0, 1, 2, 5]):
-        if prefix < length and _grid(length - prefix, model, height, width) is not None:
+        if prefix < length and (whole is None or length - prefix == whole) and _grid(length - prefix, model, height, width) is not None:
             return prefix
     return None

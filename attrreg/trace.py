@@ -186,7 +186,8 @@ class Trace:
     def _clean_pass(self, wanted: dict[str, bool], as_users_forward: bool) -> None:
         call = self.call
         attachment = attached(call.model) if self._differentiable else None
-        recording = attachment.take(call, wanted, self._runner.twice, self._asked()) if attachment is not None else None
+        alone = all(need.at == CLEAN for need in self._needs)
+        recording = attachment.take(call, wanted, self._runner.twice, self._asked(), alone) if attachment is not None else None
         # The images themselves need no pass. One that was recorded is taken all the same: others replay its draws.
         needed = as_users_forward or any(wanted.values()) or bool(wanted.keys() - {sites.INPUT})
         if recording is None and needed:

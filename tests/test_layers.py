@@ -1,0 +1,172 @@
+"""Which layer "auto" is: of maps and of features, in models where more than one could be it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+import attrreg
+from attrreg import baselines
+from attrreg.trace import passes
+from tests.models import assert_close, gradients
+
+X, Y = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+MASK = torch.zeros(4, 32, 32, dtype=torch.bool)
+MASK[:, :16] = True
+WITHOUT = X * MASK[:, None]
+DIFFERENCE = attrreg.ActivationDifference(fill=baselines.Zero())
+
+
+def distance(features: Any) -> Tensor:
+    """What `DIFFERENCE` is of a function of images."""
+    return (features(X) - features(WITHOUT)).flatten(1).norm(dim=1).mean()  # type: ignore[no-any-return]
+
+
+class Pooled(nn.Module):
+    """Pools tokens by a layer: what that gives has one value a channel, and as many channels as a grid has cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool, self.head = nn.Conv2d(3, 64, 3, 2, 1), nn.AdaptiveAvgPool1d(1), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.pool(self.conv(x).relu().flatten(2)).flatten(1))
+        return logits
+
+
+def test_a_pooled_vector_is_no_map() -> None:
+    model = Pooled()
+    assert attrreg.GradCAM().attribute(model, X, Y).shape == (4, 1, 16, 16)
+    assert [info.name for info in attrreg.layers(model, X)] == ["conv"]
+
+
+def test_patches_kept_at_random_are_no_map() -> None:
+    model = timm.create_model("test_vit", num_classes=3, img_size=64, patch_drop_rate=0.75).train()
+    x, last = torch.randn(4, 3, 64, 64), "blocks.1.norm1"
+    whole = attrreg.GradCAM("patch_embed").attribute(model, x, Y).shape
+    assert attrreg.GradCAM().attribute(model, x, Y).shape == whole
+    with pytest.raises(ValueError, match=r"layer 'blocks\.1\.norm1' has the patches that VisionTransformer kept at random"):
+        attrreg.GradCAM(last).attribute(model, x, Y)
+    assert attrreg.GradCAM(last).attribute(model.eval(), x, Y).shape == whole
+
+
+class ImageAndText(nn.Module):
+    """The text's tokens look like a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.embed, self.text, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Embedding(50, 8), nn.Linear(8, 8), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        image = self.conv(x).relu().mean((2, 3))
+        logits: Tensor = self.head(torch.cat([image, self.text(self.embed(ids)).tanh().mean(1)], 1))
+        return logits
+
+
+@pytest.mark.parametrize("attach", [False, True])
+def test_maps_come_from_the_images(attach: bool) -> None:
+    model, ids, reg = ImageAndText(), torch.randint(50, (4, 16)), attrreg.GradCAM()
+    want = attrreg.GradCAM("conv")(model, X, MASK, Y, inputs=(X, ids))
+    with reg.attach(model) if attach else torch.enable_grad():
+        for _ in range(2):
+            with passes() as counted:
+                if attach:
+                    model(X, ids)
+                value = reg(model, X, MASK, Y, inputs=(X, ids))
+            torch.testing.assert_close(value, want)
+        assert counted.forward == (0 if attach else 1)  # it is known now
+    value.backward()
+    assert model.conv.weight.grad is not None
+
+
+class Exits(nn.Module):
+    """Early exits, more of them than layers with large outputs are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Conv2d(3, 8, 3), *(nn.Conv2d(8, 8, 3) for _ in range(5))])
+        self.exits = nn.ModuleList([nn.Linear(8, 3) for _ in range(6)])
+
+    def features(self, x: Tensor, count: int) -> Tensor:
+        """Of an exit."""
+        for block in list(self.blocks)[: count + 1]:
+            x = block(x).relu()
+        return x.mean((2, 3))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        found = []
+        for block, head in zip(self.blocks, self.exits, strict=True):
+            x = block(x).relu()
+            found.append(head(x.mean((2, 3))))
+        return found
+
+
+@pytest.mark.parametrize("index", [0, 1, 3, 5])
+def test_features_are_those_of_the_output_asked_for(index: int) -> None:
+    model = Exits()
+    torch.testing.assert_close(DIFFERENCE(model, X, MASK, output=index), distance(lambda x: model.features(x, index)))
+
+
+def test_features_that_are_not_found_are_said() -> None:
+    model = timm.create_model("test_efficientnet", features_only=True)
+    with pytest.raises(ValueError, match=r"from none of the layers that features are looked for in\. Name the layer"):
+        DIFFERENCE(model, X, MASK, output=lambda maps: maps[0].mean((2, 3)))
+
+
+def test_each_of_several_classifiers_has_its_features() -> None:
+    settings: dict[str, Any] = {"num_classes": 3, "img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
+    model = timm.create_model("deit_tiny_distilled_patch16_224", **settings)
+    main, second = (distance(lambda x, token=token: model.forward_features(x)[:, token]) for token in (0, 1))
+    torch.testing.assert_close(DIFFERENCE(model, X, MASK), main)  # the mean of both: the first
+    model.set_distilled_training(True)
+    for index, want in enumerate((main, second)):
+        torch.testing.assert_close(DIFFERENCE(model, X, MASK, output=index), want)
+
+
+@pytest.mark.parametrize("name", ["aux_logits1", "aux_logits2", "logits"])
+def test_features_of_auxiliary_heads(name: str) -> None:
+    with torch.no_grad():
+        model = torchvision.models.googlenet(weights=None, init_weights=False, num_classes=3, dropout=0.0, dropout_aux=0.0)
+    head = {"aux_logits1": model.aux1.fc2, "aux_logits2": model.aux2.fc2, "logits": model.fc}[name]
+    entered: list[Tensor] = []
+    head.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    value = DIFFERENCE(model, X, MASK, output=name)
+    torch.testing.assert_close(value, (entered[0] - entered[1]).norm(dim=1).mean())
+
+
+def moving() -> nn.Module:
+    """Its forward moves an estimate that the next one computes with."""
+    return nn.Sequential(spectral_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).double()
+
+
+def test_all_passes_start_from_the_same_buffers() -> None:
+    model, x, everything = moving(), X.double(), torch.ones_like(MASK)
+    with DIFFERENCE.attach(model), passes() as counted:
+        model(x)
+        assert DIFFERENCE(model, x, everything) == 0
+    assert counted.forward == 2
+    with attrreg.InputGradient().attach(model), passes() as counted:  # which has no other pass
+        model(x)
+        attrreg.InputGradient()(model, x, MASK, Y)
+    assert counted.forward == 0
+
+
+@pytest.mark.parametrize("other", [attrreg.ActivationDifference("features"), attrreg.GradCAM("features").named("again")])
+def test_the_automatic_layers_map_is_the_same_in_every_sum(other: Any) -> None:
+    with torch.no_grad():
+        model = torchvision.models.DenseNet(8, (2, 2), 16, num_classes=3).eval()  # works in place on its last map
+    alone = attrreg.GradCAM()(model, X, MASK, Y)
+    expected = gradients(model, alone)
+    for regularizer in (attrreg.GradCAM() + other, other + attrreg.GradCAM()):
+        value = regularizer.evaluate(model, X, MASK, Y).terms["GradCAM"]
+        torch.testing.assert_close(value, alone.detach())
+        whole, rest = regularizer(model, X, MASK, Y), (1.0 * other)(model, X, MASK, Y, generator=torch.Generator().manual_seed(0))
+        if other.terms[0].name == "again":
+            found = [one - two for one, two in zip(gradients(model, whole), gradients(model, rest), strict=True)]
+            assert_close(found, expected, 1e-4)
