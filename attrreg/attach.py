@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from attrreg.call import Call
 from attrreg.hooks import Tap
-from attrreg.recording import Recording, read
+from attrreg.recording import Recording, parts, read
 from attrreg.sites import SPATIAL, check_layer
 from attrreg.walk import modules
 from attrreg.wrappers import compiled, compiling, unwrap
+
+FORWARDS = 64  # how many of the last are remembered, to be recomputed as they ran
 
 
 class Attachment:
@@ -46,7 +46,7 @@ class Attachment:
         self._recording: Recording | None = None
         self._maps: dict[Any, tuple[Any, str] | None] = {}
         self._called: tuple[Any, ...] = ()
-        self._recorded: tuple[dict[str, bool], str | None] = {}, None
+        self._ran: dict[int, tuple[dict[str, bool], str | None]] = {}
         self._again = False
         self.suspended = False
         self._watches: list[RemovableHandle] = []
@@ -65,9 +65,11 @@ class Attachment:
 
     def remove(self) -> None:
         """Take all hooks away and drop what was recorded; safe to call twice."""
-        self._discard()
         while self._hooks:
             self._hooks.pop().remove()
+        self._maps.clear()
+        self._ran.clear()
+        self._discard()
 
     def __enter__(self) -> Attachment:
         return self
@@ -105,6 +107,8 @@ class Attachment:
 
     def found_map(self, asked: Any, name: str, call: Call) -> None:
         """Say which layer `layer="auto"` turned out to be, so that later forwards alike record that one alone."""
+        if any(map(callable, asked)):  # which may hold anything, and for ever
+            return
         kind = _kind(call.x, call.model)
         known = self._maps.get(kind, (asked, name))
         self._maps[kind] = (asked, name) if known is not None and known[0] == asked else None
@@ -127,6 +131,7 @@ class Attachment:
 
     def _discard(self) -> None:
         self._forget()
+        self._called = ()
         if self._tap is not None:
             self._tap.close()
             self._tap = None
@@ -141,15 +146,17 @@ class Attachment:
         arguments: dict[int | str, Any] = dict(enumerate(args)) | kwargs
         tensors = [(key, value) for key, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point()]
         images = next((item for item in tensors if item[1].dim() == 4), None)
-        if not torch.is_grad_enabled() or images is None:
+        hooks, own = model._forward_hooks, self._hooks[1].id
+        if not torch.is_grad_enabled() or images is None or own not in hooks:  # somebody may have cleared all hooks
             return None
+        image = images[1].untyped_storage()._cdata
         if not self._again:
             sites = self._sites if self._due() else {}  # of a skipped step the output alone, for `Scheduled.evaluate`
             asked, map = self._maps.get(_kind(images[1], model)) or (None, None)
-            self._called, self._recorded = (args, kwargs, asked, read(model)), (sites, map)
-            assert isinstance(model._forward_hooks, OrderedDict)
-            model._forward_hooks.move_to_end(self._hooks[1].id)  # others may change what the model returns
-        sites, map = self._recorded
+            self._called = args, kwargs, asked, read(model)
+            self._ran = dict([*self._ran.items(), (image, (sites, map))][-FORWARDS:])
+            hooks[own] = hooks.pop(own)  # the last, as others may change what the model returns
+        sites, map = self._ran.get(image, ({}, None))
         self._tap = Tap(model, sites, own=False, map=map, twice=self._twice)
         arguments[images[0]] = self._tap.open(images[1])
         return tuple(arguments[i] for i in range(len(args))), {name: arguments[name] for name in kwargs}
@@ -160,12 +167,11 @@ class Attachment:
         tap, self._tap = self._tap, None
         tap.close()
         if output is None or self._again:  # the forward raised, or repeats one
+            self._called = ()
             return
-        parts = [part for leaf in tree_leaves(output) for part in (leaf, *getattr(leaf, "__dict__", {}).values())]
-        leaves = [part for part in parts if isinstance(part, Tensor) and part.requires_grad]
         self._recording = tap.recording(output, *self._called)
         self._called = ()
-        for leaf in leaves:
+        for leaf in (part for part in parts(output) if part.requires_grad):
             # A backward that reaches the output frees the graph: from then on a call must run its own forward.
             self._watches.append(leaf.register_hook(_Forget(self)))
 
@@ -206,6 +212,7 @@ def _kind(x: Tensor, model: nn.Module) -> Any:
 def _inert() -> Attachment:
     copy = object.__new__(Attachment)
     copy._hooks, copy._watches, copy._tap, copy._recording, copy.suspended = [], [], None, None, True
+    copy._called, copy._maps, copy._ran = (), {}, {}
     return copy
 
 

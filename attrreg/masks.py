@@ -183,7 +183,7 @@ def from_boxes(boxes: Sequence[Tensor | Sequence[Sequence[float]] | None], size:
             x1, y1, x2, y2 = box
             if not (-math.inf < x1 < x2 < math.inf and -math.inf < y1 < y2 < math.inf and x2 > 0 and y2 > 0 and x1 < width and y1 < height):
                 raise ValueError(
-                    f"boxes[{index}] has the box {box}, which is empty or outside an image of {height} x {width}. Give "
+                    f"boxes[{index}] has the box {box}, which is not finite, empty or outside an image of {height} x {width}. Give "
                     "(x1, y1, x2, y2) in pixels with x1 < x2 and y1 < y2."
                 )
             rows = slice(max(0, int(y1 // 1)), -int(-y2 // 1))

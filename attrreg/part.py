@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from attrreg.attach import attached
-from attrreg.baselines import Fixed, OneOf
+from attrreg.baselines import Fixed, OneOf, OtherImage
 from attrreg.call import Call
 from attrreg.needs import Need
 from attrreg.walk import modules
@@ -44,6 +44,11 @@ def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
     if annotation.count == 0 or call.inputs is not None:
         return call
     by_row = any(_by_row(need.at) for need in needs)
+    if fraction < 1 and any(_of_batch(need.at) for need in needs):
+        raise ValueError(
+            "fraction cannot be used with baselines.OtherImage, which would draw from the images that fraction left alone. Give it images: "
+            "baselines.OneOf(images), or leave fraction out."
+        )
     if fraction < 1 and by_row:
         raise ValueError(
             "fraction cannot be used with a baseline that holds one image a sample. Give one image for all, or leave fraction out."
@@ -70,8 +75,15 @@ def _by_row(part: object) -> bool:
     return any(_by_row(getattr(part, field.name)) for field in fields(part))
 
 
+def _of_batch(part: object) -> bool:
+    """Whether a point, or what it is made of, takes other images of the batch."""
+    if isinstance(part, OtherImage):
+        return True
+    return is_dataclass(part) and not isinstance(part, Fixed) and any(_of_batch(getattr(part, field.name)) for field in fields(part))
+
+
 def couples(module: nn.Module) -> bool:
     """Whether what a layer itself gives for an image depends on the others of the batch: it normalises by their statistics."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return module.training or module.running_mean is None
-    return module.training and any(name.startswith("running_") for name in module._buffers)  # such as timm's EvoNorm
+    return module.training and any(name.startswith("running_") for name in module._buffers.keys())  # noqa: SIM118  (TorchScript's); such as timm's EvoNorm

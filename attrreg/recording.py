@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from attrreg.call import Call
 from attrreg.ops import Phase
@@ -41,8 +42,8 @@ class Conditions:
     ) -> None:
         self._objects, self._numbers = _state(model)
         self._arguments = args, kwargs
-        self._tensors = [leaf for leaf in tree_leaves((output, args, kwargs)) if isinstance(leaf, Tensor)]
-        self._versions = list(map(_version, self._tensors))
+        self._given = _versions(parts((args, kwargs)))
+        self._output = _versions(parts(output))
         self.asked = asked
         now = read(model)
         self.moved = len(now) != len(before) or any(a is not b or i != j for (a, i), (b, j) in zip(now, before, strict=False))
@@ -51,14 +52,17 @@ class Conditions:
         """Whether a call would meet the same."""
         objects, numbers = _state(call.model)
         same = numbers == self._numbers and len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
-        return same and self._versions == list(map(_version, self._tensors)) and self._called_with(call)
+        return same and _as_then(self._given) and self._called_with(call)
+
+    def logits_hold(self, logits: Tensor) -> bool:
+        """Whether the loop left the logits as they were, or all that the model returned if they are made of that."""
+        own = [(tensor, version) for tensor, version in self._output if tensor is logits]
+        return _as_then(own or self._output)
 
     def _called_with(self, call: Call) -> bool:
-        if call.inputs is None:  # which says nothing of what else there was
-            return True
-        args, kwargs = ((), dict(call.inputs)) if isinstance(call.inputs, Mapping) else (call.inputs, {})
-        (ours, shape), (theirs, other) = (tree_flatten(_bound(call.model, *given)) for given in ((args, kwargs), self._arguments))
-        return shape == other and all(map(_same, ours, theirs))
+        inputs = (call.x,) if call.inputs is None else call.inputs
+        args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
+        return _same(_bound(call.model, args, kwargs), _bound(call.model, *self._arguments))
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,8 @@ class Recording:
             value = self.values.get(site)
             if site == SPATIAL and self.conditions.asked not in (None, asked):
                 return False
+            if site == OUTPUT and not self.conditions.logits_hold(call.logits(self.output)):
+                return False
             if site == OUTPUT or (site == SPATIAL and self.maps):
                 continue
             if site not in self.problems and (value is None or (differentiated and not value.requires_grad)):
@@ -119,7 +125,32 @@ class Recording:
 
 def kept(output: Any) -> Any:
     """What a model returned, in containers of our own: the loop may put something else into its."""
-    return tree_map(lambda leaf: leaf, output)
+    return tree_map(lambda leaf: copy(leaf) if _inside(leaf) else leaf, output)
+
+
+def parts(output: Any, depth: int = 3) -> list[Tensor]:
+    """All tensors in what a model takes or returns, in objects that PyTorch's trees do not look into too."""
+    leaves = tree_leaves(output)
+    deeper = [part for leaf in leaves if depth for part in parts(_inside(leaf), depth - 1)]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)] + deeper
+
+
+def _inside(leaf: Any) -> list[Any]:
+    """The values that an object holds, if it is one to hold values."""
+    if isinstance(leaf, Mapping):
+        return list(leaf.values())
+    if isinstance(leaf, (Tensor, nn.Module, type)) or callable(leaf):
+        return []
+    slots = [getattr(leaf, name, None) for kind in type(leaf).__mro__ for name in getattr(kind, "__slots__", ())]
+    return [*getattr(leaf, "__dict__", {}).values(), *slots]
+
+
+def _versions(tensors: list[Tensor]) -> list[tuple[Tensor, int]]:
+    return [(tensor, _version(tensor)) for tensor in tensors]
+
+
+def _as_then(versions: list[tuple[Tensor, int]]) -> bool:
+    return all(_version(tensor) == version for tensor, version in versions)
 
 
 def read(model: nn.Module) -> list[tuple[Tensor, int]]:
@@ -142,12 +173,18 @@ def _version(tensor: Tensor) -> int:
 
 
 def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
-    """Arguments by name, whether they were given so or by position."""
+    """Arguments by name, whether they were given so, by position or not at all."""
     try:
-        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
     except (TypeError, ValueError):
         return {**dict(enumerate(args)), **kwargs}
+    bound.apply_defaults()
+    return dict(bound.arguments)
 
 
-def _same(a: object, b: object) -> bool:
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)) and type(a) is type(b):
+        return len(a) == len(b) and all(map(_same, a, b))
     return a is b or (type(a) is type(b) and isinstance(a, PLAIN) and a == b)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FunctionType, MappingProxyType
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +46,10 @@ def known_map(call: Call, asked: Any) -> str | None:
 def asked(call: Call, score: Score | None) -> tuple[Any, ...]:
     """What the layer for `layer="auto"` depends on, besides the model; None: no score is differentiated there."""
     output: Any = call.output
-    if isinstance(output, FunctionType) and output.__closure__ is None:
-        output = output.__code__  # which stays, where the function is written in the loop
-    return call.x.shape[1:], call.model.training, output, *(() if score is None else (ref(type(score)), score.site))
+    if isinstance(output, FunctionType) and not (output.__closure__ or output.__defaults__ or output.__kwdefaults__):
+        names = set(output.__code__.co_names)
+        output = output if names & output.__globals__.keys() else output.__code__  # which stays, where it is written in the loop
+    return call.x.shape[1:], call.model.training, output, sites.OUTPUT if score is None else score.site
 
 
 @dataclass

@@ -7,6 +7,7 @@ from pathlib import Path
 
 def writable(path: Path) -> bool:
     """Whether a file can be written: by trying, since permissions do not say it all. What it holds stays."""
+    path = path.resolve()  # a link stays
     new = not path.exists()
     try:
         with path.open("ab"):

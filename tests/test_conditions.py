@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 import attrreg
 from attrreg import objectives, scores
@@ -224,50 +222,6 @@ def test_hooks_that_come_later_change_what_the_model_returns() -> None:
     torch.testing.assert_close(found, REG(model, x, mask, target))
 
 
-class Steps(nn.Module):
-    """Two outputs, of which the second comes a layer later; on larger images there is one more."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.a, self.b, self.c = nn.Conv2d(2, 3, 3, padding=1), *(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
-        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        a = self.a(self.stem(x).tanh()).tanh()
-        b = self.b(a).tanh()
-        b = self.c(b).tanh() if x.shape[-1] > 8 else b
-        return {"a": self.first(a.mean((2, 3))), "b": self.second(b.mean((2, 3)))}
-
-
-@pytest.mark.parametrize("order", ["abab", "baba", "aab"])
-def test_the_automatic_layer_is_that_of_the_output_asked_for(order: str) -> None:
-    model, (x, mask, target) = Steps().double(), smooth_batch()
-    want = {key: CAM(model, x, mask, target, output=key) for key in "ab"}
-    with CAM.attach(model):
-        for key in order:
-            model(x)
-            torch.testing.assert_close(CAM(model, x, mask, target, output=key), want[key])
-
-
-def test_the_automatic_layer_is_that_of_the_images_size() -> None:
-    model, (x, mask, target) = Steps().double(), smooth_batch()
-    large = F.interpolate(x, scale_factor=2)
-    want = [CAM(model, images, mask, target, output="b") for images in (x, large)]
-    with CAM.attach(model):
-        for images, expected in zip((x, large, x, large), want * 2, strict=True):
-            model(images)
-            torch.testing.assert_close(CAM(model, images, mask, target, output="b"), expected)
-
-
-def test_the_automatic_layer_stays_known_where_the_output_is_a_function_written_in_the_loop() -> None:
-    model, (x, mask, target) = Steps().double(), smooth_batch()
-    with CAM.attach(model) as handle:
-        for _ in range(3):
-            model(x)
-            CAM(model, x, mask, target, output=lambda out: out["a"])
-        assert handle.map == "a"
-
-
 @dataclass
 class Output:
     """What PyTorch's own trees do not look into."""
@@ -312,67 +266,78 @@ def test_a_backward_through_a_part_of_the_recording_is_named() -> None:
             REG(model, x, mask, target)
 
 
-class Checkpointed(nn.Module):
-    """Checkpoints the part that is attached."""
+class OwnDict(dict[str, Tensor]):
+    """PyTorch's trees do not look into a subclass."""
 
-    def __init__(self) -> None:
+
+class Slots:
+    """Nor into this."""
+
+    __slots__ = ("logits",)
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class Returns(nn.Module):
+    """Returns its logits, and a loss, in something."""
+
+    def __init__(self, make: Callable[[Tensor], Any]) -> None:
         super().__init__()
-        self.net, self.top = SmoothNet(norm=True), nn.Linear(3, 3)
-        self.net.act = nn.ReLU()  # type: ignore[assignment]
+        self.net, self.make = SmoothNet(), make
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.top(checkpoint(self.net, x, use_reentrant=False))
-        return logits
+    def forward(self, x: Tensor, scale: float = 1.0) -> Any:
+        return self.make(self.net(x) * scale)
 
 
-@pytest.mark.parametrize("kind", ["plain", "scheduled", "auto"])
-def test_a_checkpointed_part_is_recomputed_as_it_ran(kind: str) -> None:
-    found = {}
-    for attach in (False, True):
-        torch.manual_seed(0)
-        model, (x, mask, target) = Checkpointed().double(), smooth_batch()
-        reg: Any = {"plain": REG, "scheduled": attrreg.Scheduled(REG, attrreg.schedules.Every(2)), "auto": CAM}[kind]
-        handle = reg.attach(model.net) if attach else None
-        for _ in range(3):
-            loss = F.cross_entropy(model(x), target) + reg(model.net, x, mask, target)
-            loss.backward()
-        found[attach] = [parameter.grad for parameter in model.parameters()]
-        if handle is not None:
-            handle.remove()
-    for one, other in zip(found[False], found[True], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+def logits_of(output: Any) -> Tensor:
+    """Wherever they are."""
+    found: Tensor = output["logits"] if isinstance(output, dict) else output.logits
+    return found
 
 
-def test_hooks_on_images_are_shown_the_losss_gradient_alone() -> None:
-    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
-    images = (x * 1).requires_grad_()
-    made = images * 2
-    seen: list[Tensor] = []
-    made.retain_grad()
-    made.register_hook(seen.append)
-    for attach in (False, True):
-        with REG.attach(model) if attach else torch.enable_grad():
-            if attach:
-                model(made)
-            REG(model, made, mask, target)
-    assert not seen and made.grad is None
+@pytest.mark.parametrize(
+    "make", [lambda y: OwnDict(logits=y), lambda y: {"logits": y}, Output, Slots], ids=["own", "dict", "data", "slots"]
+)
+@pytest.mark.parametrize("change", ["backward", "in place", "another"])
+def test_objects_of_all_kinds_are_looked_into(make: Callable[[Tensor], Any], change: str) -> None:
+    model, (x, mask, target) = Returns(make).double(), smooth_batch()
+    want = REG(model, x, mask, target, output=logits_of)
+    with REG.attach(model):
+        output = model(x)
+        if change == "backward":
+            F.cross_entropy(logits_of(output), target).backward()
+        elif change == "in place":
+            logits_of(output).div_(0.1)
+        elif isinstance(output, dict):
+            output["logits"] = output["logits"] * 10
+        else:
+            output.logits = output.logits * 10
+        torch.testing.assert_close(REG(model, x, mask, target, output=logits_of), want)
 
 
-@pytest.mark.cpu
-def test_threads_that_train_side_by_side_leave_the_process_as_it_was() -> None:
-    frame, flash = torch.utils.checkpoint._CheckpointFrame, torch.backends.cuda.flash_sdp_enabled()
-    models = [SmoothNet().double() for _ in range(4)]
+def test_arithmetic_in_place_on_a_loss_that_the_model_returned_costs_nothing() -> None:
+    model, (x, mask, target) = Returns(lambda y: {"loss": y.square().mean(), "logits": y}).double(), smooth_batch()
+    want = REG(model, x, mask, target, output="logits")
+    with REG.attach(model), passes() as counted:
+        loss = model(x)["loss"]
+        loss /= 2
+        loss += REG(model, x, mask, target, output="logits")
+    assert counted.forward == 0
+    torch.testing.assert_close(loss, model(x)["loss"] / 2 + want)
 
-    def train(model: nn.Module) -> None:
-        x, mask, target = smooth_batch()
-        with REG.attach(model):
-            for _ in range(10):
-                (F.cross_entropy(model(x), target) + REG(model, x, mask, target)).backward()
 
-    threads = [threading.Thread(target=train, args=(model,)) for model in models]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert torch.utils.checkpoint._CheckpointFrame is frame and torch.backends.cuda.flash_sdp_enabled() == flash
-    assert all(parameter.grad is not None for model in models for parameter in model.parameters())
+def test_inputs_are_compared_by_what_they_mean() -> None:
+    model, (x, mask, target) = Returns(lambda y: y).double(), smooth_batch()
+    want = {scale: REG(model, x, mask, target, inputs=(x, scale)) for scale in (1.0, 3.0)}
+    with REG.attach(model):
+        for called, asked, scale, own in (
+            ({"scale": 1.0}, (x,), 1.0, 0),
+            ({}, {"scale": 1.0, "x": x}, 1.0, 0),
+            ({"scale": 3.0}, None, 1.0, 1),
+            ({"scale": 3.0}, (x, 3.0), 3.0, 0),
+        ):
+            model(x, **called)
+            with passes() as counted:
+                torch.testing.assert_close(REG(model, x, mask, target, inputs=asked), want[scale])
+            assert counted.forward == own

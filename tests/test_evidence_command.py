@@ -60,16 +60,22 @@ def test_command_on_a_folder(command: Any, tmp_path: Path) -> None:
     done = command("--folder", str(tmp_path), "--epochs", "1")
     assert done.exit_code == 0, done.output
     record = next(iter(load(tmp_path / "results.jsonl").values()))
-    assert record.job.source == Folder(str(tmp_path))
+    source = record.job.source
+    assert isinstance(source, Folder) and source.contents
+    assert replace(source, contents="") == Folder(str(tmp_path))
     done = command(
         "--folder", str(tmp_path), "--epochs", "1", "--flip", "--sizes", "16,4,4", "--splits", "train,test,valid", "--dilation", "1"
     )
     assert done.exit_code == 0, done.output
     done = command("--folder", str(tmp_path), "--epochs", "1", "--similar", "valid")
     assert done.exit_code == 0, done.output
-    assert Folder(str(tmp_path), similar="valid") in {record.job.source for record in load(tmp_path / "results.jsonl").values()}
+    found = {record.job.source for record in load(tmp_path / "results.jsonl").values()}
     wanted = Folder(str(tmp_path), "train", "test", "valid", flip=True, sizes=(16, 4, 4), dilation=1)
-    assert wanted in {record.job.source for record in load(tmp_path / "results.jsonl").values()}
+    assert {replace(wanted, contents=source.contents), Folder(str(tmp_path), similar="valid", contents=source.contents)} <= found
+    write_arrays(tmp_path, "train", 24)  # other data under the same names are trained on anew
+    done = command("--folder", str(tmp_path), "--epochs", "1")
+    assert done.exit_code == 0, done.output
+    assert len({record.job.source for record in load(tmp_path / "results.jsonl").values()}) == len(found) + 1
 
 
 def test_command_writes_what_is_done_when_a_training_fails(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +115,11 @@ def test_command_without_any_data(command: Any, tmp_path: Path) -> None:
         (("--folder", "/no/such/folder"), "train_labels.csv"),
         (("--folder", "/no/such/folder", "--splits", "a,b"), "--splits must be three names"),
         (("--folder", "/no/such/folder", "--sizes", "5"), "sizes must be three numbers"),
+        (("--folder", "/no/such/folder", "--sizes", "a,b,c"), "--sizes must be three numbers"),
+        (("--folder", "/no/such/folder", "--sizes=-4,8,8"), "sizes must be three numbers above 0"),
+        (("--sizes", "5,5,5"), "it is of --folder"),
+        (("--flip",), "it is of --folder"),
+        (("--folder", "/no/such/folder", "--data", "crosses"), "takes the place of --data"),
     ],
 )
 def test_bad_options(command: Any, words: tuple[str, ...], says: str) -> None:

@@ -105,7 +105,7 @@ def test_boxes_cover_every_pixel_they_touch(x1: float, y1: float, width: float, 
 
 @pytest.mark.parametrize("box", [(0, 0, math.inf, 4), (-math.inf, 0, 4, 4), (0, 0, 4, math.nan)])
 def test_boxes_that_are_not_finite(box: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match=r"boxes\[0\] has the box .* which is empty or outside"):
+    with pytest.raises(ValueError, match=r"boxes\[0\] has the box .* which is not finite, empty or outside"):
         masks.from_boxes([[box]], (8, 8))
 
 

@@ -281,6 +281,20 @@ def test_metrics_that_agree_on_a_batch_stay_apart_in_a_collection() -> None:
         assert value == made[name].compute(), name
 
 
+def test_metrics_alike_can_be_merged_and_saved() -> None:
+    map, mask = torch.randn(4, 1, 6, 6), torch.rand(4, 6, 6)
+    one, other, whole, saved = (modules.PointingGame(1) for _ in range(4))
+    one.update(map[:1], mask[:1])
+    other.update(map[1:], mask[1:])
+    whole.update(map, mask)
+    for metric in (one, saved):
+        metric.persistent(True)
+    saved.load_state_dict(one.state_dict())
+    saved.update(map[1:], mask[1:])
+    one.merge_state(other)
+    assert one.compute() == saved.compute() == whole.compute()
+
+
 def test_multi_hot_targets_of_annotated_images_are_judged() -> None:
     x, mask = torch.rand(4, 2, 8, 8), torch.rand(4, 8, 8)
     hot, annotated = torch.eye(3)[[0, 1, 2, 0]], torch.tensor([True, False, True, False])

@@ -108,6 +108,9 @@ def test_a_baseline_of_one_image_a_sample(masked: bool) -> None:
     kept = baselines.Masked(baselines.Fixed(given[annotated])) if masked else given[annotated]
     alone = attrreg.IntegratedGradients(steps=2, baseline=kept)(model, x[annotated], mask[annotated], target[annotated])
     torch.testing.assert_close(value, alone, rtol=1e-12, atol=0)
+    for others in (attrreg.ExpectedGradients(), attrreg.IntegratedGradients(steps=2, baseline=baselines.Masked(baselines.OtherImage()))):
+        with pytest.raises(ValueError, match=r"fraction cannot be used with baselines\.OtherImage.*baselines\.OneOf\(images\)"):
+            others(model, x, mask, target, fraction=0.5)
     with pytest.raises(ValueError, match=r"one image a sample.*Give one image for all"):
         attrreg.IntegratedGradients(steps=2, baseline=baseline)(model, x, mask, target, fraction=0.5)
     one = attrreg.IntegratedGradients(steps=2, baseline=given[:1])

@@ -23,6 +23,7 @@ AXES = {"batch": "images a batch", "resolution": "pixels a side", "steps": "step
 
 def save(record: Record, path: Path) -> None:
     """As JSON; the file is whole at every time, whatever stops the run."""
+    path = path.resolve()
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(record.as_dict(), indent=1) + "\n")
     part.replace(path)

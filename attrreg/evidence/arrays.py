@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy
+import numpy.typing
 import torch
 from torch import Generator, Tensor
 
@@ -28,7 +31,8 @@ def folder(
 
     The layout: `<split>_labels.csv` with the columns `file` and `class`, one row an image; beside it each image as `.npy`, `(H, W)` or
     `(H, W, C)`, and its mask under the same name with `seg` for `img`, not zero where relevant. Of the paths in `file` the last part
-    counts. The clean test is the test with zeros outside the masks.
+    counts. Where no value of any split is below 0 and one is above 1, all are taken for 0 to 255. The clean test is the test with zeros
+    outside the masks.
 
     Args:
         root: the folder.
@@ -37,7 +41,7 @@ def folder(
             else a fifth of the training images, taken from them.
         flip: mirror the validation and test images sidewards, masks included. The founding paper's arrays (`distractor1`, `distractor2`,
             `distractor3`) are stored straight, and its code mirrors the last two while loading: that is their shift.
-        sizes: how many images of each split to draw, each class alike; there (500, 128, 128). None: all.
+        sizes: how many images of each split to draw, each class alike, so at most as many; there (500, 128, 128). None: all.
         dilation: pixels by which masks are grown.
         seed: of what is drawn.
 
@@ -46,12 +50,13 @@ def folder(
         ValueError: a file is not as above, or there are fewer images than `sizes` says.
     """
     root, generator = Path(root), Generator().manual_seed(seed)
-    train, valid, test = (_split(root, name, dilation) for name in splits)
+    names = (*splits, similar) if similar is not None else splits
+    train, valid, test, *others = _alike(root, {name: _split(root, name, dilation) for name in names}, names)
     if sizes is not None:
         parts = zip((train, valid, test), splits, sizes, strict=True)
         train, valid, test = (_some(part, f"{root}: {name}", size, generator) for part, name, size in parts)
     if similar is not None:
-        like_training = _split(root, similar, dilation)
+        (like_training,) = others
     elif flip:
         like_training = valid
     else:
@@ -73,7 +78,7 @@ def _some(split: Split, name: str, size: int, generator: Generator) -> Split:
     """So many images, each class alike, in random order."""
     order = torch.randperm(len(split), generator=generator)
     classes = split.labels.unique().tolist()
-    each = size // len(classes)
+    each = max(0, size) // len(classes)
     chosen = [order[split.labels[order] == label][:each] for label in classes]
     if not each or min(map(len, chosen)) < each:
         raise ValueError(f"{name} has not {size} images, each of its {len(classes)} classes alike. Ask for fewer, or for all with None.")
@@ -81,43 +86,78 @@ def _some(split: Split, name: str, size: int, generator: Generator) -> Split:
     return split.take(index[torch.randperm(len(index), generator=generator)])
 
 
+def _alike(root: Path, found: dict[str, Split], names: Sequence[str]) -> list[Split]:
+    """The splits, scaled alike, whose images and classes are those of one task."""
+    parts = [found[name] for name in names]
+    for name, part in found.items():
+        if part.images.shape[1:] != parts[0].images.shape[1:]:
+            raise ValueError(
+                f"{root}: images of {name} are {tuple(part.images.shape[1:])}, but those of {names[0]} {tuple(parts[0].images.shape[1:])}, "
+                "channels first. Save them alike."
+            )
+    known = parts[0].labels.unique().tolist()
+    seen = sorted({label for part in parts for label in part.labels.tolist()})
+    if known != list(range(len(known))) or seen != known:
+        raise ValueError(f"{root}: {names[0]} has the classes {known}, all splits {seen}. Number them from 0, all of them in {names[0]}.")
+    low, high = min(float(part.images.min()) for part in parts), max(float(part.images.max()) for part in parts)
+    return [replace(part, images=part.images / 255) if high > 1 and low >= 0 else part for part in parts]
+
+
 def _split(root: Path, name: str, dilation: int) -> Split:
     table = root / f"{name}_labels.csv"
     if not table.is_file():
         raise FileNotFoundError(f"{table} does not exist. Name the splits that there are, or write one row `file,class` an image into it.")
-    with table.open(newline="") as file:
+    with table.open(newline="", encoding="utf-8-sig") as file:  # as Excel saves it, too
         rows = list(csv.DictReader(file))
     if not rows or not {"file", "class"} <= rows[0].keys():
         raise ValueError(f"{table} must have the columns file and class, and a row an image. Add them.")
+    labels = []
+    for row in rows:
+        try:
+            labels.append(_whole(row["class"]))
+        except (TypeError, ValueError):
+            raise ValueError(f"{table}: {row['file']} has the class {row['class']!r}. Write a number, from 0 on.") from None
     names = [row["file"].replace("\\", "/").rsplit("/", 1)[-1] for row in rows]
     if unnamed := [name for name in names if "img" not in name]:
         raise ValueError(f"{table}: {unnamed[0]} has no `img` in its name, so its mask, named `seg` there, cannot be found. Rename it.")
-    images = _scaled(torch.stack([_image(root / name) for name in names]))
-    masks = torch.stack([_array(root / name.replace("img", "seg")) for name in names]) != 0
+    images = _stacked([root / name for name in names]).float()
+    images = images.unsqueeze(1) if images.dim() == 3 else images.movedim(-1, 1)
+    masks = _stacked([root / name.replace("img", "seg") for name in names]) != 0
     if masks.dim() == 4:
         masks = masks.any(dim=-1)
     if masks.shape[1:] != images.shape[2:]:
         raise ValueError(
             f"{table}: masks are {tuple(masks.shape[1:])}, but images {tuple(images.shape[2:])}. Give masks of the images' size."
         )
-    labels = torch.tensor([int(float(row["class"])) for row in rows])
-    return Split(images, labels, dilate(masks, dilation) if dilation else masks)
+    return Split(images, torch.tensor(labels), dilate(masks, dilation) if dilation else masks)
 
 
-def _image(path: Path) -> Tensor:
-    image = _array(path).float()
-    return image.unsqueeze(0) if image.dim() == 2 else image.movedim(-1, 0)
+def _whole(text: str) -> int:
+    """A class, which other programs may have written as 1.0."""
+    number = float(text)
+    if number < 0 or not number.is_integer():
+        raise ValueError(text)
+    return int(number)
 
 
-def _scaled(images: Tensor) -> Tensor:
-    """All images of a split alike: values above 1, with none below 0, are taken for 0 to 255."""
-    return images / 255 if float(images.max()) > 1 and float(images.min()) >= 0 else images
+def _stacked(paths: Sequence[Path]) -> Tensor:
+    arrays = [_array(path) for path in paths]
+    for path, array in zip(paths, arrays, strict=True):
+        if array.shape != arrays[0].shape:
+            raise ValueError(f"{path} is {array.shape}, but {paths[0].name} {arrays[0].shape}. Save all alike.")
+    return torch.from_numpy(numpy.stack(arrays))
 
 
-def _array(path: Path) -> Tensor:
+def _array(path: Path) -> numpy.typing.NDArray[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, though a table of labels names it. Put it there, or take its row out.")
-    array = numpy.load(path)
+    try:
+        array: numpy.typing.NDArray[Any] = numpy.load(path)
+    except (ValueError, EOFError, OSError) as error:  # empty, cut off, pickled
+        raise ValueError(f"{path} cannot be read: {error}. Save it with numpy.save, as numbers.") from None
     if array.ndim not in (2, 3):
         raise ValueError(f"{path} is {array.shape}, but an array must be (H, W) or (H, W, C). Save it so.")
-    return torch.from_numpy(array)
+    if array.dtype.kind not in "biuf" or not numpy.isfinite(array).all():
+        raise ValueError(f"{path} has values that are not finite real numbers ({array.dtype}). Mend it, or take its row out.")
+    wide = array.dtype.kind == "u" and array.dtype.itemsize > 1  # which PyTorch computes little with
+    return array.astype(numpy.int64 if wide else array.dtype.newbyteorder("="), copy=False)

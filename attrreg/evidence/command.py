@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -111,7 +112,11 @@ def _folder(root: Path, splits: str, similar: str, sizes: str, flip: bool, dilat
         counts = tuple(int(count) for count in sizes.split(",")) if sizes else ()
     except ValueError:
         raise ValueError(f"--sizes must be three numbers of images, got {sizes!r}. Write 500,128,128.") from None
-    return Folder(str(root), names[0], names[1], names[2], similar or None, flip=flip, sizes=counts, dilation=dilation)
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("*.csv"), *root.glob("*.npy")]):  # so that mended files are trained on anew
+        digest.update(path.name.encode() + path.read_bytes())
+    where, contents = str(root.resolve()), digest.hexdigest()[:16]
+    return Folder(where, names[0], names[1], names[2], similar or None, flip=flip, sizes=counts, dilation=dilation, contents=contents)
 
 
 def write(plan: Plan, ledger: Ledger, out: Path) -> None:

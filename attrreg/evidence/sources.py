@@ -138,6 +138,7 @@ class Folder(Source):
         root, similar, flip, dilation: as there.
         train, valid, test: the splits' names.
         sizes: how many images of each; none: all.
+        contents: a digest of the files, so that others are not taken for those of a record; "": not asked.
         width: channels of the ResNet-18's first stage.
     """
 
@@ -151,12 +152,14 @@ class Folder(Source):
     sizes: tuple[int, ...] = ()
     dilation: int = 0
     width: int = 8
+    contents: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", tuple(self.sizes))  # JSON has lists
-        if len(self.sizes) not in (0, 3):
+        if len(self.sizes) not in (0, 3) or any(size < 1 for size in self.sizes):
             raise ValueError(
-                f"sizes must be three numbers, of training, validation and test images, got {self.sizes}. Write (500, 128, 128)."
+                f"sizes must be three numbers above 0, of training, validation and test images, got {self.sizes}. Write (500, 128, 128); "
+                "on the command line 500,128,128."
             )
 
     def task(self, seed: int) -> Task:

@@ -6,7 +6,6 @@ Import it by name: `from attrreg.metrics import modules`. It needs the package t
 from __future__ import annotations
 
 from abc import abstractmethod
-from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from attrreg.masks import checked_flags
 from attrreg.metrics.accuracy import auc, check_correct
 from attrreg.metrics.judge import Attribution, judged
 from attrreg.metrics.maps import Measure, energy_pointing_game, iou_at_mask_size, pointing_game, share_inside
+from attrreg.spec import source
 
 try:
     from torchmetrics import Metric
@@ -24,11 +24,17 @@ except ModuleNotFoundError as error:
     raise ImportError("attrreg.metrics.modules needs torchmetrics. Install with: pip install 'attrreg[metrics]'") from None
 
 
-_numbers = count()
+def _name(setting: object) -> str:
+    text = source(setting)
+    return repr(setting) if "<" in text else text  # of a lambda, its address
 
 
 class _Mean(Metric):
-    """The mean over images of a measure, where it is defined. NaN when it was defined for none."""
+    """The mean over images of a measure, where it is defined. NaN when it was defined for none.
+
+    Args:
+        settings: of a subclass: what tells its metrics apart.
+    """
 
     is_differentiable = False
     higher_is_better = True
@@ -37,11 +43,12 @@ class _Mean(Metric):
     images: Tensor
     undefined: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, *settings: object) -> None:
         super().__init__()
-        # The last, which stays zero, has a name of its own in each metric: a `MetricCollection` takes those with states of the same names
-        # and, in the first batch, values for one metric, and updates only one of them from then on.
-        for name in ("total", "images", "undefined", f"only_{next(_numbers)}"):
+        # The last, which stays zero, is called after the kind of metric and its settings: a `MetricCollection` takes those with states of
+        # the same names and, in the first batch, values for one metric, and updates only one of them from then on.
+        kind = type(self)
+        for name in ("total", "images", "undefined", f"{kind.__module__}.{kind.__qualname__}{tuple(map(_name, settings))}"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def add(self, values: Tensor) -> None:
@@ -102,7 +109,7 @@ class PointingGame(MapMetric):
     """
 
     def __init__(self, tolerance: int = 0, signed: bool = False) -> None:
-        super().__init__()
+        super().__init__(tolerance, signed)
         self.tolerance = tolerance
         self.signed = signed
 
@@ -119,7 +126,7 @@ class IoUAtMaskSize(MapMetric):
     """
 
     def __init__(self, signed: bool = False) -> None:
-        super().__init__()
+        super().__init__(signed)
         self.signed = signed
 
     def measure(self, map: Tensor, mask: Tensor) -> Tensor:
@@ -135,7 +142,7 @@ class Judged(_Mean):
     """
 
     def __init__(self, attribution: Attribution, measure: Measure = share_inside) -> None:
-        super().__init__()
+        super().__init__(attribution, measure)
         self.attribution = attribution
         self.measure = measure
 

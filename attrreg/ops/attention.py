@@ -251,7 +251,8 @@ def attention(
             return attention(phase, *_as(narrow, query, key, value, attn_mask), dropout_p, is_causal, scale, enable_gqa)
     alone = attn_mask is None or not is_causal  # PyTorch refuses both
     same = alone and query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and dtype == key.dtype == value.dtype
-    fits = attn_mask is None or (attn_mask.dim() > 1 and attn_mask.dtype in (torch.bool, dtype))
+    kinds = (torch.bool, dtype) if dtype == torch.float32 else (torch.bool, dtype, torch.float32)
+    fits = attn_mask is None or (attn_mask.dim() > 1 and attn_mask.dtype in kinds)
     if not (same and fits and query.dim() > 1 and query.shape[-1]) or dropout_p or enable_gqa or not dtype.is_floating_point:
         plain: Tensor = by_math(F.scaled_dot_product_attention)(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

@@ -240,7 +240,7 @@ def _batch_norm(
     shape = input.shape[1:2]
     alike = input.dim() > 1 and input.is_floating_point() and all(values.dtype == wide and values.shape == shape for values in kept)
     both = (running_mean is None) == (running_var is None)
-    if not (alike and both and eps > 0 and momentum is not None and (training or running_mean is not None)):
+    if not (alike and both and (eps > 0 or not training) and momentum is not None and (training or running_mean is not None)):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     g = weight if weight is not None else input.new_ones(input.shape[1], dtype=wide)
     b = bias if bias is not None else input.new_zeros(input.shape[1], dtype=wide)

@@ -40,7 +40,7 @@ def vector_norm(
     x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, out: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     """`torch.linalg.vector_norm`."""
-    if ord not in (2, 2.0) or out is not None or not _widens(x, dtype):
+    if ord != 2 or out is not None or not _widens(x, dtype):
         result: Tensor = torch.linalg.vector_norm(x, ord, dim, keepdim, out=out, dtype=dtype)
         return result
     return two_norm(x if dtype is None else x.to(dtype), dim, keepdim)
@@ -48,7 +48,7 @@ def vector_norm(
 
 def norm(input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Tensor | None = None, dtype: Any = None) -> Tensor:
     """`torch.norm`."""
-    matrix = p in (None, "fro") and isinstance(dim, Sequence) and len(dim) > 2  # of which there is none of so many axes
+    matrix = p == "fro" and isinstance(dim, Sequence) and len(dim) > 2  # of which there is none of so many axes
     if p not in TWO or matrix or out is not None or not _widens(input, dtype):
         result: Tensor = torch.norm(input, p, dim, keepdim, out, dtype)
         return result

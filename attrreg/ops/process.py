@@ -109,8 +109,9 @@ def checkpoints_recompute_inside(
     """
     with _frames() as put:
         put(_framed)
-        _thread.inside.append((context, start))
+        inside, entry = _thread.inside, (context, start)
+        inside.append(entry)
         try:
             yield
-        finally:
-            _thread.inside.pop()
+        finally:  # in another thread, where that is the one that cleans up
+            inside[:] = [entered for entered in inside if entered is not entry]

@@ -1,0 +1,207 @@
+"""Attached forwards in loops of many kinds: checkpoints, several outputs and sizes, threads, interruptions."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import attrreg
+from attrreg import objectives, scores
+from tests.models import SmoothNet, assert_close, gradients, smooth_batch
+
+WRITTEN: dict[str, Any] = {"score": scores.TargetLogit(), "objective": objectives.SquaredOutside()}
+REG = attrreg.InputGradient(**WRITTEN)
+CAM = attrreg.GradCAM(**WRITTEN)
+
+
+class Steps(nn.Module):
+    """Two outputs, of which the second comes a layer later; on larger images there is one more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b, self.c = nn.Conv2d(2, 3, 3, padding=1), *(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        a = self.a(self.stem(x).tanh()).tanh()
+        b = self.b(a).tanh()
+        b = self.c(b).tanh() if x.shape[-1] > 8 else b
+        return {"a": self.first(a.mean((2, 3))), "b": self.second(b.mean((2, 3)))}
+
+
+@pytest.mark.parametrize("order", ["abab", "baba", "aab"])
+def test_the_automatic_layer_is_that_of_the_output_asked_for(order: str) -> None:
+    model, (x, mask, target) = Steps().double(), smooth_batch()
+    want = {key: CAM(model, x, mask, target, output=key) for key in "ab"}
+    with CAM.attach(model):
+        for key in order:
+            model(x)
+            torch.testing.assert_close(CAM(model, x, mask, target, output=key), want[key])
+
+
+def test_the_automatic_layer_is_that_of_the_images_size() -> None:
+    model, (x, mask, target) = Steps().double(), smooth_batch()
+    large = F.interpolate(x, scale_factor=2)
+    want = [CAM(model, images, mask, target, output="b") for images in (x, large)]
+    with CAM.attach(model):
+        for images, expected in zip((x, large, x, large), want * 2, strict=True):
+            model(images)
+            torch.testing.assert_close(CAM(model, images, mask, target, output="b"), expected)
+
+
+def test_the_automatic_layer_stays_known_where_the_output_is_a_function_written_in_the_loop() -> None:
+    model, (x, mask, target) = Steps().double(), smooth_batch()
+    with CAM.attach(model) as handle:
+        for _ in range(3):
+            model(x)
+            CAM(model, x, mask, target, output=lambda out: out["a"])
+        assert handle.map == "a"
+
+
+class Checkpointed(nn.Module):
+    """Checkpoints the part that is attached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.top = SmoothNet(norm=True), nn.Linear(3, 3)
+        self.net.act = nn.ReLU()  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.top(checkpoint(self.net, x, use_reentrant=False))
+        return logits
+
+
+@pytest.mark.parametrize("kind", ["plain", "scheduled", "auto"])
+def test_a_checkpointed_part_is_recomputed_as_it_ran(kind: str) -> None:
+    found = {}
+    for attach in (False, True):
+        torch.manual_seed(0)
+        model, (x, mask, target) = Checkpointed().double(), smooth_batch()
+        reg: Any = {"plain": REG, "scheduled": attrreg.Scheduled(REG, attrreg.schedules.Every(2)), "auto": CAM}[kind]
+        handle = reg.attach(model.net) if attach else None
+        for _ in range(3):
+            loss = F.cross_entropy(model(x), target) + reg(model.net, x, mask, target)
+            loss.backward()
+        found[attach] = [parameter.grad for parameter in model.parameters()]
+        if handle is not None:
+            handle.remove()
+    for one, other in zip(found[False], found[True], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_hooks_on_images_are_shown_the_losss_gradient_alone() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    images = (x * 1).requires_grad_()
+    made = images * 2
+    seen: list[Tensor] = []
+    made.retain_grad()
+    made.register_hook(seen.append)
+    for attach in (False, True):
+        with REG.attach(model) if attach else torch.enable_grad():
+            if attach:
+                model(made)
+            REG(model, made, mask, target)
+    assert not seen and made.grad is None
+
+
+@pytest.mark.cpu
+def test_threads_that_train_side_by_side_leave_the_process_as_it_was() -> None:
+    frame, flash = torch.utils.checkpoint._CheckpointFrame, torch.backends.cuda.flash_sdp_enabled()
+    models = [SmoothNet().double() for _ in range(4)]
+
+    def train(model: nn.Module) -> None:
+        x, mask, target = smooth_batch()
+        with REG.attach(model):
+            for _ in range(10):
+                (F.cross_entropy(model(x), target) + REG(model, x, mask, target)).backward()
+
+    threads = [threading.Thread(target=train, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.utils.checkpoint._CheckpointFrame is frame and torch.backends.cuda.flash_sdp_enabled() == flash
+    assert all(parameter.grad is not None for model in models for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("order", ["aabb", "bbaa"])
+def test_functions_of_equal_code_may_pick_different_outputs(order: str) -> None:
+    model, (x, mask, target) = Steps().double(), smooth_batch()
+    want = {key: CAM(model, x, mask, target, output=key) for key in "ab"}
+    for make in (lambda key: lambda out, key=key: out[key], lambda key: lambda out: out[key]):
+        with CAM.attach(model) as handle:
+            for key in order:
+                model(x)
+                torch.testing.assert_close(CAM(model, x, mask, target, output=make(key)), want[key])
+            assert not handle._maps  # which would hold what the functions do
+
+
+@pytest.mark.parametrize("kind", ["scheduled", "auto"])
+def test_several_checkpointed_forwards_before_one_backward(kind: str) -> None:
+    found = {}
+    for attach in (False, True):
+        torch.manual_seed(0)
+        model, (x, mask, target) = Checkpointed().double(), smooth_batch()
+        reg: Any = attrreg.Scheduled(REG, attrreg.schedules.Every(2)) if kind == "scheduled" else CAM
+        handle = reg.attach(model.net) if attach else None
+        total = torch.zeros((), dtype=torch.float64)
+        for images in (x, 2 * x, 3 * x):
+            total = total + F.cross_entropy(model(images), target) + reg(model.net, images, mask, target)
+        found[attach] = gradients(model, total)
+        if handle is not None:
+            handle.remove()
+    assert_close(found[True], found[False], 1e-10)
+
+
+def test_hooks_that_somebody_cleared() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    want = REG(model, x, mask, target)
+    with REG.attach(model):
+        model._forward_hooks.clear()
+        model(x)
+        torch.testing.assert_close(REG(model, x, mask, target), want)
+    assert not model._forward_pre_hooks
+
+
+def test_nothing_is_held_after_a_forward_that_raised() -> None:
+    model, (x, _, _) = SmoothNet().double(), smooth_batch()
+    with REG.attach(model):
+        images = x.clone()
+        alive = weakref.ref(images)
+        with pytest.raises(RuntimeError):
+            model(images[:, :1])
+        del images
+        gc.collect()
+        assert alive() is None
+
+
+@pytest.mark.cpu
+def test_removed_by_another_thread_than_the_one_that_was_interrupted() -> None:
+    model, (x, _, _) = SmoothNet().double(), smooth_batch()
+
+    def interrupt(module: nn.Module, args: Any) -> None:
+        raise SystemExit
+
+    stop = model.head.register_forward_pre_hook(interrupt)
+    handle = REG.attach(model)
+
+    def run() -> None:
+        with suppress(SystemExit):
+            model(x)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    stop.remove()
+    handle.remove()
+    assert not model._forward_pre_hooks and not model._forward_hooks
