@@ -125,7 +125,16 @@ class Recording:
 
 def kept(output: Any) -> Any:
     """What a model returned, in containers of our own: the loop may put something else into its."""
-    return tree_map(lambda leaf: copy(leaf) if _inside(leaf) else leaf, output)
+    return tree_map(_own, output)
+
+
+def _own(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor) or not parts(leaf):
+        return leaf
+    try:
+        return copy(leaf)
+    except Exception:  # whatever an object of the user's raises must not end their forward
+        return leaf
 
 
 def parts(output: Any, depth: int = 3) -> list[Tensor]:
