@@ -67,7 +67,6 @@ class Attachment:
         """Take all hooks away and drop what was recorded; safe to call twice."""
         while self._hooks:
             self._hooks.pop().remove()
-        self._maps.clear()
         self._ran.clear()
         self._discard()
 
