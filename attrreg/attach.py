@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from attrreg.call import Call
 from attrreg.hooks import Tap
 from attrreg.recording import Recording, parts, read
-from attrreg.sites import SPATIAL, check_layer
+from attrreg.sites import check_layer
 from attrreg.walk import modules
 from attrreg.wrappers import compiled, compiling, unwrap
 
@@ -47,7 +47,6 @@ class Attachment:
         self._maps: dict[Any, tuple[Any, str] | None] = {}
         self._called: tuple[Any, ...] = ()
         self._ran: dict[int, tuple[dict[str, bool], str | None]] = {}
-        self._again = False
         self.suspended = False
         self._watches: list[RemovableHandle] = []
         self._hooks: list[RemovableHandle] = []
@@ -96,8 +95,7 @@ class Attachment:
         recording = self._recording
         if recording is None:
             return None
-        known = recording.conditions.asked if recording.conditions is not None else None
-        if SPATIAL in sites and known not in (None, asked):
+        if recording.has_other_map(sites, asked):
             self._maps[_kind(call.x, call.model)] = None  # there are several answers
         if not recording.serves(call, sites, twice, asked, alone):
             return None
@@ -138,9 +136,8 @@ class Attachment:
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if self.suspended or not self.live or compiling():
             return None
-        # In a backward, a checkpointed block runs again: as it did, and not as a new pass.
-        self._again = torch._C._current_graph_task_id() != -1
-        if not self._again:
+        again = _recomputed()
+        if not again:
             self._discard()  # the last step's graph, and what an interrupted forward left
         arguments: dict[int | str, Any] = dict(enumerate(args)) | kwargs
         tensors = [(key, value) for key, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point()]
@@ -149,7 +146,7 @@ class Attachment:
         if not torch.is_grad_enabled() or images is None or own not in hooks:  # somebody may have cleared all hooks
             return None
         image = images[1].untyped_storage()._cdata
-        if not self._again:
+        if not again:
             sites = self._sites if self._due() else {}  # of a skipped step the output alone, for `Scheduled.evaluate`
             asked, map = self._maps.get(_kind(images[1], model)) or (None, None)
             self._called = args, kwargs, asked, read(model)
@@ -165,11 +162,10 @@ class Attachment:
             return
         tap, self._tap = self._tap, None
         tap.close()
-        if output is None or self._again:  # the forward raised, or repeats one
-            self._called = ()
+        called, self._called = self._called, ()
+        if output is None or _recomputed():  # the forward raised, or repeats one
             return
-        self._recording = tap.recording(output, *self._called)
-        self._called = ()
+        self._recording = tap.recording(output, *called)
         for leaf in (part for part in parts(output) if part.requires_grad):
             # A backward that reaches the output frees the graph: from then on a call must run its own forward.
             self._watches.append(leaf.register_hook(_Forget(self)))
@@ -201,6 +197,11 @@ def recorded_output(call: Call) -> tuple[Any] | None:
     attachment = attached(call.model)
     recording = attachment.take(call, {}, twice=False, asked=None, alone=True) if attachment is not None else None
     return None if recording is None else (recording.returned,)
+
+
+def _recomputed() -> bool:
+    """Whether this is inside a backward, where a checkpointed block runs again: as it did, and not as a new pass."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _kind(x: Tensor, model: nn.Module) -> Any:

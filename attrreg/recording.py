@@ -104,16 +104,20 @@ class Recording:
         assert self.phase.draws is not None  # since the tap was opened
         return self.phase.draws
 
+    def has_other_map(self, sites: Mapping[str, bool], asked: Any) -> bool:
+        """Whether a call reads the layer for `layer="auto"`, and the one that was recorded is that of another question."""
+        return SPATIAL in sites and self.conditions is not None and self.conditions.asked not in (None, asked)
+
     def serves(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any, alone: bool) -> bool:
         """Whether this is the pass that a call would run itself; for the arguments see `Attachment.take`."""
         if (twice and not self.twice) or self.x is not call.x or self.version != call.x._version:
             return False
         if self.conditions is None or not self.conditions.hold(call) or (self.conditions.moved and not alone):
             return False
+        if self.has_other_map(sites, asked):
+            return False
         for site, differentiated in sites.items():
             value = self.values.get(site)
-            if site == SPATIAL and self.conditions.asked not in (None, asked):
-                return False
             if site == OUTPUT and not self.conditions.logits_hold(call.logits(self.output)):
                 return False
             if site == OUTPUT or (site == SPATIAL and self.maps):

@@ -16,12 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import attrreg
-from attrreg import objectives, scores
 from tests.models import SmoothNet, assert_close, gradients, smooth_batch
-
-WRITTEN: dict[str, Any] = {"score": scores.TargetLogit(), "objective": objectives.SquaredOutside()}
-REG = attrreg.InputGradient(**WRITTEN)
-CAM = attrreg.GradCAM(**WRITTEN)
+from tests.test_conditions import CAM, REG
 
 
 class Steps(nn.Module):

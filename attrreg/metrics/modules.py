@@ -26,7 +26,7 @@ except ModuleNotFoundError as error:
 
 def _name(setting: object) -> str:
     text = source(setting)
-    return repr(setting) if "<" in text else text  # of a lambda, its address
+    return repr(setting) if "<" in text or hasattr(setting, "__self__") else text  # of a lambda, its address; of a method, its object
 
 
 class _Mean(Metric):

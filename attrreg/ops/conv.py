@@ -288,8 +288,7 @@ def convolve(
 ) -> Tensor:
     """`F.conv1d`, `F.conv2d`, `F.conv3d`."""
     stride, padding, dilation = _hashable(stride), _hashable(padding), _hashable(dilation)
-    refused = padding == "same" and {1} != set(each(stride, weight.dim() - 2))
-    if refused or not _sound(sound.convolution, input, weight, bias, stride, padding, dilation, groups):
+    if not _sound(sound.convolution, input, weight, bias, stride, padding, dilation, groups):
         function = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
         return function(input, weight, bias, stride, padding, dilation, groups)
     if patches.are(input.dim(), tuple(weight.shape), stride, padding, dilation, groups):

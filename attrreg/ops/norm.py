@@ -156,13 +156,10 @@ def instance_norm(
 ) -> Tensor:
     """`F.instance_norm`: a group norm of one channel a group, where nothing is kept for later images."""
     own = use_input_stats and running_mean is None and running_var is None
-    wide = torch.promote_types(input.dtype, torch.float32)
-    kinds = {values.dtype for values in (weight, bias) if values is not None}
-    alike = wide in (torch.float32, torch.float64) and kinds in (set(), {input.dtype}, {wide})
-    if not (own and alike and input.numel()) or input.shape[2:].numel() == 1:  # PyTorch refuses a single position
+    fits = input.dim() > 1 and sound.with_parameters(input, input.shape[1:2], weight, bias)
+    if not (own and fits and input.numel()) or input.shape[2:].numel() == 1:  # PyTorch refuses a single position
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    g, b = (None if values is None else values.to(wide) for values in (weight, bias))
-    return group_norm(phase, input.to(wide).contiguous(), input.shape[1], g, b, eps).to(input.dtype)  # wide as in `layer_norm`
+    return group_norm(phase, input.contiguous(), input.shape[1], weight, bias, eps).to(input.dtype)
 
 
 class _RMSNorm(Function):

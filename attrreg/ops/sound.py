@@ -37,7 +37,7 @@ def convolution(
     if image[-axes - 1] != weight[1] * groups or weight[0] % groups or bias not in (None, (weight[0],)):
         return False
     if padding == "same":
-        return True
+        return all(stride == 1 for stride, _, _ in settings)
     return all(
         size + 2 * pad > step * (kernel - 1) for size, kernel, (_, pad, step) in zip(image[-axes:], weight[2:], settings, strict=True)
     )

@@ -1,0 +1,162 @@
+"""The measures as torchmetrics: over batches, in collections, merged and saved."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attrreg
+from attrreg import metrics
+from tests.models import SmoothNet, smooth_batch
+
+torchmetrics = pytest.importorskip("torchmetrics")
+from attrreg.metrics import modules  # noqa: E402
+
+
+def update(metric: Any, generator: torch.Generator, batches: int = 3) -> list[tuple[Tensor, Tensor, Tensor]]:
+    seen = []
+    for _ in range(batches):
+        map, mask = torch.randn(4, 2, 6, 6, generator=generator), torch.rand(4, 6, 6, generator=generator)
+        annotated = torch.rand(4, generator=generator) < 0.7
+        map[0] = 0  # undefined
+        metric.update(map, mask, annotated)
+        seen.append((map, mask, annotated))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("metric", "function"),
+    [
+        (modules.ShareInside(), metrics.share_inside),
+        (modules.EnergyPointingGame(), metrics.energy_pointing_game),
+        (modules.PointingGame(1, signed=True), metrics.PointingGame(1, signed=True)),
+        (modules.IoUAtMaskSize(), metrics.iou_at_mask_size),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_modules_average_over_batches(metric: Any, function: metrics.Measure) -> None:
+    values = []
+    for map, mask, annotated in update(metric, torch.Generator().manual_seed(3)):
+        values += [value for value, flag in zip(function(map, mask).tolist(), annotated.tolist(), strict=True) if flag]
+    kept = [value for value in values if not math.isnan(value)]
+    assert len(kept) < len(values)
+    assert metric.compute().item() == pytest.approx(sum(kept) / len(kept))
+    assert int(metric.undefined) == len(values) - len(kept)
+    metric.reset()
+    assert metric.images == 0
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric .* was called before")
+def test_modules_of_logits() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = 100 * torch.randn(60, 2, generator=generator)  # where a sigmoid would tie
+    target = torch.randint(2, (60,), generator=generator)
+    groups = 2 * target + torch.randint(2, (60,), generator=generator)
+    worst, area = modules.WorstGroupAccuracy(4), modules.LogitDifferenceAUC()
+    assert worst.compute().isnan() and area.compute().isnan()
+    for index in torch.arange(60).split(16):
+        worst.update(logits[index], target[index], groups[index])
+        area.update(logits[index], target[index])
+    assert worst.compute().item() == pytest.approx(metrics.worst_group_accuracy(logits, target, groups))
+    assert area.compute().item() == pytest.approx(metrics.auc(logits, target))
+
+
+def test_judged_module() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch(4)
+    attribution = attrreg.InputXGradient().attribute
+    metric = modules.Judged(attribution)
+    metric.update(model, x[:2], mask[:2], target[:2])
+    metric.update(model, x[2:], mask[2:], target[2:])
+    expected = metrics.judged(model, x, mask, target, attribution)
+    assert metric.compute().item() == pytest.approx(expected.mean().item())
+    metric.reset()
+    holes = mask.clone()
+    holes[1:] = math.nan  # nobody drew these
+    for annotated in ([True, False, False, False], [False] * 4):
+        metric.update(model, x, holes, target, torch.tensor(annotated))
+    assert metric.compute().item() == pytest.approx(expected[0].item())
+
+
+def test_modules_do_not_look_at_masks_that_nobody_drew() -> None:
+    map, mask, annotated = torch.rand(3, 1, 6, 6), torch.rand(3, 6, 6), torch.tensor([True, False, True])
+    mask[1] = math.nan
+    metric = modules.ShareInside()
+    metric.update(map, mask, annotated)
+    metric.update(map, mask, torch.zeros(3, dtype=torch.bool))
+    metric.update(map, mask[0], annotated)  # one mask for all
+    expected = [*metrics.share_inside(map[annotated], mask[annotated]), *metrics.share_inside(map[annotated], mask[0])]
+    assert metric.compute().item() == pytest.approx(torch.stack(expected).mean().item())
+
+
+def test_modules_work_in_a_collection() -> None:
+    together = torchmetrics.MetricCollection([modules.ShareInside(), modules.IoUAtMaskSize(), modules.PointingGame()])
+    map, mask = torch.randn(4, 1, 6, 6), torch.rand(4, 6, 6)
+    together.update(map, mask)
+    assert together.compute()["ShareInside"].item() == pytest.approx(metrics.share_inside(map, mask).mean().item())
+
+
+def test_metrics_that_agree_on_a_batch_stay_apart_in_a_collection() -> None:
+    mask = torch.zeros(2, 8, 8, dtype=torch.bool)
+    mask[:, 2:6, 2:6] = True
+    inside, beside, both = torch.zeros(3, 2, 1, 8, 8)
+    inside[:, :, 3, 3] = beside[:, :, 1, 3] = both[:, :, 1, 3] = 1
+    both[:, :, 3, 3] = -1
+    made = {"exact": modules.PointingGame(0), "near": modules.PointingGame(2), "share": modules.ShareInside()}
+    made["energy"] = modules.EnergyPointingGame()
+    together = torchmetrics.MetricCollection({name: metric.clone() for name, metric in made.items()})
+    for map in (inside, beside, both):
+        together.update(map, mask)
+        for metric in made.values():
+            metric.update(map, mask)
+    for name, value in together.compute().items():
+        assert value == made[name].compute(), name
+
+
+def test_metrics_alike_can_be_merged_and_saved() -> None:
+    map, mask = torch.randn(4, 1, 6, 6), torch.rand(4, 6, 6)
+    one, other, whole, saved = (modules.PointingGame(1) for _ in range(4))
+    one.update(map[:1], mask[:1])
+    other.update(map[1:], mask[1:])
+    whole.update(map, mask)
+    for metric in (one, saved):
+        metric.persistent(True)
+    saved.load_state_dict(one.state_dict())
+    saved.update(map[1:], mask[1:])
+    one.merge_state(other)
+    assert one.compute() == saved.compute() == whole.compute()
+
+
+def test_multi_hot_targets_of_annotated_images_are_judged() -> None:
+    x, mask = torch.rand(4, 2, 8, 8), torch.rand(4, 8, 8)
+    hot, annotated = torch.eye(3)[[0, 1, 2, 0]], torch.tensor([True, False, True, False])
+    metric, model = modules.Judged(attrreg.InputGradient().attribute), SmoothNet().eval()
+    metric.update(model, x, mask, hot, annotated)
+    assert metric.images == 2
+    expected = metrics.share_inside(attrreg.InputGradient().attribute(model, x[annotated], hot[annotated]), mask[annotated])
+    assert metric.compute().item() == pytest.approx(expected.mean().item())
+
+
+def test_boolean_groups() -> None:
+    logits, target = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), torch.tensor([0, 1, 1])
+    metric = modules.WorstGroupAccuracy(2)
+    metric.update(logits, target, target.bool())
+    assert metric.compute() == 0.5 == metrics.worst_group_accuracy(logits, target, target.bool())
+
+
+def test_judges_by_different_attributions_stay_apart_in_a_collection() -> None:
+    kinds = {"gradient": attrreg.InputGradient(), "times image": attrreg.InputXGradient()}
+    together = torchmetrics.MetricCollection({name: modules.Judged(reg.attribute) for name, reg in kinds.items()})
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(8, 2, bias=False))
+    whole, part, mask = torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), torch.zeros(1, 2, 4)
+    mask[..., :2], part[..., 2:] = 1, 0
+    for x in (whole, part):  # on the first both say the same
+        together.update(linear, x, mask, torch.tensor([0]))
+    found = together.compute()
+    for name, reg in kinds.items():
+        alone = torch.stack([metrics.judged(linear, x, mask, torch.tensor([0]), reg.attribute) for x in (whole, part)])
+        torch.testing.assert_close(found[name], alone.double().mean())
+    assert found["gradient"] != found["times image"]
