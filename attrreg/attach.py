@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from attrreg.call import Call
@@ -134,7 +135,7 @@ class Attachment:
             self._tap = None
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if self.suspended or not self.live or compiling():
+        if self.suspended or not self.live or compiling() or _transformed():
             return None
         again = _recomputed()
         if not again:
@@ -196,12 +197,19 @@ def recorded_output(call: Call) -> tuple[Any] | None:
     """What the loop's own forward returned, if it was the one of a call and recorded."""
     attachment = attached(call.model)
     recording = attachment.take(call, {}, twice=False, asked=None, alone=True) if attachment is not None else None
-    return None if recording is None else (recording.returned,)
+    if recording is None or recording.conditions is None or not recording.conditions.whole(recording.output):
+        return None
+    return (recording.returned,)
 
 
 def _recomputed() -> bool:
     """Whether this is inside a backward, where a checkpointed block runs again: as it did, and not as a new pass."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _transformed() -> bool:
+    """Whether torch.func, forward-mode derivatives or a tracer runs the model: such a forward is not the loop's."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or torch._C._is_tracing()
 
 
 def _kind(x: Tensor, model: nn.Module) -> Any:

@@ -17,7 +17,7 @@ from attrreg import sites
 from attrreg.distributed import sharded
 from attrreg.ops.channels import dense, layout
 from attrreg.ops.draws import Draws
-from attrreg.part import couples
+from attrreg.part import close, couples
 from attrreg.recording import Recording
 from attrreg.runner import Runner
 from attrreg.scores import Score
@@ -94,25 +94,35 @@ class PathGradients:
             drew = not Rng.of(batch.device).same(self._replay)
         if drew or (self._coupled and recording.phase.normalised != {batch.shape[0]}):
             return None
-        if not self._as_alone(recording.draws, images[0]) or not self._apart(runner, recording):
+        if not self._as_alone(recording.draws, images[0]) or not self._apart(runner, recording, images[0]):
             return None
         found = [runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
         # Not by index, whose backward is a tensor of zeros for each place.
         return [list(each) for each in zip(*(gradient.unflatten(0, (-1, places)).unbind(1) for gradient in found), strict=True)]
 
-    def _apart(self, runner: Runner, recording: Recording) -> bool:
-        """Whether the scores of the first place depend on its images alone."""
+    def _apart(self, runner: Runner, recording: Recording, first: Tensor) -> bool:
+        """Whether the first place gets what it gets alone, and its scores depend on no other."""
         model, images = runner.call.model, self._runner.call.x.shape[0]
         shown_in, sizes = _SHOWN.get(model, ([], set()))
         if shown_in == self._modes and (images, runner.places) in sizes:
             return True
         if next(sharded(model), None) is not None:  # a backward that other ranks do not run, with other sizes, would wait for them
             return True
+        shows = True
+        with isolated(model, self._replay):
+            alone = self._runner.forward(first.detach(), self._wanted, check=True)
         for score in self._scores:
-            gradient = runner.first_place(recording, score)
-            if gradient is not None and bool(gradient.unflatten(0, (-1, runner.places))[:, 1:].any()):
+            # What depends on the place in the batch, or on draws of the model's own, has no gradient that would show it.
+            if not close(runner.at(recording, score.site)[:: runner.places], self._runner.at(alone, score.site)):
                 return False
-        _SHOWN[model] = self._modes, (sizes if shown_in == self._modes else set()) | {(images, runner.places)}
+            of_first = runner.scores(recording, score).unflatten(0, (-1, runner.places))[:, 0].sum()
+            gradient = runner.spread(recording, of_first)
+            of_others = gradient is not None and gradient.unflatten(0, (-1, runner.places))[:, 1:].any()
+            if of_others:
+                return False
+            shows = shows and gradient is not None and bool(gradient.any())  # a head that starts at zero shows nothing yet
+        if shows:
+            _SHOWN[model] = self._modes, (sizes if shown_in == self._modes else set()) | {(images, runner.places)}
         return True
 
     def _as_alone(self, draws: Draws, images: Tensor) -> bool:

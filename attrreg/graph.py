@@ -53,3 +53,17 @@ def reads(total: Tensor, value: Tensor) -> bool:
 def checkpoints_reentrant(total: Tensor) -> bool:
     """Whether a graph has blocks checkpointed with `use_reentrant=True`."""
     return any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes(total))
+
+
+def bypassed(total: Tensor, value: Tensor, earlier: Tensor) -> bool:
+    """Whether a total reads an earlier value by a way around a later one, as by the shortcut around a residual branch."""
+    pending, seen = deque([total.grad_fn]), {value.grad_fn}
+    while pending:
+        node = pending.popleft()
+        if node is None or node in seen:
+            continue
+        if node is earlier.grad_fn:
+            return True
+        seen.add(node)
+        pending.extend(parent for parent, _ in node.next_functions)
+    return False

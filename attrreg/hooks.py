@@ -20,7 +20,7 @@ from attrreg.ops import Phase, checkpoints_recompute_inside, operators
 from attrreg.ops.draws import Draws
 from attrreg.ops.rectify import Rule, rectify
 from attrreg.recording import Conditions, Recording, kept
-from attrreg.sites import FEATURES, INPUT, SPATIAL, SPECIAL, varies
+from attrreg.sites import FEATURES, INPUT, SPATIAL, SPECIAL, check_layer, varies
 from attrreg.state import Rng, own_buffers
 from attrreg.walk import modules
 
@@ -80,7 +80,9 @@ class Tap:
 
     def open(self, x: Tensor) -> Tensor:
         """Put the hooks in place, for a forward on `x`; returns the tensor to call the model with."""
-        self._x, self._version, self._rng, self._half = x, x._version, Rng.of(x.device), _in_half(x)
+        self._x, self._version, self._requires_grad = x, x._version, x.requires_grad
+        self._rng, self._half = Rng.of(x.device), _in_half(x)
+        self._framed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         places, self._phase.rows = self._phase.places, x.shape[0]
         self._phase.running = True
         self._phase.draws = Draws(x.shape[0] // places, places, self._rng)
@@ -128,6 +130,7 @@ class Tap:
         return Recording(
             x=self._x,
             version=self._version,
+            requires_grad=self._requires_grad,
             values=self._values,
             problems=self._problems,
             maps=maps,
@@ -139,6 +142,7 @@ class Tap:
             phase=self._phase,
             twice=self._twice,
             half=self._half,
+            framed=self._framed,
         )
 
     def _take_output(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -159,12 +163,22 @@ class Tap:
                 for module in self._heads or filter(_reachable, _projections(self._model)):
                     self._hooks.append(module.register_forward_hook(self._take_features))
             elif site == SPATIAL:
+                if self._map is not None and not self._is_there(self._map):
+                    self._map = None
                 known = None if self._map is None else [(self._map, self._model.get_submodule(self._map))]
                 for name, module in known or self._model.named_modules():
                     if name and _reachable(module):
                         self._hooks.append(module.register_forward_hook(self._take_map(name)))
-            elif site not in SPECIAL:
+            elif site not in SPECIAL and self._is_there(site):
                 self._hooks.append(self._model.get_submodule(site).register_forward_hook(self._take(site)))
+
+    def _is_there(self, site: str) -> bool:
+        """Whether the model has a layer still; if not, that is for a penalty to say, and not for the loop's forward."""
+        try:
+            check_layer(self._model, site)
+        except ValueError as error:
+            self._problems[site] = str(error)
+        return site not in self._problems
 
     def _replace_relu(self, module: nn.ReLU, rule: Rule) -> list[RemovableHandle]:
         entered: list[Tensor] = []

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 from attrreg.graph import trainable_leaves
+from attrreg.ops.phase import once_differentiable
 from attrreg.points import Stop
-from attrreg.state import Moment, own_buffers
+from attrreg.state import Moment, Rng, own_buffers
 from attrreg.walk import modes, modules
 
 
@@ -41,7 +41,13 @@ def along(
         return _summed(stops, x, gradients, differentiable)
     images = x.detach()
     # The first place tells which leaves a penalty can train: not all parameters, and maybe others than the model's.
+    drawn = Rng.of(x.device)
     first = _summed(stops[:1], images, gradients, True)
+    if not Rng.of(x.device).same(drawn):
+        raise ValueError(
+            "A score draws random numbers, which a path that recomputes would draw anew. Let its class set draws = True and fix them in "
+            "drawn(seed), or pass chunk=None."
+        )
     leaves = list(trainable_leaves(*first))
     values = [value.detach() for value in first]
     del first  # and its graph with it
@@ -126,14 +132,20 @@ class _Recomputed(Function):
 
     @staticmethod
     def forward(ctx: Any, step: _Step, values: list[Tensor], x: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-        ctx.step = step
-        ctx.save_for_backward(x, *leaves)  # also refuses the backward if an optimizer has stepped meanwhile
+        # The leaves themselves: hooks on saved tensors, as of `save_on_cpu`, would give others back, of any version and without hooks.
+        ctx.step, ctx.leaves, ctx.versions = step, leaves, [leaf._version for leaf in leaves]
+        ctx.save_for_backward(x)
         return tuple(values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        x, *leaves = ctx.saved_tensors
+        (x,), leaves = ctx.saved_tensors, ctx.leaves
+        if [leaf._version for leaf in leaves] != ctx.versions:
+            raise RuntimeError(
+                "Parameters were changed between the penalty and its backward, as by an optimizer's step, where chunked path methods "
+                "recompute. Call backward first, or pass chunk=None."
+            )
         images = x.detach().requires_grad_(ctx.needs_input_grad[2])
         pairs = [(value, grad) for value, grad in zip(ctx.step(images), outer, strict=True) if value.requires_grad]
         inputs = [images, *leaves] if images.requires_grad else leaves

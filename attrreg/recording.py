@@ -21,6 +21,7 @@ from attrreg.state import Rng
 from attrreg.walk import modules
 
 PLAIN = (bool, int, float, str)
+Kept = tuple[Tensor, int, Tensor | None]  # a buffer, its version and its value
 
 
 class Conditions:
@@ -34,19 +35,23 @@ class Conditions:
         before: what `read` gave before the forward.
 
     Attributes:
-        moved: the forward changed what the next one will compute with, as spectral normalisation's does.
+        asked: see above.
     """
 
     def __init__(
-        self, model: nn.Module, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], asked: Any, before: list[tuple[Tensor, int]]
+        self, model: nn.Module, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], asked: Any, before: list[Kept]
     ) -> None:
         self._objects, self._numbers = _state(model)
-        self._arguments = args, kwargs
+        self._arguments = tree_map(lambda leaf: leaf, (args, kwargs))  # in containers of our own
         self._given = _versions(parts((args, kwargs)))
         self._output = _versions(parts(output))
         self.asked = asked
-        now = read(model)
-        self.moved = len(now) != len(before) or any(a is not b or i != j for (a, i), (b, j) in zip(now, before, strict=False))
+        self._moved = _differences(read(model), before)
+
+    @property
+    def moved(self) -> bool:
+        """Whether the forward changed what the next one will compute with, as spectral normalisation's does."""
+        return any(map(bool, self._moved))
 
     def hold(self, call: Call) -> bool:
         """Whether a call would meet the same."""
@@ -54,10 +59,20 @@ class Conditions:
         same = numbers == self._numbers and len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
         return same and _as_then(self._given) and self._called_with(call)
 
-    def logits_hold(self, logits: Tensor) -> bool:
+    def whole(self, output: Any) -> bool:
+        """Whether what the model returned still holds the same tensors, and none was written to."""
+        return self._holds(output) and _as_then(self._output)
+
+    def logits_hold(self, output: Any, logits: Tensor) -> bool:
         """Whether the loop left the logits as they were, or all that the model returned if they are made of that."""
+        if not self._holds(output):
+            return False
         own = [(tensor, version) for tensor, version in self._output if tensor is logits]
         return _as_then(own or self._output)
+
+    def _holds(self, output: Any) -> bool:
+        # What lies deep in an object is the loop's own: a copy of that would hold the same.
+        return len(held := parts(output)) == len(self._output) and all(a is b for a, (b, _) in zip(held, self._output, strict=True))
 
     def _called_with(self, call: Call) -> bool:
         inputs = (call.x,) if call.inputs is None else call.inputs
@@ -70,7 +85,7 @@ class Recording:
     """What one forward computed.
 
     Attributes:
-        x: the tensor that the model was called with, and `version` its state then.
+        x: the tensor that the model was called with; `version` and `requires_grad` as they were then.
         twice: whether it can be differentiated twice.
         values: at each recorded site, the tensor, with its graph.
         problems: for each site that could not be recorded, why.
@@ -82,10 +97,12 @@ class Recording:
         conditions: of the loop's own forward; None for a pass of our own.
         phase: shared with the operators of the forward, to be told what a backward is for.
         half: it ran in float16.
+        framed: hooks on saved tensors were in force around it: the loop may checkpoint the whole model.
     """
 
     x: Tensor
     version: int
+    requires_grad: bool
     values: dict[str, Tensor]
     problems: Mapping[str, str]
     maps: tuple[tuple[str, Tensor], ...]
@@ -97,6 +114,7 @@ class Recording:
     phase: Phase
     twice: bool
     half: bool
+    framed: bool
 
     @property
     def draws(self) -> Draws:
@@ -110,7 +128,9 @@ class Recording:
 
     def serves(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any, alone: bool) -> bool:
         """Whether this is the pass that a call would run itself; for the arguments see `Attachment.take`."""
-        if (twice and not self.twice) or self.x is not call.x or self.version != call.x._version:
+        if (twice and not self.twice) or self.x is not call.x:
+            return False
+        if (self.version, self.requires_grad) != (call.x._version, call.x.requires_grad):
             return False
         if self.conditions is None or not self.conditions.hold(call) or (self.conditions.moved and not alone):
             return False
@@ -118,7 +138,7 @@ class Recording:
             return False
         for site, differentiated in sites.items():
             value = self.values.get(site)
-            if site == OUTPUT and not self.conditions.logits_hold(call.logits(self.output)):
+            if site == OUTPUT and not self.conditions.logits_hold(self.output, call.logits(self.output)):
                 return False
             if site == OUTPUT or (site == SPATIAL and self.maps):
                 continue
@@ -154,34 +174,55 @@ def _inside(leaf: Any) -> list[Any]:
         return list(leaf.values())
     if isinstance(leaf, (Tensor, nn.Module, type)) or callable(leaf):
         return []
-    slots = [getattr(leaf, name, None) for kind in type(leaf).__mro__ for name in getattr(kind, "__slots__", ())]
+    named = [slots for kind in type(leaf).__mro__ if (slots := kind.__dict__.get("__slots__"))]
+    slots = [getattr(leaf, name, None) for names in named for name in ((names,) if isinstance(names, str) else names)]
     return [*getattr(leaf, "__dict__", {}).values(), *slots]
 
 
 def _versions(tensors: list[Tensor]) -> list[tuple[Tensor, int]]:
-    return [(tensor, _version(tensor)) for tensor in tensors]
+    return [(tensor, version(tensor)) for tensor in tensors]
 
 
 def _as_then(versions: list[tuple[Tensor, int]]) -> bool:
-    return all(_version(tensor) == version for tensor, version in versions)
+    return all(version(tensor) == then for tensor, then in versions)
 
 
-def read(model: nn.Module) -> list[tuple[Tensor, int]]:
-    """Buffers that a forward may compute with and change, each with its version: not those of norms, which only add up in train mode."""
-    own = (module for module in modules(model) if module._buffers and not isinstance(module, _NormBase))
-    return [(buffer, _version(buffer)) for module in own for buffer in module._buffers.values() if buffer is not None]
+def read(model: nn.Module) -> list[Kept]:
+    """Buffers that a forward may compute with and change: each with its version, and its value, as `.data` changes without a word."""
+    buffers = [buffer for module in modules(model) if not _adds_up(module) for buffer in module._buffers.values() if buffer is not None]
+    return [(buffer, version(buffer), buffer.detach().clone() if buffer.is_floating_point() else None) for buffer in buffers]
 
 
-def _state(model: nn.Module) -> tuple[list[object], list[int]]:
-    """Modules, parameters and buffers; train/eval modes, what is trained, and versions."""
+def _adds_up(module: nn.Module) -> bool:
+    """Whether a norm reads nothing in train mode of what it moves: those of PyTorch and timm, but not all that inherit from them."""
+    return isinstance(module, _NormBase) and type(module).forward.__module__.startswith(("torch.", "timm."))
+
+
+def _differences(now: list[Kept], before: list[Kept]) -> list[bool | Tensor]:
+    """Whether each buffer is another; where that takes a look at values, on their device still: a GPU is not to be waited for."""
+    found: list[bool | Tensor] = [len(now) != len(before)]
+    for (a, i, value), (b, j, earlier) in zip(now, before, strict=False):
+        same = a is b and i == j
+        if same and value is not None and earlier is not None and value.shape == earlier.shape:
+            found.append((value != earlier).any())
+        else:
+            found.append(not same)
+    return found
+
+
+def _state(model: nn.Module) -> tuple[list[object], list[object]]:
+    """Modules, hooks, parameters and buffers; settings, what is trained, and versions."""
     found = modules(model)
+    hooks = [hook for module in found for held in (module._forward_pre_hooks, module._forward_hooks) for hook in held.values()]
     parameters = [parameter for module in found for parameter in module._parameters.values() if parameter is not None]
     buffers = [buffer for module in found for buffer in module._buffers.values() if buffer is not None]
-    numbers = [module.training for module in found] + [parameter.requires_grad for parameter in parameters]
-    return [*found, *parameters, *buffers], [*numbers, *map(_version, parameters), *map(_version, buffers)]
+    settings: list[object] = [value for module in found for value in vars(module).values() if isinstance(value, PLAIN)]
+    numbers = [*(parameter.requires_grad for parameter in parameters), *map(version, parameters), *map(version, buffers)]
+    return [*found, *hooks, *parameters, *buffers], settings + numbers
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to, as far as PyTorch counts."""
     return -1 if tensor.is_inference() else tensor._version
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from types import FunctionType, MappingProxyType
 from typing import Any
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 from attrreg import hooks, sites
 from attrreg.attach import attached, suspended
 from attrreg.call import Call
+from attrreg.counting import Passes
 from attrreg.distributed import sharded
-from attrreg.graph import checkpoints_reentrant, read, reads
+from attrreg.graph import bypassed, checkpoints_reentrant, read, reads
 from attrreg.masks import penalty_dtype
 from attrreg.ops.rectify import Rule
 from attrreg.recording import Recording
 from attrreg.scores import Score
-from attrreg.state import full_precision, isolated
+from attrreg.state import full_precision, isolated, own_buffers
 
 REENTRANT = (
     "The model checkpoints activations with use_reentrant=True, through which PyTorch cannot take a gradient of a gradient. "
@@ -50,21 +52,6 @@ def asked(call: Call, score: Score | None) -> tuple[Any, ...]:
         names = set(output.__code__.co_names)
         output = output if names & output.__globals__.keys() else output.__code__  # which stays, where it is written in the loop
     return call.x.shape[1:], call.model.training, output, sites.OUTPUT if score is None else score.site
-
-
-@dataclass
-class Passes:
-    """Passes that attrreg itself ran. The loop's own forward, when it is reused, is not among them.
-
-    Attributes:
-        forward: forwards through the model.
-        backward: inner backwards, those that make attributions.
-        checks: backwards that only show, once for a model, that places of a path may share a pass. Equal counts may differ in these.
-    """
-
-    forward: int = 0
-    backward: int = 0
-    checks: int = field(default=0, compare=False)
 
 
 class Runner:
@@ -101,10 +88,12 @@ class Runner:
         places: int = 1,
         rule: Rule | None = None,
         map: str | None = None,
+        check: bool = False,
     ) -> Recording:
-        """Run the model once on an image in place of `x`, recording the wanted sites. For the other arguments see `hooks.Tap`."""
+        """Run the model once on an image in place of `x`, recording the sites. For `check` see `Passes`, for the others `hooks.Tap`."""
         for counter in self._counters:
-            counter.forward += 1
+            counter.forward += not check
+            counter.checks += check
         with suspended(self.call.model):
             run = partial(self.call.run, as_users_forward=as_users_forward)
             return hooks.forward(self.call.model, image, wanted, run, self.twice, moves, places, rule, not as_users_forward, map)
@@ -141,8 +130,11 @@ class Runner:
 
     def _scores(self, value: Tensor, score: Score) -> Tensor:
         score.check_value(value, self.call.target)
+        version = value._version
         with full_precision(value.device):
             per_image = self._placewise(score, value, self.call.target)
+        if value._version != version:
+            raise ValueError(f"{score!r} writes into the value that it is given, which is the model's own. Write into a copy of it.")
         if per_image.shape != (self.call.x.shape[0],):
             raise ValueError(
                 f"{score!r} gave {tuple(per_image.shape)}, but a score is ({self.call.x.shape[0]},), one number an image. Do not "
@@ -158,12 +150,11 @@ class Runner:
         targets = [None] * self.places if target is None else target.unflatten(0, (-1, self.places)).unbind(1)
         return torch.stack([score(*each) for each in zip(values, targets, strict=True)], dim=1).flatten()
 
-    def first_place(self, recording: Recording, score: Score) -> Tensor | None:
-        """The gradient of the scores of each image's first place, with respect to all places; None: it reaches none."""
+    def spread(self, recording: Recording, total: Tensor) -> Tensor | None:
+        """The gradient of a part of the scores, with respect to all images, to show which they depend on; None: on none."""
         for counter in self._counters:
             counter.checks += 1
-        first = self.scores(recording, score).unflatten(0, (-1, self.places))[:, 0].sum()
-        return self._run_backward(recording, first, [self.at(recording, sites.INPUT)], create_graph=False)[0]
+        return self._run_backward(recording, total, [self.at(recording, sites.INPUT)], create_graph=False)[0]
 
     def _gradients(self, recording: Recording, total: Tensor, inputs: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
         for counter in self._counters:
@@ -171,8 +162,10 @@ class Runner:
         return self._run_backward(recording, total, inputs, create_graph)
 
     def _run_backward(self, recording: Recording, total: Tensor, inputs: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
+        # If the loop checkpoints the model itself, this backward runs it again, which must not move its buffers.
+        apart = own_buffers(self.call.model) if recording.conditions is not None and recording.framed else nullcontext()
         try:
-            with recording.phase.attributing(), full_precision(total.device):  # a backward runs in the types of its forward
+            with apart, recording.phase.attributing(), full_precision(total.device):  # a backward runs in the types of its forward
                 return torch.autograd.grad(total, inputs, create_graph=create_graph, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant=True" in str(error):
@@ -226,7 +219,7 @@ class Runner:
         width = getattr(self.call.model, "num_features", None)
         outside = [(name, map) for name, map in maps if not _inside(self.call.model, name)]
         usual = [(name, map) for name, map in outside if width in map.shape[1:]] or outside or maps
-        chosen = last, value = usual[-1]
+        chosen = last, value = _whole(total, outside or maps, maps[0][1], usual[-1])
         decided = isinstance(sites.layout(value, self.call.model, self.call.x, last), str)
         if not decided:
             # Tokens. Where a class token is pooled, the last layers' patches are read by nobody.
@@ -273,7 +266,7 @@ class Runner:
             for entered, left in reversed(recording.features):
                 if left is logits or reads(logits, left):
                     return entered
-            if logits.grad_fn is not None:
+            if logits.grad_fn is not None and any(left.requires_grad for _, left in recording.features):
                 raise ValueError("The logits come from none of the layers that features are looked for in. Name the layer of the features.")
         return recording.values[sites.FEATURES]
 
@@ -305,6 +298,15 @@ def _unreached(score: Score | None, site: str, total: Tensor) -> str:
         f"{what} does not depend on layer {site!r}, so its gradient there is zero for every input. Name a layer between the images "
         "and the score."
     )
+
+
+def _whole(total: Tensor, maps: list[tuple[str, Tensor]], first: Tensor, last: tuple[str, Tensor]) -> tuple[str, Tensor]:
+    """The last map, or one before it of its size that the score does not read past: of small images, the last is inside a block."""
+    for name, map in reversed(maps[: 1 + next(place for place, (name, _) in enumerate(maps) if name == last[0])]):
+        alike = map.dim() == last[1].dim() == 4 and map.shape[2:] == last[1].shape[2:]
+        if alike and (map is first or not bypassed(total, map, first)):
+            return name, map
+    return last
 
 
 def _inside(model: nn.Module, name: str) -> bool:

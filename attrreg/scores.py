@@ -29,6 +29,7 @@ class Score(Spec, ABC):
     needs_target: ClassVar[bool] = False
     classes: ClassVar[int] = 1
     draws: ClassVar[bool] = False
+    by_place: ClassVar[bool] = False
 
     @property
     def site(self) -> str:
@@ -198,6 +199,7 @@ class RandomProjection(Score):
 
     layer: str = "auto"
     seed: int | None = None
+    by_place: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_layer_name(self.layer)

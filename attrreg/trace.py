@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from attrreg import sites
 from attrreg.attach import attached
 from attrreg.call import Call
+from attrreg.counting import Passes, counters, passes
 from attrreg.differences import Differences, PathLeaves
 from attrreg.distributed import sharded
 from attrreg.engines import DoubleBackward, Engine
@@ -26,31 +26,14 @@ from attrreg.graph import read
 from attrreg.needs import Grad, Need, Value
 from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
 from attrreg.recompute import Gradients, along
-from attrreg.recording import Recording
-from attrreg.runner import Passes, Runner, asked, known_map
+from attrreg.recording import Recording, version
+from attrreg.runner import Runner, asked, known_map
 from attrreg.scores import Score
 from attrreg.state import Buffers, Rng, isolated
 
 __all__ = ["Passes", "Trace", "check_needs", "passes", "sites_at"]
 
 DOUBLE_BACKWARD = DoubleBackward()
-
-_counting: ContextVar[tuple[Passes, ...]] = ContextVar("attrreg_passes", default=())
-
-
-@contextmanager
-def passes() -> Iterator[Passes]:
-    """Count the passes that attrreg runs inside a `with` block.
-
-    A path method that recomputes (`chunk=`) runs passes in the loss's own backward too; those count for the block
-    in which the penalty was computed.
-    """
-    counter = Passes()
-    token = _counting.set((*_counting.get(), counter))
-    try:
-        yield counter
-    finally:
-        _counting.reset(token)
 
 
 def sites_at(point: Point, needs: Iterable[Need]) -> dict[str, bool]:
@@ -87,7 +70,7 @@ class Trace:
         # Layers inside a compiled graph cannot be reached.
         reached = {need.site for need in self._needs} | {need.score.site for need in self._needs if isinstance(need, Grad)}
         self.call = call if engine.twice else replace(call, as_compiled=reached <= {sites.INPUT, sites.OUTPUT})
-        self._runner = Runner(self.call, _counting.get(), twice=engine.twice and differentiable)
+        self._runner = Runner(self.call, counters(), twice=engine.twice and differentiable)
         self._differences = Differences(self._runner, engine)
         self._recordings: dict[Point, Recording] = {}
         self._grads: dict[tuple[str, Score, Point], Tensor] = {}
@@ -170,7 +153,8 @@ class Trace:
                 continue
             image, rule = self.call.x, point.rule if isinstance(point, Rectified) else None
             if isinstance(point, At):
-                image = point.image(self.call.x.detach(), self.call.mask, self._generator(seeds[point]))
+                with self._unwritten(point):
+                    image = point.image(self.call.x.detach(), self.call.mask, self._generator(seeds[point]))
             if isinstance(point, Ascent):
                 image = self._ascend(point, replay)
             if point != CLEAN:
@@ -233,6 +217,15 @@ class Trace:
         resolved = score.resolve(self.call.target, self.call.shown)
         return resolved.drawn(self._score_seeds[score]) if score.draws else resolved
 
+    @contextmanager
+    def _unwritten(self, point: Point) -> Iterator[None]:
+        """Around what makes images of a point: somebody's own baseline may write into those that it is given."""
+        given = [self.call.x, *([] if self.call.mask is None else [self.call.mask])]
+        versions = list(map(version, given))
+        yield
+        if list(map(version, given)) != versions:
+            raise ValueError(f"{point!r} writes into the images or the mask that it is given. Let its baseline write into a copy.")
+
     def _differentiate(self, point: Point, replay: Rng) -> None:
         """All gradients at one point: one backward for each distinct score."""
         groups: dict[Score, list[Grad]] = {}
@@ -261,7 +254,7 @@ class Trace:
         return total if self._engine.twice else self._differences.differentiated(total)
 
     def _ascend(self, point: Ascent, replay: Rng) -> Tensor:
-        runner = Runner(self.call, _counting.get(), twice=False)
+        runner = Runner(self.call, counters(), twice=False)
         score = self._concrete(point.score)
         image = self.call.x.detach()
         for _ in range(point.steps):
@@ -275,7 +268,8 @@ class Trace:
         needs = [need for need in self._needs if isinstance(need, Grad) and need.at == path]
         concrete = list(dict.fromkeys(self._concrete(need.score) for need in needs))
         wanted = {sites.INPUT: True} | {score.site: False for score in concrete}
-        stops = path.stops(self.call.x.detach(), self.call.mask, self._generator(seed))
+        with self._unwritten(path):
+            stops = path.stops(self.call.x.detach(), self.call.mask, self._generator(seed))
 
         if self._engine.twice or not self._differentiable:
             taken: Gradients = PathGradients(self._runner, wanted, concrete, replay)

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import attrreg
 from attrreg.graph import nodes
 from attrreg.ops import Phase, twice_differentiable
+from tests.models import gradients
 
 
 @pytest.mark.cpu
@@ -96,3 +98,28 @@ def test_batch_norm_whose_gradients_come_in_another_layout(of_image: torch.memor
     assert found[2].is_contiguous(memory_format=of_image)
     # In two layouts PyTorch's kernel takes many times as long.
     assert len(layouts.seen) > 2 and all(len(strides) == 1 for strides in layouts.seen)
+
+
+class Gain(nn.Module):
+    """Batch normalisation with one gain for all channels, or with gains that lie apart in memory."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        self.apart, self.gains = apart, nn.Parameter(torch.rand(6, 2) + 0.5)
+
+    def forward(self, h: Tensor) -> Tensor:
+        gain = self.gains[:, 0] if self.apart else self.gains[0, :1].expand(6)
+        return F.batch_norm(h, None, None, gain, None, training=True)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_weights_that_are_not_dense(apart: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), Gain(apart), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)).double()
+    x, mask, target = torch.randn(4, 3, 8, 8).double(), torch.rand(4, 8, 8) > 0.5, torch.tensor([0, 1, 2, 0])
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model.to(memory_format=layout)
+        value = attrreg.InputGradient()(model, x.contiguous(memory_format=layout), mask, target)
+        found.append([value, *gradients(model, value)])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-14)

@@ -183,3 +183,34 @@ def test_gradient_reaches_what_made_x() -> None:
         if not isinstance(regularizer, attrreg.ActivationDifference):
             assert float(slope) == pytest.approx(expected, rel=1e-5)
         assert float(slope) != 0
+
+
+@pytest.mark.parametrize("layer", [nn.GELU(), nn.SiLU(), nn.LayerNorm(8), nn.Tanh()])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_third_derivative_is_right_or_refused(layer: nn.Module, by_name: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(32, 8), layer, nn.Linear(8, 3)).double()
+    x, mask, target = torch.randn(3, 2, 4, 4).double(), torch.rand(3, 4, 4) > 0.5, torch.tensor([0, 1, 2])
+    absolute = attrreg.InputGradient(score=scores.TargetLogit(), objective=objectives.AbsoluteOutside())
+
+    def third(value: Tensor) -> Tensor:
+        weights = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+        found = torch.autograd.grad(value, weights, create_graph=True)
+        total = torch.stack([gradient.square().sum() for gradient in found]).sum()
+        if by_name:
+            return torch.autograd.grad(total, weights[0])[0]
+        total.backward()
+        assert weights[0].grad is not None
+        return weights[0].grad
+
+    images = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(images).gather(1, target[:, None]).sum(), images, create_graph=True)
+    plain = (gradient * ~mask[:, None]).abs().flatten(1).sum(1).mean()
+    try:
+        found = third(absolute(model, x, mask, target))
+    except RuntimeError as error:
+        assert "It has no third derivative" in str(error)
+    else:
+        model.zero_grad()
+        torch.testing.assert_close(found, third(plain))
+        assert isinstance(layer, nn.Tanh)

@@ -170,3 +170,34 @@ def test_the_automatic_layers_map_is_the_same_in_every_sum(other: Any) -> None:
         if other.terms[0].name == "again":
             found = [one - two for one, two in zip(gradients(model, whole), gradients(model, rest), strict=True)]
             assert_close(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("resnet26", "layer3"), ("regnetx_002", "s3")])
+def test_small_images_do_not_hide_the_map_in_a_branch(name: str, layer: str) -> None:
+    model = timm.create_model(name, num_classes=3)  # whose last stage has a single position left, and starts its branches at zero
+    regularizer = attrreg.GradCAM()
+    with regularizer.attach(model) as handle:
+        model(X)
+        value = regularizer(model, X, MASK, Y)
+    assert handle.map == layer
+    assert any(gradient.any() for gradient in gradients(model, value))
+
+
+def test_a_frozen_net_with_a_trainable_head_of_several_layers() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).requires_grad_(False)
+    model.append(nn.Linear(4, 3))
+    assert DIFFERENCE(model.requires_grad_(True), X, MASK).isfinite()
+
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen, self.ours = nn.Linear(6, 4), nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, h: Tensor) -> Tensor:
+            result: Tensor = self.frozen(h) + h @ self.ours.T
+            return result
+
+    adapted = nn.Sequential(*model[:3], Adapted()).requires_grad_(False)
+    adapted[3].ours.requires_grad_()
+    with pytest.raises(RuntimeError, match="no path to any trainable parameter"):
+        DIFFERENCE(adapted, X, MASK)

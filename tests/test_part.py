@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ def test_images_without_annotation_are_left_out_and_nothing_else_changes(reducti
     with regularizer.attach(model):
         model(x)
         whole = regularizer(model, x, mask, target, annotated=annotated)
-    assert model.seen == [2, 5]
+    assert model.seen == [5, 2, 5]  # the first shows, once for a model, that its images do not depend on each other
     torch.testing.assert_close(value, whole, rtol=1e-12, atol=0)
     assert_close(gradients(model, value), gradients(model, whole), 1e-10)
 
@@ -52,7 +53,7 @@ def test_coupled_images_all_take_part() -> None:
     TERM(model.eval(), x, mask, target, annotated=annotated)
     attrreg.ActivationDifference()(model, x, mask, target, annotated=annotated)  # shuffles: draws for each image
     TERM(model, x, mask, target, annotated=torch.zeros(4, dtype=torch.bool))  # none: the same work as the other ranks of a run
-    assert model.seen == [4, 2, 4, 4, 4]
+    assert model.seen == [4, 4, 2, 4, 4, 4]
 
 
 def test_a_fraction_is_unbiased() -> None:
@@ -96,6 +97,78 @@ def test_a_fraction_of_unknown_inputs_is_refused() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     with pytest.raises(ValueError, match="fraction"):
         TERM(model, x, mask, target, fraction=0.5, inputs=(x,))
+
+
+class Centred(nn.Module):
+    """Features about their mean over the batch, in code of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x).tanh().mean((2, 3))
+        result: Tensor = self.head(h - h.mean(0))
+        return result.softmax(1)
+
+
+def test_a_model_that_couples_images_in_its_own_code_sees_all() -> None:
+    model, (x, mask, target) = Centred().double(), batch(4, channels=3, size=8, classes=4)
+    x, annotated = x.double(), torch.tensor([True, False, True, False])
+    regularizer = attrreg.InputGradient(score=attrreg.scores.TargetLogit(), objective=attrreg.objectives.SquaredOutside())
+    regularizer(model, x, mask, target, annotated=annotated)  # a head that is zero shows nothing yet
+    with torch.no_grad():
+        model.head.weight.normal_()
+    value = regularizer(model, x, mask, target, annotated=annotated)
+    images = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(images).gather(1, target[:, None]).sum(), images, create_graph=True)
+    outside = 1 - mask.to(x.dtype).reshape(4, 1, 8, 8)
+    expected = (gradient * outside).square().flatten(1).sum(1)[annotated].mean()
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=0)
+    assert_close(gradients(model, value), gradients(model, expected), 1e-9)
+
+
+@pytest.mark.parametrize("seed", [3, None])
+def test_a_projection_of_each_image_is_the_same_in_every_form(seed: int | None) -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch(4)
+    annotated = torch.tensor([False, True, True, False])
+    regularizer = attrreg.InputGradient(score=attrreg.scores.RandomProjection(seed=seed))
+
+    def options() -> dict[str, Any]:
+        return {"annotated": annotated, "generator": torch.Generator().manual_seed(0)}
+
+    value = regularizer(model, x, mask, target, **options())
+    assert regularizer.evaluate(model, x, mask, target, **options()).total == value
+    if seed is not None:
+        with pytest.raises(ValueError, match=r"fraction cannot be used with a score whose seed.*Let it draw anew"):
+            regularizer(model, x, mask, target, fraction=0.5)
+
+
+@dataclass(frozen=True, repr=False)
+class BatchMean(baselines.Baseline):
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        return x.mean(0, keepdim=True).expand_as(x)
+
+
+@dataclass(frozen=True, repr=False)
+class Halved(baselines.Baseline):
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        return x / 2
+
+
+def test_own_baselines() -> None:
+    model, (x, mask, target) = Watched(SmoothNet().double()), smooth_batch(4)
+    annotated = torch.tensor([False, True, True, False])
+    for own, seen in ((BatchMean(), [4, 4]), (baselines.Masked(BatchMean()), [4, 4]), (Halved(), [4, 2, 2])):
+        model.seen.clear()
+        regularizer = attrreg.ActivationDifference(fill=own)
+        value = regularizer(model, x, mask, target, annotated=annotated)
+        assert model.seen == seen  # for the last, one that shows that images are apart
+        torch.testing.assert_close(value, regularizer.evaluate(model, x, mask, target, annotated=annotated).total, rtol=1e-12, atol=0)
+    assert attrreg.ActivationDifference(fill=Halved())(model, x, mask, target, fraction=0.5).isfinite()
+    with pytest.raises(ValueError, match=r"fraction cannot be used with .*BatchMean.*Make it from that image alone"):
+        attrreg.ActivationDifference(fill=BatchMean())(model, x, mask, target, fraction=0.5)
 
 
 @pytest.mark.parametrize("masked", [False, True])

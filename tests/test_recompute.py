@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -130,3 +132,45 @@ def test_weights_that_are_cached() -> None:
         found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
         model.zero_grad()
     assert_close(found[1], found[0], 1e-10)
+
+
+def test_hooks_on_saved_tensors_hide_no_parameter() -> None:
+    torch.manual_seed(0)
+    model, (x, mask, target) = net(nn.Identity()), batch(2, channels=2, size=8, classes=3)
+    x, regularizer, seen = x.double(), attrreg.IntegratedGradients(steps=3, chunk=1), []
+    want = gradients(model, regularizer(model, x, mask, target))
+
+    def smaller(gradient: Tensor) -> Tensor:
+        seen.append(1)
+        return gradient * 0.1
+
+    handle = next(model.parameters()).register_hook(smaller)
+    with torch.autograd.graph.save_on_cpu():
+        value = regularizer(model, x, mask, target)
+    value.backward()
+    found = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in model.parameters()]
+    assert len(seen) == 1
+    assert_close(found, [want[0] * 0.1, *want[1:]], 1e-10)
+    handle.remove()
+    for context in (torch.autograd.graph.save_on_cpu(), contextlib.nullcontext()):
+        with context:
+            value = regularizer(model, x, mask, target)
+        with torch.no_grad():
+            next(model.parameters()).add_(0.1)
+        with pytest.raises(RuntimeError, match=r"Parameters were changed between the penalty and its backward.*chunk=None"):
+            value.backward()
+
+
+@dataclass(frozen=True, repr=False)
+class Undeclared(attrreg.scores.Score):
+    """Draws without a word."""
+
+    def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
+        return F.dropout(value, 0.5).sum(1)
+
+
+def test_a_score_that_draws_without_a_word_is_not_recomputed() -> None:
+    model, (x, mask, _) = net(nn.Identity()), batch(2, channels=2, size=8, classes=3)
+    with pytest.raises(ValueError, match=r"draws random numbers.*draws = True.*chunk=None"):
+        attrreg.IntegratedGradients(score=Undeclared(), steps=3, chunk=1)(model, x.double(), mask)
+    assert attrreg.IntegratedGradients(score=Undeclared(), steps=3, chunk=None)(model, x.double(), mask).isfinite()

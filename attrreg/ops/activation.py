@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from attrreg.ops import fused
+from attrreg.ops.phase import once_differentiable
 
 aten = torch.ops.aten
 

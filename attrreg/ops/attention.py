@@ -23,11 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
 
 from attrreg.ops.linear import PLAIN
-from attrreg.ops.phase import Phase, wanted
+from attrreg.ops.phase import Phase, once_differentiable, wanted
 from attrreg.ops.process import BY_MATH, attention_by
 
 aten = torch.ops.aten

@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from attrreg.ops import fused
 from attrreg.ops.channels import affine, dense, layout, planes, suggested
-from attrreg.ops.phase import Phase, wanted
+from attrreg.ops.phase import Phase, once_differentiable, wanted
 
 aten = torch.ops.aten
 
@@ -244,6 +243,7 @@ def _batch_norm(
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     g = weight if weight is not None else input.new_ones(input.shape[1], dtype=wide)
     b = bias if bias is not None else input.new_zeros(input.shape[1], dtype=wide)
+    g, b = g.contiguous(), b.contiguous()  # PyTorch's kernels, of channels last and of (N, C), read a weight's memory in order
     if training:
         if input.numel() <= input.shape[1]:  # PyTorch refuses one value a channel, and of an empty batch does not divide by it
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)

@@ -21,11 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from attrreg.ops import fused, sound
 from attrreg.ops.channels import affine, suggested
-from attrreg.ops.phase import Phase, wanted
+from attrreg.ops.phase import Phase, once_differentiable, wanted
 
 aten = torch.ops.aten
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from attrreg.graph import leads_to_ours
 from attrreg.ops.draws import Draws
+
+THIRD = b"trying to differentiate a penalty twice. It has no third derivative: leave out create_graph=True where its gradient is taken."
 
 
 @dataclass
@@ -55,6 +59,24 @@ def wanted(ctx: Any, count: int) -> list[bool]:
         return list(needed[:count])
     # Gradients of weights are what the outer one is for. A plain step has no gradient of the images either.
     return [needed[0] and _executes(nodes[0][0], leaf=True) and not leads_to_ours(nodes[0][0], phase), *needed[1:count]]
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """As PyTorch's decorator, whose error does not come where gradients are asked for by name, or only what was saved has a graph."""
+
+    @wraps(backward)
+    def call(ctx: Any, *gradients: Tensor | None) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return found
+        # The error stands between the results and all that they came from.
+        behind = [part for part in (*gradients, *ctx.saved_tensors, *getattr(ctx, "leaves", ())) if part is not None and part.requires_grad]
+        results: list[Any] = [None if gradient is None else gradient.detach().requires_grad_() for gradient in found]
+        refuse = torch._C._functions.DelayedError(THIRD, len(found) + len(behind))
+        return tuple(refuse(*results, *behind)[: len(found)])
+
+    return call
 
 
 def _executes(node: Any, leaf: bool) -> bool:

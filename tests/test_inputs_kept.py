@@ -1,0 +1,39 @@
+"""Parts of a user's own must leave alone what they are given: it is the model's, the loop's or another term's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import attrreg
+from attrreg import baselines, scores
+from tests.models import SmoothNet, smooth_batch
+
+
+@dataclass(frozen=True, repr=False)
+class Cooled(scores.Score):
+    def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
+        return value.div_(10).sum(1)
+
+
+@dataclass(frozen=True, repr=False)
+class Emptied(baselines.Baseline):
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        return x.zero_()
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "message"),
+    [
+        (attrreg.InputGradient(score=Cooled()), "Cooled.* writes into the value"),
+        (attrreg.ActivationDifference(fill=Emptied()), "Emptied.* writes into the images"),
+        (attrreg.IntegratedGradients(baseline=Emptied()), "Emptied.* writes into the images"),
+    ],
+)
+def test_own_parts_that_write_into_what_they_are_given(regularizer: attrreg.AttributionRegularizer, message: str) -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    with pytest.raises(ValueError, match=message):
+        regularizer(model, x.detach(), mask, target)

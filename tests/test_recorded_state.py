@@ -1,0 +1,201 @@
+"""What a recorded forward depended on: hooks, settings, buffers, containers, and who runs it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import checkpoint
+
+import attrreg
+from attrreg import baselines
+from attrreg.trace import passes
+from tests.models import SmoothNet, assert_close, gradients, smooth_batch
+from tests.test_conditions import CAM, REG
+
+
+def halved(model: SmoothNet) -> Any:
+    return model.body.register_forward_pre_hook(lambda module, args: (args[0] / 2,))
+
+
+def mixed(model: SmoothNet) -> Any:
+    return model.act.register_forward_hook(lambda module, args, output: 0.6 * output + 0.4 * output.flip(0))
+
+
+@pytest.mark.parametrize("hook", [halved, mixed])
+@pytest.mark.parametrize("added", ["during the forward alone", "after it"])
+def test_hooks_of_one_forward_are_no_others(hook: Callable[[SmoothNet], Any], added: str) -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    with REG.attach(model):
+        if added == "after it":
+            model(x)
+            hook(model)
+        else:
+            handle = hook(model)
+            model(x)
+            handle.remove()
+        value = REG(model, x, mask, target)
+    want = REG(model, x, mask, target)
+    torch.testing.assert_close(value, want, rtol=1e-12, atol=0)
+    assert_close(gradients(model, value), gradients(model, want), 1e-10)
+
+
+def test_settings_of_layers_count() -> None:
+    model, (x, mask, target) = SmoothNet(dropout=0.5).double(), smooth_batch()
+    with REG.attach(model):
+        model(x)
+        model.drop.p = 0.0
+        value = REG(model, x, mask, target)
+    torch.testing.assert_close(value, REG(model, x, mask, target), rtol=1e-12, atol=0)
+
+
+def test_images_that_ask_for_a_gradient_since() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    x = x.detach()
+    with REG.attach(model):
+        model(x)
+        REG(model, x.requires_grad_(), mask, target).backward()
+    assert x.grad is not None and x.grad.any()
+
+
+class Codes(nn.Module):
+    """A buffer that the forward reads and then moves without PyTorch's noticing, as vector quantisers do."""
+
+    centre: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.ones(4, 1, 1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        result = h * self.centre.clone()
+        self.centre.data.lerp_(h.detach().abs().mean((0, 2, 3))[:, None, None], 0.5)
+        return result
+
+
+class Renorm(nn.BatchNorm2d):
+    """Reads in train mode the statistics that it moves."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.running_mean is not None
+        result = input - self.running_mean.clone()[:, None, None]
+        self.running_mean.lerp_(input.detach().mean((0, 2, 3)), 0.5)
+        return result
+
+
+@pytest.mark.parametrize("build", [Codes, lambda: Renorm(4)])
+def test_a_forward_that_moves_what_it_reads(build: Callable[[], nn.Module]) -> None:
+    model, (x, mask, _) = SmoothNet(), smooth_batch()
+    model.norm = build()  # type: ignore[assignment]
+    model.double()
+    same = attrreg.ActivationDifference(fill=baselines.Fixed(torch.zeros(())))
+    with same.attach(model):
+        model(x)
+        value = same(model, x, torch.ones_like(mask), None)  # all relevant: the same images twice
+    assert not value.any()
+
+
+@dataclass
+class Heads:
+    heads: dict[str, Tensor]
+
+
+class InHeads(SmoothNet):
+    def forward(self, x: Tensor) -> Any:
+        return Heads({"main": super().forward(x)})
+
+
+def test_what_the_loop_puts_deep_into_the_output_is_not_the_models() -> None:
+    model, (x, mask, target) = InHeads().double(), smooth_batch()
+
+    def main(output: Heads) -> Tensor:
+        return output.heads["main"]
+
+    with REG.attach(model):
+        output = model(x)
+        output.heads["main"] = output.heads["main"] / 0.1
+        value = REG(model, x, mask, target, output=main)
+    torch.testing.assert_close(value, REG(model, x, mask, target, output=main), rtol=1e-12, atol=0)
+
+
+class Slot:
+    __slots__ = "logits"  # as Python allows
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class InSlot(SmoothNet):
+    def forward(self, x: Tensor) -> Any:
+        return Slot(super().forward(x))
+
+
+def test_a_single_slot_is_looked_into() -> None:
+    model, (x, mask, target) = InSlot().double(), smooth_batch()
+    with REG.attach(model), passes() as counted:
+        model(x).logits.sum().backward()
+        assert REG(model, x, mask, target, output="logits").isfinite()
+    assert counted.forward == 1
+
+
+def test_a_skipped_step_returns_the_models_output() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    scheduled = attrreg.Scheduled(REG, attrreg.schedules.Every(2))
+    with scheduled.attach(model):
+        scheduled.evaluate(model, x, mask, target)
+        logits = model(x)
+        logits /= 0.1
+        assert torch.equal(scheduled.evaluate(model, x, mask, target).output, model(x))
+
+
+def test_a_checkpoint_around_the_model_counts_no_batch_more() -> None:
+    model, (x, mask, target) = SmoothNet(norm=True).double(), smooth_batch()
+    counted = model.norm.num_batches_tracked
+    assert isinstance(counted, Tensor)
+    with REG.attach(model):
+        logits: Any = checkpoint(model, x, use_reentrant=False)
+        REG(model, x, mask, target)
+        assert int(counted) == 1
+        logits.sum().backward()
+    assert int(counted) == 2  # as PyTorch's own recomputation does
+
+
+def test_transforms_of_an_attached_model() -> None:
+    model, (x, _, target) = SmoothNet().double(), smooth_batch()
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        logits: Tensor = functional_call(model, parameters, (image[None],))
+        return nn.functional.cross_entropy(logits, label[None])
+
+    def found() -> list[Any]:
+        each = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, x.detach(), target)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PyTorch, about its own TorchScript
+            with forward_ad.dual_level():
+                tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(x.detach(), torch.ones_like(x)))).tangent
+            traced = torch.jit.trace(model, x.detach(), check_trace=False)
+        return [*each.values(), tangent, traced(x.detach())]
+
+    want = found()
+    with (REG + CAM).attach(model):
+        torch.testing.assert_close(found(), want)
+
+
+def test_a_layer_that_is_gone_is_for_the_penalty_to_name() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    wrapped = nn.Sequential(nn.Sequential(model.stem, model.act, model.body), nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.head)
+    named = attrreg.GradCAM(layer="0.2")
+    with named.attach(wrapped):
+        wrapped(x)
+        wrapped[0] = nn.Conv2d(2, 5, 3).double()
+        assert wrapped(x).shape == (len(x), 3)
+        with pytest.raises(ValueError, match=r"layer '0\.2' is not in Sequential"):
+            named(wrapped, x, mask, target)
