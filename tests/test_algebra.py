@@ -106,6 +106,7 @@ def test_a_fixed_baseline_keeps_its_own_copy() -> None:
     baseline = baselines.Fixed(image)
     image += 1
     assert baseline == baselines.Fixed(torch.zeros(2)) != baselines.Fixed(image)
+    assert baselines.Fixed(image) != baselines.Fixed(image.double())
     assert attrreg.IntegratedGradients(baseline=image) == attrreg.IntegratedGradients(baseline=baselines.Fixed(image))
 
 
@@ -118,6 +119,14 @@ def test_sums_are_flat() -> None:
     nested = 2 * (3 * a + 0.5 * (4 * b).named("b"))
     assert [(term.name, term.weight) for term in nested.terms] == [("InputGradient", 6.0), ("b", 4.0)]
     assert (a * 2) == (2 * a)
+
+
+def test_a_sum_of_one_term_has_its_map() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    term = attrreg.IntegratedGradients(steps=3, baseline=baselines.Masked(baselines.Zero()))
+    want = term.attribute(model, x, target, mask=mask)
+    for regularizer in (0.5 * term, term.named("path")):
+        torch.testing.assert_close(regularizer.attribute(model, x, target, mask=mask), want, rtol=0, atol=0)
 
 
 @given(st.just(0.0) | st.floats(1e-6, 100), st.just(0.0) | st.floats(1e-6, 100))

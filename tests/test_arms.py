@@ -79,6 +79,22 @@ def test_pgd_ex_against_one_image_at_a_time(reduction: Any) -> None:
     assert_close(gradients(model, value), gradients(model, want), 1e-10)
 
 
+def test_pgd_ex_climbs_with_the_draws_of_the_recorded_forward() -> None:
+    model, (x, mask, target) = SmoothNet(dropout=0.5).double(), smooth_batch()
+    regularizer, outside, image = attrreg.PGDEx(epsilon=0.3, steps=3, rate=0.2), (~mask[:, None]).double(), x
+    with regularizer.attach(model):
+        torch.manual_seed(5)
+        model(x)
+        value = regularizer(model, x, mask, target)
+    for _ in range(3):
+        torch.manual_seed(5)
+        leaf = image.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(leaf), target), leaf)
+        image = x + (image - x + 0.2 * outside * gradient.sign()).clamp(-0.3 * outside, 0.3 * outside)
+    torch.manual_seed(5)
+    torch.testing.assert_close(value, F.cross_entropy(model(image), target), rtol=1e-9, atol=0)
+
+
 def test_pgd_ex_leaves_unannotated_images_out_and_relevant_pixels_alone() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     regularizer = attrreg.PGDEx(epsilon=5.0, steps=2)

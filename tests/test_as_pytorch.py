@@ -282,7 +282,11 @@ HALF: dict[str, Callable[[Tensor], Tensor]] = {
     "normalize": lambda h: F.normalize(300 * h),
     "convolution": lambda h: F.conv2d(h, _weights(8, C, 3, 3).to(h.dtype) / 12),
     "attention": lambda h: F.scaled_dot_product_attention(h, h, h),
+    "attention, scale": lambda h: F.scaled_dot_product_attention(h, h, h, scale=1.7),
+    "attention, causal": lambda h: F.scaled_dot_product_attention(h, h, h, is_causal=True),
+    "layer norm, eps": lambda h: F.layer_norm(0.1 * h, (SIDE,), eps=0.5),
     "group norm": lambda h: F.group_norm(h, 2),
+    "group norm, eps": lambda h: F.group_norm(0.1 * h, 2, eps=0.5),
     "instance norm": F.instance_norm,
 }
 

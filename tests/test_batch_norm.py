@@ -38,11 +38,11 @@ def test_batch_norm_is_as_precise_as_pytorchs_where_means_are_far(offset: float,
     assert float((ours - want).norm()) <= 2 * float((theirs - want).norm()) + 2e-6 * float(want.norm())
 
 
-@pytest.mark.parametrize("shape", [(4, 6, 3, 3), (16, 6, 24, 24)])
+@pytest.mark.parametrize("shape", [(4, 6, 3, 3), (16, 6, 24, 24), (2, 8192, 4, 2)])  # the last: of few values, by large
 def test_batch_norm_moves_its_statistics_as_pytorchs(shape: tuple[int, ...]) -> None:
     x, found = torch.randn(shape), []
     for context in (nullcontext(), twice_differentiable(Phase())):
-        layer = torch.nn.BatchNorm2d(6, momentum=0.3)
+        layer = torch.nn.BatchNorm2d(shape[1], momentum=0.3)
         with context:
             layer(x)
             layer(x + 1)
@@ -123,3 +123,16 @@ def test_weights_that_are_not_dense(apart: bool) -> None:
         value = attrreg.InputGradient()(model, x.contiguous(memory_format=layout), mask, target)
         found.append([value, *gradients(model, value)])
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-14)
+
+
+def test_second_derivatives_of_batch_norm_in_half_precision_are_near_those_in_full() -> None:
+    x, gy, v = (torch.randn(6, 4, 5, 5).bfloat16() for _ in range(3))
+    scale, shift, found = torch.rand(4) + 0.5, torch.zeros(4), []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [x.to(dtype).add(1).requires_grad_(), gy.to(dtype).requires_grad_()]
+        with twice_differentiable(Phase()):
+            y = F.batch_norm(leaves[0], None, None, scale, shift, training=True)
+        (gradient,) = torch.autograd.grad(y, leaves[0], leaves[1], create_graph=True)
+        found.append([each.float() for each in torch.autograd.grad(gradient, leaves, v.to(dtype))])
+    for want, got in zip(*found, strict=True):
+        assert float((got - want).norm() / want.norm()) < 0.05  # bfloat16 keeps 8 bits

@@ -118,6 +118,19 @@ def test_draws_are_replayed_and_nothing_is_left() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_path_draws_what_the_recorded_forward_drew() -> None:
+    model, (x, mask, target) = SmoothNet(dropout=0.5).double(), smooth_batch()
+    found = []
+    for engine in ENGINES:
+        regularizer = attrreg.IntegratedGradients(steps=2).using(engine)
+        with regularizer.attach(model):
+            torch.manual_seed(5)
+            model(x)
+            torch.rand(7)
+            found.append(regularizer(model, x, mask, target))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=0)
+
+
 def test_buffers_move_once() -> None:
     family = FAMILIES["resnet"]
     model, (x, mask, target) = family.build().train(), batch(size=family.size)

@@ -201,3 +201,37 @@ def test_a_frozen_net_with_a_trainable_head_of_several_layers() -> None:
     adapted[3].ours.requires_grad_()
     with pytest.raises(RuntimeError, match="no path to any trainable parameter"):
         DIFFERENCE(adapted, X, MASK)
+
+
+@pytest.mark.parametrize("layer", ["blocks.0", "auto"])
+def test_a_head_of_zeros_is_no_class_token(layer: str) -> None:
+    model = timm.create_model("test_vit", img_size=32, num_classes=3)
+    nn.init.zeros_(model.head.weight)
+    assert attrreg.GradCAM(layer)(model, X, MASK, Y) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "grid"),
+    [
+        ({"class_token": False, "global_pool": "avg", "reg_tokens": 4, "no_embed_class": True}, (2, 2)),  # registers before the patches
+        ({"patch_size": (16, 8)}, (2, 4)),
+    ],
+)
+def test_tokens_that_are_no_square_with_a_class_token(settings: dict[str, Any], grid: tuple[int, int]) -> None:
+    model = timm.create_model("test_vit", img_size=32, num_classes=3, **settings)
+    assert attrreg.GradCAM("blocks.0").attribute(model, X, Y).shape == (4, 1, *grid)
+
+
+class Fails(Pooled):
+    """After its layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        super().forward(x)
+        raise KeyError("of the model")
+
+
+def test_a_model_that_raises_is_left_without_hooks() -> None:
+    model = Fails()
+    with pytest.raises(KeyError, match="of the model"):
+        attrreg.layers(model, X)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import attrreg
+from attrreg.trace import passes
 from tests.models import SmoothNet, assert_close, gradients, smooth_batch
 from tests.test_conditions import CAM, REG
 
@@ -201,3 +202,36 @@ def test_removed_by_another_thread_than_the_one_that_was_interrupted() -> None:
     stop.remove()
     handle.remove()
     assert not model._forward_pre_hooks and not model._forward_hooks
+
+
+class Parts(nn.Module):
+    """Takes a list, and returns what cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = SmoothNet()
+
+    def forward(self, x: Tensor, factors: list[Tensor]) -> Uncopied:
+        return Uncopied(self.net(x) * torch.stack(factors).sum())
+
+
+class Uncopied:
+    """Refuses."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def __copy__(self) -> Uncopied:
+        raise RuntimeError("not copied")
+
+
+def test_lists_of_inputs_are_compared_and_outputs_need_no_copy() -> None:
+    model, (x, mask, target) = Parts().double(), smooth_batch()
+    a, b = torch.tensor(2.0).double(), torch.tensor(3.0).double()
+    want = REG(model, x, mask, target, inputs=(x, [a, b]), output="logits")
+    with REG.attach(model):
+        for factors, own in (([a, b], 0), ([a], 1), ([b, b], 1), ([a, b, b], 1)):
+            model(x, factors)
+            with passes() as counted:
+                torch.testing.assert_close(REG(model, x, mask, target, inputs=(x, [a, b]), output="logits"), want)
+            assert counted.forward == own

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torchvision.tv_tensors import BoundingBoxes
 
 import attrreg
 from attrreg import masks, objectives, scores
-from tests.models import DEVICE, SmoothNet, smooth_batch
+from tests.models import DEVICE, SmoothNet, assert_close, gradients, smooth_batch
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**31))
@@ -70,6 +71,32 @@ def test_masks_of_unannotated_images_are_not_read() -> None:
     empty = mask.clone()
     empty[1] = False
     assert float((attrreg.InputGradient()(model, x, empty, target) - value).detach().abs()) > 0
+
+
+def test_an_empty_mask_of_an_unannotated_image_is_no_error() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    mask[1] = False
+    value = attrreg.InputGradient(objective=objectives.Energy())(model, x, mask, target, annotated=torch.tensor([True, False, True]))
+    assert value.isfinite()
+
+
+def share_outside(map: Tensor, mask: Tensor) -> Tensor:
+    """NaN where all is relevant."""
+    return (map * (1 - mask)).abs().sum((1, 2, 3)) / (1 - mask).sum((1, 2, 3))
+
+
+@pytest.mark.parametrize("regularizer", [attrreg.InputGradient(), attrreg.InputGradient(objective=share_outside)])
+def test_nan_of_an_unannotated_image_reaches_nobody(regularizer: attrreg.InputGradient) -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    annotated, broken = torch.tensor([True, False, True]), mask.double()
+    broken[1] = math.nan
+    with regularizer.attach(model):  # in which all images take part
+        model(x)
+        value = regularizer(model, x, broken, target, annotated=annotated)
+    want = regularizer(model, x[annotated], mask[annotated], target[annotated])
+    torch.testing.assert_close(value, want)
+    if regularizer.objective is not share_outside:  # whose own gradient is NaN: zero times infinity
+        assert_close(gradients(model, value), gradients(model, want), 1e-9)
 
 
 def test_the_users_mask_is_not_changed() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import attrreg
-from attrreg import objectives
+from attrreg import engines, objectives
 from tests.models import SmoothNet, smooth_batch
 
 x, mask, target = smooth_batch()
@@ -27,6 +27,14 @@ def test_a_term_without_path_to_a_parameter() -> None:
         regularizer(model, x, mask, target)
     IG(model, x, mask, target).backward()  # reaches the head
     assert model.head.weight.grad is not None and model.head.weight.grad.any()
+
+
+@pytest.mark.parametrize("engine", [engines.DoubleBackward(), engines.FiniteDifference()])
+def test_images_that_are_trained_are_no_parameters(engine: engines.Engine) -> None:
+    model = SmoothNet().double().requires_grad_(False)
+    model.unused = nn.Parameter(torch.zeros(()))
+    with pytest.raises(RuntimeError, match="no path to any trainable parameter"):
+        IG.using(engine)(model, x.clone().requires_grad_(), mask, target)
 
 
 def test_a_model_that_detaches() -> None:

@@ -91,6 +91,13 @@ def check_convolution(function: Any, tensors: tuple[Tensor, Tensor, Tensor | Non
     assert found[1][0].is_contiguous() or not found[0][0].is_contiguous()  # code that follows may take a view
 
 
+@pytest.mark.parametrize(("kernel", "dilation"), [((2, 3), 1), ((4, 2), (1, 3)), ((3, 2), (2, 1))])
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_padding_that_is_odd_in_all_goes_to_the_far_side(kernel: tuple[int, int], dilation: int | tuple[int, int]) -> None:
+    x, w = torch.randn(2, 3, 7, 6, dtype=torch.float64), torch.randn(4, 3, *kernel, dtype=torch.float64)
+    check_convolution(F.conv2d, (x, w, None), {"padding": "same", "dilation": dilation})
+
+
 @st.composite
 def first_convolutions(draw: Any) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]:
     kernel, sides = ([draw(st.integers(low, high)) for _ in range(2)] for low, high in ((5, 9), (9, 16)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from timm.layers import EvoNorm2dB0
 from torch import Tensor, nn
 
 import attrreg
@@ -54,6 +56,30 @@ def test_coupled_images_all_take_part() -> None:
     attrreg.ActivationDifference()(model, x, mask, target, annotated=annotated)  # shuffles: draws for each image
     TERM(model, x, mask, target, annotated=torch.zeros(4, dtype=torch.bool))  # none: the same work as the other ranks of a run
     assert model.seen == [4, 4, 2, 4, 4, 4]
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.BatchNorm2d(4, track_running_stats=False).eval(), lambda: EvoNorm2dB0(4)])
+def test_images_that_a_norm_of_another_kind_couples_all_take_part(norm: Callable[[], nn.Module]) -> None:
+    model = Watched(nn.Sequential(nn.Conv2d(2, 4, 3), norm(), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))).double()
+    x, mask, target = smooth_batch(4)
+    annotated = torch.tensor([True, False, False, True])
+    value = TERM(model, x, mask, target, annotated=annotated)
+    with TERM.attach(model):
+        model(x)
+        torch.testing.assert_close(value, TERM(model, x, mask, target, annotated=annotated), rtol=1e-10, atol=0)
+    assert model.seen == [4, 4]
+
+
+def test_a_fraction_is_drawn_from_the_generator_alone() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch(8)
+    state, found = torch.get_rng_state(), []
+    for seed in (3, 3, 4):
+        generator = torch.Generator().manual_seed(seed)
+        found.append([float(TERM(model, x, mask, target, fraction=0.3, generator=generator).detach()) for _ in range(4)])
+        assert torch.equal(state, torch.get_rng_state())
+        torch.rand(3)
+        state = torch.get_rng_state()
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_fraction_is_unbiased() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import attrreg
 from attrreg.regularizer import AttributionRegularizer
 from tests.models import SmoothNet, assert_close, gradients, smooth_batch
+from tests.test_side_effects import assert_same, snapshot
 
 ZERO = attrreg.baselines.Zero()
 
@@ -88,6 +90,16 @@ def test_features_of_other_inputs_are_refused() -> None:
     assert nothing == 0  # all is relevant: nothing to tell apart
 
 
+@pytest.mark.parametrize("regularizer", [attrreg.GradCAM(), attrreg.ActivationDifference(fill=ZERO)])
+def test_asking_what_the_images_reach_leaves_nothing_behind(regularizer: AttributionRegularizer) -> None:
+    model, (x, mask, target) = LateFusion().double(), smooth_batch()
+    model.net, data = SmoothNet(norm=True, dropout=0.5).double(), torch.randn(3, 6, dtype=torch.float64)
+    before = snapshot(model, x)
+    with suppress(RuntimeError):  # of the features, which come from the other inputs
+        regularizer(model, x, mask, target, inputs=(x, data))
+    assert_same(before, snapshot(model, x))
+
+
 class TwoBranches(nn.Module):
     """As in timm's CrossViT, `num_features` is the width of two branches together, and by chance that of a perceptron's inside."""
 
@@ -150,6 +162,31 @@ class Reentrant(SmoothNet):
         return logits
 
 
+class Recurrent(nn.Module):
+    """A layer with a tuple for its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.rnn = nn.Conv2d(2, 4, 3), nn.GRU(4, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.rnn(self.stem(x).flatten(2).mT)[1][0]
+
+
+class Unread(nn.Module):
+    """A class token, read alone, that no patch ever reaches."""
+
+    num_prefix_tokens = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.block, self.head = nn.Conv2d(2, 6, 2, 2), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        token = x.mean((2, 3)).repeat(1, 3)[:, None]
+        return self.head(self.block(torch.cat((token, self.patches(x).flatten(2).mT), 1)).tanh()[:, 0])
+
+
 REENTRANT = "use_reentrant=True.*use_reentrant=False"
 BAD: list[tuple[Callable[[], nn.Module], AttributionRegularizer, type[Exception], str]] = [
     (Twice, attrreg.GradCAM(), ValueError, "every layer with a map ran more than once.*Let the model run once"),
@@ -157,6 +194,8 @@ BAD: list[tuple[Callable[[], nn.Module], AttributionRegularizer, type[Exception]
     (Detaches, attrreg.IntegratedGradients(2), RuntimeError, "does not depend on the images: .*Let gradients through"),
     (Detaches, attrreg.GradCAM(), RuntimeError, "does not depend on any layer with a spatial map: .*Let gradients through"),
     (Detaches, attrreg.GradCAM("body"), RuntimeError, "does not depend on layer 'body'.*Name a layer between"),
+    (Unread, attrreg.GradCAM(), RuntimeError, "only a class token. Name an earlier layer"),
+    (Recurrent, attrreg.GradCAM("rnn"), ValueError, "'rnn' returned tuple, not a floating-point tensor.*inside it"),
     (Functional, attrreg.ActivationDifference(), ValueError, "no linear or convolutional layer.*Name a layer"),
     (Functional, attrreg.GradCAM(), ValueError, "no layer has one. Name a layer"),
     (lambda: Reentrant(False), attrreg.InputGradient(), RuntimeError, REENTRANT),

@@ -16,6 +16,15 @@ R, ONES = torch.randn, torch.ones
 H = R(4, 16, 8, 8)
 LAST = H.to(memory_format=torch.channels_last)
 Operator = Callable[[], Tensor]
+
+
+def slope(function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The first derivative: some refuse there."""
+    leaf = H.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(1 * leaf).sum(), leaf)
+    return gradient
+
+
 REFUSED: dict[str, Operator] = {
     "conv2d of two axes": lambda: F.conv2d(R(8, 8), R(4, 1, 3, 3)),
     "conv2d of one axis": lambda: F.conv2d(R(8), R(4, 1, 1, 1)),
@@ -61,6 +70,7 @@ REFUSED: dict[str, Operator] = {
     "linalg.norm of three axes": lambda: torch.linalg.norm(H, dim=(1, 2, 3)),
     "norm, fro of three axes": lambda: torch.norm(H, "fro", (1, 2, 3)),
     "vector_norm in a narrower type": lambda: torch.linalg.vector_norm(H.double(), dtype=torch.float32),
+    "leaky_relu in place, steeper below": lambda: slope(lambda x: F.leaky_relu(x, -0.3, inplace=True)),
     "cat along no axis": lambda: torch.cat([H, H], 7),
     "cat of numbers": lambda: torch.cat([H.sum(), H.sum()]),
 }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import attrreg
 from attrreg import Scheduled, schedules
 from attrreg.trace import passes
-from tests.models import FAMILIES, batch
+from tests.models import FAMILIES, SmoothNet, batch, smooth_batch
 
 
 def test_every_fourth_step_is_four_times_as_strong() -> None:
@@ -152,6 +152,26 @@ def test_evaluate_takes_keywords_in_any_mapping_at_any_step() -> None:
     torch.testing.assert_close(outputs[1], outputs[0])
 
 
+class Shifted(nn.Module):
+    """Takes another input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = SmoothNet()
+
+    def forward(self, x: Tensor, shift: Tensor) -> Any:
+        return self.net(x) + shift
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_evaluate_on_a_skipped_step_takes_other_inputs(by_name: bool) -> None:
+    model, (x, mask, target), shift = Shifted().double(), smooth_batch(), torch.tensor(2.0).double()
+    regularizer = Scheduled(attrreg.InputGradient(), schedules.Linear(4))
+    penalty = regularizer.evaluate(model, x, mask, target, inputs={"shift": shift, "x": x} if by_name else (x, shift))
+    torch.testing.assert_close(penalty.output, model(x, shift))
+    assert penalty.total == 0
+
+
 def test_attached_evaluate_runs_no_forward_at_any_step() -> None:
     model, x, mask, target = case()
     forwards = []
@@ -177,6 +197,15 @@ def test_the_zero_of_a_skipped_step_has_a_graph_and_no_gradient() -> None:
     value = regularizer(model, x, mask, target)
     value.backward()
     assert float(value.detach()) == 0 and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_zero_of_a_skipped_step_is_in_full_precision_and_passes_by_what_is_frozen() -> None:
+    model, (x, mask, target) = SmoothNet().bfloat16(), smooth_batch()
+    model.stem.requires_grad_(False)
+    value = Scheduled(attrreg.InputGradient(), schedules.Linear(4))(model, x.bfloat16(), mask, target)
+    assert value == 0 and value.dtype == torch.float32
+    value.backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_state_goes_through_a_checkpoint() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 import attrreg
+from attrreg import scores
 from attrreg.attach import attached
 from attrreg.trace import Passes, passes
 from tests.models import SmoothNet, assert_close, gradients, smooth_batch
@@ -146,6 +147,58 @@ def test_evaluate_leaves_what_the_users_forward_would(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), want)
     assert not equal(list(model.buffers()), list(SmoothNet(norm=True).double().buffers()))
     assert equal(list(model.buffers()), list(twin.buffers()))
+
+
+class Interrupted(SmoothNet):
+    """From the second forward on."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls > 1:
+            raise KeyboardInterrupt
+        return super().forward(x)
+
+
+def test_a_call_that_fails_winds_back_the_generator() -> None:
+    x, mask, target = smooth_batch()
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    with pytest.raises(ValueError, match="one an image"):
+        attrreg.ExpectedGradients(objective=lambda map, mask: map.sum())(SmoothNet().double(), x, mask, target, generator=generator)
+    assert torch.equal(generator.get_state(), before)
+    with pytest.raises(KeyboardInterrupt):
+        attrreg.ActivationDifference("body")(Interrupted().double(), x, mask, generator=generator)
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_a_projection_with_the_seed_zero_draws_nothing() -> None:
+    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
+    before = snapshot(model, x)
+    attrreg.InputGradient(scores.RandomProjection(seed=0))(model, x, mask)
+    assert_same(before, snapshot(model, x))
+
+
+class Swaps(SmoothNet):
+    """Drops a buffer and makes another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("old", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._buffers.pop("old", None)
+        self._buffers["new"] = x.detach().mean((0, 2, 3))
+        return super().forward(x)
+
+
+def test_buffers_that_a_forward_makes_or_drops_are_put_back() -> None:
+    model, (x, mask, target) = Swaps().double(), smooth_batch()
+    attrreg.InputGradient()(model, x, mask, target)
+    assert list(model._buffers) == ["old"]
+    attrreg.InputGradient().attribute(model, x, target)
+    assert list(model._buffers) == ["old"]
 
 
 def test_evaluate_that_fails_leaves_everything() -> None:

@@ -119,10 +119,13 @@ BAD: list[tuple[scores.Score, nn.Module, Tensor | None, str]] = [
     (scores.ByTarget(), SmoothNet(classes=1), torch.zeros(3, 1), r"target is \(3, 1\).*For one logit name the score: scores.BinaryLogit"),
     (scores.RegressionOutput(), Squeezed(), None, r"does not fit outputs of shape \(\)"),
     (scores.SegmentationLogit(), Dense(3), LABELS[:, :4], "Resize"),
+    (scores.SegmentationLogit(), Dense(3), LABELS[:, :, :4], "Resize"),
+    (scores.SegmentationLogit(), Dense(3), LABELS.clamp(min=-1), r"outside \[0, 3\)"),
     (scores.SegmentationLogit(), SmoothNet(), LABELS, r"needs logits \(N, C, H, W\)"),
     (scores.SegmentationLogit(), Dense(2), LABELS, r"outside \[0, 2\)"),
     (scores.SegmentationLogit(), Dense(1), LABELS, r"outside \[0, 2\)"),
     (scores.RegressionOutput(3), SmoothNet(), None, "index in range"),
+    (scores.RegressionOutput(-1), SmoothNet(), None, "index in range"),
     (scores.TargetLogit(), SmoothNet(classes=1), torch.tensor([0, 1, 0]), "class 1.*use scores.BinaryLogit"),
 ]
 

@@ -86,6 +86,23 @@ def test_baselines_equal_captum_given_their_images() -> None:
         same(got, want, 1e-5)
 
 
+@pytest.mark.parametrize("sigma", [1.0, 2.0])
+def test_a_blur_reaches_three_deviations(sigma: float) -> None:
+    impulse = torch.zeros(1, 1, 25, 25, dtype=torch.float64)
+    impulse[..., 12, 12] = 1
+    distance = torch.arange(25, dtype=torch.float64) - 12
+    gauss = torch.exp(-distance.square() / (2 * sigma**2)) * (distance.abs() <= 3 * sigma)
+    blurred = baselines.Blur(sigma)(impulse, None, torch.Generator())[0, 0]
+    torch.testing.assert_close(blurred, torch.outer(gauss, gauss) / gauss.sum() ** 2)
+
+
+def test_pixels_that_are_relevant_in_part_are_shuffled() -> None:
+    x, mask = torch.arange(64.0).reshape(1, 1, 8, 8), torch.full((1, 1, 8, 8), 0.5)
+    shuffled = baselines.Shuffle()(x, mask, torch.Generator().manual_seed(0))
+    assert not torch.equal(shuffled, x)
+    assert torch.equal(shuffled.flatten().sort().values, x.flatten())
+
+
 def test_integrated_gradients_are_complete() -> None:
     """They sum to the difference of the scores: a property Captum is not needed for."""
     model, (x, _, target) = SmoothNet().double(), smooth_batch()
