@@ -16,6 +16,8 @@ from attrreg.runner import Runner
 from attrreg.scores import Score
 from attrreg.state import Rng, full_precision, isolated
 
+NO_PATH = "The score has no path to any trainable parameter, so the penalty could train nothing. Unfreeze some."
+
 
 @dataclass(frozen=True)
 class Taken:
@@ -49,7 +51,15 @@ class Differences:
         self._taken: list[Taken] = []
 
     def leaves(self, recording: Recording, score: Score, wanted: list[str], found: list[Tensor], replay: Rng) -> list[Tensor]:
-        """The gradients found at the wanted sites, as leaves to be moved by."""
+        """The gradients found at the wanted sites, as leaves to be moved by.
+
+        Raises:
+            RuntimeError: nothing behind the score can be trained.
+        """
+        # Passes that move have no graph then, and would be refused as those of a model that detaches.
+        value, x = self.runner.at(recording, score.site), self.runner.call.x
+        if score.site == sites.OUTPUT and not x.requires_grad and not any(True for _ in trainable_leaves(value)):
+            raise RuntimeError(NO_PATH)
         names = [self.runner.map if site == sites.SPATIAL else site for site in wanted]
         # The automatic layer may be asked for by its name too. Moved is one layer once, by what both terms make of its gradient.
         leaves = {name: gradient.detach().requires_grad_() for name, gradient in zip(names, found, strict=True)}
@@ -71,7 +81,7 @@ class Differences:
         for taken in self._taken:
             slope = self._slope(taken, [next(found) for _ in taken.leaves], self._engine)
             if not any(leaf is not self.runner.call.x for leaf in trainable_leaves(slope)):
-                raise RuntimeError("The score has no path to any trainable parameter, so the penalty could train nothing. Unfreeze some.")
+                raise RuntimeError(NO_PATH)
             total = total + (slope - slope.detach())
         return total
 

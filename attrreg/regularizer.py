@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from attrreg import call as calls
-from attrreg import masks, objectives, penalty
+from attrreg import masks, objectives, own, penalty
 from attrreg.attach import Attachment
 from attrreg.call import Call, Inputs, Select
 from attrreg.distributed import Group
-from attrreg.engines import DoubleBackward, Engine
+from attrreg.engines import DoubleBackward, Engine, FiniteDifference
 from attrreg.needs import Need
 from attrreg.objectives import Objective
 from attrreg.penalty import Penalty
@@ -31,8 +31,8 @@ Reduction = Literal["mean", "sum", "batchmean"]
 class AttributionRegularizer(Spec, ABC):
     """A penalty on where a model looks: a single term, or a weighted sum of terms.
 
-    Regularizers are immutable values: comparable, picklable, with a `repr` that rebuilds them. `+`, `*`, `sum([...])`,
-    `named` and `reduced` compose them into one flat sum, whose terms share forwards and backwards.
+    Regularizers are immutable values: comparable, and, where functions in them are plain functions, picklable and with a `repr` that
+    rebuilds them. `+`, `*`, `sum([...])`, `named` and `reduced` make one flat sum of them, whose terms share forwards and backwards.
 
     A new kind of term subclasses this with `needs` and `per_image`, or `MapRegularizer` if it has an attribution map.
     """
@@ -87,9 +87,9 @@ class AttributionRegularizer(Spec, ABC):
                 term to a trainable parameter).
 
         Cost:
-            One forward and one backward for each distinct point and score, and the double backward that the loss's
-            own backward then contains; the clean forward is free when an attachment recorded it. Unattached, images without
-            annotation are left out of the passes, unless BatchNorm in train mode couples the images.
+            One forward and one backward for each distinct point and score, and the double backward that the loss's own backward then
+            contains; the clean forward is free when an attachment recorded it. Unattached, images without annotation are left out of the
+            passes, where that changes nothing: see docs/paying_less.md.
         """
         call = penalty.check(self.terms, model, x, mask, target, annotated, generator, output, inputs, group, fraction)
         return penalty.compute(self.terms, call, self.engine, as_users_forward=False, fraction=fraction).total
@@ -109,8 +109,9 @@ class AttributionRegularizer(Spec, ABC):
     ) -> Penalty:
         """Compute the penalty, its terms and the model's output, in place of the loop's own forward.
 
-        As calling the regularizer, but the clean forward stands in for `model(x)`: it moves BatchNorm's statistics and the
-        random number generators exactly as that would, and its output is returned.
+        As calling the regularizer, but the clean forward stands in for `model(x)`: it moves BatchNorm's statistics and the random number
+        generators exactly as that would, and its output is returned. Where the attached loop's own forward on this `x` was recorded, that
+        forward is taken instead, and nothing moves again.
 
         Args:
             model, x, mask, target, annotated, generator, output, inputs, group: as in calling the regularizer.
@@ -187,7 +188,7 @@ class AttributionRegularizer(Spec, ABC):
 
     def using(self, engine: Engine) -> Sum:
         """The same terms, with another engine (see `attrreg.engines`); a TypeError where it is none."""
-        if not isinstance(engine, Engine):
+        if not isinstance(engine, (DoubleBackward, FiniteDifference)):
             raise TypeError(
                 f"using: an engine is engines.DoubleBackward() or engines.FiniteDifference(), got {engine!r}. Pass one of them."
             )
@@ -254,9 +255,7 @@ class MapRegularizer(SingleRegularizer):
 
     def per_image(self, trace: Trace) -> Tensor:
         """The objective of the map, under the mask at the map's size."""
-        map = self.attribution(trace)
-        map = map.to(masks.penalty_dtype(map.dtype))
-        return self.objective(map, masks.resize(trace.mask, (map.shape[-2], map.shape[-1])))
+        return own.penalties(self.objective, own.map_of(self, trace), trace.mask)
 
     @property
     def needs_region(self) -> str | None:
@@ -285,7 +284,7 @@ class MapRegularizer(SingleRegularizer):
             trace = Trace(call, self.needs(), differentiable=False)
             trace.run()
             with full_precision(x.device):
-                return self.attribution(trace).detach()
+                return own.map_of(self, trace).detach()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def public_path(kind: Any) -> str:
@@ -37,12 +40,26 @@ class Spec:
     """Base of the frozen dataclasses a user writes: scores, objectives, baselines, regularizers.
 
     Equality, hash and pickling are the dataclass's own. The repr names only the settings that differ from
-    their defaults, by paths that work after `import attrreg`, so `eval(repr(spec)) == spec`.
+    their defaults, by paths that work after `import attrreg`, so `eval(repr(spec)) == spec`. A class that is no dataclass has Python's.
+
+    Raises:
+        TypeError: the dataclass is not frozen.
     """
 
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        """An object that can be a key: what is equal shares its passes."""
+        if cls.__hash__ is None:
+            raise TypeError(
+                f"{cls.__name__} has no hash, by which equal scores and baselines find the passes that they share. Make it a frozen "
+                "dataclass: @dataclass(frozen=True, repr=False)."
+            )
+        return super().__new__(cls)
+
     def __repr__(self) -> str:
+        if not dataclasses.is_dataclass(self):
+            return object.__repr__(self)
         settings = []
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+        for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value != field.default:
                 settings.append(f"{field.name}={source(value)}")

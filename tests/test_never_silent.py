@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -35,6 +36,21 @@ def test_images_that_are_trained_are_no_parameters(engine: engines.Engine) -> No
     model.unused = nn.Parameter(torch.zeros(()))
     with pytest.raises(RuntimeError, match="no path to any trainable parameter"):
         IG.using(engine)(model, x.clone().requires_grad_(), mask, target)
+
+
+@pytest.mark.parametrize("engine", [engines.DoubleBackward(), engines.FiniteDifference()])
+@pytest.mark.parametrize("regularizer", [IG, attrreg.GradCAM("stem"), attrreg.IntegratedGradients(steps=2)])
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_parameter_that_nothing_reads(regularizer: attrreg.AttributionRegularizer, engine: engines.Engine, attached: bool) -> None:
+    model, regularizer = SmoothNet().double().requires_grad_(False), regularizer.using(engine)
+    model.unused = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    with regularizer.attach(model) if attached else nullcontext():
+        model(x)
+        with pytest.raises(RuntimeError, match=r"no path to any trainable parameter, so .*Unfreeze"):
+            regularizer(model, x, mask, target)
+    brightness = torch.ones((), dtype=torch.float64, requires_grad=True)  # what made the images can be trained
+    regularizer(model, x * brightness, mask, target).backward()
+    assert brightness.grad is not None and brightness.grad.isfinite()
 
 
 def test_a_model_that_detaches() -> None:

@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from attrreg.ops.phase import Phase
 
-# (gradient, y) -> what is passed on, from the ReLU's output y
+# (gradient, y) -> what is passed on, from the ReLU's output y, through which the penalty is differentiated too
 Rule = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -36,7 +36,7 @@ class _Rectified(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (y,) = ctx.saved_tensors
         # The penalty's own backward comes through here too, where what follows is curved: that one takes the true slope.
-        passed = ctx.rule(gradient, y.detach()) if ctx.phase.inner else gradient * (y > 0)
+        passed = ctx.rule(gradient, y) if ctx.phase.inner else gradient * (y > 0)
         return passed, None, None
 
 

@@ -1,0 +1,55 @@
+"""What attributions and objectives of one's own give, checked before it is read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from attrreg import masks
+from attrreg.objectives import Objective
+from attrreg.spec import source
+
+if TYPE_CHECKING:
+    from attrreg.regularizer import MapRegularizer
+    from attrreg.trace import Trace
+
+
+def map_of(regularizer: MapRegularizer, trace: Trace) -> Tensor:
+    """The map of an attribution. One of another shape would be broadcast against the mask, into another penalty.
+
+    Raises:
+        ValueError: naming the regularizer.
+    """
+    map: Any = regularizer.attribution(trace)
+    images = trace.call.x.shape[0]
+    if isinstance(map, Tensor) and map.is_floating_point() and map.dim() == 4 and map.shape[0] == images:
+        return map
+    got = f"{map.dtype} {tuple(map.shape)}" if isinstance(map, Tensor) else f"a {type(map).__name__}"
+    raise ValueError(
+        f"{type(regularizer).__name__}: attribution(trace) must return a floating-point map ({images}, C, h, w), got {got}. Return what it "
+        "reads from the trace; a sum over an axis keeps that with keepdim=True."
+    )
+
+
+def penalties(objective: Objective, map: Tensor, mask: Tensor) -> Tensor:
+    """What an objective makes of a map, under the mask at the map's size. Other terms may read the same tensors.
+
+    Raises:
+        TypeError, ValueError: naming the objective.
+    """
+    map = map.to(masks.penalty_dtype(map.dtype))
+    mask = masks.resize(mask, (map.shape[-2], map.shape[-1]))
+    before = map._version, mask._version
+    value: Any = objective(map, mask)
+    if (map._version, mask._version) != before:
+        raise ValueError(
+            f"{source(objective)} writes into the map or the mask that it is given, which other terms read too. Make new tensors, for "
+            "example map.abs() in place of map.abs_()."
+        )
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{source(objective)} gave a {type(value).__name__}, but an objective gives a tensor ({map.shape[0]},), one penalty an image. "
+            "Return what it reduces the map to."
+        )
+    return value

@@ -1,0 +1,181 @@
+"""Parts of one's own: what they give is checked, and what they get is as PyTorch would have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attrreg
+from attrreg import baselines, scores
+from attrreg.needs import Grad, Need
+from attrreg.objectives import AbsoluteOutside, LogOutside, Objective, SquaredOutside
+from attrreg.ops.rectify import Rule
+from attrreg.points import Rectified
+from attrreg.scores import Score, TargetLogit
+from attrreg.sites import INPUT
+from attrreg.spec import Spec
+from attrreg.trace import Trace
+from tests.models import SmoothNet, smooth_batch
+
+x, mask, target = smooth_batch()
+
+
+@dataclass(frozen=True, repr=False)
+class Read(attrreg.MapRegularizer):
+    """The input gradient, as a function reads it."""
+
+    read: Callable[[Tensor], Any]
+    score: Score = TargetLogit()
+    objective: Objective = AbsoluteOutside()
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Grad(INPUT, self.score),)
+
+    def attribution(self, trace: Trace) -> Tensor:
+        found: Tensor = self.read(trace.grad(INPUT, self.score))
+        return found
+
+
+MAPS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "without channels": (lambda map: map.sum(dim=1), r"got torch\.float64 \(3, 8, 8\)"),
+    "one for all images": (lambda map: map.mean(dim=0, keepdim=True), r"got torch\.float64 \(1, 2, 8, 8\)"),
+    "integers": (lambda map: (map > 0).int(), r"got torch\.int32 \(3, 2, 8, 8\)"),
+    "an array": (lambda map: map.detach().numpy(force=True), r"got a ndarray"),
+    "nothing": (lambda map: None, r"got a NoneType"),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_a_map_of_another_form_is_refused(name: str) -> None:
+    read, got = MAPS[name]
+    model, regularizer = SmoothNet().double(), Read(read)
+    message = rf"Read: attribution\(trace\) must return a floating-point map \(3, C, h, w\), {got}\. Return .* keepdim=True"
+    for call in (lambda: regularizer(model, x, mask, target), lambda: regularizer.attribute(model, x, target)):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_maps_of_any_channels_and_size_are_taken() -> None:
+    model = SmoothNet().double()
+    summed = Read(lambda map: map.sum(dim=1, keepdim=True)[..., ::2, ::2])
+    assert summed.attribute(model, x, target).shape == (3, 1, 4, 4)
+    assert summed(model, x, mask, target, annotated=torch.tensor([True, False, True])) > 0
+
+
+def scaled(map: Tensor, mask: Tensor) -> Tensor:
+    return (map.mul_(100) * (1 - mask)).sum(dim=(1, 2, 3))
+
+
+def inverted(map: Tensor, mask: Tensor) -> Tensor:
+    return (map * mask.neg_().add_(1)).sum(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("objective", [scaled, inverted])
+def test_objectives_that_write_into_what_they_get_are_refused(objective: Objective) -> None:
+    given = mask.double()
+    both = attrreg.InputGradient(objective=objective).named("first") + attrreg.InputGradient()
+    with pytest.raises(ValueError, match=rf"{objective.__name__} writes into the map or the mask.*Make new tensors"):
+        both(SmoothNet().double(), x, given, target)
+    assert torch.equal(given, mask.double())
+
+
+@pytest.mark.parametrize("value", [None, 0.5])
+def test_objectives_that_give_no_tensor_are_refused(value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"lambda> gave a {type(value).__name__}, but an objective gives a tensor \(3,\).*Return"):
+        attrreg.InputGradient(objective=lambda map, mask: value)(SmoothNet().double(), x, mask, target)
+
+
+# A rule for ReLU layers
+
+
+def gated(gradient: Tensor, y: Tensor) -> Tensor:
+    return gradient * y.tanh()
+
+
+@dataclass(frozen=True, repr=False)
+class Ruled(attrreg.MapRegularizer):
+    """The input gradient under a rule."""
+
+    rule: Rule = gated
+    score: Score = TargetLogit()
+    objective: Objective = SquaredOutside()
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Grad(INPUT, self.score, Rectified(self.rule)),)
+
+    def attribution(self, trace: Trace) -> Tensor:
+        return trace.grad(INPUT, self.score, Rectified(self.rule))
+
+
+def test_the_penalty_is_differentiated_through_what_a_rule_reads() -> None:
+    torch.manual_seed(0)
+    first = nn.Conv2d(2, 4, 3)
+    layers = first, nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    model, weight, step = nn.Sequential(*layers).double(), first.weight, 1e-6
+    (gradient,) = torch.autograd.grad(Ruled()(model, x, mask, target), weight)
+    way, values = torch.randn_like(weight), []
+    for sign in (1, -2):
+        with torch.no_grad():
+            weight += sign * step * way
+        values.append(Ruled()(model, x, mask, target).item())
+    assert float((gradient * way).sum()) == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5)
+
+
+# Classes
+
+
+class Plain(Score):
+    """A score that is no dataclass."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
+        return self.factor * value.sum(dim=1)
+
+
+def test_a_class_that_is_no_dataclass_has_pythons_repr() -> None:
+    regularizer = attrreg.InputGradient(score=Plain(2.0))
+    assert "Plain object at" in repr(regularizer)
+    assert regularizer(SmoothNet().double(), x, mask) > 0
+
+
+@dataclass
+class ThawedScore(Plain):
+    factor: float = 1.0
+
+
+@dataclass
+class ThawedObjective(Spec):
+    factor: float = 1.0
+    requires_region: ClassVar[bool] = False
+
+    def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
+        return self.factor * LogOutside()(map, mask)
+
+
+@dataclass
+class ThawedBaseline(baselines.Baseline):
+    value: float = 1.0
+
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        return torch.full_like(x, self.value)
+
+
+@pytest.mark.parametrize("kind", [ThawedScore, ThawedObjective, ThawedBaseline])
+def test_a_dataclass_that_is_not_frozen_is_refused_where_it_is_made(kind: Any) -> None:
+    with pytest.raises(TypeError, match=rf"{kind.__name__} has no hash.*@dataclass\(frozen=True"):
+        kind()
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_an_engine_of_ones_own_is_refused(twice: bool) -> None:
+    own = type("Own", (attrreg.engines.Engine,), {"twice": twice})()
+    with pytest.raises(TypeError, match=r"using: an engine is engines\.DoubleBackward\(\) or engines\.FiniteDifference\(\), got <.*Own"):
+        attrreg.InputGradient().using(own)
+    assert isinstance(attrreg.InputGradient(score=scores.TargetLogit()).using(attrreg.engines.FiniteDifference()), attrreg.regularizer.Sum)
