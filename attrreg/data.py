@@ -1,7 +1,4 @@
-"""Images with masks: a data set over folders, and masks that follow mixed images.
-
-Needs torchvision, which timm brings.
-"""
+"""Images with masks: a data set over folders, and masks that follow mixed images. Needs torchvision, which timm brings."""
 
 from __future__ import annotations
 
@@ -9,7 +6,9 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,7 +31,7 @@ class Sample(NamedTuple):
 
     Attributes:
         image: `(C, H, W)`; `(N, C, H, W)` in a batch.
-        mask: `(H, W)`, 1 = relevant; `(N, H, W)`. True everywhere where nobody annotated.
+        mask: `(H, W)`, 1 = relevant; `(N, H, W)`. True everywhere where nobody annotated, before transforms.
         label: the class; `(N,)`.
         annotated: whether there is a mask; `(N,)`, for `annotated=`. An image that was looked at and has nothing relevant
             is annotated, with an empty mask.
@@ -180,11 +179,7 @@ class MaskedImageFolder(Dataset[Sample]):
     """
 
     def __init__(
-        self,
-        root: str | Path,
-        masks: MaskSource,
-        transforms: Transforms | None = None,
-        loader: Callable[[Path], Any] | None = None,
+        self, root: str | Path, masks: MaskSource, transforms: Transforms | None = None, loader: Callable[[Path], Any] | None = None
     ) -> None:
         if not isinstance(masks, MaskSource):
             raise TypeError(f"masks must be a data.MaskSource, got {masks!r}. Write MaskFolder('masks') or BoxFile('boxes.json').")
@@ -201,6 +196,15 @@ class MaskedImageFolder(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.names)
 
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        """The type of the masks, those that nobody drew included: a batch has one."""
+        if not self.annotated.any():
+            return torch.bool
+        plain = copy(self)
+        plain.transforms = None
+        return MaskedImageFolder.__getitem__(plain, int(self.annotated.int().argmax())).mask.dtype
+
     def __getitem__(self, index: int) -> Sample:
         """Read an image and its mask, and transform both.
 
@@ -213,10 +217,8 @@ class MaskedImageFolder(Dataset[Sample]):
         name, known = self.names[index], bool(self.annotated[index])
         image = Image(functional.to_image(self.loader(self.root / name)))
         size = (image.shape[-2], image.shape[-1])
-        mask = Mask(self.masks(name, size) if known else torch.ones(size, dtype=torch.bool))
-        if self.transforms is None:
-            return Sample(image, mask, self.targets[index], known)
-        moved = self.transforms(image, mask)
+        mask = Mask(self.masks(name, size) if known else torch.ones(size, dtype=self._dtype))
+        moved = (image, mask) if self.transforms is None else self.transforms(image, mask)
         if not isinstance(moved, (tuple, list)) or len(moved) != 2:
             raise TypeError(f"transforms returned a {type(moved).__name__} for {name} and its mask. Return both: image, mask.")
         moved_image, moved_mask = moved

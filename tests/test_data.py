@@ -135,6 +135,23 @@ def test_masks_by_suffix_and_value(tmp_path: Path) -> None:
     assert (data[0].mask.numpy() == (labels == 2)).all()
 
 
+def share(values: Tensor) -> Tensor:
+    return values / 255
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_soft_masks_of_which_some_are_missing(root: Path, workers: int) -> None:
+    data = MaskedImageFolder(root / "images", MaskFolder(root / "masks", relevant=share), FLOAT)
+    batch: Sample = next(iter(DataLoader(data, 3, sampler=[3, 0, 1], num_workers=workers)))
+    mask, annotated = batch.mask, batch.annotated
+    assert annotated.tolist() == [False, True, True]
+    assert mask.dtype is torch.float32
+    assert (mask[~annotated] == 1).all() and 0 < mask[annotated].mean() < 1
+    data.annotated[:] = False  # where a user leaves them all out
+    assert data[0].mask.all()
+
+
 def test_masks_of_sixteen_bits(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
     labels = numpy.zeros((4, 4), dtype=numpy.uint16)

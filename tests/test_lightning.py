@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from collections.abc import Callable
@@ -206,6 +207,96 @@ def test_nothing_is_left_behind(end: Callable[[Tensor], Any]) -> None:
         fit(module, AttributionPenalty(REGULARIZER))
     assert "training_step" not in vars(module)
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+class Checked(Module):
+    """A module of two networks that is validated by its training step."""
+
+    def __init__(self, at_end: Callable[[pl.LightningModule], None] = lambda module: None) -> None:
+        super().__init__()
+        self.aux, self.at_end = net(), at_end
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x) + self.aux(x)
+
+    def training_step(self, batch: Sample, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch.image), batch.label)
+
+    def validation_step(self, batch: Sample, batch_idx: int) -> None:
+        assert self.trainer.sanity_checking or "training_step" in vars(self)
+        self.log("loss", self.training_step(batch, batch_idx))
+
+    def on_train_epoch_end(self) -> None:
+        self.at_end(self)
+
+
+def fit_both(module: pl.LightningModule, callbacks: list[Any], **settings: Any) -> pl.Trainer:
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=1, callbacks=callbacks, **quiet)
+    loader: DataLoader[Sample] = DataLoader(samples(), batch_size=6)
+    trainer.fit(module, loader, loader, **settings)
+    return trainer
+
+
+def test_validation_by_the_training_step_has_no_penalty() -> None:
+    module = Checked()
+    with passes() as counter:
+        trainer = fit_both(module, [AttributionPenalty(REGULARIZER, model="net")])
+    assert counter.backward == 4
+    with torch.no_grad():
+        module.eval()
+        values = [F.cross_entropy(module(x), y) for x, _, y, _ in DataLoader(samples(), batch_size=6)]
+    torch.testing.assert_close(trainer.callback_metrics["loss"], torch.stack(values).mean())
+
+
+def test_a_callback_for_each_of_two_networks(tmp_path: Path) -> None:
+    scheduled = [Scheduled(REGULARIZER.named(name), schedules.Linear(8)) for name in ("first", "second")]
+    callbacks = [AttributionPenalty(each, model=name) for each, name in zip(scheduled, ("net", "aux"), strict=True)]
+    module = Checked()
+    with passes() as counter:
+        trainer = fit_both(module, callbacks)
+    assert counter.backward == 6  # the first weights are 0
+    assert {"penalty/first", "penalty/second"} <= trainer.callback_metrics.keys()
+    assert "training_step" not in vars(module)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    scheduled[1].step = 7
+    trainer.save_checkpoint(tmp_path / "both.ckpt")
+    again = [Scheduled(REGULARIZER.named(name), schedules.Linear(8)) for name in ("first", "second")]
+    callbacks = [AttributionPenalty(each, model=name) for each, name in zip(again, ("net", "aux"), strict=True)]
+    fit_both(Checked(), callbacks, ckpt_path=tmp_path / "both.ckpt", weights_only=False)
+    assert [each.step for each in again] == [4, 7]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_checkpoints_without_the_name_of_the_network_are_read(tmp_path: Path) -> None:
+    scheduled = Scheduled(REGULARIZER, schedules.Linear(8))
+    callback = AttributionPenalty(scheduled)
+    assert callback.state_key == "AttributionPenalty"
+    trainer = fit_both(Checked(), [callback])
+    trainer.save_checkpoint(tmp_path / "old.ckpt")
+    again = Scheduled(REGULARIZER, schedules.Linear(8))
+    fit_both(Checked(), [AttributionPenalty(again, model="net")], ckpt_path=tmp_path / "old.ckpt", weights_only=False)
+    assert again.step == scheduled.step == 4
+
+
+def test_a_module_can_be_saved_and_copied_while_it_trains(tmp_path: Path) -> None:
+    copies: list[Any] = []
+
+    def take(module: pl.LightningModule) -> None:
+        vars(module).update(end=str, at_end=str)  # what the test itself holds need not be saved
+        torch.save(module, tmp_path / "module.pt")
+        copies.extend([torch.load(tmp_path / "module.pt", weights_only=False), copy.deepcopy(module)])
+
+    two = [AttributionPenalty(REGULARIZER.named(name), model=name) for name in ("net", "aux")]
+    module = Checked(take)
+    fit_both(module, two)
+    batch = next(iter(DataLoader(samples(), batch_size=6)))
+    expected = module.eval().training_step(batch, 0)
+    for made in copies:
+        assert made.training_step.__self__ is made
+        with passes() as counter:
+            torch.testing.assert_close(made.eval().training_step(batch, 0), expected)
+        assert (counter.forward, counter.backward) == (0, 0)
 
 
 class Manual(Module):

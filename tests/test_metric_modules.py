@@ -160,3 +160,41 @@ def test_judges_by_different_attributions_stay_apart_in_a_collection() -> None:
         alone = torch.stack([metrics.judged(linear, x, mask, torch.tensor([0]), reg.attribute) for x in (whole, part)])
         torch.testing.assert_close(found[name], alone.double().mean())
     assert found["gradient"] != found["times image"]
+
+
+def test_the_area_of_a_diverged_model_is_nan() -> None:
+    metric = modules.LogitDifferenceAUC()
+    metric.update(torch.full((2, 2), math.nan), torch.tensor([0, 1]))
+    metric.update(torch.randn(2, 2), torch.tensor([0, 1]))
+    assert metric.compute().isnan()
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric .* was called before")
+def test_empty_batches_count_nothing() -> None:
+    logits, target = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 1.0]]), torch.tensor([0, 1, 0])
+    worst, area, nobody = modules.WorstGroupAccuracy(2), modules.LogitDifferenceAUC(), torch.zeros(0, dtype=torch.long)
+    for batch in (nobody, torch.arange(3), nobody):
+        worst.update(logits[batch], target[batch], target[batch])
+        area.update(logits[batch], target[batch])
+        if not len(batch) and not worst.images.any():
+            assert worst.compute().isnan() and area.compute().isnan()
+    assert worst.compute() == 0.5 and area.compute() == 1
+
+
+@pytest.mark.parametrize("target", [torch.tensor([0, 1, 0]), torch.tensor([[0], [1]]), torch.zeros(0)])
+def test_targets_of_another_shape_are_refused_at_once(target: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"logits must be \(N, classes\) and target \(N,\), got \(2, 2\) and .*\. Pass one class an image"):
+        modules.LogitDifferenceAUC().update(torch.randn(2, 2), target)
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric .* was called before")
+def test_judges_by_functions_without_a_name_can_be_saved() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch(4)
+    saved, other = (modules.Judged(lambda model, x, target: x * target.view(-1, 1, 1, 1)) for _ in range(2))
+    for metric in (saved, other):
+        metric.persistent(True)
+    saved.update(model, x, mask, target)
+    state = saved.state_dict()
+    assert list(state) == ["total", "images", "undefined"]  # no name of one process
+    other.load_state_dict(state)
+    assert saved.compute() == other.compute() > 0

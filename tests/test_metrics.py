@@ -235,3 +235,16 @@ def groups_of(target: Tensor = torch.zeros(2).long(), groups: Tensor = torch.zer
 def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_area_of_a_diverged_model_is_nan() -> None:
+    logits, target = torch.randn(6, 2), torch.tensor([0, 1, 0, 1, 0, 1])
+    for bad in (math.nan, math.inf):
+        logits[3] = bad
+        assert math.isnan(metrics.auc(logits, target) or 0)
+
+
+def test_groups_that_are_no_integers() -> None:
+    logits, target = torch.eye(2)[[0, 1, 1, 0]], torch.tensor([0, 1, 0, 1])
+    with pytest.raises(TypeError, match=r"groups must be integers, one group an image, got torch\.float32\. Number the groups"):
+        metrics.group_accuracies(logits, target, torch.tensor([0.2, 0.2, 0.7, 0.7]))

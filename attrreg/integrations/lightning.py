@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +23,44 @@ except ModuleNotFoundError as error:
 Batch = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
+class _Step:
+    """A module's `training_step` with the penalty at its end. An object, so that the module can be copied and saved meanwhile.
+
+    Attributes:
+        callback: adds the penalty; None: not any more.
+        own: what the module's instance had in its place.
+    """
+
+    def __init__(self, callback: AttributionPenalty, module: LightningModule, model: nn.Module) -> None:
+        self.callback: AttributionPenalty | None = callback
+        self.module, self.model, self.own = module, model, vars(module).get("training_step")
+        self.original = module.training_step
+        self.__wrapped__ = inspect.unwrap(self.original)  # Lightning looks at the signature
+
+    def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        result = self.original(batch, *args, **kwargs)
+        # Some call it in `validation_step` too.
+        if result is None or self.callback is None or not self.module.trainer.training:
+            return result
+        return self.callback.added(self.module, self.model, result, batch)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self.original,)  # copies train without
+
+    def remove(self) -> None:
+        """Leave the module as it was: at once, or where another step is around this one, with that one."""
+        self.callback = None
+        while isinstance(step := vars(self.module).get("training_step"), _Step) and step.callback is None:
+            if step.own is None:
+                del self.module.training_step
+            else:
+                self.module.training_step = step.own  # type: ignore[method-assign]
+
+
+def _itself(step: Any) -> Any:
+    return step
+
+
 class AttributionPenalty(Callback):
     """Add a regularizer to the loss of a `LightningModule`, whose `training_step` stays as it is.
 
@@ -30,7 +68,8 @@ class AttributionPenalty(Callback):
 
     During `fit`, what `training_step` returns gets the penalty added, as if the line stood at its end. So precision plugins, gradient
     accumulation and strategies treat it as they treat the loss. The step's own forward is reused where it ran on the very tensor that
-    `batch` names as the images; else the penalty runs its own. Each term is logged as `penalty/NAME`, over all ranks.
+    `batch` names as the images; else the penalty runs its own. Each term is logged as `penalty/NAME`, over all ranks. Several submodules
+    take a callback each, with terms of different names.
 
     Args:
         regularizer: a regularizer, or a `Scheduled` one, whose step is saved in checkpoints.
@@ -56,20 +95,19 @@ class AttributionPenalty(Callback):
             raise TypeError(f"regularizer must be a regularizer, got {regularizer!r}. Write attrreg.InputGradient(), for example.")
         self.regularizer, self.batch, self.model, self.output = regularizer, batch, model, output
         self._attachment: Attachment | None = None
-        self._replaced: tuple[LightningModule, Any] | None = None  # whose training_step, and what its instance had of its own
+        self._step: _Step | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Where checkpoints have its state: for each submodule by itself."""
+        return self._generate_state_key(model=self.model) if self.model else super().state_key
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach, and put the penalty at the end of `training_step`."""
         model = self._checked(pl_module)
-        original = pl_module.training_step
-
-        @functools.wraps(original)  # Lightning looks at the signature
-        def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            return self._added(pl_module, model, original(batch, *args, **kwargs), batch)
-
         self._attachment = self.regularizer.attach(model)
-        self._replaced = pl_module, vars(pl_module).get("training_step")
-        pl_module.training_step = training_step  # type: ignore[method-assign]
+        self._step = _Step(self, pl_module, model)
+        pl_module.training_step = self._step  # type: ignore[method-assign]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the module as it was."""
@@ -83,6 +121,12 @@ class AttributionPenalty(Callback):
         """The schedule's step, if there is one."""
         return dict(self.regularizer.state_dict()) if isinstance(self.regularizer, Scheduled) else {}
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Find the state in checkpoints that have it without the submodule's name, as all had."""
+        states, before = checkpoint["callbacks"], super().state_key
+        if before in states and all(callback.state_key != before for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            states.setdefault(self.state_key, states[before])
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         if isinstance(self.regularizer, Scheduled) and state_dict:
@@ -92,12 +136,9 @@ class AttributionPenalty(Callback):
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None
-        if self._replaced is not None:
-            (module, own), self._replaced = self._replaced, None
-            if own is None:
-                del module.training_step
-            else:
-                module.training_step = own  # type: ignore[method-assign]
+        if self._step is not None:
+            self._step.remove()
+            self._step = None
 
     def _checked(self, pl_module: LightningModule) -> nn.Module:
         if not pl_module.automatic_optimization:
@@ -118,10 +159,8 @@ class AttributionPenalty(Callback):
                 f"model: {type(pl_module).__name__} has no submodule {self.model!r}. Name one of {known}, or '' for itself."
             ) from None
 
-    def _added(self, pl_module: LightningModule, model: nn.Module, result: Any, batch: Any) -> Any:
+    def added(self, pl_module: LightningModule, model: nn.Module, result: Any, batch: Any) -> Any:
         """What `training_step` returned, with the penalty added to the loss."""
-        if result is None:  # the step is skipped
-            return None
         x, mask, target, annotated = self._mapped(batch)
         found = self._penalty(model, x, mask, target, annotated)
         logged = {f"penalty/{name}": value for name, value in found.terms.items()}

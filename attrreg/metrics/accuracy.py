@@ -29,7 +29,7 @@ def auc(logits: Tensor, target: Tensor) -> float | None:
         target: `(N,)` of 0 and 1.
 
     Returns:
-        The area; None where there are not two classes. NaN where only one of them occurs.
+        The area; None where there are not two classes. NaN where only one of them occurs, or a score is NaN.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -42,7 +42,7 @@ def auc(logits: Tensor, target: Tensor) -> float | None:
         return None
     score = logits[:, 1].double() - logits[:, 0].double()
     ones, zeros = score[target == 1].contiguous(), score[target == 0].sort().values
-    if not len(ones) or not len(zeros):
+    if not len(ones) or not len(zeros) or bool(score.isnan().any()):
         return float("nan")
     below, up_to = torch.searchsorted(zeros, ones), torch.searchsorted(zeros, ones, right=True)
     return ((below + up_to).double().mean() / (2 * len(zeros))).item()
@@ -57,11 +57,15 @@ def group_accuracies(logits: Tensor, target: Tensor, groups: Tensor) -> dict[int
         groups: `(N,)` integers, for example `2 * target + background`.
 
     Raises:
-        ValueError: the shapes do not fit.
+        TypeError, ValueError: the shapes do not fit, or groups are no integers.
     """
     correct = check_correct(logits, target)
     if groups.shape != target.shape:
         raise ValueError(f"groups must be {tuple(target.shape)}, one group an image, got {tuple(groups.shape)}. Reshape it.")
+    if groups.is_floating_point():
+        raise TypeError(
+            f"groups must be integers, one group an image, got {groups.dtype}. Number the groups: groups.unique(return_inverse=True)."
+        )
     return {int(group): correct[groups == group].double().mean().item() for group in groups.unique().tolist()}
 
 

@@ -50,6 +50,12 @@ class _Mean(Metric):
         kind = type(self)
         for name in ("total", "images", "undefined", f"{kind.__module__}.{kind.__qualname__}{tuple(map(_name, settings))}"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self._marker = name
+
+    def persistent(self, mode: bool = False) -> None:
+        """Whether states are saved. What only tells metrics apart is not: of a lambda, it is another one in another process."""
+        super().persistent(mode)
+        self._persistent[self._marker] = False
 
     def add(self, values: Tensor) -> None:
         """Count values `(N,)` of images with a mask."""
@@ -177,17 +183,19 @@ class WorstGroupAccuracy(Metric):
         self.add_state("images", torch.zeros(groups, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, target: Tensor, groups: Tensor) -> None:
-        """Count a batch: logits `(N, classes)`, target `(N,)`, groups `(N,)` in [0, groups).
+        """Count a batch, which may be empty: logits `(N, classes)`, target `(N,)`, groups `(N,)` in [0, groups).
 
         Raises:
             TypeError, ValueError: the shapes do not fit, or a group is no integer of that range.
         """
+        if logits.shape[:1] == target.shape == groups.shape == (0,):
+            return
         correct, count = check_correct(logits, target), len(self.images)
         if groups.is_floating_point() or groups.shape != target.shape:
             got = f"{groups.dtype} {tuple(groups.shape)}"
             raise TypeError(f"groups must be {tuple(target.shape)} integers, one group an image, got {got}. Convert or reshape it.")
         groups = groups.long()
-        if groups.numel() and not 0 <= int(groups.min()) <= int(groups.max()) < count:
+        if not 0 <= int(groups.min()) <= int(groups.max()) < count:
             raise ValueError(f"groups has numbers outside [0, {count}). Pass `WorstGroupAccuracy(groups=...)` as many as there are.")
         self.correct += torch.bincount(groups[correct], minlength=count)
         self.images += torch.bincount(groups, minlength=count)
@@ -218,13 +226,15 @@ class LogitDifferenceAUC(Metric):
         self.add_state("targets", [], dist_reduce_fx="cat")
 
     def update(self, logits: Tensor, target: Tensor) -> None:
-        """Keep a batch: logits `(N, 2)`, target `(N,)` of 0 and 1.
+        """Keep a batch, which may be empty: logits `(N, 2)`, target `(N,)` of 0 and 1.
 
         Raises:
-            ValueError: the logits are not of two classes.
+            ValueError: the logits are not of two classes, or the shapes do not fit.
         """
         if logits.dim() != 2 or logits.shape[1] != 2:
             raise ValueError(f"logits must be (N, 2), got {tuple(logits.shape)}. The area is that of two classes.")
+        if not logits.shape[:1] == target.shape == (0,):
+            check_correct(logits, target)
         self.logits.append(logits.detach())
         self.targets.append(target)
 
@@ -233,4 +243,4 @@ class LogitDifferenceAUC(Metric):
         if isinstance(self.logits, list) and not self.logits:
             return torch.tensor(float("nan"))
         logits, targets = (torch.cat([part] if isinstance(part, Tensor) else part) for part in (self.logits, self.targets))
-        return torch.tensor(auc(logits, targets), device=logits.device)
+        return torch.tensor(auc(logits, targets) if len(targets) else float("nan"), device=logits.device)
