@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attrreg import masks
 from attrreg.objectives import Objective
+from attrreg.recording import version
 from attrreg.spec import source
 
 if TYPE_CHECKING:
@@ -40,9 +41,9 @@ def penalties(objective: Objective, map: Tensor, mask: Tensor) -> Tensor:
     """
     map = map.to(masks.penalty_dtype(map.dtype))
     mask = masks.resize(mask, (map.shape[-2], map.shape[-1]))
-    before = map._version, mask._version
+    before = version(map), version(mask)
     value: Any = objective(map, mask)
-    if (map._version, mask._version) != before:
+    if (version(map), version(mask)) != before:
         raise ValueError(
             f"{source(objective)} writes into the map or the mask that it is given, which other terms read too. Make new tensors, for "
             "example map.abs() in place of map.abs_()."

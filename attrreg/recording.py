@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves, tree_map
@@ -190,7 +191,12 @@ def _as_then(versions: list[tuple[Tensor, int]]) -> bool:
 def read(model: nn.Module) -> list[Kept]:
     """Buffers that a forward may compute with and change: each with its version, and its value, as `.data` changes without a word."""
     buffers = [buffer for module in modules(model) if not _adds_up(module) for buffer in module._buffers.values() if buffer is not None]
-    return [(buffer, version(buffer), buffer.detach().clone() if buffer.is_floating_point() else None) for buffer in buffers]
+    return [(buffer, version(buffer), buffer.detach().clone() if _compares(buffer) else None) for buffer in buffers]
+
+
+def _compares(buffer: Tensor) -> bool:
+    """Whether it is of a kind that statistics are kept in, and values of which can be compared."""
+    return buffer.layout == torch.strided and buffer.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def _adds_up(module: nn.Module) -> bool:
@@ -211,14 +217,21 @@ def _differences(now: list[Kept], before: list[Kept]) -> list[bool | Tensor]:
 
 
 def _state(model: nn.Module) -> tuple[list[object], list[object]]:
-    """Modules, hooks, parameters and buffers; settings, what is trained, and versions."""
+    """Modules with all that they hold, and their hooks, parameters and buffers; what is trained, and versions."""
     found = modules(model)
-    hooks = [hook for module in found for held in (module._forward_pre_hooks, module._forward_hooks) for hook in held.values()]
-    parameters = [parameter for module in found for parameter in module._parameters.values() if parameter is not None]
-    buffers = [buffer for module in found for buffer in module._buffers.values() if buffer is not None]
-    settings: list[object] = [value for module in found for value in vars(module).values() if isinstance(value, PLAIN)]
+    objects: list[object] = [*found]
+    parameters: list[Tensor] = []
+    buffers: list[Tensor] = []
+    for module in found:
+        held = module.__dict__
+        objects.extend(held.values())  # modes and settings
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            if hooks:
+                objects.extend(hooks.values())
+        parameters.extend(parameter for parameter in module._parameters.values() if parameter is not None)
+        buffers.extend(buffer for buffer in module._buffers.values() if buffer is not None)
     numbers = [*(parameter.requires_grad for parameter in parameters), *map(version, parameters), *map(version, buffers)]
-    return [*found, *hooks, *parameters, *buffers], settings + numbers
+    return [*objects, *parameters, *buffers], numbers
 
 
 def version(tensor: Tensor) -> int:

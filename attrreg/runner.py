@@ -21,7 +21,7 @@ from attrreg.distributed import sharded
 from attrreg.graph import bypassed, checkpoints_reentrant, read, reads
 from attrreg.masks import penalty_dtype
 from attrreg.ops.rectify import Rule
-from attrreg.recording import Recording
+from attrreg.recording import Recording, version
 from attrreg.scores import Score
 from attrreg.state import full_precision, isolated, own_buffers
 
@@ -130,10 +130,10 @@ class Runner:
 
     def _scores(self, value: Tensor, score: Score) -> Tensor:
         score.check_value(value, self.call.target)
-        version = value._version
+        before = version(value)
         with full_precision(value.device):
             per_image = self._placewise(score, value, self.call.target)
-        if value._version != version:
+        if version(value) != before:
             raise ValueError(f"{score!r} writes into the value that it is given, which is the model's own. Write into a copy of it.")
         if per_image.shape != (self.call.x.shape[0],):
             raise ValueError(
