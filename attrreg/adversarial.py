@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from attrreg.needs import Need, Value
 from attrreg.penalty import Penalty
 from attrreg.points import At
 from attrreg.regularizer import SingleRegularizer, Sum
+from attrreg.settings import is_integer
 from attrreg.sites import FEATURES, check_layer_name
 from attrreg.spec import is_number
 from attrreg.trace import Trace
@@ -77,8 +78,8 @@ class AdversarialInvariance:
         if isinstance(hidden, str) or not isinstance(hidden, Sequence):
             raise TypeError(f"hidden must be the widths of the hidden layers, got {hidden!r}. Write for example hidden=(1024,).")
         for name, value in (("every", every), *(("hidden", width) for width in hidden)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value!r}. Give a positive integer.")
+            if not is_integer(value) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}. Give a positive integer.")
         if not is_number(rate) or rate <= 0:
             raise ValueError(f"rate must be a positive learning rate, got {rate!r}. Write for example rate=1e-3.")
         self._discriminator = _Discriminator(tuple(hidden), rate, seed)
@@ -118,7 +119,15 @@ class AdversarialInvariance:
         return self._discriminator.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: it is not what `state_dict` gave.
+        """
+        names = self.state_dict().keys()
+        if not isinstance(state, Mapping) or state.keys() != names or not is_integer(state["step"]) or state["step"] < 0:
+            found = {key: value if key == "step" else ... for key, value in state.items()} if isinstance(state, Mapping) else state
+            raise ValueError(f"state must have {', '.join(names)}, as state_dict() gives them, got {found!r}. Pass what was saved of it.")
         self._discriminator.load_state_dict(state)
 
     def __repr__(self) -> str:

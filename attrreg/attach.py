@@ -55,7 +55,7 @@ class Attachment:
             warnings.warn(
                 "The model is compiled, and PyTorch cannot differentiate a compiled graph twice (pytorch#91469). Its forwards are left as "
                 "they are, and each penalty runs its own: uncompiled, unless its engine is FiniteDifference.",
-                stacklevel=3,
+                stacklevel=4,  # the user's line: above it are a method `attach`, penalty.attach and this
             )
             return
         self._hooks = [

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attrreg.masks import penalty_dtype
 from attrreg.scores import Score
-from attrreg.spec import Spec
+from attrreg.spec import Spec, is_number
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 
@@ -108,11 +108,14 @@ class OutsideFraction(Spec):
     models. Zero, with zero gradient, where the map is zero everywhere (a head initialised with zeros).
 
     Args:
-        eps: keeps the share finite for a map that is zero everywhere; in units of the map.
+        eps: keeps the share finite for a map that is zero everywhere; in units of the map, finite and at least 0.
     """
 
     eps: float = 1e-12
     requires_region: ClassVar[bool] = True  # with an empty mask the share is 1 whatever the model does
+
+    def __post_init__(self) -> None:
+        _check_eps(self, self.eps)
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Share `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
@@ -129,7 +132,7 @@ class Energy(Spec):
     takes the place of phi+, so that the penalty does not go silent; a map that is zero everywhere gives 0.
 
     Args:
-        eps: keeps the share finite for a map that is zero everywhere; in units of the map.
+        eps: keeps the share finite for a map that is zero everywhere; in units of the map, finite and at least 0.
 
     Source: the energy loss of Rao et al. 2023 (Model Guidance), arXiv 2303.11932, without their treatment of maps
         that are nowhere positive.
@@ -138,6 +141,9 @@ class Energy(Spec):
     eps: float = 1e-12
     requires_region: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        _check_eps(self, self.eps)
+
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Share `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
         map, outside = _judged(map, mask)
@@ -145,6 +151,13 @@ class Energy(Spec):
         nowhere = positive.sum(dim=(1, 2, 3), keepdim=True) <= 0
         size = torch.where(nowhere, map.abs(), positive)
         return (outside * size).sum(dim=(1, 2, 3)) / (size.sum(dim=(1, 2, 3)) + self.eps)
+
+
+def _check_eps(objective: Spec, eps: float) -> None:
+    if not is_number(eps) or eps < 0:
+        raise ValueError(
+            f"{type(objective).__name__}: eps must be a finite number of at least 0, got {eps!r}. Write for example eps=1e-12."
+        )
 
 
 def check_score_and_objective(regularizer: Any) -> None:

@@ -134,7 +134,9 @@ class Ascent(Point):
         outside = 1 - masks.resize(mask, (x.shape[-2], x.shape[-1])).to(x.dtype)
         reach = self.epsilon * outside
         moved = (image - x + self.rate * outside * gradient.sign().to(x.dtype)).clamp(-reach, reach)  # gradients are in float32 at least
-        return torch.where(outside > 0, (x + moved).clamp(self.low, self.high), x)
+        # Within the bounds, widened to where x itself is: what lies beyond them would else move by more than its reach.
+        kept = torch.maximum(torch.minimum(x + moved, x.clamp(min=self.high)), x.clamp(max=self.low))
+        return torch.where(outside > 0, kept, x)
 
 
 class Path(Point, ABC):

@@ -19,7 +19,8 @@ from attrreg.attach import Attachment, recorded_output
 from attrreg.call import Call
 from attrreg.penalty import Penalty
 from attrreg.regularizer import AttributionRegularizer
-from attrreg.spec import Spec
+from attrreg.settings import is_integer
+from attrreg.spec import Spec, is_number
 
 
 class Schedule(Spec, ABC):
@@ -50,7 +51,7 @@ class Every(Schedule):
     steps: int
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps, "Every(4)")
+        _check_steps(self, "Every(4)")
 
     def __call__(self, step: int) -> float:
         """`steps` at each `steps`-th step, else 0."""
@@ -79,7 +80,7 @@ class Linear(Schedule):
     last: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps, "Linear(1000)")
+        _check_steps(self, "Linear(1000)")
         _check_weights(self.first, self.last)
 
     def __call__(self, step: int) -> float:
@@ -110,7 +111,7 @@ class Cosine(Schedule):
     last: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps, "Cosine(10_000)")
+        _check_steps(self, "Cosine(10_000)")
         _check_weights(self.first, self.last)
 
     def __call__(self, step: int) -> float:
@@ -139,14 +140,16 @@ def _factors(schedule: Schedule) -> tuple[Schedule, ...]:
     return schedule.factors if isinstance(schedule, Product) else (schedule,)
 
 
-def _check_steps(steps: int, example: str) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+def _check_steps(schedule: Every | Linear | Cosine, example: str) -> None:
+    steps = schedule.steps
+    if not is_integer(steps) or steps < 1:
         raise ValueError(f"steps must be an integer of at least 1, got {steps!r}. Write for example {example}.")
+    object.__setattr__(schedule, "steps", int(steps))  # NumPy's have a repr that names themselves
 
 
 def _check_weights(first: float, last: float) -> None:
     for name, weight in (("first", first), ("last", last)):
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not (0 <= weight < math.inf):
+        if not is_number(weight) or weight < 0:
             raise ValueError(
                 f"{name} must be a finite weight of at least 0, got {weight!r}. Choose another; a negative one would be a reward."
             )
@@ -169,6 +172,7 @@ class Scheduled:
 
     Raises:
         TypeError: naming the argument.
+        ValueError: in a call, naming the schedule, where it gives no weight: a negative one would be a reward.
 
     Cost:
         That of the regularizer at steps of nonzero weight, none at others.
@@ -187,8 +191,14 @@ class Scheduled:
 
     @property
     def weight(self) -> float:
-        """The weight of the next call."""
-        return self.schedule(self.step)
+        """The weight of the next call; a ValueError where the schedule gives none."""
+        weight = self.schedule(self.step)
+        if not 0 <= _number(weight) < math.inf:
+            raise ValueError(
+                f"{type(self.schedule).__name__} gives {weight!r} at step {self.step}, but a weight must be finite and at least 0. Let it "
+                "return such a number; a negative one would be a reward."
+            )
+        return weight
 
     def __call__(self, model: nn.Module, x: Tensor, mask: Tensor, target: Tensor | None = None, **settings: Any) -> Tensor:
         """Compute the weighted penalty, and count the step. See `AttributionRegularizer.__call__`."""
@@ -233,6 +243,14 @@ class Scheduled:
 
     def __repr__(self) -> str:
         return f"attrreg.Scheduled({self.regularizer!r}, {self.schedule!r})"
+
+
+def _number(weight: Any) -> float:
+    """What a schedule of the user's returned, which may be NumPy's number or a 0-dim tensor; NaN where it is none."""
+    try:
+        return math.nan if isinstance(weight, (str, bytes)) else float(weight.detach() if isinstance(weight, Tensor) else weight)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
 
 
 class _Nothing(Function):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrreg.settings import check_loss, keep_optional
 from attrreg.sites import FEATURES, OUTPUT, check_layer_name
 from attrreg.spec import Spec
 from attrreg.targets import check_classes, check_logits, required
@@ -22,8 +23,9 @@ from attrreg.targets import check_classes, check_logits, required
 class Score(Spec, ABC):
     """A number an image, to be differentiated.
 
-    Subclasses implement `__call__`; set `needs_target` if they need labels, `classes` to the fewest classes they mean something
-    for; override `site` to read a layer instead of the logits, and the two checks if their task is another.
+    Subclasses implement `__call__`; set `needs_target` if they need labels, `classes` to the fewest classes they mean something for,
+    `draws` if they draw (what `drawn` then fixes), `by_place` if what they give for an image depends on the image's place in the batch;
+    override `site` to read a layer instead of the logits, and the two checks if their task is another.
     """
 
     needs_target: ClassVar[bool] = False
@@ -46,26 +48,17 @@ class Score(Spec, ABC):
 
     def chosen(self, value: Tensor, target: Tensor | None) -> Score:
         """The score with what it chooses by the value, such as the predicted class, kept as it is here: itself where it chooses nothing.
-
         Finite differences move the images by a step, on which another choice would count for more than the slope.
         """
         return self
 
     def check_target(self, target: Tensor) -> None:
-        """Check a target before any pass; by default, that it is `(N,)` class indices.
-
-        Raises:
-            TypeError, ValueError: naming `target`.
-        """
+        """Check a target before any pass, by default that it is `(N,)` class indices; a TypeError or ValueError names `target`."""
         if self.needs_target:
             check_classes(target)
 
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
-        """Check what the score is about to read; by default, that it is logits `(N, C)` with enough classes.
-
-        Raises:
-            ValueError: naming the score or `target`.
-        """
+        """Check what the score is about to read, by default logits `(N, C)` of enough classes; a ValueError names the score or `target`."""
         check_logits(type(self).__name__, value, self.classes, target if self.needs_target else None)
 
     @abstractmethod
@@ -115,7 +108,6 @@ class _Chosen(Score):
     sign: Tensor
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
-        """Score `(N,)` of logits `(N, C)`."""
         return (value.gather(1, self.index) * self.sign).sum(dim=1)
 
 
@@ -123,7 +115,6 @@ class _Choosing(Score):
     """A score of the logits that it chooses by their values, in `chosen`. The choice itself has no gradient."""
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
-        """Score `(N,)` of logits `(N, C)`, for targets `(N,)` where it needs them."""
         return self.chosen(value.detach(), target)(value, target)
 
 
@@ -167,6 +158,9 @@ class TaskLoss(Score):
     needs_target: ClassVar[bool] = True
     classes: ClassVar[int] = 2
 
+    def __post_init__(self) -> None:
+        check_loss(self.function)
+
     def check_target(self, target: Tensor) -> None:
         """A function of the user's may take any target."""
         if self.function is None:
@@ -192,7 +186,7 @@ class RandomProjection(Score):
 
     Args:
         layer: dotted name of the layer, or "auto": the features that enter the classifier.
-        seed: fixes the directions of a batch's first, second, ... image; None draws them each call.
+        seed: fixes the directions of the images of a batch by their places in it; a batch of another size has others. None: each call.
 
     Source: ours; at x alone it gives the Jacobian regularizer of Hoffman et al. 2019, arXiv 1908.02729 (there of the logits).
     """
@@ -203,6 +197,7 @@ class RandomProjection(Score):
 
     def __post_init__(self) -> None:
         check_layer_name(self.layer)
+        keep_optional(self, "seed")
 
     @property
     def draws(self) -> bool:  # type: ignore[override]
@@ -315,6 +310,9 @@ class RegressionOutput(Score):
     """
 
     index: int | None = None
+
+    def __post_init__(self) -> None:
+        keep_optional(self, "index")
 
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
         """Check that the outputs are numbers, and that there are enough."""

@@ -63,14 +63,18 @@ def naive_pgd(model: nn.Module, x: Tensor, mask: Tensor, target: Tensor, epsilon
             (gradient,) = torch.autograd.grad(F.cross_entropy(model((image + moved)[None]), label[None]), moved)
             moved = moved.detach() + rate * gradient.sign() * allowed
             moved = torch.maximum(torch.minimum(moved, epsilon * allowed), -epsilon * allowed)
-            moved = ((image + moved).clamp(-1, 1) - image) * (allowed > 0)
+            moved = torch.where(image.abs() > 1, torch.where(moved * image > 0, 0, moved), (image + moved).clamp(-1, 1) - image)
+            moved = moved * (allowed > 0)
         worst.append(image + moved)
     return F.cross_entropy(model(torch.stack(worst)), target)
 
 
+@pytest.mark.parametrize("within", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_pgd_ex_against_one_image_at_a_time(reduction: Any) -> None:
+def test_pgd_ex_against_one_image_at_a_time(reduction: Any, within: bool) -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    x = x.clamp(-1, 1) if within else x
+    assert within or (x.abs() > 1).any()
     regularizer = attrreg.PGDEx(epsilon=0.2, steps=4, rate=0.07, bounds=(-1.0, 1.0)).reduced(reduction)
     want = naive_pgd(model, x, mask, target, 0.2, 4, 0.07) * (len(x) if reduction == "sum" else 1)
     value = regularizer(model, x, mask, target)
@@ -103,6 +107,19 @@ def test_pgd_ex_leaves_unannotated_images_out_and_relevant_pixels_alone() -> Non
     torch.testing.assert_close(regularizer(model, x, mask, target, annotated=annotated), want)
     everything = torch.ones_like(mask)
     torch.testing.assert_close(regularizer(model, x, everything, target), F.cross_entropy(model(x), target))
+
+
+@pytest.mark.parametrize("bounds", [None, (0.0, 1.0), (-1.0, 1.0)])
+def test_pgd_ex_moves_no_value_further_than_epsilon(bounds: Any) -> None:
+    model, (x, _, target) = SmoothNet().double(), smooth_batch()  # of which many values lie outside the bounds
+    mask, seen = torch.rand(x.shape[0], *x.shape[2:], dtype=x.dtype), []
+    handle = model.stem.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    attrreg.PGDEx(epsilon=0.01, steps=3, bounds=bounds)(model, x, mask, target)
+    handle.remove()
+    moved = seen[-1] - x
+    assert moved.any() and (moved.abs() <= 0.01 * (1 - mask[:, None]) + 1e-12).all()
+    if bounds is not None:
+        assert (seen[-1] <= x.clamp(min=bounds[1])).all() and (seen[-1] >= x.clamp(max=bounds[0])).all()
 
 
 def test_pgd_ex_passes() -> None:
@@ -217,6 +234,14 @@ def test_a_checkpoint_goes_on_where_it_was() -> None:
         torch.testing.assert_close(second(model, x, mask, generator=torch.Generator().manual_seed(step)), values[step])
 
 
+@pytest.mark.parametrize("state", [{}, {"step": 3}, {"step": "3", "width": 0, "network": None, "optimizer": None}, None])
+def test_a_state_of_something_else_is_refused(state: Any) -> None:
+    invariance = attrreg.AdversarialInvariance()
+    with pytest.raises(ValueError, match=r"state must have step, width, network, optimizer.*got .*Pass what was saved"):
+        invariance.load_state_dict(state)
+    assert invariance.step == 0
+
+
 def test_no_annotation_trains_nobody() -> None:
     model, (x, mask, _) = SmoothNet().double(), smooth_batch()
     invariance = attrreg.AdversarialInvariance(hidden=(8,))
@@ -325,6 +350,7 @@ DATA = batch(3)
         (lambda: attrreg.AdversarialInvariance(weight=-1.0), ValueError, r"weight of AdversarialInvariance must be.*\. "),
         (lambda: attrreg.AdversarialInvariance(layer=nn.Linear(1, 1)), TypeError, r"layer must be the dotted name.*\. "),  # type: ignore[arg-type]
         (lambda: attrreg.AdversarialInvariance(fill=1), TypeError, r"fill must be.*\. "),  # type: ignore[arg-type]
+        (lambda: attrreg.AdversarialInvariance(hidden=(8.0,)), ValueError, r"hidden must be an integer.*\. "),  # type: ignore[arg-type]
         (lambda: attrreg.AdversarialInvariance().discriminate(torch.zeros(1, 5)), RuntimeError, r"takes shape at the first call\. "),
     ],
 )

@@ -269,6 +269,15 @@ def test_gains_are_seed_by_seed() -> None:
     assert report.gain_kept(found, plain, whole) == pytest.approx([0.5, 0.5])
 
 
+def test_tuning_leaves_optunas_verbosity_alone() -> None:
+    import optuna
+
+    verbosity = optuna.logging.get_verbosity()
+    study._settings.cache_clear()
+    study.trials(method("plain"), MINE.trainings[0], 3)
+    assert optuna.logging.get_verbosity() == verbosity == optuna.logging.INFO
+
+
 def test_tables_have_the_numbers(done: Path, tmp_path: Path) -> None:
     ledger, training = Ledger(done, CPU, kinds=KINDS), MINE.trainings[0]
     text = report.markdown(MINE, ledger)
@@ -287,5 +296,13 @@ def test_tables_have_the_numbers(done: Path, tmp_path: Path) -> None:
     kept = report.gain_kept(variants["masks: boxes"], variants["0% of the masks"], variants["all masks"])
     line = next(line for line in text.splitlines() if line.startswith("| ActDiff | masks: boxes |"))
     assert f"| {report.spread(kept)} | 2 |" in line
-    report.plot(MINE, ledger, tmp_path / "picture.png")
+    import matplotlib
+
+    backend = matplotlib.get_backend()
+    matplotlib.use("svg")  # stands for a notebook's
+    try:
+        report.plot(MINE, ledger, tmp_path / "picture.png")
+        assert matplotlib.get_backend() == "svg"
+    finally:
+        matplotlib.use(backend)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections import UserDict
+from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -224,6 +227,46 @@ def test_a_state_of_something_else_is_refused(state: Any) -> None:
     with pytest.raises(ValueError, match=r"state must be .*got .*Pass what was saved"):
         regularizer.load_state_dict(state)
     assert regularizer.step == 0
+
+
+@dataclass(frozen=True, repr=False)
+class Own(schedules.Schedule):
+    """A schedule of the user's."""
+
+    weight: Any
+
+    def __call__(self, step: int) -> Any:
+        return self.weight
+
+
+class NoDataclass(schedules.Schedule):
+    """Such as has no repr either."""
+
+    def __call__(self, step: int) -> float:
+        return 1 - step
+
+
+@pytest.mark.parametrize("weight", [-0.5, math.nan, math.inf, None, "1", torch.tensor(-1.0), torch.ones(2), numpy.float32("nan"), 1j])
+def test_a_schedule_that_gives_no_weight_is_refused(weight: Any) -> None:
+    model, x, mask, target = case()
+    regularizer = Scheduled(attrreg.InputGradient(), Own(weight))
+    for call in (regularizer, regularizer.evaluate):
+        with passes() as counted, pytest.raises(ValueError, match=r"Own gives .* at step 0, but a weight must be finite.*reward\."):
+            call(model, x, mask, target)
+        assert counted.forward == 0
+    assert regularizer.step == 0
+    falling = Scheduled(attrreg.InputGradient(), NoDataclass())
+    for _ in range(2):
+        falling(model, x, mask, target)
+    with pytest.raises(ValueError, match="NoDataclass gives -1 at step 2"):
+        falling(model, x, mask, target)
+
+
+@pytest.mark.parametrize("weight", [0.5, torch.tensor(0.5), torch.tensor(0.5, requires_grad=True), numpy.float32(0.5), numpy.float64(0.5)])
+def test_a_schedule_may_give_any_kind_of_number(weight: Any) -> None:
+    model, x, mask, target = case()
+    value = Scheduled(attrreg.InputGradient(), Own(weight))(model, x, mask, target)
+    torch.testing.assert_close(value, 0.5 * attrreg.InputGradient()(model, x, mask, target))
 
 
 def test_a_step_that_raises_does_not_count() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -42,13 +43,13 @@ class ActivationDifference(SingleRegularizer):
         here they are flattened, and nothing is added. For its exact form see `presets.actdiff_viviano2019`.
     """
 
-    layers: str | tuple[str, ...] = "auto"
+    layers: str | Sequence[str] = "auto"  # kept as a tuple, which can be hashed
     fill: Baseline = Shuffle()
     detach: Side | None = None
 
     def __post_init__(self) -> None:
         listed = (self.layers,) if isinstance(self.layers, str) else self.layers
-        layers = tuple(listed) if isinstance(listed, (tuple, list)) else ()
+        layers = tuple(listed) if isinstance(listed, Sequence) else ()
         if not layers or not all(isinstance(layer, str) and layer for layer in layers):
             raise TypeError(f"layers must be dotted names of layers, got {self.layers!r}. Find them with model.named_modules().")
         object.__setattr__(self, "layers", "auto" if layers == ("auto",) else layers)

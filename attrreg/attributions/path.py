@@ -13,6 +13,8 @@ from attrreg.objectives import LogOutside, Objective, check_score_and_objective,
 from attrreg.points import RULES, Path, Quadrature, RandomPlaces
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
+from attrreg.settings import check_count as check_count
+from attrreg.settings import keep_count
 from attrreg.sites import INPUT
 from attrreg.trace import Trace
 
@@ -57,8 +59,9 @@ class IntegratedGradients(MapRegularizer):
         check_score_and_objective(self)
         object.__setattr__(self, "baseline", path_baseline(self))
         check_rule(self.rule, self.steps)
+        keep_count(self, "steps", 1)
         if self.chunk is not None:
-            check_count("chunk", self.chunk, 1)
+            keep_count(self, "chunk", 1)
 
     @property
     def _path(self) -> Path:
@@ -108,9 +111,9 @@ class ExpectedGradients(MapRegularizer):
     def __post_init__(self) -> None:
         check_score_and_objective(self)
         object.__setattr__(self, "baseline", path_baseline(self))
-        check_count("samples", self.samples, 1)
+        keep_count(self, "samples", 1)
         if self.chunk is not None:
-            check_count("chunk", self.chunk, 1)
+            keep_count(self, "chunk", 1)
 
     @property
     def _path(self) -> Path:
@@ -145,13 +148,3 @@ def check_rule(rule: str, steps: int) -> None:
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is unknown. Use one of {', '.join(map(repr, RULES))}.")
     check_count("steps", steps, 1 if rule == "gausslegendre" else 2)
-
-
-def check_count(name: str, value: int, least: int) -> None:
-    """Check a setting that counts.
-
-    Raises:
-        ValueError: naming it.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}. Give a larger one.")

@@ -12,6 +12,7 @@ from attrreg.needs import Need, Value
 from attrreg.points import Ascent
 from attrreg.regularizer import SingleRegularizer
 from attrreg.scores import TaskLoss
+from attrreg.settings import keep_count
 from attrreg.sites import OUTPUT
 from attrreg.trace import Trace
 
@@ -26,7 +27,8 @@ class PGDEx(SingleRegularizer):
         epsilon: how far an irrelevant value may move, in units of `x`.
         steps: number of steps.
         rate: how far a step goes; None: 2.5 epsilon / steps, so that the border can be reached and left again.
-        bounds: the range of valid images, where there is one: (0, 1) for images that were not normalised.
+        bounds: the range of valid images, where there is one: (0, 1) for images that were not normalised. A value of `x` that lies
+            outside is not brought inside: it may move towards the range by epsilon, and no further away.
         loss: the loss of each image; by default cross-entropy. It needs targets.
 
     Raises:
@@ -50,8 +52,7 @@ class PGDEx(SingleRegularizer):
         for name, value in (("epsilon", self.epsilon), ("rate", self.epsilon if self.rate is None else self.rate)):
             if not (_is_number(value) and 0 < value < math.inf):
                 raise ValueError(f"{name} must be a positive number, in units of x, got {value!r}. Write for example {name}=0.1.")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be an integer of at least 1, got {self.steps!r}. Give a larger one.")
+        keep_count(self, "steps", 1)
         if self.bounds is not None:
             pair = tuple(self.bounds) if isinstance(self.bounds, (tuple, list)) else ()
             if len(pair) != 2 or not all(map(_is_number, pair)) or not pair[0] < pair[1]:

@@ -201,20 +201,17 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def plot(plan: Plan, ledger: Ledger, path: Path) -> None:
     """Test accuracy: a row a method, a point a seed; and against the share of masks."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, which belongs to the user
 
     trainings = begun(plan, ledger)
     count = len(trainings)
-    figure, axes = pyplot.subplots(2, count, figsize=(4.6 * count, 7.4), squeeze=False, layout="constrained", height_ratios=(2, 1))
+    figure = Figure(figsize=(4.6 * count, 7.4), layout="constrained")
+    axes = figure.subplots(2, count, squeeze=False, height_ratios=(2, 1))
     for column, training in enumerate(trainings):
         _points(axes[0][column], plan, training, ledger)
         _shares(axes[1][column], plan, training, ledger)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def _points(axis: Axes, plan: Plan, training: Training, ledger: Ledger) -> None:

@@ -184,17 +184,21 @@ def _settings(count: int) -> list[tuple[float, float]]:
     """Rates, and factors of a weight."""
     import optuna
 
+    verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = optuna.samplers.QMCSampler(qmc_type="sobol", scramble=True, seed=TUNING_SEED, warn_asynchronous_seeding=False)
-    study = optuna.create_study(sampler=sampler)
-    study.enqueue_trial({"rate": RATE, "factor": 1.0})
-    made = []
-    for _ in range(count):
-        trial = study.ask()
-        made.append((trial.suggest_float("rate", *RATES, log=True), trial.suggest_float("factor", 1 / SPREAD, SPREAD, log=True)))
-        study.tell(trial, 0.0)  # the sampler learns the names from a trial that is over
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.QMCSampler(qmc_type="sobol", scramble=True, seed=TUNING_SEED, warn_asynchronous_seeding=False)
+        study = optuna.create_study(sampler=sampler)
+        study.enqueue_trial({"rate": RATE, "factor": 1.0})
+        made = []
+        for _ in range(count):
+            trial = study.ask()
+            made.append((trial.suggest_float("rate", *RATES, log=True), trial.suggest_float("factor", 1 / SPREAD, SPREAD, log=True)))
+            study.tell(trial, 0.0)  # the sampler learns the names from a trial that is over
+    finally:
+        optuna.logging.set_verbosity(verbosity)
     return made
 
 

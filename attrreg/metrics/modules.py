@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from attrreg.masks import checked_flags
-from attrreg.metrics.accuracy import auc, check_correct
 from attrreg.metrics.judge import Attribution, judged
 from attrreg.metrics.maps import Measure, energy_pointing_game, iou_at_mask_size, pointing_game, share_inside
+from attrreg.metrics.predictions import auc, check_correct
 from attrreg.spec import source
 
 try:

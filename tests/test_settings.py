@@ -1,0 +1,110 @@
+"""Settings are checked when they are given, before any pass, in words that name them."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attrreg
+from attrreg import objectives, schedules, scores
+from tests.models import SmoothNet, smooth_batch
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: objectives.OutsideFraction(eps=-1), ValueError, r"OutsideFraction: eps must be a finite number.*got -1\. "),
+        (lambda: objectives.OutsideFraction(eps="a"), ValueError, r"OutsideFraction: eps must be.*got 'a'\. "),  # type: ignore[arg-type]
+        (lambda: objectives.OutsideFraction(eps=True), ValueError, r"OutsideFraction: eps must be.*got True\. "),
+        (lambda: objectives.Energy(eps=float("nan")), ValueError, r"Energy: eps must be.*got nan\. "),
+        (lambda: objectives.Energy(float("inf")), ValueError, r"Energy: eps must be.*got inf\. "),
+        (lambda: scores.TaskLoss(nn.CrossEntropyLoss), TypeError, r"the class CrossEntropyLoss\. Pass an instance.*'none'"),  # type: ignore[arg-type]
+        (lambda: scores.TaskLoss(3), TypeError, r"function must be a loss.*got 3\. Leave it out"),  # type: ignore[arg-type]
+        (lambda: scores.RandomProjection(seed=1.5), TypeError, r"seed must be None or an integer, got 1\.5, a float\. "),  # type: ignore[arg-type]
+        (lambda: scores.RandomProjection(seed=True), TypeError, r"RandomProjection: seed must be.*a bool\. "),
+        (lambda: scores.RegressionOutput(1.0), TypeError, r"RegressionOutput: index must be.*got 1\.0, a float\. "),  # type: ignore[arg-type]
+        (lambda: scores.RegressionOutput(True), TypeError, r"index must be.*got True, a bool\. "),
+        (lambda: attrreg.IntegratedGradients(steps=8.0), ValueError, r"steps.*got 8\.0, a float\. Pass an int"),  # type: ignore[arg-type]
+        (lambda: attrreg.IntegratedGradients(chunk=True), ValueError, r"chunk must be an integer.*got True, a bool\. Pass"),
+        (lambda: attrreg.IntegratedGradients(steps=0), ValueError, r"steps must be an integer of at least 1, got 0\. Give a larger one"),
+        (lambda: attrreg.IntegratedGradients(1, rule="riemann_left"), ValueError, r"steps must be an integer of at least 2, got 1\. "),
+        (lambda: attrreg.ExpectedGradients(samples="2"), ValueError, r"samples must be.*got '2', a str\. "),  # type: ignore[arg-type]
+        (lambda: attrreg.PGDEx(steps=numpy.float64(2)), ValueError, r"steps must be an integer.*a float64\. "),  # type: ignore[arg-type]
+        (lambda: schedules.Every(numpy.float64(2)), ValueError, r"steps must be an integer.*Every\(4\)"),  # type: ignore[arg-type]
+        (lambda: attrreg.ActivationDifference(b"stem"), TypeError, "layers must be dotted names"),  # type: ignore[arg-type]
+    ],
+)
+def test_refused(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+COUNT: Any = numpy.int64(2)
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        (lambda: attrreg.IntegratedGradients(COUNT, chunk=COUNT), attrreg.IntegratedGradients(2, chunk=2)),
+        (lambda: attrreg.ExpectedGradients(COUNT), attrreg.ExpectedGradients(2)),
+        (lambda: attrreg.PGDEx(steps=COUNT), attrreg.PGDEx(steps=2)),
+        (lambda: schedules.Linear(COUNT, float(COUNT)), schedules.Linear(2, 2.0)),
+        (lambda: attrreg.InputGradient(scores.RandomProjection(seed=COUNT)), attrreg.InputGradient(scores.RandomProjection(seed=2))),
+        (lambda: attrreg.InputGradient(scores.RegressionOutput(COUNT)), attrreg.InputGradient(scores.RegressionOutput(2))),
+        (lambda: attrreg.ActivationDifference(["stem", "body"]), attrreg.ActivationDifference(("stem", "body"))),
+    ],
+)
+def test_integers_of_numpy_and_lists_are_what_they_stand_for(given: Callable[[], Any], want: Any) -> None:
+    made = given()
+    assert made == want and hash(made) == hash(want) and pickle.loads(pickle.dumps(made)) == want
+    assert eval(repr(made)) == want
+    if isinstance(want, attrreg.AttributionRegularizer):
+        model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+        found, expected = (each(model, x, mask, target, generator=torch.Generator().manual_seed(0)) for each in (made, want))
+        assert torch.equal(found, expected)
+
+
+def test_losses_that_are_taken() -> None:
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, target, reduction="none")
+
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    taken: list[Any] = [None, loss, nn.CrossEntropyLoss(reduction="none")]
+    first, *others = (attrreg.InputGradient(scores.TaskLoss(function))(model, x, mask, target) for function in taken)
+    for other in others:
+        torch.testing.assert_close(other, first)
+
+
+def test_scores_say_that_they_go_by_place() -> None:
+    assert scores.RandomProjection.by_place and not scores.TargetLogit.by_place and not scores.Score.by_place
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: attrreg.InputGradient(),
+        lambda: attrreg.InputGradient() + attrreg.GradCAM("body"),
+        lambda: attrreg.Scheduled(attrreg.InputGradient(), schedules.Every(2)),
+        lambda: attrreg.AdversarialInvariance(),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_the_warning_of_a_compiled_model_names_the_line_that_attaches(make: Callable[[], Any]) -> None:
+    model = torch.compile(SmoothNet(), backend="eager")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        make().attach(model).remove()
+    assert [warning.filename for warning in found if "compiled" in str(warning.message)] == [__file__]
+
+
+def test_measures_of_predictions_are_a_module_that_their_functions_do_not_hide() -> None:
+    import attrreg.metrics.predictions as module
+
+    assert module.accuracy is attrreg.metrics.accuracy
