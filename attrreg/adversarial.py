@@ -82,7 +82,9 @@ class AdversarialInvariance:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}. Give a positive integer.")
         if not is_number(rate) or rate <= 0:
             raise ValueError(f"rate must be a positive learning rate, got {rate!r}. Write for example rate=1e-3.")
-        self._discriminator = _Discriminator(tuple(hidden), rate, seed)
+        if not is_integer(seed):
+            raise TypeError(f"seed must be an integer, got {seed!r}. Write for example seed=0.")
+        self._discriminator = _Discriminator(tuple(hidden), rate, int(seed))
         confusion = _Confusion(FEATURES if layer == "auto" else layer, fill, every, self._discriminator)
         self._sum: Sum = weight * confusion.named("AdversarialInvariance")
 

@@ -28,7 +28,7 @@ class Schedule(Spec, ABC):
 
     @abstractmethod
     def __call__(self, step: int) -> float:
-        """The weight at a step, counted from 0; 0 skips the penalty and its passes."""
+        """The weight at a step, counted from 0: finite and at least 0, which skips the penalty and its passes."""
 
     def __mul__(self, other: object) -> Product:
         return Product(_factors(self) + _factors(other)) if isinstance(other, Schedule) else NotImplemented

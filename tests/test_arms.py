@@ -346,6 +346,7 @@ DATA = batch(3)
         (lambda: attrreg.AdversarialInvariance(every=0), ValueError, r"every must be.*\. "),
         (lambda: attrreg.AdversarialInvariance(rate=0.0), ValueError, r"rate must be.*\. "),
         (lambda: attrreg.AdversarialInvariance(rate="1e-3"), ValueError, r"rate must be.*\. "),  # type: ignore[arg-type]
+        (lambda: attrreg.AdversarialInvariance(seed=1.0), TypeError, r"seed must be an integer.*\. "),  # type: ignore[arg-type]
         (lambda: attrreg.AdversarialInvariance(hidden=8), TypeError, r"hidden must be the widths.*\. "),  # type: ignore[arg-type]
         (lambda: attrreg.AdversarialInvariance(weight=-1.0), ValueError, r"weight of AdversarialInvariance must be.*\. "),
         (lambda: attrreg.AdversarialInvariance(layer=nn.Linear(1, 1)), TypeError, r"layer must be the dotted name.*\. "),  # type: ignore[arg-type]
