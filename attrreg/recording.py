@@ -216,7 +216,7 @@ def _differences(now: list[Kept], before: list[Kept]) -> list[bool | Tensor]:
     return found
 
 
-def _state(model: nn.Module) -> tuple[list[object], list[object]]:
+def _state(model: nn.Module) -> tuple[list[object], list[int]]:
     """Modules with all that they hold, and their hooks, parameters and buffers; what is trained, and versions."""
     found = modules(model)
     objects: list[object] = [*found]
