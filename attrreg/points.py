@@ -114,7 +114,7 @@ class Ascent(Point):
         epsilon: how far any value may move, times the irrelevance of its pixel.
         steps: number of steps.
         rate: how far a step goes, likewise.
-        low, high: the range of valid images.
+        low, high: the range of valid images, widened to where an image itself is.
     """
 
     score: Score

@@ -164,6 +164,8 @@ class Runner:
     def _run_backward(self, recording: Recording, total: Tensor, inputs: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
         # If the loop checkpoints the model itself, this backward runs it again, which must not move its buffers.
         apart = own_buffers(self.call.model) if recording.conditions is not None and recording.framed else nullcontext()
+        if not total.requires_grad:
+            raise RuntimeError("The score has no gradient: it detaches what it reads, or gives a constant. Let gradients through it.")
         try:
             with apart, recording.phase.attributing(), full_precision(total.device):  # a backward runs in the types of its forward
                 return torch.autograd.grad(total, inputs, create_graph=create_graph, retain_graph=True, allow_unused=True)
@@ -219,7 +221,7 @@ class Runner:
         width = getattr(self.call.model, "num_features", None)
         outside = [(name, map) for name, map in maps if not _inside(self.call.model, name)]
         usual = [(name, map) for name, map in outside if width in map.shape[1:]] or outside or maps
-        chosen = last, value = _whole(total, outside or maps, maps[0][1], usual[-1])
+        chosen = last, value = self._before_block(total, outside or maps, usual[-1])
         decided = isinstance(sites.layout(value, self.call.model, self.call.x, last), str)
         if not decided:
             # Tokens. Where a class token is pooled, the last layers' patches are read by nobody.
@@ -243,6 +245,21 @@ class Runner:
         if attachment is not None:
             attachment.found_map(asked(self.call, score), self.map, self.call)
 
+    def _before_block(self, total: Tensor, maps: list[tuple[str, Tensor]], last: tuple[str, Tensor]) -> tuple[str, Tensor]:
+        """The last map, or what enters its block, where that gives none: of small images, it is one that the score reads past."""
+        first, end = maps[0][1], next(place for place, (name, _) in enumerate(maps) if name == last[0])
+        if last[1].dim() != 4 or not bypassed(total, last[1], first):
+            return last
+        for place in reversed(range(end)):
+            name, map = maps[place]
+            inside = [later for later, _ in maps[place + 1 : end + 1]]
+            block = _around(inside)
+            runs = block and not isinstance(self.call.model.get_submodule(block), (nn.ModuleList, nn.ModuleDict))
+            apart = runs and block not in inside and not name.startswith(f"{block}.")
+            if apart and map.shape[2:] == last[1].shape[2:] and (place == 0 or not bypassed(total, map, first)):
+                return name, map
+        return last
+
     def _reached(self) -> set[str]:
         """Layers whose map comes from the images; takes a forward."""
         with isolated(self.call.model, device=self.call.x.device):
@@ -255,7 +272,9 @@ class Runner:
         if site == sites.OUTPUT:
             return self.call.logits(recording.output)
         if site in recording.problems or site not in recording.values:
-            missing = "The model has no linear or convolutional layer, whose input would be the features. Name a layer."
+            missing = f"Value({site!r}) was read, but not declared. Let needs() of the term return it."
+            if site == sites.FEATURES:
+                missing = "The model has no linear or convolutional layer, whose input would be the features. Name a layer."
             raise ValueError(recording.problems.get(site, missing))
         return self._features(recording) if site == sites.FEATURES else recording.values[site]
 
@@ -300,13 +319,10 @@ def _unreached(score: Score | None, site: str, total: Tensor) -> str:
     )
 
 
-def _whole(total: Tensor, maps: list[tuple[str, Tensor]], first: Tensor, last: tuple[str, Tensor]) -> tuple[str, Tensor]:
-    """The last map, or one before it of its size that the score does not read past: of small images, the last is inside a block."""
-    for name, map in reversed(maps[: 1 + next(place for place, (name, _) in enumerate(maps) if name == last[0])]):
-        alike = map.dim() == last[1].dim() == 4 and map.shape[2:] == last[1].shape[2:]
-        if alike and (map is first or not bypassed(total, map, first)):
-            return name, map
-    return last
+def _around(names: Sequence[str]) -> str:
+    """The innermost module that layers are in."""
+    first, *others = (name.split(".")[:-1] for name in names)
+    return ".".join(part for place, part in enumerate(first, 1) if all(other[:place] == first[:place] for other in others))
 
 
 def _inside(model: nn.Module, name: str) -> bool:

@@ -24,8 +24,8 @@ def source(value: Any) -> str:
     """Python source of a setting: `repr`, but with functions written as the path that imports them."""
     if not isinstance(value, Spec) and callable(value) and hasattr(value, "__qualname__"):
         return public_path(value)
-    if isinstance(value, Real) and not isinstance(value, Integral):
-        return float.__repr__(float(value))  # NumPy's name themselves
+    if isinstance(value, Real) and not isinstance(value, bool):  # NumPy's name themselves
+        return repr(int(value) if isinstance(value, Integral) else float(value))
     if isinstance(value, tuple):
         return "(" + "".join(f"{source(item)}, " for item in value).rstrip() + ")"
     return repr(value)

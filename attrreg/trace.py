@@ -84,13 +84,17 @@ class Trace:
         at = self._seen(at)
         if site == sites.INPUT and at == CLEAN:
             return self._recordings[CLEAN].values.get(site, self.call.x) if CLEAN in self._recordings else self.call.x
+        if at not in self._recordings:
+            raise ValueError(f"Value({site!r}, {at!r}) was read, but not declared. Let needs() of the term return it.")
         if site == sites.SPATIAL:
             self._runner.find_map(self._recordings[at])
         return self._runner.at(self._recordings[at], site)
 
     def grad(self, site: str, score: Score, at: Point = CLEAN) -> Tensor:
         """The gradient of a score at a site, of the shape of its value; on a path, the weighted sum along it."""
-        return self._grads[site, score, self._seen(at)]
+        if (key := (site, score, self._seen(at))) not in self._grads:
+            raise ValueError(f"Grad({site!r}, {score!r}, {key[2]!r}) was read, but not declared. Let needs() of the term return it.")
+        return self._grads[key]
 
     def score(self, score: Score, at: Point = CLEAN) -> Tensor:
         """A score of each image, `(N,)`."""
@@ -126,7 +130,8 @@ class Trace:
     @property
     def mask(self) -> Tensor:
         """The canonical mask `(N, 1, H, W)`."""
-        assert self.call.mask is not None  # terms that read it are only run with one
+        if self.call.mask is None:  # for a map that is shown
+            raise ValueError("The map is made from the mask, and there is none. Pass `mask=`.")
         return self.call.mask
 
     @property

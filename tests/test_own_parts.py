@@ -15,7 +15,7 @@ from attrreg import baselines, scores
 from attrreg.needs import Grad, Need
 from attrreg.objectives import AbsoluteOutside, LogOutside, Objective, SquaredOutside
 from attrreg.ops.rectify import Rule
-from attrreg.points import Rectified
+from attrreg.points import At, Rectified
 from attrreg.scores import Score, TargetLogit
 from attrreg.sites import INPUT
 from attrreg.spec import Spec
@@ -179,3 +179,45 @@ def test_an_engine_of_ones_own_is_refused(twice: bool) -> None:
     with pytest.raises(TypeError, match=r"using: an engine is engines\.DoubleBackward\(\) or engines\.FiniteDifference\(\), got <.*Own"):
         attrreg.InputGradient().using(own)
     assert isinstance(attrreg.InputGradient(score=scores.TargetLogit()).using(attrreg.engines.FiniteDifference()), attrreg.regularizer.Sum)
+
+
+@dataclass(frozen=True, repr=False)
+class Undeclared(attrreg.MapRegularizer):
+    """Reads from the trace what a function reads."""
+
+    read: Callable[[Trace], Tensor]
+    score: Score = TargetLogit()
+    objective: Objective = AbsoluteOutside()
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Grad(INPUT, self.score),)
+
+    def attribution(self, trace: Trace) -> Tensor:
+        return self.read(trace)
+
+
+@dataclass(frozen=True, repr=False)
+class Constant(Score):
+    def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
+        return value.detach().sum(1)
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (lambda trace: trace.value("body"), r"Value\('body'\) was read, but not declared"),
+        (lambda trace: trace.value(INPUT, At(baselines.Zero())), r"Value\('<input>', .*At.*\) was read, but not declared"),
+        (lambda trace: trace.grad(INPUT, scores.SumLogProb()), r"Grad\('<input>', .*SumLogProb.*\) was read, but not declared"),
+    ],
+)
+def test_what_is_read_without_being_declared_is_named(read: Callable[[Trace], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message + r"\. Let needs\(\)"):
+        Undeclared(read)(SmoothNet().double(), x, mask, target)
+
+
+def test_a_map_of_the_mask_without_one_and_a_score_without_gradient() -> None:
+    model = SmoothNet().double()
+    with pytest.raises(ValueError, match=r"made from the mask, and there is none\. Pass `mask=`"):
+        Undeclared(lambda trace: trace.grad(INPUT, TargetLogit()) * trace.mask).attribute(model, x, target)
+    with pytest.raises(RuntimeError, match=r"The score has no gradient.*Let gradients through"):
+        attrreg.InputGradient(score=Constant())(model, x, mask, target)

@@ -134,21 +134,16 @@ def _losses(record: Record) -> str:
 
 def plot(record: Record, path: Path) -> None:
     """Cost of each way, a panel a penalty, time above and memory below; a point a model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, which belongs to the user
 
     penalties = record.plan.penalties
-    figure, axes = pyplot.subplots(
-        2, len(penalties), figsize=(3.4 * len(penalties), 6.4), squeeze=False, sharey=False, layout="constrained"
-    )
+    figure = Figure(figsize=(3.4 * len(penalties), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(penalties), squeeze=False)
     for column, penalty in enumerate(penalties):
         for row, what in enumerate(("time", "memory")):
             _bars(axes[row][column], record, penalty, what)
     figure.suptitle("Multiples of a plain training step: medians over models, a point a model")
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def _bars(axis: Axes, record: Record, penalty: str, what: str) -> None:
@@ -166,12 +161,10 @@ def _bars(axis: Axes, record: Record, penalty: str, what: str) -> None:
 
 def plot_curves(record: Record, path: Path) -> None:
     """Cost against batch, resolution, steps and number of terms."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, len(record.curves), figsize=(3.2 * len(record.curves), 5.4), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(3.2 * len(record.curves), 5.4), layout="constrained")
+    axes = figure.subplots(2, len(record.curves), squeeze=False)
     for column, (varied, lines) in enumerate(record.curves.items()):
         for row, what in enumerate(("time", "memory")):
             axis = axes[row][column]
@@ -185,4 +178,3 @@ def plot_curves(record: Record, path: Path) -> None:
                 axis.legend(fontsize=6)
     figure.suptitle(f"{record.plan.models[0]}: multiples of a plain training step")
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
