@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from attrreg import masks
@@ -33,14 +34,19 @@ def map_of(regularizer: MapRegularizer, trace: Trace) -> Tensor:
     )
 
 
-def penalties(objective: Objective, map: Tensor, mask: Tensor) -> Tensor:
+def penalties(objective: Objective, map: Tensor, annotation: masks.Annotation) -> Tensor:
     """What an objective makes of a map, under the mask at the map's size. Other terms may read the same tensors.
+
+    Images without annotation get a mask that is neither empty nor full: of a mean over what lies outside, for example, their part of the
+    gradient would else be not a number, though nobody counts their penalty.
 
     Raises:
         TypeError, ValueError: naming the objective.
     """
     map = map.to(masks.penalty_dtype(map.dtype))
-    mask = masks.resize(mask, (map.shape[-2], map.shape[-1]))
+    mask = masks.resize(annotation.relevant, (map.shape[-2], map.shape[-1]))
+    if annotation.count < annotation.batch:
+        mask = torch.where(annotation.annotated.view(-1, 1, 1, 1), mask, torch.full_like(mask, 0.5))
     before = version(map), version(mask)
     value: Any = objective(map, mask)
     if (version(map), version(mask)) != before:

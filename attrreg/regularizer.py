@@ -255,7 +255,7 @@ class MapRegularizer(SingleRegularizer):
 
     def per_image(self, trace: Trace) -> Tensor:
         """The objective of the map, under the mask at the map's size."""
-        return own.penalties(self.objective, own.map_of(self, trace), trace.mask)
+        return own.penalties(self.objective, own.map_of(self, trace), trace.annotation)
 
     @property
     def needs_region(self) -> str | None:

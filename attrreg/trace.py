@@ -23,6 +23,7 @@ from attrreg.distributed import sharded
 from attrreg.engines import DoubleBackward, Engine
 from attrreg.folding import PathGradients
 from attrreg.graph import read
+from attrreg.masks import Annotation
 from attrreg.needs import Grad, Need, Value
 from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
 from attrreg.recompute import Gradients, along
@@ -130,9 +131,14 @@ class Trace:
     @property
     def mask(self) -> Tensor:
         """The canonical mask `(N, 1, H, W)`."""
-        if self.call.mask is None:  # for a map that is shown
+        return self.annotation.relevant
+
+    @property
+    def annotation(self) -> Annotation:
+        """That mask, and which images have one."""
+        if self.call.annotation is None:  # for a map that is shown
             raise ValueError("The map is made from the mask, and there is none. Pass `mask=`.")
-        return self.call.mask
+        return self.call.annotation
 
     @property
     def output(self) -> Any:
