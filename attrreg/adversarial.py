@@ -130,7 +130,11 @@ class AdversarialInvariance:
         if not isinstance(state, Mapping) or state.keys() != names or not is_integer(state["step"]) or state["step"] < 0:
             found = {key: value if key == "step" else ... for key, value in state.items()} if isinstance(state, Mapping) else state
             raise ValueError(f"state must have {', '.join(names)}, as state_dict() gives them, got {found!r}. Pass what was saved of it.")
-        self._discriminator.load_state_dict(state)
+        try:
+            self._discriminator.load_state_dict(state)
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, StopIteration) as error:
+            hidden = self._discriminator.hidden
+            raise ValueError(f"state is of no discriminator with the layers {hidden}: {error}. Load it into one made alike.") from error
 
     def __repr__(self) -> str:
         term = self._sum.terms[0]
@@ -198,14 +202,16 @@ class _Discriminator:
         return {"step": self.step, "width": self.width, "network": network, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.step, self.width, self.network, self.optimizer = state["step"], 0, None, None  # a checkpoint may be older than the first call
-        if state["network"] is not None:
+        """Go on from there; a state that does not fit changes nothing."""
+        loaded = _Discriminator(self.hidden, self.rate, self.seed)
+        loaded.step = int(state["step"])
+        if state["network"] is not None:  # a checkpoint may be older than the first call
             first = next(iter(state["network"].values()))
-            self.build(state["width"], first.device, first.dtype)
-            assert self.network is not None and self.optimizer is not None
-            self.network.load_state_dict(state["network"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            loaded.build(state["width"], first.device, first.dtype)
+            assert loaded.network is not None and loaded.optimizer is not None
+            loaded.network.load_state_dict(state["network"])
+            loaded.optimizer.load_state_dict(state["optimizer"])
+        self.__dict__.update(loaded.__dict__)
 
     def _join(self, device: torch.device) -> None:
         """Move to where the features are: a checkpoint may have been loaded elsewhere."""

@@ -30,7 +30,9 @@ class Attachment:
     alone when it is not `due`: a schedule skips the step.
     """
 
-    def __init__(self, entry: nn.Module, sites: Mapping[str, bool], due: Callable[[], bool] = lambda: True, twice: bool = True) -> None:
+    def __init__(
+        self, entry: nn.Module, sites: Mapping[str, bool], due: Callable[[], bool] = lambda: True, twice: bool = True, alone: bool = False
+    ) -> None:
         model = unwrap(entry)
         for site in sites:
             check_layer(model, site)
@@ -43,6 +45,7 @@ class Attachment:
         self._sites = dict(sites)
         self._due = due
         self._twice = twice
+        self._alone = alone
         self._tap: Tap | None = None
         self._recording: Recording | None = None
         self._maps: dict[Any, tuple[Any, str] | None] = {}
@@ -150,10 +153,10 @@ class Attachment:
         if not again:
             sites = self._sites if self._due() else {}  # of a skipped step the output alone, for `Scheduled.evaluate`
             asked, map = self._maps.get(_kind(images[1], model)) or (None, None)
-            self._called = args, kwargs, asked, read(model)
+            self._called = args, kwargs, asked, None if self._alone else read(model)
             self._ran = dict([*self._ran.items(), (image, (sites, map))][-FORWARDS:])
             hooks[own] = hooks.pop(own)  # the last, as others may change what the model returns
-        sites, map = self._ran.get(image, ({}, None))
+        sites, map = self._ran.get(image, next(reversed(self._ran.values()), ({}, None)))  # a recomputed image is another one
         self._tap = Tap(model, sites, own=False, map=map, twice=self._twice)
         arguments[images[0]] = self._tap.open(images[1])
         return tuple(arguments[i] for i in range(len(args))), {name: arguments[name] for name in kwargs}

@@ -21,6 +21,7 @@ from attrreg.spec import Spec, is_number
 class Baseline(Spec, ABC):
     """An image made from an image."""
 
+    is_key: ClassVar[bool] = True
     draws: ClassVar[bool] = False
 
     @property

@@ -6,7 +6,6 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -201,9 +200,15 @@ class MaskedImageFolder(Dataset[Sample]):
         """The type of the masks, those that nobody drew included: a batch has one."""
         if not self.annotated.any():
             return torch.bool
-        plain = copy(self)
-        plain.transforms = None
-        return MaskedImageFolder.__getitem__(plain, int(self.annotated.int().argmax())).mask.dtype
+        name = self.names[int(self.annotated.int().argmax())]
+        height, width = self._image(name).shape[-2:]
+        return self.masks(name, (height, width)).dtype
+
+    def _image(self, name: PurePosixPath) -> Image:
+        from torchvision.transforms.v2 import functional
+        from torchvision.tv_tensors import Image
+
+        return Image(functional.to_image(self.loader(self.root / name)))
 
     def __getitem__(self, index: int) -> Sample:
         """Read an image and its mask, and transform both.
@@ -211,11 +216,10 @@ class MaskedImageFolder(Dataset[Sample]):
         Raises:
             TypeError, ValueError: naming the file: the mask does not fit its image, or a transform lost it.
         """
-        from torchvision.transforms.v2 import functional
-        from torchvision.tv_tensors import Image, Mask
+        from torchvision.tv_tensors import Mask
 
         name, known = self.names[index], bool(self.annotated[index])
-        image = Image(functional.to_image(self.loader(self.root / name)))
+        image = self._image(name)
         size = (image.shape[-2], image.shape[-1])
         mask = Mask(self.masks(name, size) if known else torch.ones(size, dtype=self._dtype))
         moved = (image, mask) if self.transforms is None else self.transforms(image, mask)

@@ -111,6 +111,11 @@ class PathLeaves:
     scores: list[Score]
     replay: Rng
 
+    @property
+    def drew(self) -> bool:
+        """Nothing is computed again."""
+        return False
+
     def room(self, pending: int) -> int:
         """One."""
         return 1

@@ -14,10 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from attrreg import sites
+from attrreg.apart import Shown, close, couples, difference
 from attrreg.distributed import sharded
 from attrreg.ops.channels import dense, layout
 from attrreg.ops.draws import Draws
-from attrreg.part import close, couples
 from attrreg.recording import Recording
 from attrreg.runner import Runner
 from attrreg.scores import Score
@@ -26,8 +26,7 @@ from attrreg.walk import modes, modules
 
 # Models in which a pass turned out not to be shareable, in these modes: not to be tried in vain at every step.
 _REFUSED: WeakKeyDictionary[nn.Module, list[bool]] = WeakKeyDictionary()
-# Models in which it turned out to be, and with how many images and places: not to be shown at every step.
-_SHOWN: WeakKeyDictionary[nn.Module, tuple[list[bool], set[tuple[int, int]]]] = WeakKeyDictionary()
+_SHOWN = Shown()  # in which it turned out to be, in which modes and with how many images and places
 
 
 class PathGradients:
@@ -35,7 +34,8 @@ class PathGradients:
 
     Places share a batch if each can have the draws of the clean pass (`ops.draws` knows dropout and stochastic depth) and if images
     meet in nothing but batch normalisation of the whole batch, which our operator does place by place. Modules tell whether that is to
-    be expected, the pass whether it was so, the first time by one backward more; if not, it is thrown away, and each place runs alone.
+    be expected, the pass whether it was so, now and then by a forward and a backward more; if not, it is thrown away, and each place runs
+    alone.
 
     A chunked path's backward keeps this object, so it holds nothing that passes computed.
 
@@ -57,6 +57,11 @@ class PathGradients:
         plain = runner.call.inputs is None and dense(runner.call.x)  # draws go in memory's order
         self._separable = plain and _REFUSED.get(model) != self._modes and _separable(model, runner.twice)
         self._once: tuple[Rng, list[torch.Size]] | None = None  # where a pass over the images alone ends, and what it drew
+
+    @property
+    def drew(self) -> bool:
+        """Whether a score drew random numbers that it had not declared."""
+        return self._runner.drew
 
     def room(self, pending: int) -> int:
         """How many of the places that are left may come as one batch: as many in each, rather than a small rest."""
@@ -102,28 +107,32 @@ class PathGradients:
 
     def _apart(self, runner: Runner, recording: Recording, first: Tensor) -> bool:
         """Whether the first place gets what it gets alone, and its scores depend on no other."""
-        model, images = runner.call.model, self._runner.call.x.shape[0]
-        shown_in, sizes = _SHOWN.get(model, ([], set()))
-        if shown_in == self._modes and (images, runner.places) in sizes:
-            return True
+        model, kind = runner.call.model, (tuple(self._modes), len(first), runner.places)
         if next(sharded(model), None) is not None:  # a backward that other ranks do not run, with other sizes, would wait for them
             return True
-        shows = True
-        with isolated(model, self._replay):
-            alone = self._runner.forward(first.detach(), self._wanted, check=True)
+        if not _SHOWN.due(model, kind):
+            return True
+        alone, shows = self._at(first), True
         for score in self._scores:
             # What depends on the place in the batch, or on draws of the model's own, has no gradient that would show it.
-            if not close(runner.at(recording, score.site)[:: runner.places], self._runner.at(alone, score.site)):
+            of_first, by_itself = runner.at(recording, score.site)[:: runner.places], self._runner.at(alone, score.site)
+            if not close(of_first, by_itself):  # statistics of a few values make much of rounding
+                nearly = self._runner.at(self._at(first * (1 + torch.finfo(first.dtype).eps)), score.site)
+                if not close(of_first, by_itself, noise=difference(nearly, by_itself)):
+                    return False
+            gradient = runner.spread(recording, runner.scores(recording, score).unflatten(0, (-1, runner.places))[:, 0].sum())
+            if gradient is None or not bool(gradient.any()):  # a head that starts at zero shows nothing yet
+                shows = False
+            elif bool(gradient.unflatten(0, (-1, runner.places))[:, 1:].any()):
                 return False
-            of_first = runner.scores(recording, score).unflatten(0, (-1, runner.places))[:, 0].sum()
-            gradient = runner.spread(recording, of_first)
-            of_others = gradient is not None and gradient.unflatten(0, (-1, runner.places))[:, 1:].any()
-            if of_others:
-                return False
-            shows = shows and gradient is not None and bool(gradient.any())  # a head that starts at zero shows nothing yet
         if shows:
-            _SHOWN[model] = self._modes, (sizes if shown_in == self._modes else set()) | {(images, runner.places)}
+            _SHOWN.keep(model, kind, True)
         return True
+
+    def _at(self, images: Tensor) -> Recording:
+        """A place alone, to compare with."""
+        with isolated(self._runner.call.model, self._replay):
+            return self._runner.forward(images.detach(), self._wanted, check=True)
 
     def _as_alone(self, draws: Draws, images: Tensor) -> bool:
         """Whether a pass drew what one over the images alone draws. To know that, one such forward has to run."""

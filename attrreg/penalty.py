@@ -55,7 +55,8 @@ def attach(terms: Sequence[Term], model: nn.Module, engine: Engine, due: Callabl
     refuse_compiling()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}. Pass the model itself.")
-    return Attachment(model, sites_at(CLEAN, needs_of(terms)), due, engine.twice)
+    needs = needs_of(terms)
+    return Attachment(model, sites_at(CLEAN, needs), due, engine.twice, alone=all(need.at == CLEAN for need in needs))
 
 
 def check(

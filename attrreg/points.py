@@ -55,6 +55,7 @@ class Stop:
 class Point(Spec, ABC):
     """Where the model is evaluated."""
 
+    is_key: ClassVar[bool] = True
     draws: ClassVar[bool] = False
 
     @property

@@ -14,12 +14,16 @@ from torch.nn.utils import parametrize
 from attrreg.graph import trainable_leaves
 from attrreg.ops.phase import once_differentiable
 from attrreg.points import Stop
-from attrreg.state import Moment, Rng, own_buffers
+from attrreg.state import Moment, own_buffers
 from attrreg.walk import modes, modules
 
 
 class Gradients(Protocol):
     """Gradients at places of a path."""
+
+    @property
+    def drew(self) -> bool:
+        """Whether a score drew random numbers that it had not declared."""
 
     def room(self, pending: int) -> int:
         """How many of the places that are left may come as one batch."""
@@ -41,9 +45,8 @@ def along(
         return _summed(stops, x, gradients, differentiable)
     images = x.detach()
     # The first place tells which leaves a penalty can train: not all parameters, and maybe others than the model's.
-    drawn = Rng.of(x.device)
     first = _summed(stops[:1], images, gradients, True)
-    if not Rng.of(x.device).same(drawn):
+    if gradients.drew:
         raise ValueError(
             "A score draws random numbers, which a path that recomputes would draw anew. Let its class set draws = True and fix them in "
             "drawn(seed), or pass chunk=None."

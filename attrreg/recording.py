@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -22,6 +23,14 @@ from attrreg.state import Rng
 from attrreg.walk import modules
 
 PLAIN = (bool, int, float, str)
+TYPES = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.bool,
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+)
 Kept = tuple[Tensor, int, Tensor | None]  # a buffer, its version and its value
 
 
@@ -33,21 +42,22 @@ class Conditions:
         output: what it returned.
         args, kwargs: what it was called with.
         asked: what was asked of the layer for `layer="auto"`, where that one layer was recorded; None: all were.
-        before: what `read` gave before the forward.
+        before: what `read` gave before the forward; None: nobody asked.
 
     Attributes:
         asked: see above.
     """
 
     def __init__(
-        self, model: nn.Module, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], asked: Any, before: list[Kept]
+        self, model: nn.Module, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], asked: Any, before: list[Kept] | None
     ) -> None:
         self._objects, self._numbers = _state(model)
         self._arguments = tree_map(lambda leaf: leaf, (args, kwargs))  # in containers of our own
         self._given = _versions(parts((args, kwargs)))
         self._output = _versions(parts(output))
         self.asked = asked
-        self._moved = _differences(read(model), before)
+        self._settings = _settings(model)
+        self._moved = [True] if before is None else _differences(buffers_read(model), before)
 
     @property
     def moved(self) -> bool:
@@ -58,22 +68,29 @@ class Conditions:
         """Whether a call would meet the same."""
         objects, numbers = _state(call.model)
         same = numbers == self._numbers and len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
-        return same and _as_then(self._given) and self._called_with(call)
+        return same and self._set(call.model) and _as_then(self._given) and self._called_with(call)
 
     def whole(self, output: Any) -> bool:
-        """Whether what the model returned still holds the same tensors, and none was written to."""
-        return self._holds(output) and _as_then(self._output)
+        """Whether what the model returned still has its tensors, and none was written to."""
+        return self.holds(output) and _as_then(self._output)
 
-    def logits_hold(self, output: Any, logits: Tensor) -> bool:
+    def logits_hold(self, logits: Tensor) -> bool:
         """Whether the loop left the logits as they were, or all that the model returned if they are made of that."""
-        if not self._holds(output):
-            return False
         own = [(tensor, version) for tensor, version in self._output if tensor is logits]
         return _as_then(own or self._output)
 
-    def _holds(self, output: Any) -> bool:
-        # What lies deep in an object is the loop's own: a copy of that would hold the same.
-        return len(held := parts(output)) == len(self._output) and all(a is b for a, (b, _) in zip(held, self._output, strict=True))
+    def _set(self, model: nn.Module) -> bool:
+        """Whether modules have the settings that they had: values that say how to compute, and not the tensors that some keep."""
+        now = _settings(model)
+        if all(map(is_, chain(*self._settings), chain(*now))) and list(map(len, now)) == list(map(len, self._settings)):  # quick, as usual
+            return True
+        pairs = zip(modules(model), self._settings, now, strict=True)
+        return all(_counts(module) or _plain(then) == _plain(values) for module, then, values in pairs)
+
+    def holds(self, output: Any) -> bool:
+        """Whether what the model returned still has its tensors; deep in an object, the loop may have put others."""
+        held = iter(parts(output))  # among others: an object may compute some as it is asked for them
+        return all(any(tensor is part for part in held) for tensor, _ in self._output)
 
     def _called_with(self, call: Call) -> bool:
         inputs = (call.x,) if call.inputs is None else call.inputs
@@ -133,13 +150,13 @@ class Recording:
             return False
         if (self.version, self.requires_grad) != (call.x._version, call.x.requires_grad):
             return False
-        if self.conditions is None or not self.conditions.hold(call) or (self.conditions.moved and not alone):
+        if self.conditions is None or not self.conditions.hold(call) or (not alone and self.conditions.moved):
             return False
         if self.has_other_map(sites, asked):
             return False
         for site, differentiated in sites.items():
             value = self.values.get(site)
-            if site == OUTPUT and not self.conditions.logits_hold(self.output, call.logits(self.output)):
+            if site == OUTPUT and not (self.conditions.holds(self.output) and self.conditions.logits_hold(call.logits(self.output))):
                 return False
             if site == OUTPUT or (site == SPATIAL and self.maps):
                 continue
@@ -188,15 +205,21 @@ def _as_then(versions: list[tuple[Tensor, int]]) -> bool:
     return all(version(tensor) == then for tensor, then in versions)
 
 
+def buffers_read(model: nn.Module) -> list[Tensor]:
+    """Buffers that a forward may compute with and change."""
+    return [buffer for module in modules(model) if not _adds_up(module) for buffer in module._buffers.values() if buffer is not None]
+
+
 def read(model: nn.Module) -> list[Kept]:
-    """Buffers that a forward may compute with and change: each with its version, and its value, as `.data` changes without a word."""
-    buffers = [buffer for module in modules(model) if not _adds_up(module) for buffer in module._buffers.values() if buffer is not None]
-    return [(buffer, version(buffer), buffer.detach().clone() if _compares(buffer) else None) for buffer in buffers]
+    """Those buffers, each with its version, and its value, as `.data` changes without a word."""
+    return [(buffer, version(buffer), buffer.detach().clone() if _compares(buffer) else None) for buffer in buffers_read(model)]
 
 
 def _compares(buffer: Tensor) -> bool:
-    """Whether it is of a kind that statistics are kept in, and values of which can be compared."""
-    return buffer.layout == torch.strided and buffer.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    """Whether it has values that can be compared."""
+    return (
+        type(buffer) is Tensor and buffer.layout == torch.strided and not buffer.is_nested and buffer.dtype in TYPES and not buffer.is_meta
+    )
 
 
 def _adds_up(module: nn.Module) -> bool:
@@ -204,33 +227,46 @@ def _adds_up(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) and type(module).forward.__module__.startswith(("torch.", "timm."))
 
 
-def _differences(now: list[Kept], before: list[Kept]) -> list[bool | Tensor]:
+def _differences(now: list[Tensor], before: list[Kept]) -> list[bool | Tensor]:
     """Whether each buffer is another; where that takes a look at values, on their device still: a GPU is not to be waited for."""
     found: list[bool | Tensor] = [len(now) != len(before)]
-    for (a, i, value), (b, j, earlier) in zip(now, before, strict=False):
-        same = a is b and i == j
-        if same and value is not None and earlier is not None and value.shape == earlier.shape:
-            found.append((value != earlier).any())
+    for buffer, (earlier, then, value) in zip(now, before, strict=False):
+        same = buffer is earlier and version(buffer) == then
+        if same and value is not None and buffer.shape == value.shape:
+            found.append(((buffer != value) & ((buffer == buffer) | (value == value))).any())  # NaN is NaN
         else:
             found.append(not same)
     return found
 
 
+def _settings(model: nn.Module) -> list[tuple[object, ...]]:
+    """All that each module holds."""
+    return [tuple(module.__dict__.values()) for module in modules(model)]
+
+
+def _plain(values: tuple[object, ...]) -> list[object]:
+    return [(type(value), value) for value in values if isinstance(value, PLAIN)]
+
+
+def _counts(module: nn.Module) -> bool:
+    """Whether it counts steps rather than computes logits: a metric, or the module of a training loop."""
+    return any(kind.__module__.startswith(("torchmetrics.", "lightning.", "pytorch_lightning.")) for kind in type(module).__mro__)
+
+
 def _state(model: nn.Module) -> tuple[list[object], list[int]]:
-    """Modules with all that they hold, and their hooks, parameters and buffers; what is trained, and versions."""
+    """Modules, hooks, parameters and buffers; modes, what is trained, and versions."""
     found = modules(model)
     objects: list[object] = [*found]
     parameters: list[Tensor] = []
     buffers: list[Tensor] = []
     for module in found:
-        held = module.__dict__
-        objects.extend(held.values())  # modes and settings
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             if hooks:
                 objects.extend(hooks.values())
         parameters.extend(parameter for parameter in module._parameters.values() if parameter is not None)
         buffers.extend(buffer for buffer in module._buffers.values() if buffer is not None)
-    numbers = [*(parameter.requires_grad for parameter in parameters), *map(version, parameters), *map(version, buffers)]
+    numbers: list[int] = [module.training for module in found]
+    numbers += [*(parameter.requires_grad for parameter in parameters), *map(version, parameters), *map(version, buffers)]
     return [*objects, *parameters, *buffers], numbers
 
 

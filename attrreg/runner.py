@@ -23,7 +23,7 @@ from attrreg.masks import penalty_dtype
 from attrreg.ops.rectify import Rule
 from attrreg.recording import Recording, version
 from attrreg.scores import Score
-from attrreg.state import full_precision, isolated, own_buffers
+from attrreg.state import Rng, full_precision, isolated, own_buffers
 
 REENTRANT = (
     "The model checkpoints activations with use_reentrant=True, through which PyTorch cannot take a gradient of a gradient. "
@@ -65,6 +65,7 @@ class Runner:
         twice: gradients will be differentiated again.
         places: how often the batch has each image, side by side.
         map: the layer that `layer="auto"` turned out to be.
+        drew: a score of the user's drew random numbers.
     """
 
     def __init__(self, call: Call, counters: Sequence[Passes], twice: bool = True, places: int = 1) -> None:
@@ -72,6 +73,7 @@ class Runner:
         self.twice = twice
         self.places = places
         self.map = ""
+        self.drew = False
         self._counters = counters
 
     def repeated(self, images: Tensor, times: int) -> Runner:
@@ -130,9 +132,10 @@ class Runner:
 
     def _scores(self, value: Tensor, score: Score) -> Tensor:
         score.check_value(value, self.call.target)
-        before = version(value)
+        before, start = version(value), Rng.of(value.device) if _is_own(score) else None
         with full_precision(value.device):
             per_image = self._placewise(score, value, self.call.target)
+        self.drew |= start is not None and not Rng.of(value.device).same(start)
         if version(value) != before:
             raise ValueError(f"{score!r} writes into the value that it is given, which is the model's own. Write into a copy of it.")
         if per_image.shape != (self.call.x.shape[0],):
@@ -290,6 +293,11 @@ class Runner:
         return recording.values[sites.FEATURES]
 
 
+def _is_own(score: Score) -> bool:
+    """Whether it is of the user's code, at least in part."""
+    return not type(score).__module__.startswith("attrreg.") or getattr(score, "function", None) is not None
+
+
 def _scale(total: Tensor, value: Tensor) -> Tensor:
     """A power of two by which the largest gradient at the model's output becomes about 2^4.
 
@@ -329,6 +337,6 @@ def _inside(model: nn.Module, name: str) -> bool:
     """Whether a layer is a part of attention, or of the perceptron that follows it."""
     parts = name.split(".")
     holders = [model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts))]
-    return any("attn" in part.lower().replace("attn_block", "") or part.lower() in ("mlp", "ffn") for part in parts[:-1]) or any(
+    return any("attn" in part.lower().replace("attn_block", "") or part.lower() in ("mlp", "ffn", "xca") for part in parts[:-1]) or any(
         "attention" in type(holder).__name__.lower().replace("attentionblock", "") for holder in holders
     )

@@ -144,7 +144,7 @@ def _check_steps(schedule: Every | Linear | Cosine, example: str) -> None:
     steps = schedule.steps
     if not is_integer(steps) or steps < 1:
         raise ValueError(f"steps must be an integer of at least 1, got {steps!r}. Write for example {example}.")
-    object.__setattr__(schedule, "steps", int(steps))  # NumPy's have a repr that names themselves
+    object.__setattr__(schedule, "steps", int(steps))  # small ones of NumPy's overflow
 
 
 def _check_weights(first: float, last: float) -> None:
@@ -193,12 +193,13 @@ class Scheduled:
     def weight(self) -> float:
         """The weight of the next call; a ValueError where the schedule gives none."""
         weight = self.schedule(self.step)
-        if not 0 <= _number(weight) < math.inf:
+        number = _number(weight)
+        if not 0 <= number < math.inf:
             raise ValueError(
                 f"{type(self.schedule).__name__} gives {weight!r} at step {self.step}, but a weight must be finite and at least 0. Let it "
                 "return such a number; a negative one would be a reward."
             )
-        return weight
+        return number
 
     def __call__(self, model: nn.Module, x: Tensor, mask: Tensor, target: Tensor | None = None, **settings: Any) -> Tensor:
         """Compute the weighted penalty, and count the step. See `AttributionRegularizer.__call__`."""

@@ -30,6 +30,7 @@ class Score(Spec, ABC):
 
     needs_target: ClassVar[bool] = False
     classes: ClassVar[int] = 1
+    is_key: ClassVar[bool] = True
     draws: ClassVar[bool] = False
     by_place: ClassVar[bool] = False
 

@@ -24,7 +24,7 @@ def check_count(name: str, value: Any, least: int) -> None:
 
 
 def keep_count(spec: Any, name: str, least: int) -> None:
-    """Check a count of a frozen dataclass, and keep it as Python's own integer: NumPy's have a repr that names themselves.
+    """Check a count of a frozen dataclass, and keep it as Python's own integer: small ones of NumPy's overflow.
 
     Raises:
         ValueError: naming it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,12 +43,14 @@ class Spec:
     their defaults, by paths that work after `import attrreg`, so `eval(repr(spec)) == spec`. A class that is no dataclass has Python's.
 
     Raises:
-        TypeError: the dataclass is not frozen.
+        TypeError: it is a score, a baseline or a point, and its dataclass is not frozen.
     """
+
+    is_key: ClassVar[bool] = False  # of what terms share
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
         """An object that can be a key: what is equal shares its passes."""
-        if cls.__hash__ is None:
+        if cls.is_key and cls.__hash__ is None:
             raise TypeError(
                 f"{cls.__name__} has no hash, by which equal scores and baselines find the passes that they share. Make it a frozen "
                 "dataclass: @dataclass(frozen=True, repr=False)."

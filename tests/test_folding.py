@@ -225,8 +225,8 @@ def test_shapes_that_are_mistaken_for_a_batch(build: Callable[[], nn.Module], mo
 
 def test_it_is_shown_once_for_a_model_and_its_modes() -> None:
     model, regularizer = SmoothNet().double(), REGULARIZERS["integrated gradients"]
-    assert [results(model, regularizer)[2].checks for _ in range(2)] == [2, 0]
-    assert [results(model.eval(), regularizer)[2].checks for _ in range(2)] == [2, 0]
+    assert [results(model, regularizer)[2].checks for _ in range(5)] == [2, 2, 0, 2, 0]
+    assert [results(model.eval(), regularizer)[2].checks for _ in range(5)] == [2, 2, 0, 2, 0]
 
 
 @pytest.mark.parametrize("case", ["dropout of a transposed view", "an output of so many images", "statistics of as many rows"])
@@ -329,3 +329,13 @@ def test_what_has_no_gradient_runs_alone(build: Callable[[], nn.Module]) -> None
         regularizer = attrreg.IntegratedGradients(score=scores.TargetLogit(), steps=4, chunk=chunk)
         found.append(regularizer(copy.deepcopy(model), x, mask, torch.zeros(3, dtype=torch.int64)))
     torch.testing.assert_close(found[1:], found[:1] * 2, rtol=1e-5, atol=0)
+
+
+def test_rounding_that_small_statistics_blow_up_is_no_other_result() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8, eps=1e-12), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8, eps=1e-12))
+    model.extend([nn.Flatten(), nn.Linear(8, 3)])
+    x, mask, target = batch(2, channels=2, size=8, classes=3)
+    with passes() as counted:
+        attrreg.IntegratedGradients(steps=4, chunk=None)(model, x.float(), mask, target)
+    assert counted.forward == 1

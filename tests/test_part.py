@@ -193,7 +193,7 @@ def test_own_baselines() -> None:
         assert model.seen == seen  # for the last, one that shows that images are apart
         torch.testing.assert_close(value, regularizer.evaluate(model, x, mask, target, annotated=annotated).total, rtol=1e-12, atol=0)
     assert attrreg.ActivationDifference(fill=Halved())(model, x, mask, target, fraction=0.5).isfinite()
-    with pytest.raises(ValueError, match=r"fraction cannot be used with .*BatchMean.*Make it from that image alone"):
+    with pytest.raises(ValueError, match=r"fraction cannot be used with .*BatchMean.*makes an image from others of the batch"):
         attrreg.ActivationDifference(fill=BatchMean())(model, x, mask, target, fraction=0.5)
 
 
@@ -214,3 +214,102 @@ def test_a_baseline_of_one_image_a_sample(masked: bool) -> None:
         attrreg.IntegratedGradients(steps=2, baseline=baseline)(model, x, mask, target, fraction=0.5)
     one = attrreg.IntegratedGradients(steps=2, baseline=given[:1])
     assert one(model, x, mask, target, annotated=annotated, fraction=0.5).isfinite()
+
+
+class Gated(SmoothNet):
+    """A gate that starts at zero lets images meet; and other outputs beside the logits."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.gate = kind, nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        if self.kind == "by image":
+            return {"logits": logits, "energy": logits.logsumexp(1)}
+        if self.kind == "flat":
+            return {"logits": logits.reshape(-1)}
+        if self.kind == "time first":
+            return {"logits": logits[None]}
+        return {"logits": logits + self.gate * logits.flip(0)}
+
+
+@pytest.mark.parametrize("kind", ["by image", "flat", "time first", "gate"])
+def test_outputs_of_all_kinds_show_whether_images_meet(kind: str) -> None:
+    gated = Gated(kind).double()
+    model, (x, mask, target) = Watched(gated), smooth_batch(4)
+    annotated, found = torch.tensor([True, False, True, False]), []
+
+    def logits(output: dict[str, Tensor]) -> Tensor:
+        return output["logits"].reshape(-1, 3)
+
+    for _ in range(3):  # the second time it is shown again
+        model.seen.clear()
+        value = TERM(model, x, mask, target, annotated=annotated, output=logits)
+        found.append([*model.seen])
+        with torch.no_grad():
+            gated.gate.add_(0.5)
+    assert found == ([[4, 2], [4, 4], [4]] if kind == "gate" else [[4, 2], [4, 2], [2]])
+    assert value.isfinite()
+
+
+class Loud(SmoothNet):
+    """Divides by the size of its images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x / x.square().mean((1, 2, 3), keepdim=True).sqrt())
+
+
+def test_a_black_image_couples_nobody() -> None:
+    model, (x, mask, target) = Watched(Loud().double()), smooth_batch(4)
+    x = x.detach().clone()
+    x[1] = 0
+    value = TERM(model, x, mask, target, annotated=torch.tensor([True, False, True, True]))
+    assert model.seen == [4, 3] and all(gradient.isfinite().all() for gradient in gradients(model, value))
+
+
+class Refusing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Beside(SmoothNet):
+    """Gives something beside the logits that cannot be differentiated."""
+
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        return logits, Refusing.apply(logits)
+
+
+def test_what_cannot_be_shown_is_no_error() -> None:
+    model, (x, mask, target) = Watched(Beside().double()), smooth_batch(4)
+    annotated = torch.tensor([True, False, True, True])
+    value = TERM(model, x, mask, target, annotated=annotated, output=0)
+    torch.testing.assert_close(value, TERM.evaluate(model, x, mask, target, annotated=annotated, output=0).total, rtol=1e-12, atol=0)
+
+
+@dataclass(frozen=True, repr=False)
+class Flipped(baselines.Baseline):
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        return x.flip(0)
+
+
+@dataclass(frozen=True, repr=False)
+class FirstOne(baselines.Baseline):
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        return x[:1].expand_as(x)
+
+
+@pytest.mark.parametrize("own", [Flipped(), FirstOne()])
+def test_own_baselines_that_take_some_other_image(own: baselines.Baseline) -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch(3)
+    regularizer, annotated = attrreg.ActivationDifference(fill=own), torch.tensor([False, True, True])
+    value = regularizer(model, x, mask, target, annotated=annotated)
+    assert value == regularizer.evaluate(model, x, mask, target, annotated=annotated).total
+    with pytest.raises(ValueError, match="fraction cannot be used with"):
+        regularizer(model, x, mask, target, fraction=0.5)

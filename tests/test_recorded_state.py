@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
+from torchmetrics.classification import MulticlassAccuracy
 
 import attrreg
 from attrreg import baselines
@@ -54,6 +57,98 @@ def test_settings_of_layers_count() -> None:
         model.drop.p = 0.0
         value = REG(model, x, mask, target)
     torch.testing.assert_close(value, REG(model, x, mask, target), rtol=1e-12, atol=0)
+
+
+class Scaled(SmoothNet):
+    """Scales its logits by a list of numbers."""
+
+    def forward(self, x: Tensor, scales: list[float] | None = None) -> Tensor:
+        return super().forward(x) * (scales or [1.0])[0]
+
+
+def test_a_list_that_was_changed_since_is_another() -> None:
+    model, (x, mask, target), scales = Scaled().double(), smooth_batch(), [2.0]
+    with REG.attach(model), passes() as counted:
+        model(x, scales)
+        REG(model, x, mask, target, inputs=(x, scales))
+        assert counted.forward == 0
+        model(x, scales)
+        scales[0] = 3.0
+        value = REG(model, x, mask, target, inputs=(x, scales))
+    torch.testing.assert_close(value, REG(model, x, mask, target, inputs=(x, [3.0])), rtol=1e-12, atol=0)
+
+
+class Lazy:
+    """Computes the logits when somebody asks for them."""
+
+    def __init__(self, probabilities: Tensor) -> None:
+        self.probabilities = probabilities
+
+    @cached_property
+    def logits(self) -> Tensor:
+        return self.probabilities.log()
+
+
+class IsLazy(SmoothNet):
+    def forward(self, x: Tensor) -> Any:
+        return Lazy(super().forward(x).softmax(1))
+
+
+@pytest.mark.parametrize("change", ["metric", "cached", "same again", "lazy output"])
+def test_what_changes_no_logits_costs_no_forward(change: str) -> None:
+    model, (x, mask, target) = (IsLazy() if change == "lazy output" else SmoothNet()).double(), smooth_batch()
+    model.accuracy, model.act.slope = MulticlassAccuracy(num_classes=3), float("0.5")  # type: ignore[assignment]
+    for regularizer in (REG, attrreg.ActivationDifference()):
+        with regularizer.attach(model):
+            output = model(x)
+            if change == "metric":
+                model.accuracy.update(output, target)
+            elif change == "cached":
+                model.features = output
+            elif change == "same again":
+                model.act.slope = float("0.5")  # type: ignore[assignment]
+            with passes() as counted:
+                regularizer(model, x, mask, target, output="logits" if change == "lazy output" else None)
+        assert counted.forward == (0 if regularizer is REG else 1)
+
+
+def odd(kind: str) -> Tensor:
+    if kind == "nested":
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    return {"meta": torch.empty(3, device="meta"), "NaN": torch.full((3,), math.nan), "sparse": torch.eye(3).to_sparse()}[kind]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", ["meta", "NaN", "sparse", "nested"])
+def test_buffers_of_any_kind(kind: str) -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    model.register_buffer("odd", odd(kind))
+    for regularizer, own in ((REG, 0), (attrreg.ActivationDifference(), 1)):
+        with regularizer.attach(model):
+            model(x)
+            with passes() as counted:
+                regularizer(model, x, mask, target)
+        assert counted.forward == own
+
+
+class Block(nn.Module):
+    """Computes the images of a part that is attached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pre, self.net = nn.Conv2d(2, 2, 1), nn.Sequential(nn.Conv2d(2, 4, 3), nn.GELU(), nn.LayerNorm(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.net(self.pre(x))
+        return result
+
+
+def test_a_part_is_recomputed_on_images_of_the_block() -> None:
+    model, (x, _, _) = Block().double(), smooth_batch()
+    with REG.attach(model.net):
+        value: Any = checkpoint(model, x, use_reentrant=False)
+        found = gradients(model, value.square().sum())
+    assert_close(found, gradients(model, model(x).square().sum()), 1e-10)
 
 
 def test_images_that_ask_for_a_gradient_since() -> None:
@@ -181,7 +276,7 @@ def test_transforms_of_an_attached_model() -> None:
             warnings.simplefilter("ignore")  # of PyTorch, about its own TorchScript
             with forward_ad.dual_level():
                 tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(x.detach(), torch.ones_like(x)))).tangent
-            traced = torch.jit.trace(model, x.detach(), check_trace=False)
+            traced = torch.jit.trace(model, x.detach())
         return [*each.values(), tangent, traced(x.detach())]
 
     want = found()

@@ -108,3 +108,31 @@ def test_measures_of_predictions_are_a_module_that_their_functions_do_not_hide()
     import attrreg.metrics.predictions as module
 
     assert module.accuracy is attrreg.metrics.accuracy
+
+
+def test_counts_are_pythons_own() -> None:
+    steps = numpy.uint8(200)
+    for kept in (attrreg.IntegratedGradients(steps=steps), schedules.Linear(steps), schedules.Every(steps)):  # type: ignore[arg-type]
+        assert kept.steps * 2 == 400
+
+
+def test_the_weight_of_a_schedule_is_a_number() -> None:
+    class Own(schedules.Schedule):
+        def __call__(self, step: int) -> float:
+            return torch.ones((), requires_grad=True)  # type: ignore[return-value]
+
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    found = attrreg.Scheduled(attrreg.InputGradient(), Own()).evaluate(model, x, mask, target)
+    assert found.total.shape == () and not found.terms["InputGradient"].requires_grad
+
+
+@pytest.mark.parametrize("broken", [{"network": {}}, {"network": {"x": 1}}, {"network": {"0.bias": torch.zeros(3)}, "width": 5}])
+def test_a_state_that_does_not_fit_changes_nothing(broken: dict[str, Any]) -> None:
+    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
+    invariance = attrreg.AdversarialInvariance()
+    invariance(model, x, mask)
+    state = invariance.state_dict()
+    with pytest.raises(ValueError, match=r"state is of no discriminator with the layers"):
+        invariance.load_state_dict({**state, **broken})
+    assert invariance.state_dict().keys() == state.keys() and invariance.step == 1
+    assert invariance.state_dict()["width"] == state["width"] > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -185,11 +186,12 @@ def _loss(model: nn.Module, split: Split) -> float:
 
 def _outcome(model: nn.Module, task: Task) -> dict[str, Any]:
     logits = predict(model, task.test.images)
+    area = metrics.auc(logits, task.test.labels)
     return {
         "similar": _accuracy(model, task.similar),
         "valid": _accuracy(model, task.valid),
         "test": metrics.accuracy(logits, task.test.labels),
-        "auc": metrics.auc(logits, task.test.labels),
+        "auc": None if area is None or math.isnan(area) else area,  # of a model that diverged there is none
         "worst": metrics.worst_group_accuracy(logits, task.test.labels, task.test.grouped),
         "clean": _accuracy(model, task.clean_test),
     }

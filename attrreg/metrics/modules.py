@@ -50,12 +50,12 @@ class _Mean(Metric):
         kind = type(self)
         for name in ("total", "images", "undefined", f"{kind.__module__}.{kind.__qualname__}{tuple(map(_name, settings))}"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self._marker = name
 
     def persistent(self, mode: bool = False) -> None:
         """Whether states are saved. What only tells metrics apart is not: of a lambda, it is another one in another process."""
         super().persistent(mode)
-        self._persistent[self._marker] = False
+        for name in self._defaults.keys() - {"total", "images", "undefined"}:
+            self._persistent[name] = False
 
     def add(self, values: Tensor) -> None:
         """Count values `(N,)` of images with a mask."""

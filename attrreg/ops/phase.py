@@ -14,7 +14,7 @@ from torch import Tensor
 from attrreg.graph import leads_to_ours
 from attrreg.ops.draws import Draws
 
-THIRD = b"trying to differentiate a penalty twice. It has no third derivative: leave out create_graph=True where its gradient is taken."
+THIRD = b"trying to take a third derivative, which a penalty has not: leave out create_graph=True where its gradient is taken."
 
 
 @dataclass
@@ -73,8 +73,8 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         # The error stands between the results and all that they came from.
         behind = [part for part in (*gradients, *ctx.saved_tensors, *getattr(ctx, "leaves", ())) if part is not None and part.requires_grad]
         results: list[Any] = [None if gradient is None else gradient.detach().requires_grad_() for gradient in found]
-        refuse = torch._C._functions.DelayedError(THIRD, len(found) + len(behind))
-        return tuple(refuse(*results, *behind)[: len(found)])
+        of: list[Any] = [*results, *behind, None]  # None: of a single tensor it would give no tuple
+        return tuple(torch._C._functions.DelayedError(THIRD, len(of))(*of)[: len(found)])
 
     return call
 

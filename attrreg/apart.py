@@ -1,0 +1,112 @@
+"""Whether images of a batch depend on each other: what modules tell, and what a pass shows where they tell nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from attrreg.call import Call
+from attrreg.counting import counters
+from attrreg.distributed import sharded
+from attrreg.recording import parts
+from attrreg.runner import Runner
+from attrreg.sites import INPUT
+from attrreg.state import isolated
+from attrreg.walk import modes, modules
+
+
+class Shown:
+    """What passes have shown of models, by kinds of calls, so that not each has to show it.
+
+    It is shown again at the second, fourth, eighth ... call: what starts at zero, as the gate of a branch, shows nothing at first.
+    """
+
+    def __init__(self) -> None:
+        self._calls: WeakKeyDictionary[nn.Module, dict[Hashable, int]] = WeakKeyDictionary()
+        self._found: WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = WeakKeyDictionary()
+
+    def due(self, model: nn.Module, kind: Hashable) -> int:
+        """Which call of a kind this is, if it has to show; else 0."""
+        calls = self._calls.setdefault(model, {})
+        calls[kind] = count = calls.get(kind, 0) + 1
+        return count if self.found(model, kind) is None or count & (count - 1) == 0 else 0
+
+    def found(self, model: nn.Module, kind: Hashable) -> bool | None:
+        """What was shown last; None: nothing."""
+        return self._found.get(model, {}).get(kind)
+
+    def keep(self, model: nn.Module, kind: Hashable, found: bool) -> None:
+        """What a call has shown."""
+        self._found.setdefault(model, {})[kind] = found
+
+
+_SHOWN = Shown()
+
+
+def images_apart(call: Call) -> bool:
+    """Whether what a model gives for an image depends on that alone."""
+    model = call.model
+    if any(map(couples, modules(model))):
+        return False
+    if next(sharded(model), None) is not None:  # passes that other ranks do not run would wait for them
+        return True
+    kind = tuple(modes(model))
+    if count := _SHOWN.due(model, kind):
+        chosen = torch.zeros(len(call.x), dtype=torch.bool)  # others each time: only some images may meet, as pairs
+        chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(count))[: len(chosen) // 2]] = True
+        try:
+            gradient = _spread(call, chosen.to(call.x.device))
+        except (RuntimeError, NotImplementedError):  # none can be taken; a term that needs one will say so
+            gradient = None
+        if gradient is not None and not bool(gradient[chosen].any()):  # a head that starts at zero shows nothing yet
+            return False
+        _SHOWN.keep(model, kind, gradient is not None and not bool(gradient[~chosen].any()))
+    return bool(_SHOWN.found(model, kind))
+
+
+def _spread(call: Call, chosen: Tensor) -> Tensor | None:
+    """The gradient of what a model gives for some images, with respect to all; None: it has none."""
+    runner = Runner(call, counters(), twice=False)
+    with isolated(call.model, device=call.x.device):
+        recording = runner.forward(call.x.detach(), {INPUT: True}, check=True)
+        given = parts(recording.output) if call.output is None else [*parts(recording.output), call.logits(recording.output)]
+        by_image = [part for part in given if part.requires_grad and part.shape[:1] == chosen.shape and part.layout == torch.strided]
+        if not by_image:
+            return None
+        gradient = runner.spread(recording, torch.stack([_weighed(part[chosen]) for part in by_image]).sum())
+    return None if gradient is None else gradient.nan_to_num(0.0)  # of a black image it may be zero times infinity
+
+
+def _weighed(part: Tensor) -> Tensor:
+    """No plain sum: that of probabilities does not depend on the images."""
+    values = part.reshape(part.shape[0], -1).float()
+    return (values * torch.arange(1.0, values.shape[1] + 1, device=part.device).cos()).sum()
+
+
+def close(a: Tensor, b: Tensor, noise: float = 0.0) -> bool:
+    """Whether two results differ by rounding alone, or by little more than the noise of the like."""
+    return a.shape == b.shape and difference(a, b) <= max(_rounding(a), 100 * noise)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest, by the largest value."""
+    return float(((a - b).abs().amax() / b.abs().amax().clamp_min(torch.finfo(b.dtype).tiny)).detach())
+
+
+def _rounding(value: Tensor) -> float:
+    kind = value.device.type
+    eps = torch.finfo(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype).eps
+    return math.sqrt(max(eps, 2.0**-10) if value.is_cuda and eps > 1e-10 else eps)  # there, products of float32 may be in TF32
+
+
+def couples(module: nn.Module) -> bool:
+    """Whether what a layer itself gives for an image depends on the others of the batch: it normalises or quantises by their statistics."""
+    if any(kind.__module__.startswith("torch.ao.quantization") for kind in type(module).__mro__):  # imported only if it is used
+        return True
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.training or module.running_mean is None
+    return module.training and any(name.startswith("running_") for name in module._buffers.keys())  # noqa: SIM118  (TorchScript's); such as timm's EvoNorm
