@@ -198,8 +198,6 @@ class MaskedImageFolder(Dataset[Sample]):
     @cached_property
     def _dtype(self) -> torch.dtype:
         """The type of the masks, those that nobody drew included: a batch has one."""
-        if not self.annotated.any():
-            return torch.bool
         name = self.names[int(self.annotated.int().argmax())]
         height, width = self._image(name).shape[-2:]
         return self.masks(name, (height, width)).dtype

@@ -28,9 +28,9 @@ class Score(Spec, ABC):
     override `site` to read a layer instead of the logits, and the two checks if their task is another.
     """
 
+    is_key: ClassVar[bool] = True
     needs_target: ClassVar[bool] = False
     classes: ClassVar[int] = 1
-    is_key: ClassVar[bool] = True
     draws: ClassVar[bool] = False
     by_place: ClassVar[bool] = False
 
@@ -343,8 +343,9 @@ class ByTarget(Score):
             return SumLogProb()
         if target.dim() == 2 and target.shape[1] == 1:  # its logit times the label would say nothing of images of class 0
             raise ValueError(f"target is {tuple(target.shape)}, one label an image. For one logit name the score: scores.BinaryLogit().")
-        of_classes = Contrast() if self.contrast and not shown else TargetLogit()
-        return {2: MultiLabelLogit(), 3: SegmentationLogit()}.get(target.dim(), of_classes)
+        return {2: MultiLabelLogit(), 3: SegmentationLogit()}.get(
+            target.dim(), Contrast() if self.contrast and not shown else TargetLogit()
+        )
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """The score that the target's shape says."""
