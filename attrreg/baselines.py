@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from attrreg import masks
-from attrreg.spec import Spec, is_number
+from attrreg.spec import Key, is_number
 
 
-class Baseline(Spec, ABC):
+class Baseline(Key, ABC):
     """An image made from an image."""
 
-    is_key: ClassVar[bool] = True
     draws: ClassVar[bool] = False
 
     @property

@@ -327,8 +327,7 @@ def _images(root: Path) -> tuple[list[str], list[PurePosixPath], list[int]]:
         found: Sequence[tuple[str, int]] = make_dataset(root, indices, IMG_EXTENSIONS)
     except FileNotFoundError as error:
         raise ValueError(f"{root}: {error} Give a folder with a subfolder of images for each class.") from None
-    names = [PurePosixPath(Path(path).relative_to(root).as_posix()) for path, _ in found]
-    return classes, names, [target for _, target in found]
+    return classes, [PurePosixPath(Path(path).relative_to(root).as_posix()) for path, _ in found], [target for _, target in found]
 
 
 def _read_boxes(path: Path) -> dict[PurePosixPath, list[tuple[float, ...]]]:

@@ -14,7 +14,7 @@ from attrreg import masks
 from attrreg.baselines import Baseline
 from attrreg.ops.rectify import Rule
 from attrreg.scores import Score
-from attrreg.spec import Spec
+from attrreg.spec import Key
 
 RULES = ("gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid")
 
@@ -52,10 +52,9 @@ class Stop:
         return self.weight * (x - self.baseline)
 
 
-class Point(Spec, ABC):
+class Point(Key, ABC):
     """Where the model is evaluated."""
 
-    is_key: ClassVar[bool] = True
     draws: ClassVar[bool] = False
 
     @property

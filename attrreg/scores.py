@@ -16,11 +16,11 @@ from torch import Tensor
 
 from attrreg.settings import check_loss, keep_optional
 from attrreg.sites import FEATURES, OUTPUT, check_layer_name
-from attrreg.spec import Spec
+from attrreg.spec import Key
 from attrreg.targets import check_classes, check_logits, required
 
 
-class Score(Spec, ABC):
+class Score(Key, ABC):
     """A number an image, to be differentiated.
 
     Subclasses implement `__call__`; set `needs_target` if they need labels, `classes` to the fewest classes they mean something for,
@@ -28,7 +28,6 @@ class Score(Spec, ABC):
     override `site` to read a layer instead of the logits, and the two checks if their task is another.
     """
 
-    is_key: ClassVar[bool] = True
     needs_target: ClassVar[bool] = False
     classes: ClassVar[int] = 1
     draws: ClassVar[bool] = False
@@ -182,8 +181,8 @@ class TaskLoss(Score):
 class RandomProjection(Score):
     """v . h(x), with h the features at a layer and v ~ N(0, I) drawn anew each call, a direction of its own for each image.
 
-    Asks the same of every direction of the representation, where a class score asks only of one: see `docs/concepts.md`. One direction
-    for the whole batch would have the same expectation, and the mean over the batch would vary as much as for one image.
+    Asks the same of every direction of the representation, where a class score asks only of one: see `docs/concepts.md`. With one
+    direction for the whole batch, the mean over it would vary as much as for one image.
 
     Args:
         layer: dotted name of the layer, or "auto": the features that enter the classifier.
@@ -343,9 +342,8 @@ class ByTarget(Score):
             return SumLogProb()
         if target.dim() == 2 and target.shape[1] == 1:  # its logit times the label would say nothing of images of class 0
             raise ValueError(f"target is {tuple(target.shape)}, one label an image. For one logit name the score: scores.BinaryLogit().")
-        return {2: MultiLabelLogit(), 3: SegmentationLogit()}.get(
-            target.dim(), Contrast() if self.contrast and not shown else TargetLogit()
-        )
+        usual = Contrast() if self.contrast and not shown else TargetLogit()
+        return {2: MultiLabelLogit(), 3: SegmentationLogit()}.get(target.dim(), usual)
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """The score that the target's shape says."""

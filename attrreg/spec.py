@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -41,21 +41,7 @@ class Spec:
 
     Equality, hash and pickling are the dataclass's own. The repr names only the settings that differ from
     their defaults, by paths that work after `import attrreg`, so `eval(repr(spec)) == spec`. A class that is no dataclass has Python's.
-
-    Raises:
-        TypeError: it is a score, a baseline or a point, and its dataclass is not frozen.
     """
-
-    is_key: ClassVar[bool] = False  # of what terms share
-
-    def __new__(cls, *args: Any, **settings: Any) -> Self:
-        """An object that can be a key: what is equal shares its passes."""
-        if cls.is_key and cls.__hash__ is None:
-            raise TypeError(
-                f"{cls.__name__} has no hash, by which equal scores and baselines find the passes that they share. Make it a frozen "
-                "dataclass: @dataclass(frozen=True, repr=False)."
-            )
-        return super().__new__(cls)
 
     def __repr__(self) -> str:
         if not dataclasses.is_dataclass(self):
@@ -66,3 +52,20 @@ class Spec:
             if value != field.default:
                 settings.append(f"{field.name}={source(value)}")
         return f"{public_path(type(self))}({', '.join(settings)})"
+
+
+class Key(Spec):
+    """One that terms share, because equal ones have one pass.
+
+    Raises:
+        TypeError: the dataclass is not frozen.
+    """
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        """An object with a hash."""
+        if cls.__hash__ is None:
+            raise TypeError(
+                f"{cls.__name__} has no hash, by which equal scores and baselines find the passes that they share. Make it a frozen "
+                "dataclass: @dataclass(frozen=True, repr=False)."
+            )
+        return super().__new__(cls)
