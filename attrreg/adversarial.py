@@ -19,7 +19,7 @@ from attrreg.needs import Need, Value
 from attrreg.penalty import Penalty
 from attrreg.points import At
 from attrreg.regularizer import SingleRegularizer, Sum
-from attrreg.settings import is_integer
+from attrreg.settings import check_count, is_integer
 from attrreg.sites import FEATURES, check_layer_name
 from attrreg.spec import is_number
 from attrreg.trace import Trace
@@ -78,8 +78,7 @@ class AdversarialInvariance:
         if isinstance(hidden, str) or not isinstance(hidden, Sequence):
             raise TypeError(f"hidden must be the widths of the hidden layers, got {hidden!r}. Write for example hidden=(1024,).")
         for name, value in (("every", every), *(("hidden", width) for width in hidden)):
-            if not is_integer(value) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}. Give a positive integer.")
+            check_count(name, value, 1)
         if not is_number(rate) or rate <= 0:
             raise ValueError(f"rate must be a positive learning rate, got {rate!r}. Write for example rate=1e-3.")
         if not is_integer(seed):

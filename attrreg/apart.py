@@ -26,22 +26,25 @@ class Shown:
     """
 
     def __init__(self) -> None:
-        self._calls: WeakKeyDictionary[nn.Module, dict[Hashable, int]] = WeakKeyDictionary()
-        self._found: WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = WeakKeyDictionary()
+        # How many calls there were, and what was shown last.
+        self._kinds: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[int, bool | None]]] = WeakKeyDictionary()
 
     def due(self, model: nn.Module, kind: Hashable) -> int:
         """Which call of a kind this is, if it has to show; else 0."""
-        calls = self._calls.setdefault(model, {})
-        calls[kind] = count = calls.get(kind, 0) + 1
-        return count if self.found(model, kind) is None or count & (count - 1) == 0 else 0
+        kinds = self._kinds.setdefault(model, {})
+        calls, found = kinds.get(kind, (0, None))
+        calls += 1
+        kinds[kind] = calls, found
+        return calls if found is None or calls & (calls - 1) == 0 else 0
 
     def found(self, model: nn.Module, kind: Hashable) -> bool | None:
         """What was shown last; None: nothing."""
-        return self._found.get(model, {}).get(kind)
+        return self._kinds.get(model, {}).get(kind, (0, None))[1]
 
     def keep(self, model: nn.Module, kind: Hashable, found: bool) -> None:
         """What a call has shown."""
-        self._found.setdefault(model, {})[kind] = found
+        kinds = self._kinds[model]
+        kinds[kind] = kinds[kind][0], found
 
 
 _SHOWN = Shown()

@@ -20,7 +20,7 @@ from attrreg.needs import Grad, Need
 from attrreg.part import check_fraction, part_of
 from attrreg.points import CLEAN
 from attrreg.state import full_precision, undone_on_error
-from attrreg.trace import Trace, check_needs, sites_at
+from attrreg.trace import Trace, alone, check_needs, sites_at
 from attrreg.wrappers import refuse_compiling
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def attach(terms: Sequence[Term], model: nn.Module, engine: Engine, due: Callabl
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}. Pass the model itself.")
     needs = needs_of(terms)
-    return Attachment(model, sites_at(CLEAN, needs), due, engine.twice, alone=all(need.at == CLEAN for need in needs))
+    return Attachment(model, sites_at(CLEAN, needs), due, engine.twice, alone=alone(needs))
 
 
 def check(

@@ -51,12 +51,11 @@ class Conditions:
     def __init__(
         self, model: nn.Module, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], asked: Any, before: list[Kept] | None
     ) -> None:
-        self._objects, self._numbers = _state(model)
+        self._objects, self._numbers, self._settings = _state(model)
         self._arguments = tree_map(lambda leaf: leaf, (args, kwargs))  # in containers of our own
         self._given = _versions(parts((args, kwargs)))
         self._output = _versions(parts(output))
         self.asked = asked
-        self._settings = _settings(model)
         self._moved = [True] if before is None else _differences(buffers_read(model), before)
 
     @property
@@ -66,9 +65,9 @@ class Conditions:
 
     def hold(self, call: Call) -> bool:
         """Whether a call would meet the same."""
-        objects, numbers = _state(call.model)
+        objects, numbers, settings = _state(call.model)
         same = numbers == self._numbers and len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
-        return same and self._set(call.model) and _as_then(self._given) and self._called_with(call)
+        return same and self._set(call.model, settings) and _as_then(self._given) and self._called_with(call)
 
     def whole(self, output: Any) -> bool:
         """Whether what the model returned still has its tensors, and none was written to."""
@@ -79,9 +78,8 @@ class Conditions:
         own = [(tensor, version) for tensor, version in self._output if tensor is logits]
         return _as_then(own or self._output)
 
-    def _set(self, model: nn.Module) -> bool:
+    def _set(self, model: nn.Module, now: list[tuple[object, ...]]) -> bool:
         """Whether modules have the settings that they had: values that say how to compute, and not the tensors that some keep."""
-        now = _settings(model)
         if all(map(is_, chain(*self._settings), chain(*now))) and list(map(len, now)) == list(map(len, self._settings)):  # quick, as usual
             return True
         pairs = zip(modules(model), self._settings, now, strict=True)
@@ -239,11 +237,6 @@ def _differences(now: list[Tensor], before: list[Kept]) -> list[bool | Tensor]:
     return found
 
 
-def _settings(model: nn.Module) -> list[tuple[object, ...]]:
-    """All that each module holds."""
-    return [tuple(module.__dict__.values()) for module in modules(model)]
-
-
 def _plain(values: tuple[object, ...]) -> list[object]:
     return [(type(value), value) for value in values if isinstance(value, PLAIN)]
 
@@ -253,8 +246,8 @@ def _counts(module: nn.Module) -> bool:
     return any(kind.__module__.startswith(("torchmetrics.", "lightning.", "pytorch_lightning.")) for kind in type(module).__mro__)
 
 
-def _state(model: nn.Module) -> tuple[list[object], list[int]]:
-    """Modules, hooks, parameters and buffers; modes, what is trained, and versions."""
+def _state(model: nn.Module) -> tuple[list[object], list[int], list[tuple[object, ...]]]:
+    """Modules, hooks, parameters and buffers; modes, what is trained, and versions; all that each module holds."""
     found = modules(model)
     objects: list[object] = [*found]
     parameters: list[Tensor] = []
@@ -267,7 +260,7 @@ def _state(model: nn.Module) -> tuple[list[object], list[int]]:
         buffers.extend(buffer for buffer in module._buffers.values() if buffer is not None)
     numbers: list[int] = [module.training for module in found]
     numbers += [*(parameter.requires_grad for parameter in parameters), *map(version, parameters), *map(version, buffers)]
-    return [*objects, *parameters, *buffers], numbers
+    return [*objects, *parameters, *buffers], numbers, [tuple(module.__dict__.values()) for module in found]
 
 
 def version(tensor: Tensor) -> int:

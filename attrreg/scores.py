@@ -23,9 +23,8 @@ from attrreg.targets import check_classes, check_logits, required
 class Score(Key, ABC):
     """A number an image, to be differentiated.
 
-    Subclasses implement `__call__`; set `needs_target` if they need labels, `classes` to the fewest classes they mean something for,
-    `draws` if they draw (what `drawn` then fixes), `by_place` if what they give for an image depends on the image's place in the batch;
-    override `site` to read a layer instead of the logits, and the two checks if their task is another.
+    Subclasses implement `__call__`; set `needs_target` if they need labels, `classes` to the fewest they make sense for, `draws` if they
+    draw, `by_place` if what they give goes by places in the batch; override `site` to read a layer, and the checks for another task.
     """
 
     needs_target: ClassVar[bool] = False
@@ -48,6 +47,7 @@ class Score(Key, ABC):
 
     def chosen(self, value: Tensor, target: Tensor | None) -> Score:
         """The score with what it chooses by the value, such as the predicted class, kept as it is here: itself where it chooses nothing.
+
         Finite differences move the images by a step, on which another choice would count for more than the slope.
         """
         return self

@@ -48,6 +48,11 @@ def sites_at(point: Point, needs: Iterable[Need]) -> dict[str, bool]:
     return result
 
 
+def alone(needs: Iterable[Need]) -> bool:
+    """Whether the clean pass is the only one that needs ask for."""
+    return all(need.at == CLEAN for need in needs)
+
+
 class Trace:
     """The passes of one call. A term reads what it declared from here.
 
@@ -181,8 +186,9 @@ class Trace:
     def _clean_pass(self, wanted: dict[str, bool], as_users_forward: bool) -> None:
         call = self.call
         attachment = attached(call.model) if self._differentiable else None
-        alone = all(need.at == CLEAN for need in self._needs)
-        recording = attachment.take(call, wanted, self._runner.twice, self._asked(), alone) if attachment is not None else None
+        recording = None
+        if attachment is not None:
+            recording = attachment.take(call, wanted, self._runner.twice, self._asked(), alone(self._needs))
         # The images themselves need no pass. One that was recorded is taken all the same: others replay its draws.
         needed = as_users_forward or any(wanted.values()) or bool(wanted.keys() - {sites.INPUT})
         if recording is None and needed:

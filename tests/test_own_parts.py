@@ -27,9 +27,9 @@ x, mask, target = smooth_batch()
 
 @dataclass(frozen=True, repr=False)
 class Read(attrreg.MapRegularizer):
-    """The input gradient, as a function reads it."""
+    """Declares the input gradient, and reads from the trace what a function reads."""
 
-    read: Callable[[Tensor], Any]
+    read: Callable[[Trace], Any]
     score: Score = TargetLogit()
     objective: Objective = AbsoluteOutside()
 
@@ -37,8 +37,12 @@ class Read(attrreg.MapRegularizer):
         return (Grad(INPUT, self.score),)
 
     def attribution(self, trace: Trace) -> Tensor:
-        found: Tensor = self.read(trace.grad(INPUT, self.score))
+        found: Tensor = self.read(trace)
         return found
+
+
+def of_gradient(change: Callable[[Tensor], Any]) -> Read:
+    return Read(lambda trace: change(trace.grad(INPUT, TargetLogit())))
 
 
 MAPS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
@@ -53,7 +57,7 @@ MAPS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 @pytest.mark.parametrize("name", MAPS)
 def test_a_map_of_another_form_is_refused(name: str) -> None:
     read, got = MAPS[name]
-    model, regularizer = SmoothNet().double(), Read(read)
+    model, regularizer = SmoothNet().double(), of_gradient(read)
     message = rf"Read: attribution\(trace\) must return a floating-point map \(3, C, h, w\), {got}\. Return .* keepdim=True"
     for call in (lambda: regularizer(model, x, mask, target), lambda: regularizer.attribute(model, x, target)):
         with pytest.raises(ValueError, match=message):
@@ -62,7 +66,7 @@ def test_a_map_of_another_form_is_refused(name: str) -> None:
 
 def test_maps_of_any_channels_and_size_are_taken() -> None:
     model = SmoothNet().double()
-    summed = Read(lambda map: map.sum(dim=1, keepdim=True)[..., ::2, ::2])
+    summed = of_gradient(lambda map: map.sum(dim=1, keepdim=True)[..., ::2, ::2])
     assert summed.attribute(model, x, target).shape == (3, 1, 4, 4)
     assert summed(model, x, mask, target, annotated=torch.tensor([True, False, True])) > 0
 
@@ -198,21 +202,6 @@ def test_an_engine_of_ones_own_is_refused(twice: bool) -> None:
 
 
 @dataclass(frozen=True, repr=False)
-class Undeclared(attrreg.MapRegularizer):
-    """Reads from the trace what a function reads."""
-
-    read: Callable[[Trace], Tensor]
-    score: Score = TargetLogit()
-    objective: Objective = AbsoluteOutside()
-
-    def needs(self) -> tuple[Need, ...]:
-        return (Grad(INPUT, self.score),)
-
-    def attribution(self, trace: Trace) -> Tensor:
-        return self.read(trace)
-
-
-@dataclass(frozen=True, repr=False)
 class Constant(Score):
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         return value.detach().sum(1)
@@ -228,12 +217,12 @@ class Constant(Score):
 )
 def test_what_is_read_without_being_declared_is_named(read: Callable[[Trace], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message + r"\. Let needs\(\)"):
-        Undeclared(read)(SmoothNet().double(), x, mask, target)
+        Read(read)(SmoothNet().double(), x, mask, target)
 
 
 def test_a_map_of_the_mask_without_one_and_a_score_without_gradient() -> None:
     model = SmoothNet().double()
     with pytest.raises(ValueError, match=r"made from the mask, and there is none\. Pass `mask=`"):
-        Undeclared(lambda trace: trace.grad(INPUT, TargetLogit()) * trace.mask).attribute(model, x, target)
+        Read(lambda trace: trace.grad(INPUT, TargetLogit()) * trace.mask).attribute(model, x, target)
     with pytest.raises(RuntimeError, match=r"The score has no gradient.*Let gradients through"):
         attrreg.InputGradient(score=Constant())(model, x, mask, target)

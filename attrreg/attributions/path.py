@@ -13,8 +13,7 @@ from attrreg.objectives import LogOutside, Objective, check_score_and_objective,
 from attrreg.points import RULES, Path, Quadrature, RandomPlaces
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
-from attrreg.settings import check_count as check_count
-from attrreg.settings import keep_count
+from attrreg.settings import check_count, keep_count
 from attrreg.sites import INPUT
 from attrreg.trace import Trace
 

@@ -9,13 +9,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from attrreg.attributions.path import check_count
 from attrreg.baselines import Baseline, Noise
 from attrreg.needs import Need
 from attrreg.objectives import LogOutside, Objective, check_score_and_objective
 from attrreg.points import CLEAN, At
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import Score
+from attrreg.settings import check_count
 from attrreg.trace import Trace
 
 Kind = Literal["smoothgrad", "smoothgrad_sq", "vargrad"]
