@@ -73,8 +73,7 @@ class AdversarialInvariance:
     ) -> None:
         check_layer_name(layer)
         fill = Shuffle() if fill is None else fill
-        if not isinstance(fill, Baseline):
-            raise TypeError(f"fill must be a baselines.Baseline, got {type(fill).__name__}. Use baselines.Shuffle(), for example.")
+        Masked(fill)  # which checks it
         if isinstance(hidden, str) or not isinstance(hidden, Sequence):
             raise TypeError(f"hidden must be the widths of the hidden layers, got {hidden!r}. Write for example hidden=(1024,).")
         for name, value in (("every", every), *(("hidden", width) for width in hidden)):

@@ -16,7 +16,7 @@ from attrreg.recording import parts
 from attrreg.runner import Runner
 from attrreg.sites import INPUT
 from attrreg.state import isolated
-from attrreg.walk import modes, modules
+from attrreg.walk import modes
 
 
 class Shown:
@@ -53,7 +53,7 @@ _SHOWN = Shown()
 def images_apart(call: Call) -> bool:
     """Whether what a model gives for an image depends on that alone."""
     model = call.model
-    if any(map(couples, modules(model))):
+    if any(map(couples, call.modules)):
         return False
     if next(sharded(model), None) is not None:  # passes that other ranks do not run would wait for them
         return True

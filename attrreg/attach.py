@@ -15,8 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from attrreg.call import Call
 from attrreg.hooks import Tap
-from attrreg.recording import Recording, parts, read
-from attrreg.sites import check_layer
+from attrreg.recording import Recording, keep_buffers, parts
 from attrreg.walk import modules
 from attrreg.wrappers import compiled, compiling, unwrap
 
@@ -34,8 +33,6 @@ class Attachment:
         self, entry: nn.Module, sites: Mapping[str, bool], due: Callable[[], bool] = lambda: True, twice: bool = True, alone: bool = False
     ) -> None:
         model = unwrap(entry)
-        for site in sites:
-            check_layer(model, site)
         if attached(model) is not None:
             raise RuntimeError(
                 "attach: this model already has an attachment. Remove it first (`handle.remove()`, or leave its `with` block), and "
@@ -93,7 +90,7 @@ class Attachment:
             call: the call.
             sites: what it reads; True where it takes a gradient.
             twice: it differentiates gradients.
-            asked: of the layer for `layer="auto"`: `runner.asked`; None: nothing.
+            asked: of the layer for `layer="auto"`: `automatic.asked`; None: nothing.
             alone: it runs no other pass, which would have to start from the same buffers.
         """
         recording = self._recording
@@ -116,7 +113,7 @@ class Attachment:
 
     @property
     def map(self) -> str | None:
-        """The layer that `layer="auto"` turned out to be for images of the last size that it was asked for; None: that is not known."""
+        """The layer that `layer="auto"` turned out to be for images of the last size that was new; None: that is not known."""
         known = next(reversed(self._maps.values()), None)
         return None if known is None else known[1]
 
@@ -153,7 +150,7 @@ class Attachment:
         if not again:
             sites = self._sites if self._due() else {}  # of a skipped step the output alone, for `Scheduled.evaluate`
             asked, map = self._maps.get(_kind(images[1], model)) or (None, None)
-            self._called = args, kwargs, asked, None if self._alone else read(model)
+            self._called = args, kwargs, asked, None if self._alone else keep_buffers(model)
             self._ran = dict([*self._ran.items(), (image, (sites, map))][-FORWARDS:])
             hooks[own] = hooks.pop(own)  # the last, as others may change what the model returns
         sites, map = self._ran.get(image, next(reversed(self._ran.values()), ({}, None)))  # a recomputed image is another one
@@ -200,7 +197,7 @@ def recorded_output(call: Call) -> tuple[Any] | None:
     """What the loop's own forward returned, if it was the one of a call and recorded."""
     attachment = attached(call.model)
     recording = attachment.take(call, {}, twice=False, asked=None, alone=True) if attachment is not None else None
-    if recording is None or recording.conditions is None or not recording.conditions.whole(recording.output):
+    if recording is None or recording.conditions is None or not recording.conditions.whole(recording.returned):
         return None
     return (recording.returned,)
 
@@ -217,7 +214,7 @@ def _transformed() -> bool:
 
 def _kind(x: Tensor, model: nn.Module) -> Any:
     """Forwards for which `layer="auto"` is one layer, as far as a forward knows."""
-    return x.shape[1:], model.training
+    return x.shape[1:], model.training, len(modules(model))
 
 
 def _inert() -> Attachment:

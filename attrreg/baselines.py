@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from typing import ClassVar
 
 import torch
@@ -69,7 +70,8 @@ class Fixed(Baseline):
             ) from error
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Fixed) and self.image.dtype == other.image.dtype and torch.equal(self.image, other.image)
+        # By values, wherever they lie.
+        return isinstance(other, Fixed) and self.image.dtype == other.image.dtype and torch.equal(self.image.cpu(), other.image.cpu())
 
     def __hash__(self) -> int:
         return hash((Fixed, tuple(self.image.shape), self.image.dtype))
@@ -90,6 +92,8 @@ class OneOf(Baseline):
     draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.images, (Fixed, Tensor)):
+            raise TypeError(f"OneOf: images must be a tensor (K, C, H, W), got a {type(self.images).__name__}. Write torch.stack(images).")
         images = self.images if isinstance(self.images, Fixed) else Fixed(self.images)
         if images.image.dim() != 4:
             raise ValueError(f"OneOf: images must be (K, C, H, W), got {tuple(images.image.shape)}. Stack the images to draw from.")
@@ -210,9 +214,16 @@ class Masked(Baseline):
 
     Args:
         fill: what takes the place of the irrelevant pixels.
+
+    Raises:
+        TypeError: `fill` is no baseline.
     """
 
     fill: Baseline = Shuffle()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.fill, Baseline):
+            raise TypeError(f"fill must be a baselines.Baseline, got {type(self.fill).__name__}. Use baselines.Shuffle(), for example.")
 
     @property
     def draws(self) -> bool:  # type: ignore[override]
@@ -243,6 +254,20 @@ def as_baseline(value: Baseline | Tensor | float) -> Baseline:
     raise TypeError(
         f"baseline must be a tensor, a number or a baselines.Baseline, got {type(value).__name__}. Use baselines.Zero(), for example."
     )
+
+
+def made_of(part: object) -> Iterator[Baseline]:
+    """The baselines that a point or a baseline is made of, those inside others included."""
+    if isinstance(part, Baseline):
+        yield part
+    if is_dataclass(part) and not isinstance(part, (Fixed, OneOf)):
+        for field in fields(part):
+            yield from made_of(getattr(part, field.name))
+
+
+def is_own(baseline: Baseline) -> bool:
+    """Whether it is of the user's code."""
+    return not type(baseline).__module__.startswith("attrreg.")
 
 
 def _orders(count: int, length: int, generator: torch.Generator, device: torch.device) -> Tensor:

@@ -9,13 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from attrreg import masks
 from attrreg.distributed import Groups
+from attrreg.state import isolated
+from attrreg.walk import modules
 from attrreg.wrappers import eager, refuse_compiling, undistributed, unwrap
 
 Select = Callable[[Any], Tensor] | str | int | None
 Inputs = tuple[Any, ...] | Mapping[str, Any] | None
+
+DETACHED = (
+    "The model's output carries no gradient: its forward runs under no_grad or detaches. Enable gradients inside the model, or leave the "
+    "detached part to another term."
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,11 @@ class Call:
             return module(*(image if value is self.x else value for value in self.inputs))
 
     @property
+    def modules(self) -> list[nn.Module]:
+        """All that a pass runs: the model's, and those of `output=`, if that is one."""
+        return [*modules(self.model), *(modules(self.output) if isinstance(self.output, nn.Module) else ())]
+
+    @property
     def mask(self) -> Tensor | None:
         """The canonical mask."""
         return None if self.annotation is None else self.annotation.relevant
@@ -83,18 +96,16 @@ class Call:
                 f"output: the model returned {_described(output)}{selected} and not a tensor of logits. Say where they are with "
                 "`output=`: an index, a key or attribute, or a function of what the model returns."
             )
-        if torch.is_grad_enabled() and not chosen.requires_grad:
-            raise RuntimeError(
-                "The model's output carries no gradient: its forward runs under no_grad or detaches. Enable gradients inside "
-                "the model, or leave the detached part to another term."
-            )
+        if torch.is_grad_enabled() and not chosen.requires_grad and not self.shown:  # a map that is shown may read values alone
+            raise RuntimeError(DETACHED)
         return chosen
 
     def _chosen(self, output: Any) -> Any:
         if self.output is None:
             return output
-        if callable(self.output):
-            return self.output(output)
+        if callable(self.output):  # it may draw, or be a head with norms that count
+            with isolated(self.output if isinstance(self.output, nn.Module) else nn.Module(), device=self.x.device):
+                return self.output(output)
         if isinstance(output, Tensor):  # where there are auxiliary heads in train mode only; an index would pick an image
             raise TypeError("a tensor has no parts that are logits")
         if isinstance(self.output, str) and not isinstance(output, Mapping):
@@ -124,7 +135,24 @@ def check_options(x: Tensor, generator: torch.Generator | None, output: Select, 
         raise TypeError(f"output must be an index, a key, an attribute or a function, got {output!r}. Say where the logits are.")
 
 
-def check_differentiable(model: nn.Module, x: Tensor, output: Select) -> None:
+def out_of_inference(*arguments: Any) -> tuple[Any, ...]:
+    """Arguments of which a graph can save: tensors made under inference_mode are cloned, each once; all else as it is."""
+    clones: dict[int, Tensor] = {}
+
+    def normal(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_inference():
+            return value
+        return clones[id(value)] if id(value) in clones else clones.setdefault(id(value), value.clone())
+
+    def whole(argument: Any) -> Any:
+        if isinstance(argument, Mapping):
+            return {name: normal(value) for name, value in argument.items()}
+        return tuple(map(normal, argument)) if isinstance(argument, tuple) else normal(argument)
+
+    return tuple(map(whole, arguments))
+
+
+def check_differentiable(model: nn.Module, x: Tensor, output: Select, inputs: Inputs) -> None:
     """Check that a penalty's gradient could reach anything.
 
     Raises:
@@ -136,9 +164,13 @@ def check_differentiable(model: nn.Module, x: Tensor, output: Select) -> None:
         raise RuntimeError(
             "A penalty needs gradients, but runs under torch.no_grad(). Call it outside, or use `.attribute` for the map alone."
         )
-    # What made x, or a function that makes the logits, may have parameters of its own; the graph will tell.
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    # What made x, what else the model gets or holds, or a function that makes the logits, may be trained; the graph will tell.
+    held = (value for module in modules(model) for value in (*vars(module).values(), *module._buffers.values()))
+    others = (value for value in (*tree_leaves(inputs), *held) if value is not x)
     elsewhere = callable(output) or (x.requires_grad and not x.is_leaf)
-    if not elsewhere and not any(parameter.requires_grad for parameter in model.parameters()):
+    if not elsewhere and not any(isinstance(value, Tensor) and value.requires_grad for value in others):
         raise RuntimeError(
             "All parameters of the model are frozen, so the penalty could train nothing. Set requires_grad on those to be trained."
         )
@@ -168,7 +200,9 @@ def check_batch(x: Tensor) -> None:
         raise TypeError(
             f"x must be a floating-point tensor, got {kind}. Scale and normalise the images first, for example `x.float() / 255`."
         )
-    if x.dim() != 4 or x.numel() == 0:
+    if x.dim() == 4 and x.numel() == 0:
+        raise ValueError(f"x holds no image, or images without pixels: its shape is {tuple(x.shape)}. Skip batches without images.")
+    if x.dim() != 4:
         raise ValueError(f"x must be a batch of images (N, C, H, W), got {tuple(x.shape)}. Add or keep the missing axes.")
 
 
@@ -189,4 +223,5 @@ def check_target(target: Tensor | None, x: Tensor) -> Tensor | None:
     if target.dim() == 0 or target.shape[0] != x.shape[0]:
         raise ValueError(f"target must be ({x.shape[0]},), one class an image of x, got {tuple(target.shape)}. Reshape it.")
     integral = not target.is_floating_point() and target.dtype is not torch.bool
-    return target.detach().to(device=x.device, dtype=torch.int64 if integral else target.dtype)
+    # A copy, because a path may look at it again in the penalty's backward.
+    return target.detach().to(device=x.device, dtype=torch.int64 if integral else target.dtype, copy=True)

@@ -16,7 +16,9 @@ from attrreg.runner import Runner
 from attrreg.scores import Score
 from attrreg.state import Rng, full_precision, isolated
 
-NO_PATH = "The score has no path to any trainable parameter, so the penalty could train nothing. Unfreeze some."
+
+def _no_path(score: Score) -> RuntimeError:
+    return RuntimeError(f"{score!r} has no path to any trainable parameter, so its term could train nothing. Unfreeze some.")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Differences:
         # Passes that move have no graph then, and would be refused as those of a model that detaches.
         value, x = self.runner.at(recording, score.site), self.runner.call.x
         if score.site == sites.OUTPUT and not x.requires_grad and not any(True for _ in trainable_leaves(value)):
-            raise RuntimeError(NO_PATH)
+            raise _no_path(score)
         names = [self.runner.map if site == sites.SPATIAL else site for site in wanted]
         # The automatic layer may be asked for by its name too. Moved is one layer once, by what both terms make of its gradient.
         leaves = {name: gradient.detach().requires_grad_() for name, gradient in zip(names, found, strict=True)}
@@ -81,7 +83,7 @@ class Differences:
         for taken in self._taken:
             slope = self._slope(taken, [next(found) for _ in taken.leaves], self._engine)
             if not any(leaf is not self.runner.call.x for leaf in trainable_leaves(slope)):
-                raise RuntimeError(NO_PATH)
+                raise _no_path(taken.score)
             total = total + (slope - slope.detach())
         return total
 
@@ -115,6 +117,11 @@ class PathLeaves:
     def drew(self) -> bool:
         """Nothing is computed again."""
         return False
+
+    @property
+    def reached(self) -> Mapping[int, Tensor]:
+        """Not asked for: nothing is computed again."""
+        return {}
 
     def room(self, pending: int) -> int:
         """One."""

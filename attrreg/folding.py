@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from attrreg import sites
 from attrreg.apart import Shown, close, couples, difference
 from attrreg.distributed import sharded
+from attrreg.graph import trainable_leaves
 from attrreg.ops.channels import dense, layout
 from attrreg.ops.draws import Draws
 from attrreg.recording import Recording
@@ -39,6 +40,9 @@ class PathGradients:
 
     A chunked path's backward keeps this object, so it holds nothing that passes computed.
 
+    Attributes:
+        reached: the trainable leaves that scores were computed from, by id.
+
     Args:
         runner: runs the passes.
         wanted: the sites to record.
@@ -53,9 +57,12 @@ class PathGradients:
         self._replay = replay
         model = runner.call.model
         self._modes = modes(model)
-        self._coupled = any(map(couples, modules(model)))
+        self._coupled = any(map(couples, runner.call.modules))
         plain = runner.call.inputs is None and dense(runner.call.x)  # draws go in memory's order
+        head = runner.call.output  # which our operators do not see
+        plain = plain and not (isinstance(head, nn.Module) and not _separable(head, ours=False))
         self._separable = plain and _REFUSED.get(model) != self._modes and _separable(model, runner.twice)
+        self.reached: dict[int, Tensor] = {}
         self._once: tuple[Rng, list[torch.Size]] | None = None  # where a pass over the images alone ends, and what it drew
 
     @property
@@ -76,7 +83,7 @@ class PathGradients:
         if len(images) > 1:
             try:
                 together = self._together(images, create_graph)
-            except (RuntimeError, ValueError, AssertionError):  # a model may know how many images it gets; what else is wrong comes again
+            except Exception:  # a model may know how many images it gets; what else is wrong comes again
                 together = None
             if together is not None:
                 return together
@@ -85,9 +92,19 @@ class PathGradients:
         return [self._alone(image, create_graph) for image in images]
 
     def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:
-        with isolated(self._runner.call.model, self._replay):
-            recording = self._runner.forward(images, self._wanted)
+        recording = self._pass(images)
+        self._note(self._runner, recording, create_graph)
         return [self._runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
+
+    def _pass(self, images: Tensor, check: bool = False) -> Recording:
+        """A place alone."""
+        with isolated(self._runner.call.model, self._replay):
+            return self._runner.forward(images, self._wanted, check=check)
+
+    def _note(self, runner: Runner, recording: Recording, create_graph: bool) -> None:
+        if not create_graph or not self.reached:  # else it is repeated
+            leaves = trainable_leaves(*(runner.at(recording, score.site) for score in self._scores))
+            self.reached.update((id(leaf), leaf) for leaf in leaves)
 
     def _together(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]] | None:
         places = len(images)
@@ -95,44 +112,41 @@ class PathGradients:
         batch = torch.stack(list(images), dim=1).flatten(0, 1).contiguous(memory_format=layout(self._runner.call.x))
         runner = self._runner.repeated(batch.detach(), places)
         with isolated(runner.call.model, self._replay):
-            recording = runner.forward(batch, self._wanted, places=places)
+            recording = runner.forward(batch, self._wanted)
             drew = not Rng.of(batch.device).same(self._replay)
         if drew or (self._coupled and recording.phase.normalised != {batch.shape[0]}):
             return None
-        if not self._as_alone(recording.draws, images[0]) or not self._apart(runner, recording, images[0]):
+        if not self._as_alone(recording.draws, images[0]) or not self._apart(runner, recording, images[-1]):
             return None
+        self._note(runner, recording, create_graph)
         found = [runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
         # Not by index, whose backward is a tensor of zeros for each place.
         return [list(each) for each in zip(*(gradient.unflatten(0, (-1, places)).unbind(1) for gradient in found), strict=True)]
 
-    def _apart(self, runner: Runner, recording: Recording, first: Tensor) -> bool:
-        """Whether the first place gets what it gets alone, and its scores depend on no other."""
-        model, kind = runner.call.model, (tuple(self._modes), len(first), runner.places)
+    def _apart(self, runner: Runner, recording: Recording, last: Tensor) -> bool:
+        """Whether the last place, the most unlike a baseline, gets what it gets alone, and its scores depend on no other."""
+        model, kind = runner.call.model, (tuple(self._modes), len(last), runner.places)
         if next(sharded(model), None) is not None:  # a backward that other ranks do not run, with other sizes, would wait for them
             return True
         if not _SHOWN.due(model, kind):
             return True
-        alone, shows = self._at(first), True
+        alone, shows = self._pass(last.detach(), check=True), True
         for score in self._scores:
             # What depends on the place in the batch, or on draws of the model's own, has no gradient that would show it.
-            of_first, by_itself = runner.at(recording, score.site)[:: runner.places], self._runner.at(alone, score.site)
-            if not close(of_first, by_itself):  # statistics of a few values make much of rounding
-                nearly = self._runner.at(self._at(first * (1 + torch.finfo(first.dtype).eps)), score.site)
-                if not close(of_first, by_itself, noise=difference(nearly, by_itself)):
+            of_last = runner.at(recording, score.site)[runner.places - 1 :: runner.places]
+            by_itself = self._runner.at(alone, score.site)
+            if not close(of_last, by_itself):  # statistics of a few values make much of rounding
+                nearly = self._pass(last.detach() * (1 + torch.finfo(last.dtype).eps), check=True)
+                if not close(of_last, by_itself, noise=difference(self._runner.at(nearly, score.site), by_itself)):
                     return False
-            gradient = runner.spread(recording, runner.scores(recording, score).unflatten(0, (-1, runner.places))[:, 0].sum())
+            gradient = runner.spread(recording, runner.scores(recording, score).unflatten(0, (-1, runner.places))[:, -1].sum())
             if gradient is None or not bool(gradient.any()):  # a head that starts at zero shows nothing yet
                 shows = False
-            elif bool(gradient.unflatten(0, (-1, runner.places))[:, 1:].any()):
+            elif bool(gradient.unflatten(0, (-1, runner.places))[:, :-1].any()):
                 return False
         if shows:
             _SHOWN.keep(model, kind, True)
         return True
-
-    def _at(self, images: Tensor) -> Recording:
-        """A place alone, to compare with."""
-        with isolated(self._runner.call.model, self._replay):
-            return self._runner.forward(images.detach(), self._wanted, check=True)
 
     def _as_alone(self, draws: Draws, images: Tensor) -> bool:
         """Whether a pass drew what one over the images alone draws. To know that, one such forward has to run."""

@@ -38,7 +38,7 @@ def leads_to_ours(node: Any, phase: Any) -> bool:
     return not following and getattr(getattr(node, "variable", None), LEAF, None) is phase
 
 
-def read(total: Tensor, values: Sequence[Tensor]) -> list[bool]:
+def which_are_read(total: Tensor, values: Sequence[Tensor]) -> list[bool]:
     """Of each value, whether a total was computed from it."""
     found = set(nodes(total))
     leaves = {id(node.variable) for node in found if hasattr(node, "variable")}

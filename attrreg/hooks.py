@@ -19,7 +19,7 @@ from attrreg.graph import LEAF
 from attrreg.ops import Phase, checkpoints_recompute_inside, operators
 from attrreg.ops.draws import Draws
 from attrreg.ops.rectify import Rule, rectify
-from attrreg.recording import Conditions, Recording, kept
+from attrreg.recording import Conditions, Recording, kept, version
 from attrreg.sites import FEATURES, INPUT, SPATIAL, SPECIAL, check_layer, varies
 from attrreg.state import Rng, own_buffers
 from attrreg.walk import modules
@@ -70,6 +70,7 @@ class Tap:
         self._maps: deque[tuple[str, Tensor]] = deque(maxlen=MAPS)
         self._features: list[tuple[Tensor, Tensor]] = []
         self._heads: list[nn.Module] = []
+        self._leaves: list[nn.Module] = []
         self._runs: Counter[str] = Counter()
         self._output: Any = None
         self._written = 0
@@ -80,7 +81,7 @@ class Tap:
 
     def open(self, x: Tensor) -> Tensor:
         """Put the hooks in place, for a forward on `x`; returns the tensor to call the model with."""
-        self._x, self._version, self._requires_grad = x, x._version, x.requires_grad
+        self._x, self._version, self._requires_grad = x, version(x), x.requires_grad
         self._rng, self._half = Rng.of(x.device), _in_half(x)
         self._framed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         places, self._phase.rows = self._phase.places, x.shape[0]
@@ -88,7 +89,7 @@ class Tap:
         self._phase.draws = Draws(x.shape[0] // places, places, self._rng)
         try:
             self._register()
-            self._operators.enter_context(checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra)))
+            self._operators.enter_context(checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra, self._leaves)))
             taken = {site for site, gradient in self._sites.items() if gradient}
             if self._twice:  # else the model computes as it does by itself
                 # What comes before the first of them is differentiated once.
@@ -127,18 +128,22 @@ class Tap:
             self._values[SPATIAL] = maps[-1][1]
         # Scores are taken inside DDP's wrapper: under static_graph, a backward through that makes it believe the step's is done.
         inner = output if self._output is None else self._output
+        recorded = [*self._values.values(), *(value for _, value in maps)]
+        if len(self._features) > 1:  # what left tells them apart
+            recorded += [part for pair in self._features for part in pair]
         return Recording(
             x=self._x,
             version=self._version,
             requires_grad=self._requires_grad,
             values=self._values,
+            taken=frozenset(site for site, gradient in self._sites.items() if gradient),
             problems=self._problems,
             maps=maps,
             features=tuple(reversed(self._features) if len(self._heads) > 1 else self._features),
             output=kept(inner) if called else inner,
             returned=output,
             rng=self._rng,
-            conditions=Conditions(self._model, inner, *called) if called else None,
+            conditions=Conditions(self._model, inner, recorded, *called) if called else None,
             phase=self._phase,
             twice=self._twice,
             half=self._half,
@@ -160,7 +165,8 @@ class Tap:
         for site in sorted(self._sites, key=lambda site: site == SPATIAL):
             if site == FEATURES:
                 self._heads = _classifiers(self._model)
-                for module in self._heads or filter(_reachable, _projections(self._model)):
+                projections = [module for module in modules(self._model) if isinstance(module, PROJECTIONS)]  # of which the last counts
+                for module in self._heads or projections:
                     self._hooks.append(module.register_forward_hook(self._take_features))
             elif site == SPATIAL:
                 if self._map is not None and not self._is_there(self._map):
@@ -210,7 +216,7 @@ class Tap:
                 return None
             if site in self._moves:
                 output = output + self._moves[site].to(output.dtype)
-            self._values[site] = value = self._differentiable(output) if self._sites[site] else output
+            self._values[site] = value = self._differentiable(output, module) if self._sites[site] else output
             if self._sites[site]:
                 self._begin()
             # A copy goes on, because what follows may work in place, and an in-place ReLU would silently turn what was
@@ -219,10 +225,12 @@ class Tap:
 
         return hook
 
-    def _differentiable(self, value: Tensor) -> Tensor:
-        """The tensor itself, if a graph leads to it; else a leaf in its place, marked as one that nobody can train."""
+    def _differentiable(self, value: Tensor, module: nn.Module | None = None) -> Tensor:
+        """The tensor itself, if a graph leads to it; else a leaf in its place, marked as one that nobody can train; `module`: gave it."""
         if value.requires_grad:
             return value
+        if module is not None:
+            self._leaves.append(module)
         leaf = value.detach().requires_grad_()
         setattr(leaf, LEAF, self._phase)
         return leaf
@@ -245,7 +253,7 @@ class Tap:
             if not isinstance(output, Tensor) or not varies(output, self._model, self._x, name):
                 return None
             # Behind frozen layers the first map becomes the leaf that later ones hang on.
-            value = self._differentiable(output)
+            value = self._differentiable(output, module)
             self._begin()
             if self._maps and self._maps[-1][1] is value:
                 if not self._maps[-1][0].startswith(f"{name}.") and value._version == self._written:
@@ -258,36 +266,30 @@ class Tap:
         return hook
 
 
-def _recomputing(model: nn.Module, phase: Phase, extra: bool) -> Callable[[], AbstractContextManager[object]]:
+def _recomputing(model: nn.Module, phase: Phase, extra: bool, leaves: list[nn.Module]) -> Callable[[], AbstractContextManager[object]]:
     """Where checkpointed blocks are recomputed, without holding on to what the pass recorded."""
-    # BatchNorm counts a recomputation as a batch. In the backward of the loop's own forward that is PyTorch's way.
-    return lambda: own_buffers(model) if extra or phase.inner else nullcontext()
+
+    def leaf(module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        # Behind frozen layers, all that followed the leaf saved tensors in the first run.
+        return output.detach().requires_grad_().clone() if isinstance(output, Tensor) and not output.requires_grad else None
+
+    @contextmanager
+    def recomputing() -> Iterator[None]:
+        handles = [module.register_forward_hook(leaf) for module in leaves]
+        try:
+            # BatchNorm counts a recomputation as a batch. In the backward of the loop's own forward that is PyTorch's way.
+            with own_buffers(model) if extra or phase.inner else nullcontext():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return recomputing
 
 
 def _in_half(x: Tensor) -> bool:
     kind = x.device.type
     return x.dtype == torch.float16 or (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16)
-
-
-def forward(
-    model: nn.Module,
-    x: Tensor,
-    sites: Mapping[str, bool],
-    run: Callable[[Tensor], Any],
-    twice: bool = True,
-    moves: Mapping[str, Tensor] = MappingProxyType({}),
-    places: int = 1,
-    rule: Rule | None = None,
-    extra: bool = True,
-    map: str | None = None,
-) -> Recording:
-    """Run the model once on `x` by `run`, recording the sites. For the other arguments see `Tap`."""
-    tap = Tap(model, sites, own=True, map=map, twice=twice, moves=moves, places=places, rule=rule, extra=extra)
-    try:
-        output = run(tap.open(x))
-    finally:
-        tap.close()
-    return tap.recording(output)
 
 
 @contextmanager
@@ -313,12 +315,10 @@ def _reachable(module: nn.Module) -> bool:
 def _classifiers(model: nn.Module) -> list[nn.Module]:
     """Where the features enter, if the model names it as timm's do; the first is its main one."""
     classifier = getattr(model, "get_classifier", None)
-    named = classifier() if callable(classifier) else None
+    try:
+        named = classifier() if callable(classifier) else None
+    except TypeError:  # one of the user's own, which takes arguments
+        named = None
     heads = named if isinstance(named, (tuple, list)) else [named]
     found: list[nn.Module] = [head for head in heads if isinstance(head, PROJECTIONS)]
     return found if len(found) == len(heads) else []
-
-
-def _projections(model: nn.Module) -> list[nn.Module]:
-    """Where they may enter else: of these the last counts."""
-    return [module for module in modules(model) if isinstance(module, PROJECTIONS)]

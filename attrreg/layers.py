@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,7 @@ def layers(model: nn.Module, x: Tensor, *, inputs: Inputs = None) -> list[LayerI
         inputs: all that the model is called with, as in calling a regularizer.
 
     Returns:
-        One entry a layer. What holds several layers (a stage, say) comes after them.
+        One entry a layer that ran once. What holds several layers (a stage, say) comes after them.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -64,4 +65,5 @@ def layers(model: nn.Module, x: Tensor, *, inputs: Inputs = None) -> list[LayerI
 
     with torch.no_grad(), isolated(call.model, device=x.device), suspended(call.model), hooks.observed(call.model, see):
         call.run(x.clone(), as_users_forward=False)
-    return found
+    runs = Counter(layer.name for layer in found)
+    return [layer for layer in found if runs[layer.name] == 1]  # what ran more often cannot be named

@@ -38,7 +38,7 @@ def requires_region(objective: Objective) -> bool:
 class SquaredOutside(Spec):
     """sum (o phi)^2: the squared attribution outside the mask.
 
-    Not scale-free: it falls when all attributions shrink, and grows with the number of pixels.
+    Not scale-free: it falls when all attributions shrink, and depends on the number of pixels.
 
     Source: Ross, Hughes and Doshi-Velez 2017, arXiv 1703.03717 (there summed over the batch too: `presets.rrr_ross2017`).
     """

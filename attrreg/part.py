@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
+from numbers import Real
 
 import torch
 
 from attrreg.apart import close, images_apart
 from attrreg.attach import attached
-from attrreg.baselines import Baseline, Fixed, OneOf, OtherImage
+from attrreg.baselines import Baseline, Fixed, OtherImage, is_own, made_of
 from attrreg.call import Call
 from attrreg.needs import Need, Value
 from attrreg.scores import Score
@@ -23,7 +24,7 @@ def check_fraction(fraction: float, call: Call) -> None:
     Raises:
         TypeError, ValueError: naming `fraction`.
     """
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)):
+    if isinstance(fraction, bool) or not isinstance(fraction, Real):
         raise TypeError(f"fraction must be a number, got {type(fraction).__name__}. Write for example fraction=0.25.")
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}. Write for example fraction=0.25.")
@@ -57,7 +58,7 @@ def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
     if fraction < 1:
         device = torch.device("cpu") if call.generator is None else call.generator.device
         order = torch.randperm(annotation.count, generator=call.generator, device=device)
-        indices = indices[order[: math.ceil(fraction * annotation.count)].to(indices.device).sort().values]
+        indices = indices[order[: math.ceil(round(fraction * annotation.count, 9))].to(indices.device).sort().values]
     target = None if call.target is None else call.target[indices]
     return replace(call, x=call.x[indices], annotation=annotation.part(indices), target=target)
 
@@ -81,30 +82,26 @@ def _check_parts(call: Call, needs: Sequence[Need], scores: Sequence[Score]) -> 
 
 def _by_row(part: object) -> bool:
     """Whether a point, or what it is made of, holds an image for each of the batch's."""
-    if isinstance(part, Fixed):
-        return part.image.dim() == 4 and part.image.shape[0] > 1
-    if isinstance(part, OneOf) or not is_dataclass(part):
-        return False
-    return any(_by_row(getattr(part, field.name)) for field in fields(part))
+    return any(isinstance(made, Fixed) and made.image.dim() == 4 and len(made.image) > 1 for made in made_of(part))
 
 
 def _of_batch(part: object) -> bool:
     """Whether a point, or what it is made of, takes other images of the batch."""
-    if isinstance(part, OtherImage):
-        return True
-    return is_dataclass(part) and not isinstance(part, Fixed) and any(_of_batch(getattr(part, field.name)) for field in fields(part))
+    return any(isinstance(made, OtherImage) for made in made_of(part))
 
 
 def _mixes(part: object, call: Call) -> bool:
     """Whether somebody's own baseline makes an image from others, too: tried, for those that do not draw."""
-    if isinstance(part, Baseline) and not type(part).__module__.startswith("attrreg."):
-        if part.draws or call.annotation is None:
-            return False
-        annotated, images, mask = call.annotation.annotated.nonzero()[:, 0], call.x.detach(), call.annotation.relevant
-        kept, before = annotated[1:] if len(annotated) > 1 else annotated, Rng.of(images.device)
-        try:
-            whole, alone = (part(images[rows], mask[rows], torch.Generator(images.device).manual_seed(0)) for rows in (slice(None), kept))
-        finally:
-            before.restore()
-        return not close(whole[kept], alone)
-    return is_dataclass(part) and not isinstance(part, Fixed) and any(_mixes(getattr(part, field.name), call) for field in fields(part))
+    return any(_mixed(made, call) for made in made_of(part) if is_own(made) and not made.draws)
+
+
+def _mixed(baseline: Baseline, call: Call) -> bool:
+    assert call.annotation is not None
+    annotated, images, mask = call.annotation.annotated.nonzero()[:, 0], call.x.detach(), call.annotation.relevant
+    kept, before = annotated[1:] if len(annotated) > 1 else annotated, Rng.of(images.device)
+    every = torch.arange(len(images), device=images.device)  # so that each gets images that it may write into before that is noticed
+    try:
+        whole, alone = (baseline(images[rows], mask[rows], torch.Generator(images.device).manual_seed(0)) for rows in (every, kept))
+    finally:
+        before.restore()
+    return not close(whole.expand_as(images)[kept], alone.expand_as(images[kept]))

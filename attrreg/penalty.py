@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attrreg import call as calls
-from attrreg import distributed, masks
+from attrreg import distributed, masks, sites
 from attrreg.attach import Attachment
 from attrreg.call import Call, Inputs, Select
 from attrreg.distributed import Group
@@ -20,8 +20,8 @@ from attrreg.needs import Grad, Need
 from attrreg.part import check_fraction, part_of
 from attrreg.points import CLEAN
 from attrreg.state import full_precision, undone_on_error
-from attrreg.trace import Trace, alone, check_needs, sites_at
-from attrreg.wrappers import refuse_compiling
+from attrreg.trace import Trace, alone, check_layers, check_needs, sites_at
+from attrreg.wrappers import refuse_compiling, unwrap
 
 if TYPE_CHECKING:
     from attrreg.regularizer import Term
@@ -55,6 +55,8 @@ def attach(terms: Sequence[Term], model: nn.Module, engine: Engine, due: Callabl
     refuse_compiling()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}. Pass the model itself.")
+    for term in terms:
+        check_layers(term.regularizer.needs(), unwrap(model), term.name)
     needs = needs_of(terms)
     return Attachment(model, sites_at(CLEAN, needs), due, engine.twice, alone=alone(needs))
 
@@ -78,7 +80,7 @@ def check(
         TypeError, ValueError, RuntimeError: naming the argument or the term.
     """
     calls.check_images(model, x)
-    calls.check_differentiable(model, x, output)
+    calls.check_differentiable(model, x, output, inputs)
     calls.check_options(x, generator, output, inputs)
     needs_region = next((who for term in terms if (who := term.regularizer.needs_region)), None)
     annotation = masks.check(mask, x, annotated, needs_region)
@@ -87,6 +89,7 @@ def check(
     check_fraction(fraction, call)
     for term in terms:
         check_needs(term.regularizer.needs(), call, term.name)
+    _check_one_map(terms, call)
     if any(isinstance(need, Grad) for need in needs_of(terms)):
         distributed.check_coupling(call.model)
     return call
@@ -118,6 +121,21 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
         distributed.prepare_backward(call.entry, total, engine.twice and any(isinstance(need, Grad) for need in needs))
         trace.commit()
     return Penalty(total, {name: part.detach() for name, part in parts.items()}, trace.output if as_users_forward else None)
+
+
+def _check_one_map(terms: Sequence[Term], call: Call) -> None:
+    """Check that `layer="auto"`, the last layer that a score depends on, is one layer for all terms."""
+    read = {
+        need.score.resolve(call.target).site: term.name
+        for term in terms
+        for need in term.regularizer.needs()
+        if isinstance(need, Grad) and need.site == sites.SPATIAL
+    }
+    if len(read) > 1 and read.keys() - {sites.OUTPUT, sites.FEATURES}:
+        raise ValueError(
+            f"layer='auto' is one layer for all terms of a sum, but the scores of {' and '.join(read.values())} read "
+            f"{' and '.join(map(repr, read))}, and may depend on others. Name the layer of each."
+        )
 
 
 def _check_trainable(name: str, per_image: Tensor, x: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from attrreg.graph import trainable_leaves
 from attrreg.ops.phase import once_differentiable
 from attrreg.points import Stop
-from attrreg.state import Moment, own_buffers
+from attrreg.state import Moment, moment_of, own_buffers
 from attrreg.walk import modes, modules
 
 
@@ -24,6 +24,10 @@ class Gradients(Protocol):
     @property
     def drew(self) -> bool:
         """Whether a score drew random numbers that it had not declared."""
+
+    @property
+    def reached(self) -> Mapping[int, Tensor]:
+        """The trainable leaves that scores were computed from so far, by id."""
 
     def room(self, pending: int) -> int:
         """How many of the places that are left may come as one batch."""
@@ -51,18 +55,20 @@ def along(
             "A score draws random numbers, which a path that recomputes would draw anew. Let its class set draws = True and fix them in "
             "drawn(seed), or pass chunk=None."
         )
-    leaves = list(trainable_leaves(*first))
+    leaves, known = list(trainable_leaves(*first)), set(gradients.reached)
     values = [value.detach() for value in first]
     del first  # and its graph with it
     total: list[Tensor] = []
-    moment = Moment(model)
+    moment = moment_of(model)
     for start in range(0, len(stops), chunk):
         part = stops[start : start + chunk]
         rest = part[1:] if start == 0 else part
         if rest:
             values = _added(values if start == 0 else [], _summed(rest, images, gradients, False))
+        # At other places the model may compute with others, as sparse experts do.
+        more = [leaf for key, leaf in gradients.reached.items() if key not in known]
         step = _Step(part, gradients, model, moment, x.device.type)
-        total = _added(total, list(_Recomputed.apply(step, values, x, *leaves)))
+        total = _added(total, list(_Recomputed.apply(step, values, x, *leaves, *more)))
     return total
 
 
@@ -111,7 +117,7 @@ class _Step:
         own = {id(parameter) for parameter in self._model.parameters()}
         if parametrize._cache_enabled or any(id(leaf) not in own for leaf in leaves):
             return True
-        held = (value for module in modules(self._model) for value in vars(module).values())
+        held = (value for module in modules(self._model) for value in (*vars(module).values(), *module._buffers.values()))
         return any(isinstance(value, Tensor) and value.grad_fn is not None for value in held)
 
 
@@ -151,10 +157,13 @@ class _Recomputed(Function):
             )
         images = x.detach().requires_grad_(ctx.needs_input_grad[2])
         pairs = [(value, grad) for value, grad in zip(ctx.step(images), outer, strict=True) if value.requires_grad]
-        inputs = [images, *leaves] if images.requires_grad else leaves
+        inputs = [value for value in (images, *leaves) if value.requires_grad]  # a leaf may have been frozen meanwhile
         if not pairs or not inputs:
             return (None,) * (3 + len(leaves))
         outputs, directions = zip(*pairs, strict=True)
+        retain = ctx.step.meets_others(leaves)
         with _without_hooks(leaves):
-            grads = torch.autograd.grad(outputs, inputs, directions, retain_graph=ctx.step.meets_others(leaves), allow_unused=True)
-        return (None, None, *grads) if images.requires_grad else (None, None, None, *grads)
+            # Zeros where these places do not use a leaf: a hook on it would be shown None.
+            grads = torch.autograd.grad(outputs, inputs, directions, retain_graph=retain, allow_unused=True, materialize_grads=True)
+        found = iter(grads)
+        return (None, None, *(next(found) if value.requires_grad else None for value in (images, *leaves)))

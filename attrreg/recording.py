@@ -40,20 +40,28 @@ class Conditions:
     Args:
         model: the model, after the forward.
         output: what it returned.
+        recorded: what was recorded of it.
         args, kwargs: what it was called with.
         asked: what was asked of the layer for `layer="auto"`, where that one layer was recorded; None: all were.
-        before: what `read` gave before the forward; None: nobody asked.
+        before: what `keep_buffers` gave before the forward; None: nobody asked.
 
     Attributes:
         asked: see above.
     """
 
     def __init__(
-        self, model: nn.Module, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], asked: Any, before: list[Kept] | None
+        self,
+        model: nn.Module,
+        output: Any,
+        recorded: list[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        asked: Any,
+        before: list[Kept] | None,
     ) -> None:
         self._objects, self._numbers, self._settings = _state(model)
         self._arguments = tree_map(lambda leaf: leaf, (args, kwargs))  # in containers of our own
-        self._given = _versions(parts((args, kwargs)))
+        self._tensors = _versions([*parts((args, kwargs)), *recorded])
         self._output = _versions(parts(output))
         self.asked = asked
         self._moved = [True] if before is None else _differences(buffers_read(model), before)
@@ -67,7 +75,7 @@ class Conditions:
         """Whether a call would meet the same."""
         objects, numbers, settings = _state(call.model)
         same = numbers == self._numbers and len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
-        return same and self._set(call.model, settings) and _as_then(self._given) and self._called_with(call)
+        return same and self._set(call.model, settings) and _as_then(self._tensors) and self._called_with(call)
 
     def whole(self, output: Any) -> bool:
         """Whether what the model returned still has its tensors, and none was written to."""
@@ -104,6 +112,7 @@ class Recording:
         x: the tensor that the model was called with; `version` and `requires_grad` as they were then.
         twice: whether it can be differentiated twice.
         values: at each recorded site, the tensor, with its graph.
+        taken: the sites at which a gradient was to be taken: operators can be differentiated twice from there on.
         problems: for each site that could not be recorded, why.
         maps: for the site `SPATIAL`, the last layers whose output is a map, by name, in the order they ran; the known one
             alone, if it is known.
@@ -120,6 +129,7 @@ class Recording:
     version: int
     requires_grad: bool
     values: dict[str, Tensor]
+    taken: frozenset[str]
     problems: Mapping[str, str]
     maps: tuple[tuple[str, Tensor], ...]
     features: tuple[tuple[Tensor, Tensor], ...]
@@ -153,13 +163,13 @@ class Recording:
         if self.has_other_map(sites, asked):
             return False
         for site, differentiated in sites.items():
-            value = self.values.get(site)
-            if site == OUTPUT and not (self.conditions.holds(self.output) and self.conditions.logits_hold(call.logits(self.output))):
+            found = site == OUTPUT or site in self.values or (site == SPATIAL and self.maps)
+            if site not in self.problems and (not found or (differentiated and site not in self.taken)):
                 return False
-            if site == OUTPUT or (site == SPATIAL and self.maps):
-                continue
-            if site not in self.problems and (value is None or (differentiated and not value.requires_grad)):
+        if OUTPUT in sites:
+            if not self.conditions.holds(self.output) or not self.conditions.logits_hold(logits := call.logits(self.output)):
                 return False
+            self.values[OUTPUT] = logits
         return True
 
 
@@ -208,7 +218,7 @@ def buffers_read(model: nn.Module) -> list[Tensor]:
     return [buffer for module in modules(model) if not _adds_up(module) for buffer in module._buffers.values() if buffer is not None]
 
 
-def read(model: nn.Module) -> list[Kept]:
+def keep_buffers(model: nn.Module) -> list[Kept]:
     """Those buffers, each with its version, and its value, as `.data` changes without a word."""
     return [(buffer, version(buffer), buffer.detach().clone() if _compares(buffer) else None) for buffer in buffers_read(model)]
 

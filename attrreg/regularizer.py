@@ -204,7 +204,8 @@ class AttributionRegularizer(Spec, ABC):
     def __add__(self, other: object) -> Sum:
         if isinstance(other, AttributionRegularizer):
             if self.engine != other.engine:
-                raise ValueError(f"Terms of one sum share passes, and so an engine; these have {self.engine!r} and {other.engine!r}.")
+                found = f"{self.engine!r} and {other.engine!r}"
+                raise ValueError(f"Terms of one sum share passes, and so an engine; these have {found}. Call .using on the sum instead.")
             return Sum(self.terms + other.terms, self.engine)
         if isinstance(other, int) and other == 0:  # where sum([...]) starts
             return Sum(self.terms, self.engine)
@@ -277,11 +278,11 @@ class MapRegularizer(SingleRegularizer):
         calls.check_images(model, x)
         calls.check_options(x, generator, output, inputs)
         with torch.inference_mode(False), torch.enable_grad(), undone_on_error(x.device, generator):
-            images = x.clone() if x.is_inference() else x
-            annotation = None if mask is None else masks.check(mask, images, None)
-            call = Call(model, images, annotation, calls.check_target(target, images), generator, output, inputs, shown=True)
+            x, mask, target, inputs = calls.out_of_inference(x, mask, target, inputs)
+            annotation = None if mask is None else masks.check(mask, x, None)
+            call = Call(model, x, annotation, calls.check_target(target, x), generator, output, inputs, shown=True)
             check_needs(self.needs(), call, type(self).__name__)
-            trace = Trace(call, self.needs(), differentiable=False)
+            trace = Trace(call, self.needs(), differentiable=False, engine=DoubleBackward())
             trace.run()
             with full_precision(x.device):
                 return own.map_of(self, trace).detach()

@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
-from types import FunctionType, MappingProxyType
-from typing import Any
-from weakref import WeakKeyDictionary
+from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attrreg import hooks, sites
-from attrreg.attach import attached, suspended
-from attrreg.call import Call
+from attrreg import automatic, sites
+from attrreg.attach import suspended
+from attrreg.call import DETACHED, Call
 from attrreg.counting import Passes
 from attrreg.distributed import sharded
-from attrreg.graph import bypassed, checkpoints_reentrant, read, reads
+from attrreg.graph import checkpoints_reentrant, reads
+from attrreg.hooks import Tap
 from attrreg.masks import penalty_dtype
+from attrreg.ops.channels import suggested
 from attrreg.ops.rectify import Rule
 from attrreg.recording import Recording, version
 from attrreg.scores import Score
-from attrreg.state import Rng, full_precision, isolated, own_buffers
+from attrreg.state import Rng, full_precision, own_buffers
 
 REENTRANT = (
     "The model checkpoints activations with use_reentrant=True, through which PyTorch cannot take a gradient of a gradient. "
@@ -34,24 +33,6 @@ FREED = (
     "A backward between the forward that was recorded and this penalty freed a part of its graph. Compute the penalty before that "
     "backward, or give it retain_graph=True."
 )
-
-# The layer that layer="auto" was last in a model, and for what: from there on alone, layers must be differentiable twice.
-_MAPS: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
-
-
-def known_map(call: Call, asked: Any) -> str | None:
-    """The layer that `layer="auto"` was for the last call alike; None: to be found."""
-    known, name = _MAPS.get(call.model, ((), ""))
-    return name if known == asked and name in dict(call.model.named_modules()) else None
-
-
-def asked(call: Call, score: Score | None) -> tuple[Any, ...]:
-    """What the layer for `layer="auto"` depends on, besides the model; None: no score is differentiated there."""
-    output: Any = call.output
-    if isinstance(output, FunctionType) and not (output.__closure__ or output.__defaults__ or output.__kwdefaults__):
-        names = set(output.__code__.co_names)
-        output = output if names & output.__globals__.keys() else output.__code__  # which stays, where it is written in the loop
-    return call.x.shape[1:], call.model.training, output, sites.OUTPUT if score is None else score.site
 
 
 class Runner:
@@ -87,7 +68,6 @@ class Runner:
         wanted: dict[str, bool],
         as_users_forward: bool = False,
         moves: Mapping[str, Tensor] = MappingProxyType({}),
-        places: int = 1,
         rule: Rule | None = None,
         map: str | None = None,
         check: bool = False,
@@ -96,27 +76,44 @@ class Runner:
         for counter in self._counters:
             counter.forward += not check
             counter.checks += check
-        with suspended(self.call.model):
-            run = partial(self.call.run, as_users_forward=as_users_forward)
-            return hooks.forward(self.call.model, image, wanted, run, self.twice, moves, places, rule, not as_users_forward, map)
+        if image is not self.call.x:  # layers lay out what they make as images are, and dropout draws in that order
+            image = image.contiguous(memory_format=suggested(self.call.x))
+        model, extra = self.call.model, not as_users_forward
+        tap = Tap(model, wanted, own=True, map=map, twice=self.twice, moves=moves, places=self.places, rule=rule, extra=extra)
+        with suspended(model):
+            try:
+                output = self.call.run(tap.open(image), as_users_forward)
+            finally:
+                tap.close()
+        recording = tap.recording(output)
+        if sites.OUTPUT in wanted and callable(self.call.output):
+            self.at(recording, sites.OUTPUT)  # now: a function that draws shall draw what it draws in each pass
+        return recording
 
     def backward(self, recording: Recording, score: Score, wanted: list[str], create_graph: bool) -> list[Tensor]:
         """The gradients of a score at the wanted sites, all from one backward."""
-        value = self._score_value(recording, score)
+        read_at = self.at(recording, score.site)
+        if score.site == sites.OUTPUT and not read_at.requires_grad:
+            raise RuntimeError(DETACHED)
+        value = read_at.to(penalty_dtype(read_at.dtype))
         total = self._scores(value, score).sum()
-        scale = _scale(total, value) if recording.half or self.at(recording, score.site).dtype == torch.float16 else None
-        if sites.SPATIAL in wanted and sites.SPATIAL not in recording.values:
-            self._find_map(recording, score, total if scale is None else total * scale)
-        inputs = [self.at(recording, site) for site in wanted]
+        scale = _scale(total, value) if recording.half or read_at.dtype == torch.float16 else None
+        find = sites.SPATIAL in wanted and sites.SPATIAL not in recording.values
+        maps = self._maps(recording, score, total) if find else []
+        named = [site for site in wanted if not (find and site == sites.SPATIAL)]
+        inputs = [self.at(recording, site) for site in named] + [map for _, map in maps]
         if scale is None:
             grads = self._gradients(recording, total, inputs, create_graph)
         else:
             grads = self._scaled_gradients(recording, total, scale, inputs, create_graph)
-        for site, grad in zip(wanted, grads, strict=True):
+        found = dict(zip(named, grads, strict=False))
+        if find:
+            found[sites.SPATIAL] = self._choose_map(recording, score, maps, grads[len(named) :])
+        for site, grad in found.items():
             if grad is None:
                 raise RuntimeError(_unreached(score, site, total))
             self._check_patches(site, grad)
-        return [grad.to(penalty_dtype(grad.dtype)) for grad in grads if grad is not None]
+        return [grad.to(penalty_dtype(grad.dtype)) for site in wanted if (grad := found[site]) is not None]
 
     def scores(self, recording: Recording, score: Score) -> Tensor:
         """The score of each image, `(N,)`, in float32 at least."""
@@ -204,76 +201,34 @@ class Runner:
 
     def find_map(self, recording: Recording) -> None:
         """Choose the layer for `layer="auto"` where no gradient is taken there."""
-        if sites.SPATIAL not in recording.values:
-            self._find_map(recording, None, self.at(recording, sites.OUTPUT).sum())
+        if sites.SPATIAL in recording.values:
+            return
+        total = self.at(recording, sites.OUTPUT).sum()
+        maps = self._maps(recording, None, total)
+        decided = automatic.is_grid(self.call, *maps[-1])
+        grads = (None,) if decided else self._gradients(recording, total, [map for _, map in maps], create_graph=False)
+        self._choose_map(recording, None, maps, grads)
 
-    def _find_map(self, recording: Recording, score: Score | None, total: Tensor) -> None:
-        """Choose the layer for `layer="auto"`: the last map that the score depends on."""
-        if not recording.maps:
-            cause = recording.problems.get(sites.SPATIAL, "no layer has one. Name a layer whose output is (N, C, h, w).")
-            raise ValueError(f"layer='auto' found no layer with a spatial map: {cause}")
-        # Auxiliary heads have maps that the score does not read.
-        on_path = read(total, [map for _, map in recording.maps])
-        maps = [named for named, is_read in zip(recording.maps, on_path, strict=True) if is_read]
-        if maps and self.call.inputs is not None:  # what comes from another input may look like a map, as a text's tokens do
-            reached = self._reached()
-            maps = [(name, map) for name, map in maps if name in reached]
+    def _maps(self, recording: Recording, score: Score | None, total: Tensor) -> list[automatic.NamedMap]:
+        maps = automatic.candidates(self, recording, total)
         if not maps:
             raise RuntimeError(_unreached(score, sites.SPATIAL, total))
-        # Queries, keys and hidden features have maps too, but of another meaning or width: rather not those.
-        width = getattr(self.call.model, "num_features", None)
-        outside = [(name, map) for name, map in maps if not _inside(self.call.model, name)]
-        usual = [(name, map) for name, map in outside if width in map.shape[1:]] or outside or maps
-        chosen = last, value = self._before_block(total, outside or maps, usual[-1])
-        decided = isinstance(sites.layout(value, self.call.model, self.call.x, last), str)
-        if not decided:
-            # Tokens. Where a class token is pooled, the last layers' patches are read by nobody.
-            alike = [(name, map) for name, map in usual if map.shape[1:] == value.shape[1:]]
-            grads = self._gradients(recording, total, [map for _, map in alike], create_graph=False)
-            for (name, map), grad in zip(alike, grads, strict=True):
-                if grad is not None and sites.to_grid(grad, self.call.model, self.call.x, name).any():
-                    chosen, decided = (name, map), True
-            # All zero is a head that starts at zero. A gradient at the class token alone is a model that never reads patches.
-            if not decided and any(grad is not None and grad.any() for grad in grads):
-                raise RuntimeError(
-                    "layer='auto' found no layer whose patches the score reads, only a class token. Name an earlier layer, from "
-                    "attrreg.layers(model, x)."
-                )
-        self.map, recording.values[sites.SPATIAL] = chosen
-        if not decided:
-            return
-        if not callable(self.call.output):  # which may hold the model, and keep it for ever
-            _MAPS[self.call.model] = asked(self.call, score), self.map
-        attachment = attached(self.call.model)
-        if attachment is not None:
-            attachment.found_map(asked(self.call, score), self.map, self.call)
+        return maps
 
-    def _before_block(self, total: Tensor, maps: list[tuple[str, Tensor]], last: tuple[str, Tensor]) -> tuple[str, Tensor]:
-        """The last map, or what enters its block, where that gives none: of small images, it is one that the score reads past."""
-        first, end = maps[0][1], next(place for place, (name, _) in enumerate(maps) if name == last[0])
-        if last[1].dim() != 4 or not bypassed(total, last[1], first):
-            return last
-        for place in reversed(range(end)):
-            name, map = maps[place]
-            inside = [later for later, _ in maps[place + 1 : end + 1]]
-            block = _around(inside)
-            runs = block and not isinstance(self.call.model.get_submodule(block), (nn.ModuleList, nn.ModuleDict))
-            apart = runs and block not in inside and not name.startswith(f"{block}.")
-            if apart and map.shape[2:] == last[1].shape[2:] and (place == 0 or not bypassed(total, map, first)):
-                return name, map
-        return last
-
-    def _reached(self) -> set[str]:
-        """Layers whose map comes from the images; takes a forward."""
-        with isolated(self.call.model, device=self.call.x.device):
-            recording = self.forward(self.call.x.detach(), {sites.INPUT: True, sites.SPATIAL: False})
-        images = [recording.values[sites.INPUT]]
-        return {name for name, map in recording.maps if read(map, images)[0]}
+    def _choose_map(
+        self, recording: Recording, score: Score | None, maps: list[automatic.NamedMap], grads: Sequence[Tensor | None]
+    ) -> Tensor | None:
+        """Record the layer for `layer="auto"`; the gradient there."""
+        place = automatic.choose(self.call, score, maps, grads)
+        self.map, recording.values[sites.SPATIAL] = maps[place]
+        return grads[place]
 
     def at(self, recording: Recording, site: str) -> Tensor:
         """What was recorded at a site."""
         if site == sites.OUTPUT:
-            return self.call.logits(recording.output)
+            if site not in recording.values:
+                recording.values[site] = self.call.logits(recording.output)
+            return recording.values[site]
         if site in recording.problems or site not in recording.values:
             missing = f"Value({site!r}) was read, but not declared. Let needs() of the term return it."
             if site == sites.FEATURES:
@@ -284,7 +239,7 @@ class Runner:
     def _features(self, recording: Recording) -> Tensor:
         """What enters the last layer that could be a classifier and that the logits come from: an auxiliary head may run after it."""
         if len(recording.features) > 1 and (self.call.output is not None or isinstance(recording.output, Tensor)):
-            logits = self.call.logits(recording.output)
+            logits = self.at(recording, sites.OUTPUT)
             for entered, left in reversed(recording.features):
                 if left is logits or reads(logits, left):
                     return entered
@@ -307,7 +262,8 @@ def _scale(total: Tensor, value: Tensor) -> Tensor:
         return torch.ones_like(total)  # the backward itself will say what is wrong
     with full_precision(value.device):
         (gradient,) = torch.autograd.grad(total, value, retain_graph=True, allow_unused=True, materialize_grads=True)
-    return torch.ldexp(torch.ones_like(total), 4 - torch.frexp(gradient.abs().amax()).exponent).detach()
+    exponent = torch.frexp(gradient.abs().amax()).exponent.clamp(min=-100)  # of next to nothing, it would be infinite
+    return torch.ldexp(torch.ones_like(total), 4 - exponent).detach()
 
 
 def _unreached(score: Score | None, site: str, total: Tensor) -> str:
@@ -324,19 +280,4 @@ def _unreached(score: Score | None, site: str, total: Tensor) -> str:
     return (
         f"{what} does not depend on layer {site!r}, so its gradient there is zero for every input. Name a layer between the images "
         "and the score."
-    )
-
-
-def _around(names: Sequence[str]) -> str:
-    """The innermost module that layers are in."""
-    first, *others = (name.split(".")[:-1] for name in names)
-    return ".".join(part for place, part in enumerate(first, 1) if all(other[:place] == first[:place] for other in others))
-
-
-def _inside(model: nn.Module, name: str) -> bool:
-    """Whether a layer is a part of attention, or of the perceptron that follows it."""
-    parts = name.split(".")
-    holders = [model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts))]
-    return any("attn" in part.lower().replace("attn_block", "") or part.lower() in ("mlp", "ffn", "xca") for part in parts[:-1]) or any(
-        "attention" in type(holder).__name__.lower().replace("attentionblock", "") for holder in holders
     )

@@ -158,8 +158,8 @@ def _check_weights(first: float, last: float) -> None:
 class Scheduled:
     """A regularizer whose weight follows a schedule; it counts its own steps, one a call.
 
-    Used like the regularizer itself. At a step of weight 0 nothing is computed, an attached forward is left alone, and the
-    penalty is exactly 0, with a graph.
+    Called, evaluated and attached like the regularizer itself. At a step of weight 0 nothing is computed, an attached forward is
+    left alone, and the penalty is exactly 0, with a graph.
 
         reg = attrreg.Scheduled(attrreg.InputGradient(), attrreg.schedules.Every(4))
 

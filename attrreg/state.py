@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -41,43 +42,35 @@ class Rng:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
 
 
-class Moment:
+Moment = Mapping[tuple[int, str], Tensor]  # what buffers held, by the id of their module and by name
+NOW: Moment = MappingProxyType({})
+
+
+def moment_of(model: nn.Module) -> Moment:
     """What a model's buffers hold now, for a pass to be run later as it would have run now."""
-
-    def __init__(self, model: nn.Module) -> None:
-        with torch.no_grad():
-            self._held = {
-                (id(module), name): buffer.clone()
-                for module in modules(model)
-                for name, buffer in module._buffers.items()
-                if buffer is not None
-            }
-
-    def held(self, module: nn.Module, name: str, otherwise: Tensor) -> Tensor:
-        """What a buffer held; `otherwise`, if there was none."""
-        return self._held.get((id(module), name), otherwise)
+    return {
+        (id(module), name): buffer.clone() for module in modules(model) for name, buffer in module._buffers.items() if buffer is not None
+    }
 
 
 class Buffers:
     """Copies of a model's buffers that stand in for them during a pass.
 
     The originals are set aside, not written back over: the graph of the user's own forward may have saved them, and
-    writing would make its backward fail.
+    writing would make its backward fail. Where one has a graph, as prototypes that a network makes, that leads on from its copy.
 
     Args:
         model: the model.
-        moment: what the buffers shall hold; None: what they hold now.
+        moment: what the buffers shall hold.
     """
 
-    def __init__(self, model: nn.Module, moment: Moment | None = None) -> None:
+    def __init__(self, model: nn.Module, moment: Moment = NOW) -> None:
         self._originals = [(module, dict(module._buffers)) for module in modules(model)]
         self._copies: dict[int, Tensor] = {}  # one shared by two modules stays shared
-        with torch.no_grad():
-            for module, buffers in self._originals:
-                for name, buffer in buffers.items():
-                    if buffer is not None and id(buffer) not in self._copies:
-                        then = buffer if moment is None else moment.held(module, name, buffer)
-                        self._copies[id(buffer)] = then.clone()
+        for module, buffers in self._originals:
+            for name, buffer in buffers.items():
+                if buffer is not None and id(buffer) not in self._copies:
+                    self._copies[id(buffer)] = moment.get((id(module), name), buffer).clone()
         self._left: list[tuple[nn.Module, dict[str, Tensor | None], dict[str, Tensor | None]]] = []
 
     def stand_in(self) -> None:
@@ -110,7 +103,7 @@ class Buffers:
 
 
 @contextmanager
-def own_buffers(model: nn.Module, moment: Moment | None = None) -> Iterator[Buffers]:
+def own_buffers(model: nn.Module, moment: Moment = NOW) -> Iterator[Buffers]:
     """Run passes on copies of a model's buffers; `moment`: see `Buffers`."""
     buffers = Buffers(model, moment)
     try:

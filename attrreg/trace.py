@@ -12,29 +12,28 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from attrreg import sites
+from attrreg import automatic, sites
 from attrreg.attach import attached
+from attrreg.baselines import is_own, made_of
 from attrreg.call import Call
 from attrreg.counting import Passes, counters, passes
 from attrreg.differences import Differences, PathLeaves
 from attrreg.distributed import sharded
-from attrreg.engines import DoubleBackward, Engine
+from attrreg.engines import Engine
 from attrreg.folding import PathGradients
-from attrreg.graph import read
+from attrreg.graph import which_are_read
 from attrreg.masks import Annotation
 from attrreg.needs import Grad, Need, Value
 from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
 from attrreg.recompute import Gradients, along
 from attrreg.recording import Recording, version
-from attrreg.runner import Runner, asked, known_map
+from attrreg.runner import Runner
 from attrreg.scores import Score
 from attrreg.state import Buffers, Rng, isolated
 
 __all__ = ["Passes", "Trace", "check_needs", "passes", "sites_at"]
-
-DOUBLE_BACKWARD = DoubleBackward()
 
 
 def sites_at(point: Point, needs: Iterable[Need]) -> dict[str, bool]:
@@ -63,7 +62,7 @@ class Trace:
         engine: how gradients then are.
     """
 
-    def __init__(self, call: Call, needs: Iterable[Need], differentiable: bool, engine: Engine = DOUBLE_BACKWARD) -> None:
+    def __init__(self, call: Call, needs: Iterable[Need], differentiable: bool, engine: Engine) -> None:
         self._differentiable = differentiable
         self._needs = list(dict.fromkeys(needs))
         self._engine = engine
@@ -114,7 +113,7 @@ class Trace:
             return True
         with isolated(self.call.model, device=self.call.x.device):
             recording = self._runner.forward(self.call.x.detach(), {sites.INPUT: True, site: False})
-        return read(self._runner.at(recording, site), [recording.values[sites.INPUT]])[0]
+        return which_are_read(self._runner.at(recording, site), [recording.values[sites.INPUT]])[0]
 
     def seen_from(self, point: Point) -> Trace:
         """The same passes, with a point in place of the clean images."""
@@ -159,7 +158,10 @@ class Trace:
             as_users_forward: the clean pass stands in for the user's own forward, so it moves BatchNorm's statistics and
                 the random number generators as that would; `commit` makes the former final.
         """
-        self._clean_pass(sites_at(CLEAN, self._needs), as_users_forward)
+        wanted = sites_at(CLEAN, self._needs)
+        if sites.SPATIAL in wanted and not self._differentiable:  # a graph tells which layer that is; a frozen model's starts here
+            wanted[sites.INPUT] = True
+        self._clean_pass(wanted, as_users_forward)
         replay = self._recordings[CLEAN].rng if CLEAN in self._recordings else Rng.of(self.call.x.device)
         # Draws come after the clean pass, as they do in a loop whose own forward is reused.
         seeds = self._draw()
@@ -169,8 +171,8 @@ class Trace:
                 continue
             image, rule = self.call.x, point.rule if isinstance(point, Rectified) else None
             if isinstance(point, At):
-                with self._unwritten(point):
-                    image = point.image(self.call.x.detach(), self.call.mask, self._generator(seeds[point]))
+                with self._given(point) as (x, mask):
+                    image = point.image(x, mask, self._generator(seeds[point]))
             if isinstance(point, Ascent):
                 image = self._ascend(point, replay)
             if point != CLEAN:
@@ -189,10 +191,12 @@ class Trace:
         recording = None
         if attachment is not None:
             recording = attachment.take(call, wanted, self._runner.twice, self._asked(), alone(self._needs))
+            if as_users_forward and recording is not None and not (recording.conditions and recording.conditions.whole(recording.returned)):
+                recording = None  # the loop has changed what it would get
         # The images themselves need no pass. One that was recorded is taken all the same: others replay its draws.
         needed = as_users_forward or any(wanted.values()) or bool(wanted.keys() - {sites.INPUT})
         if recording is None and needed:
-            for known in dict.fromkeys((known_map(call, self._asked()), None)):
+            for known in dict.fromkeys((automatic.known(call, self._asked()), None)):
                 with isolated(call.model, device=call.x.device) as buffers:
                     recording = self._runner.forward(call.x, wanted, as_users_forward, map=known)
                     after = Rng.of(call.x.device)
@@ -210,7 +214,8 @@ class Trace:
         """What is asked of the layer for `layer="auto"`; None: nothing."""
         needs = [need for need in self._needs if need.site == sites.SPATIAL and need.at == CLEAN]
         score = next((need.score for need in needs if isinstance(need, Grad)), None)
-        return asked(self.call, score.resolve(self.call.target, self.call.shown) if score is not None else None) if needs else None
+        concrete = None if score is None else score.resolve(self.call.target, self.call.shown)
+        return automatic.asked(self.call, concrete) if needs else None
 
     def _points(self) -> list[Point]:
         return list(dict.fromkeys(need.at for need in self._needs))
@@ -235,12 +240,14 @@ class Trace:
         return resolved.drawn(self._score_seeds[score]) if score.draws else resolved
 
     @contextmanager
-    def _unwritten(self, point: Point) -> Iterator[None]:
-        """Around what makes images of a point: somebody's own baseline may write into those that it is given."""
-        given = [self.call.x, *([] if self.call.mask is None else [self.call.mask])]
-        versions = list(map(version, given))
-        yield
-        if list(map(version, given)) != versions:
+    def _given(self, point: Point) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Images and mask to make a point's images from; copies for somebody's own baseline, which may write into them."""
+        x, mask = self.call.x.detach(), self.call.mask
+        if any(map(is_own, made_of(point))):
+            x, mask = x.clone(), None if mask is None else mask.clone()
+        versions = [None if given is None else version(given) for given in (x, mask)]
+        yield x, mask
+        if versions != [None if given is None else version(given) for given in (x, mask)]:
             raise ValueError(f"{point!r} writes into the images or the mask that it is given. Let its baseline write into a copy.")
 
     def _differentiate(self, point: Point, replay: Rng) -> None:
@@ -268,7 +275,7 @@ class Trace:
         Raises:
             RuntimeError: they reach no trainable parameter.
         """
-        return total if self._engine.twice else self._differences.differentiated(total)
+        return self._differences.differentiated(total)
 
     def _ascend(self, point: Ascent, replay: Rng) -> Tensor:
         runner = Runner(self.call, counters(), twice=False)
@@ -285,8 +292,8 @@ class Trace:
         needs = [need for need in self._needs if isinstance(need, Grad) and need.at == path]
         concrete = list(dict.fromkeys(self._concrete(need.score) for need in needs))
         wanted = {sites.INPUT: True} | {score.site: False for score in concrete}
-        with self._unwritten(path):
-            stops = path.stops(self.call.x.detach(), self.call.mask, self._generator(seed))
+        with self._given(path) as (x, mask):
+            stops = path.stops(x, mask, self._generator(seed))
 
         if self._engine.twice or not self._differentiable:
             taken: Gradients = PathGradients(self._runner, wanted, concrete, replay)
@@ -305,9 +312,7 @@ def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:
         ValueError: naming the term.
     """
     for need in needs:
-        asked = [] if isinstance(need, Value) else [need.score]
-        asked += [need.at.score] if isinstance(need.at, Ascent) else []
-        for score in asked:
+        for score in _scores_of(need):
             resolved = score.resolve(call.target, call.shown)
             if call.target is not None:
                 resolved.check_target(call.target)
@@ -317,8 +322,22 @@ def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:
             raise ValueError(f"{name}: on a path only the gradient at the input can be taken. Ask for Grad(INPUT, score, path).")
         if need.at.needs_mask and call.mask is None:
             raise ValueError(f"{name}: its baseline is made from the mask, and there is none. Pass `mask=`.")
-        for site in [need.site, *(score.site for score in asked)]:
+    check_layers(needs, call.model, name)
+
+
+def check_layers(needs: Iterable[Need], model: nn.Module, name: str) -> None:
+    """Check that a model has the layers of one term's needs.
+
+    Raises:
+        ValueError: naming the term.
+    """
+    for need in needs:
+        for site in [need.site, *(score.site for score in _scores_of(need))]:
             try:
-                sites.check_layer(call.model, site)
+                sites.check_layer(model, site)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+
+
+def _scores_of(need: Need) -> list[Score]:
+    return [*([] if isinstance(need, Value) else [need.score]), *([need.at.score] if isinstance(need.at, Ascent) else [])]

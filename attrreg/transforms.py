@@ -38,8 +38,7 @@ class ReplaceOutside(Spec):
     fill: Baseline = Zero()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.fill, Baseline):
-            raise TypeError(f"fill must be a baselines.Baseline, got {type(self.fill).__name__}. Use baselines.Shuffle(), for example.")
+        Masked(self.fill)  # which checks it
 
     def __call__(self, x: Tensor, mask: Tensor, *, annotated: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """The batch to train on, of the shape of `x`.

@@ -35,5 +35,8 @@ class Emptied(baselines.Baseline):
 )
 def test_own_parts_that_write_into_what_they_are_given(regularizer: attrreg.AttributionRegularizer, message: str) -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
-    with pytest.raises(ValueError, match=message):
-        regularizer(model, x.detach(), mask, target)
+    before, annotated = x.clone(), torch.tensor([True, True, False])
+    for flags in (None, annotated):
+        with pytest.raises(ValueError, match=message):
+            regularizer(model, x, mask, target, annotated=flags)
+        assert torch.equal(x, before)

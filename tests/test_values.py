@@ -120,9 +120,24 @@ def test_attribute_works_without_gradients_and_on_frozen_models() -> None:
         model.requires_grad_(False)
         with torch.no_grad():
             torch.testing.assert_close(term.attribute(model, x, target=target), want)
-        with torch.inference_mode():
-            torch.testing.assert_close(term.attribute(model, x.clone(), target=target).clone(), want)
+        with torch.inference_mode():  # in which a loader makes all that it gives
+            torch.testing.assert_close(term.attribute(model, x.clone(), target=target.clone()).clone(), want)
         model.requires_grad_(True)
+
+
+def test_attribute_takes_all_that_was_made_under_inference_mode() -> None:
+    class Conditioned(SmoothNet):
+        def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+            return super().forward(x) * (1.0 if condition is None else condition)
+
+    model, (x, mask, target) = Conditioned().double(), smooth_batch()
+    term = attrreg.IntegratedGradients(steps=2, baseline=attrreg.baselines.Masked(attrreg.baselines.Blur()))
+    condition, soft = torch.ones(len(x), 1, dtype=x.dtype), mask.to(x.dtype) / 2
+    want = term.attribute(model, x, target=target, mask=soft, inputs=(x, condition))
+    with torch.inference_mode():
+        x, soft, condition = x.clone(), soft.clone(), condition.clone()
+        for inputs in ((x, condition), {"x": x, "condition": condition}):
+            torch.testing.assert_close(term.attribute(model, x, target=target, mask=soft, inputs=inputs).clone(), want)
 
 
 def test_tokens_are_read_as_a_grid() -> None:

@@ -53,8 +53,7 @@ class ActivationDifference(SingleRegularizer):
         if not layers or not all(isinstance(layer, str) and layer for layer in layers):
             raise TypeError(f"layers must be dotted names of layers, got {self.layers!r}. Find them with model.named_modules().")
         object.__setattr__(self, "layers", "auto" if layers == ("auto",) else layers)
-        if not isinstance(self.fill, Baseline):
-            raise TypeError(f"fill must be a baselines.Baseline, got {type(self.fill).__name__}. Use baselines.Shuffle(), for example.")
+        Masked(self.fill)  # which checks it
         if self.detach is not None and self.detach not in get_args(Side):
             raise ValueError(f"detach must be 'clean', 'masked' or None, got {self.detach!r}. Choose the side to hold constant.")
 

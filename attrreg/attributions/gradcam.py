@@ -34,8 +34,7 @@ class GradCAM(MapRegularizer):
         TypeError: `layer` is not a name.
 
     Cost:
-        One backward from the score down to the layer (and its double backward); no forward when attached. Finding an
-            automatic layer among tokens takes one backward more, in the first call with a model and once for each attachment.
+        One backward from the score down to the layer (and its double backward); no forward when attached.
 
     Source:
         Selvaraju et al. 2017, arXiv 1610.02391; semi: RES (Gao et al. 2022, arXiv 2206.13413). Equals Captum's `LayerGradCam`

@@ -1,0 +1,143 @@
+"""Which layer `layer="auto"` is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from attrreg import sites
+from attrreg.attach import attached
+from attrreg.call import Call
+from attrreg.graph import bypassed, which_are_read
+from attrreg.recording import Recording
+from attrreg.scores import Score
+from attrreg.state import isolated
+from attrreg.walk import modules
+
+if TYPE_CHECKING:
+    from attrreg.runner import Runner
+
+NamedMap = tuple[str, Tensor]
+
+# What it was last in a model, and for what: from there on alone, layers must be differentiable twice.
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
+
+
+def known(call: Call, asked: Any) -> str | None:
+    """The layer for the last call alike; None: to be found."""
+    last, name = _KNOWN.get(call.model, ((), ""))
+    return name if last == asked and name in dict(call.model.named_modules()) else None
+
+
+def asked(call: Call, score: Score | None) -> tuple[Any, ...]:
+    """What the layer depends on, besides the model; None: no score is differentiated there."""
+    output: Any = call.output
+    if isinstance(output, FunctionType) and not (output.__closure__ or output.__defaults__ or output.__kwdefaults__):
+        names = set(output.__code__.co_names)
+        output = output if names & output.__globals__.keys() else output.__code__  # which stays, where it is written in the loop
+    # As many modules: behind a layer that was the last, there may be others since.
+    return call.x.shape[1:], call.model.training, len(modules(call.model)), output, sites.OUTPUT if score is None else score.site
+
+
+def candidates(runner: Runner, recording: Recording, total: Tensor) -> list[NamedMap]:
+    """The last map that a score depends on; if that is of tokens, those alike before it, too. Empty: it depends on none.
+
+    Raises:
+        ValueError: no layer has a map.
+    """
+    model = runner.call.model
+    if not recording.maps:
+        cause = recording.problems.get(sites.SPATIAL, "no layer has one. Name a layer whose output is (N, C, h, w).")
+        raise ValueError(f"layer='auto' found no layer with a spatial map: {cause}")
+    # Auxiliary heads have maps that the score does not read.
+    on_path = which_are_read(total, [map for _, map in recording.maps])
+    maps = [named for named, is_read in zip(recording.maps, on_path, strict=True) if is_read]
+    if maps and runner.call.inputs is not None:  # what comes from another input may look like a map, as a text's tokens do
+        reached = _reached(runner)
+        maps = [(name, map) for name, map in maps if name in reached]
+    if not maps:
+        return []
+    # Queries, keys and hidden features have maps too, but of another meaning or width: rather not those.
+    width = getattr(model, "num_features", None)
+    outside = [(name, map) for name, map in maps if not _inside(model, name)]
+    usual = [(name, map) for name, map in outside if width in map.shape[1:]] or outside or maps
+    last = _before_block(model, total, outside or maps, usual[-1])
+    return [last] if is_grid(runner.call, *last) else [named for named in usual if named[1].shape[1:] == last[1].shape[1:]]
+
+
+def is_grid(call: Call, name: str, map: Tensor) -> bool:
+    """Whether it is a map as it is, and not of tokens."""
+    return isinstance(sites.layout(map, call.model, call.x, name), str)
+
+
+def choose(call: Call, score: Score | None, maps: list[NamedMap], grads: Sequence[Tensor | None]) -> int:
+    """Which of the candidates it is, by the score's gradients there: the last whose patches have one.
+
+    Where a class token is pooled, nobody reads the patches of the last layers.
+
+    Raises:
+        RuntimeError: only a class token is read.
+    """
+    decided = [
+        place
+        for place, ((name, map), grad) in enumerate(zip(maps, grads, strict=True))
+        if is_grid(call, name, map) or (grad is not None and sites.to_grid(grad, call.model, call.x, name).any())
+    ]
+    if not decided:
+        # All zero is a head that starts at zero. A gradient at the class token alone is a model that never reads patches.
+        if any(grad is not None and grad.any() for grad in grads):
+            raise RuntimeError(
+                "layer='auto' found no layer whose patches the score reads, only a class token. Name an earlier layer, from "
+                "attrreg.layers(model, x)."
+            )
+        return len(maps) - 1
+    name = maps[decided[-1]][0]
+    if not callable(call.output):  # which may hold the model, and keep it for ever
+        _KNOWN[call.model] = asked(call, score), name
+    attachment = attached(call.model)
+    if attachment is not None:
+        attachment.found_map(asked(call, score), name, call)
+    return decided[-1]
+
+
+def _before_block(model: nn.Module, total: Tensor, maps: list[NamedMap], last: NamedMap) -> NamedMap:
+    """The last map, or what enters its block, where that gives none: of small images, it is one that the score reads past."""
+    first, end = maps[0][1], next(place for place, (name, _) in enumerate(maps) if name == last[0])
+    if last[1].dim() != 4 or not bypassed(total, last[1], first):
+        return last
+    for place in reversed(range(end)):
+        name, map = maps[place]
+        inside = [later for later, _ in maps[place + 1 : end + 1]]
+        block = _around(inside)
+        runs = block and not isinstance(model.get_submodule(block), (nn.ModuleList, nn.ModuleDict))
+        apart = runs and block not in inside and not name.startswith(f"{block}.")
+        if apart and map.shape[2:] == last[1].shape[2:] and (place == 0 or not bypassed(total, map, first)):
+            return name, map
+    return last
+
+
+def _reached(runner: Runner) -> set[str]:
+    """Layers whose map comes from the images; takes a forward."""
+    with isolated(runner.call.model, device=runner.call.x.device):
+        recording = runner.forward(runner.call.x.detach(), {sites.INPUT: True, sites.SPATIAL: False})
+    images = [recording.values[sites.INPUT]]
+    return {name for name, map in recording.maps if which_are_read(map, images)[0]}
+
+
+def _around(names: Sequence[str]) -> str:
+    """The innermost module that layers are in."""
+    first, *others = (name.split(".")[:-1] for name in names)
+    return ".".join(part for place, part in enumerate(first, 1) if all(other[:place] == first[:place] for other in others))
+
+
+def _inside(model: nn.Module, name: str) -> bool:
+    """Whether a layer is a part of attention, or of the perceptron that follows it."""
+    parts = name.split(".")
+    holders = [model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts))]
+    return any("attn" in part.lower().replace("attn_block", "") or part.lower() in ("mlp", "ffn", "xca") for part in parts[:-1]) or any(
+        "attention" in type(holder).__name__.lower().replace("attentionblock", "") for holder in holders
+    )

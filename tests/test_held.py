@@ -1,0 +1,366 @@
+"""What a model holds, gets or gives besides its parameters, images and logits: graphs in buffers, prompts, heads, what the loop changes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import attrreg
+from attrreg import baselines, scores
+from attrreg.trace import passes
+from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
+
+ZERO = baselines.Zero()
+
+
+class Prototypes(SmoothNet):
+    """Logits are likenesses to prototypes, which a network makes for each step."""
+
+    prototypes: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(classes=6)
+        self.register_buffer("prototypes", torch.zeros(3, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) @ self.prototypes.T
+
+
+@pytest.mark.parametrize(
+    "regularizer",
+    [attrreg.InputGradient(), attrreg.ActivationDifference("body", ZERO) + attrreg.GradCAM("body"), attrreg.IntegratedGradients(3)],
+)
+@pytest.mark.parametrize("way", ["unattached", "attached", "evaluate"])
+def test_graphs_of_buffers_lead_on(regularizer: attrreg.AttributionRegularizer, way: str) -> None:
+    model, (x, mask, target) = Prototypes().double(), smooth_batch()
+    maker, codes = nn.Linear(4, 6).double(), torch.randn(3, 4, dtype=torch.float64)
+
+    class Whole(nn.Module):  # the same without a buffer
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.maker = model, maker
+
+        def forward(self, x: Tensor) -> Tensor:
+            features: Tensor = SmoothNet.forward(model, x)
+            logits: Tensor = features @ maker(codes).T
+            return logits
+
+    site = regularizer.terms[0].regularizer
+    named = (
+        attrreg.ActivationDifference("net.body", ZERO) + attrreg.GradCAM("net.body")
+        if isinstance(site, attrreg.ActivationDifference)
+        else regularizer
+    )
+    whole = Whole()
+    want = gradients(whole, F.cross_entropy(whole(x), target) + named(whole, x, mask, target))
+    model.prototypes = maker(codes)
+    if way == "evaluate":
+        penalty = regularizer.evaluate(model, x, mask, target)
+        loss = F.cross_entropy(penalty.output, target) + penalty.total
+    elif way == "attached":
+        with regularizer.attach(model):
+            loss = F.cross_entropy(model(x), target) + regularizer(model, x, mask, target)
+    else:
+        loss = F.cross_entropy(model(x), target) + regularizer(model, x, mask, target)
+    assert_close(gradients(whole, loss), want, 1e-9)
+
+
+def test_a_frozen_model_may_be_trained_by_what_it_gets_or_holds() -> None:
+    class Prompted(SmoothNet):
+        prompt: Tensor
+
+        def forward(self, x: Tensor, prompt: Tensor | None = None) -> Tensor:
+            return super().forward(x + (self.prompt if prompt is None else prompt))
+
+    model, (x, mask, target), reg = Prompted().double().requires_grad_(False), smooth_batch(), attrreg.InputGradient()
+    prompt = torch.zeros(2, 8, 8, dtype=torch.float64, requires_grad=True)
+    model.prompt = torch.zeros_like(prompt).detach()
+    with pytest.raises(RuntimeError, match="frozen"):
+        reg(model, x, mask, target)
+    (given,) = torch.autograd.grad(reg(model, x, mask, target, inputs=(x, prompt)), prompt)
+    model.prompt = prompt * 1.0
+    (held,) = torch.autograd.grad(reg(model, x, mask, target), prompt)
+    assert given.any()
+    torch.testing.assert_close(held, given)
+
+
+class Parts(nn.Module):
+    """Returns what a loop may write into: logits, features, a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 5, 3), nn.Identity())
+        self.head = nn.Linear(5, 3).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        map = self.body(x)
+        features = map.mean((2, 3))
+        return {"logits": self.head(features), "features": features, "map": map}
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "changed", "more"),
+    [
+        (attrreg.ActivationDifference(fill=ZERO), "features", 1),
+        (attrreg.GradCAM(), "map", 1),
+        (attrreg.GradCAM("body"), "map", 0),  # the loop got a copy
+    ],
+)
+def test_what_the_loop_writes_into_is_not_served(regularizer: attrreg.AttributionRegularizer, changed: str, more: int) -> None:
+    model, (x, mask, target) = Parts().double(), smooth_batch()
+    want = regularizer(model, x, mask, target, output="logits")
+    with regularizer.attach(model), passes() as counted:
+        model(x)
+        regularizer(model, x, mask, target, output="logits")
+        shared = counted.forward
+        found = model(x)[changed]
+        with torch.no_grad():
+            found.mul_(0.5)
+        value = regularizer(model, x, mask, target, output="logits")
+        assert counted.forward == 2 * shared + more
+    torch.testing.assert_close(value, want)
+    assert_close(gradients(model, value), gradients(model, want), 1e-10)
+
+
+@pytest.mark.parametrize("regularizer", [attrreg.ActivationDifference(fill=ZERO), attrreg.InputGradient()])
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("change", ["written to", "replaced"])
+def test_evaluate_gives_what_the_model_returned(regularizer: Any, scheduled: bool, change: str) -> None:
+    model, (x, mask, target) = Parts().double(), smooth_batch()
+    reg = attrreg.Scheduled(regularizer, attrreg.schedules.Linear(10)) if scheduled else regularizer  # of weight 0 at first
+    with reg.attach(model):
+        found = model(x)
+        want = found["logits"].detach().clone()
+        if change == "replaced":
+            found["logits"] = found["logits"].log_softmax(1)
+        else:
+            with torch.no_grad():
+                found["logits"] /= 10
+        torch.testing.assert_close(reg.evaluate(model, x, mask, target=target, output="logits").output["logits"], want)
+
+
+def test_a_site_that_was_recorded_without_its_gradient_is_not_taken_for_one_with() -> None:
+    """Operators that PyTorch cannot differentiate twice were not replaced before it, and hooks on the images would see the attribution."""
+    model = FAMILIES["vit"].build()
+    seen: list[Tensor] = []
+    x, mask, target = batch(2, size=64, classes=4)
+    layer = "blocks.0.norm1"
+    with attrreg.ActivationDifference(layer).attach(model):
+        loss = F.cross_entropy(model(x), target)
+        (loss + attrreg.GradCAM(layer)(model, x, mask, target)).backward()
+    x = x.requires_grad_() * 1
+    x.register_hook(seen.append)
+    with attrreg.GradCAM("blocks.1.norm2").attach(model):
+        loss = F.cross_entropy(model(x), target)
+        penalty = attrreg.InputGradient()(model, x, mask, target)
+        assert not seen
+        (loss + penalty).backward()
+    assert len(seen) == 1
+
+
+class Checkpointed(nn.Module):
+    """Early layers may be frozen, and all features are checkpointed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.Tanh(), nn.Conv2d(4, 5, 3), nn.Tanh()]
+        self.features, self.head, self.checkpoints = nn.Sequential(*layers), nn.Linear(5, 3), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = checkpoint(self.features, x, use_reentrant=False) if self.checkpoints else self.features(x)
+        assert isinstance(found, Tensor)
+        logits: Tensor = self.head(found.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize(
+    "regularizer", [attrreg.GradCAM(), attrreg.GradCAM("features.0"), attrreg.GradCAM("features.2") + attrreg.ActivationDifference()]
+)
+@pytest.mark.parametrize("attach", [False, True])
+def test_checkpointed_blocks_with_frozen_layers(regularizer: attrreg.AttributionRegularizer, attach: bool) -> None:
+    model, (x, mask, target) = Checkpointed().double(), smooth_batch()
+    model.features[:4].requires_grad_(False)
+
+    def found() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        if not attach:
+            return gradients(model, F.cross_entropy(model(x), target) + regularizer(model, x, mask, target, generator=generator))
+        with regularizer.attach(model):
+            gradients(model, F.cross_entropy(model(x), target))  # of a step without a penalty
+            return gradients(model, F.cross_entropy(model(x), target) + regularizer(model, x, mask, target, generator=generator))
+
+    checkpointed = found()
+    model.checkpoints = False
+    assert_close(checkpointed, found(), 1e-10)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "regularizer", [attrreg.InputGradient(), attrreg.IntegratedGradients(4), attrreg.IntegratedGradients(4, chunk=None)]
+)
+def test_a_head_outside_the_model_runs_once_a_pass_and_leaves_nothing(regularizer: attrreg.AttributionRegularizer) -> None:
+    model, (x, mask, target) = SmoothNet(classes=6).double(), smooth_batch()
+    norm = nn.BatchNorm1d(6)
+    head = nn.Sequential(norm, nn.Dropout(0.5), nn.Linear(6, 3)).double()
+    whole = nn.Sequential(model, head)
+    torch.manual_seed(5)
+    want = gradients(whole, regularizer(whole, x, mask, target))
+    norm.reset_running_stats()
+    state, before = torch.manual_seed(5).get_state(), copy.deepcopy(head.state_dict())
+    value = regularizer(model, x, mask, target, output=head)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)  # what a loop draws before it differentiates
+    state = torch.get_rng_state()
+    found = gradients(whole, value)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(kept, before[name]) for name, kept in head.state_dict().items())
+    assert_close(found, want, 1e-9)
+
+
+def test_labels_may_be_refilled_before_the_backward() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    reg, labels = attrreg.IntegratedGradients(steps=4), target.clone()
+    value = reg(model, x, mask, labels)
+    labels.copy_((target + 1) % 3)
+    assert_close(gradients(model, value), gradients(model, reg(model, x, mask, target)), 1e-10)
+
+
+class Grown(nn.Module):
+    """Its layers run one by one; there may be more of them later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Tanh())
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.body:
+            x = layer(x)
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("attach", [False, True])
+def test_the_automatic_layer_is_the_last_also_where_layers_were_added(attach: bool) -> None:
+    model, (x, mask, target), cam = Grown().double(), smooth_batch(), attrreg.GradCAM()
+    handle = cam.attach(model) if attach else None
+    model(x)
+    cam(model, x, mask, target)
+    model.body.extend([nn.Conv2d(4, 4, 3).double(), nn.Tanh()])
+    model(x)
+    value = cam(model, x, mask, target)
+    if handle is not None:
+        handle.remove()
+    torch.testing.assert_close(value, attrreg.GradCAM("body.5")(model, x, mask, target))
+
+
+def test_the_automatic_layer_is_one_for_all_terms() -> None:
+    model, (x, mask, target) = Grown().double(), smooth_batch()
+    early, late = attrreg.GradCAM(score=scores.RandomProjection("body.2", seed=0)).named("early"), attrreg.GradCAM()
+    for reg in (early + late, late + early):
+        with pytest.raises(ValueError, match=r"layer='auto' is one layer.*early.*Name the layer"):
+            reg(model, x, mask, target)
+    early(model, x, mask, target)
+    features = attrreg.GradCAM(score=scores.RandomProjection(seed=0)).named("features")
+    found = (features + late).evaluate(model, x, mask, target).terms["GradCAM"]
+    torch.testing.assert_close(found, late(model, x, mask, target).detach())
+
+
+def test_float16_has_no_infinite_scale() -> None:
+    class Saturated(SmoothNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 0.01 + torch.tensor([95.0, 0.0, 0.0], dtype=x.dtype)
+
+    model, (x, mask, target) = Saturated().half(), smooth_batch()
+    value = attrreg.InputGradient(score=scores.TargetLogProb())(model, x.half(), mask, torch.zeros_like(target))
+    assert value.isfinite()
+
+
+class Routed(nn.Module):
+    """Dark images go to one expert, bright ones to the other, as in sparse mixtures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(128, 6), nn.Tanh(), nn.Linear(6, 3)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(1)
+        route, logits = (rows.mean(1) > 0.25).long(), rows.new_zeros(len(rows), 3)
+        for number, expert in enumerate(self.experts):
+            hit = (route == number).nonzero().squeeze(1)
+            if len(hit):
+                logits = logits.index_add(0, hit, expert(rows[hit]))
+        return logits
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_chunked_paths_train_what_later_places_alone_use(chunk: int) -> None:
+    model, (x, mask, target) = Routed().double(), smooth_batch()
+    x = x.abs()
+    shown: list[Tensor] = []
+    dict(model.named_parameters())["experts.1.2.bias"].register_hook(shown.append)
+    want = gradients(model, attrreg.IntegratedGradients(8, chunk=None)(model, x, mask, target))
+    assert want[0].any() and want[4].any()
+    attrreg.IntegratedGradients(8, chunk=chunk)(model, x, mask, target).backward()
+    assert_close([torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()], want, 1e-10)
+    assert all(isinstance(gradient, Tensor) for gradient in shown)
+
+
+def test_a_leaf_frozen_before_a_chunked_backward_gets_nothing() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    want = gradients(model, attrreg.IntegratedGradients(4)(model, x, mask, target))
+    value = attrreg.IntegratedGradients(4)(model, x, mask, target)
+    model.stem.weight.requires_grad_(False)
+    value.backward()
+    assert model.stem.weight.grad is None
+    torch.testing.assert_close(model.body.weight.grad, want[2])
+
+
+class PerImage(SmoothNet):
+    """Knows its images by a list."""
+
+    gains = (1.0, 2.0, 3.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([logits * self.gains[place] for place, logits in enumerate(super().forward(x))])
+
+
+def test_a_model_that_fails_on_more_images_runs_each_place_alone() -> None:
+    model, (x, mask, target) = PerImage().double(), smooth_batch()
+    want = attrreg.IntegratedGradients(4)(model, x, mask, target)
+    torch.testing.assert_close(attrreg.IntegratedGradients(4, chunk=None)(model, x, mask, target), want)
+
+
+class Branch(SmoothNet):
+    """Decides over the whole batch, with no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.detach().abs().mean() > 0.5 else x.tanh())
+
+
+def test_a_decision_over_the_batch_is_noticed_where_places_share_one() -> None:
+    model, (x, mask, target) = Branch().double(), smooth_batch()
+    want = attrreg.IntegratedGradients(4)(model, x, mask, target)
+    torch.testing.assert_close(attrreg.IntegratedGradients(4, chunk=None)(model, x, mask, target), want)
+
+
+class Drawing(SmoothNet):
+    """Draws in the order of memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.rand_like(x))
+
+
+@pytest.mark.parametrize("fill", [baselines.Shuffle(), baselines.Noise(), baselines.Mean()])
+def test_all_passes_are_laid_out_as_the_images(fill: baselines.Baseline) -> None:
+    """Or the others would draw other numbers."""
+    model, (x, _, target) = Drawing().double(), smooth_batch()
+    x = x.contiguous(memory_format=torch.channels_last)
+    value = attrreg.ActivationDifference("body", fill)(model, x, torch.ones(8, 8, dtype=torch.bool), target)
+    assert float(value.detach()) == pytest.approx(0, abs=1e-9)
