@@ -25,6 +25,15 @@ from attrreg.scores import Score
 from attrreg.state import Rng, isolated
 from attrreg.walk import modes, modules
 
+SHAPES = (
+    RuntimeError,
+    ValueError,
+    AssertionError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)  # what may be raised at another number of images
+
 # Models in which a pass turned out not to be shareable, in these modes: not to be tried in vain at every step.
 _REFUSED: WeakKeyDictionary[nn.Module, list[bool]] = WeakKeyDictionary()
 _SHOWN = Shown()  # in which it turned out to be, in which modes and with how many images and places
@@ -83,7 +92,7 @@ class PathGradients:
         if len(images) > 1:
             try:
                 together = self._together(images, create_graph)
-            except Exception:  # a model may know how many images it gets; what else is wrong comes again
+            except SHAPES:  # a model may know how many images it gets; what else is wrong comes again
                 together = None
             if together is not None:
                 return together

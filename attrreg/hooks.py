@@ -231,7 +231,7 @@ class Tap:
             return value
         if module is not None:
             self._leaves.append(module)
-        leaf = value.detach().requires_grad_()
+        leaf = (value.clone() if value.is_inference() else value.detach()).requires_grad_()
         setattr(leaf, LEAF, self._phase)
         return leaf
 

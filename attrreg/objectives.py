@@ -153,6 +153,22 @@ class Energy(Spec):
         return (outside * size).sum(dim=(1, 2, 3)) / (size.sum(dim=(1, 2, 3)) + self.eps)
 
 
+@dataclass(frozen=True, repr=False)
+class TotalVariation(Spec):
+    """sum |phi(i+1, j) - phi(i, j)| + |phi(i, j+1) - phi(i, j)|: how rough a map is, wherever that is.
+
+    A prior that does not look at the mask, which may then be any, as `torch.zeros(H, W)`. To compare with: if it helps as much, it was not
+    the masks that helped. Not scale-free.
+
+    Source: the image prior of Erion et al. 2021, arXiv 1906.10670 (there of expected gradients).
+    """
+
+    def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
+        """Penalty `(N,)` of maps `(N, C, H, W)`; `mask` is not read."""
+        map, _ = _judged(map, mask)
+        return map.diff(dim=2).abs().sum(dim=(1, 2, 3)) + map.diff(dim=3).abs().sum(dim=(1, 2, 3))
+
+
 def _check_eps(objective: Spec, eps: float) -> None:
     if not is_number(eps) or eps < 0:
         raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 import attrreg
 from attrreg import baselines
 from attrreg.trace import passes
-from tests.models import assert_close, gradients
+from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
 
 X, Y = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
 MASK = torch.zeros(4, 32, 32, dtype=torch.bool)
@@ -235,3 +237,39 @@ def test_a_model_that_raises_is_left_without_hooks() -> None:
     with pytest.raises(KeyError, match="of the model"):
         attrreg.layers(model, X)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_layers_are_those_that_can_be_named() -> None:
+    class Twice(SmoothNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.act(x))
+
+    model, (x, mask, target) = Twice().double(), smooth_batch()
+    found = [layer.name for layer in attrreg.layers(model, x)]
+    assert found and "act" not in found
+    for name in found:
+        attrreg.GradCAM(name)(model, x, mask, target)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "convnext"])
+def test_the_first_step_takes_one_backward_as_all_others_do(name: str) -> None:
+    model = FAMILIES[name].build().eval()  # swin draws in train mode
+    x, mask, target = batch(2, size=FAMILIES[name].size, classes=4)
+    reg = attrreg.InputGradient() + attrreg.GradCAM()
+    alone = [gradients(model, term(model, x, mask, target)) for term in (attrreg.InputGradient(), attrreg.GradCAM())]
+    for attached in (False, True):
+        fresh = copy.deepcopy(model)
+        handle = reg.attach(fresh) if attached else nullcontext()
+        with handle:
+            for _ in range(2):
+                fresh(x)
+                with passes() as counted:
+                    value = reg(fresh, x, mask, target)
+                assert (counted.forward, counted.backward) == (0 if attached else 1, 1)
+                assert_close(gradients(fresh, value), [a + b for a, b in zip(*alone, strict=True)], 1e-4)
+
+
+def test_attach_names_the_term_of_an_unknown_layer() -> None:
+    reg = attrreg.InputGradient() + attrreg.GradCAM("nowhere").named("mine")
+    with pytest.raises(ValueError, match=r"mine: .*nowhere"):
+        reg.attach(SmoothNet())

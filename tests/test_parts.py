@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import attrreg
 from attrreg import baselines, objectives, presets, scores, sites
 from tests import oracles
-from tests.models import DEVICE, SmoothNet, smooth_batch
+from tests.models import DEVICE, SmoothNet, assert_close, gradients, smooth_batch
 
 GENERATOR = torch.Generator(DEVICE)
 
@@ -259,3 +259,34 @@ def test_the_default_neither_overflows_nor_loses_its_gradient(size: float) -> No
     torch.testing.assert_close(value.double(), want.view(1))
     assert map.grad is not None
     torch.testing.assert_close(map.grad.double(), wide.grad, rtol=1e-5, atol=0.0)
+
+
+def test_total_variation_is_of_neighbours_whatever_the_mask() -> None:
+    map = torch.tensor([[0.0, 1.0, 3.0], [2.0, 2.0, -1.0]]).expand(2, 2, 2, 3) * torch.tensor([1.0, -2.0]).view(2, 1, 1, 1)
+    right, below = 1 + 2 + 0 + 3, 2 + 1 + 4
+    want = torch.tensor([1.0, 2.0]) * 2 * (right + below)
+    for mask in (torch.zeros(2, 1, 2, 3), torch.rand(2, 1, 2, 3)):
+        torch.testing.assert_close(objectives.TotalVariation()(map, mask), want)
+    assert not objectives.TotalVariation()(torch.ones(2, 3, 1, 1), torch.zeros(2, 1, 1, 1)).any()
+
+
+def test_total_variation_as_a_penalty() -> None:
+    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
+    images = x.clone().requires_grad_()
+    (phi,) = torch.autograd.grad(model(images).log_softmax(1).sum(), images, create_graph=True)
+    want = ((phi[:, :, 1:] - phi[:, :, :-1]).abs().sum() + (phi[..., 1:] - phi[..., :-1]).abs().sum()) / len(x)
+    value = attrreg.InputGradient(objective=objectives.TotalVariation())(model, x, mask)
+    torch.testing.assert_close(value, want)
+    assert_close(gradients(model, value), gradients(model, want), 1e-9)
+
+
+@pytest.mark.parametrize("fill", [0.5, torch.zeros(()), baselines.Zero])
+def test_a_fill_is_a_baseline(fill: Any) -> None:
+    for kind in (baselines.Masked, attrreg.ActivationDifference, attrreg.transforms.ReplaceOutside):
+        with pytest.raises(TypeError, match=r"fill must be a baselines\.Baseline.*\. Use"):
+            kind(fill=fill)
+
+
+def test_images_to_draw_from_are_a_tensor() -> None:
+    with pytest.raises(TypeError, match=r"OneOf: images must be a tensor .* Write torch\.stack"):
+        baselines.OneOf([torch.zeros(2, 4, 4), torch.ones(2, 4, 4)])  # type: ignore[arg-type]
