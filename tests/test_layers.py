@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 import attrreg
 from attrreg import baselines
 from attrreg.trace import passes
-from tests.models import assert_close, gradients
+from tests.models import SmoothNet, assert_close, gradients, smooth_batch
 
 X, Y = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
 MASK = torch.zeros(4, 32, 32, dtype=torch.bool)
@@ -246,3 +246,22 @@ def test_a_model_that_raises_is_left_without_hooks() -> None:
     with pytest.raises(KeyError, match="of the model"):
         attrreg.layers(model, X)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Windows(SmoothNet):
+    """A layer works on windows, as Swin's attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.inside(x.reshape(-1, 2, 4, 8)).reshape_as(x))
+
+
+@pytest.mark.parametrize("kind", [attrreg.ActivationDifference, attrreg.AdversarialInvariance])
+def test_layers_without_a_row_an_image_are_named(kind: Any) -> None:
+    model, (x, mask, _) = Windows().double(), smooth_batch()
+    regularizer = attrreg.ActivationDifference(("inside", "body")) if kind is attrreg.ActivationDifference else kind(layer="inside")
+    with pytest.raises(ValueError, match=r"layer 'inside' gives \(6, 2, 4, 8\) for 3 images.*Name a layer"):
+        regularizer(model, x, mask)

@@ -164,25 +164,6 @@ def test_small_differences_count_and_cost_a_look_once() -> None:
         assert_close(gradients(model, value), slopes, 1e-4)
 
 
-class Windows(SmoothNet):
-    """A layer works on windows, as Swin's attention does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inside = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.inside(x.reshape(-1, 2, 4, 8)).reshape_as(x))
-
-
-@pytest.mark.parametrize("kind", [attrreg.ActivationDifference, attrreg.AdversarialInvariance])
-def test_layers_without_a_row_an_image_are_named(kind: Any) -> None:
-    model, (x, mask, _) = Windows().double(), smooth_batch()
-    regularizer = attrreg.ActivationDifference(("inside", "body")) if kind is attrreg.ActivationDifference else kind(layer="inside")
-    with pytest.raises(ValueError, match=r"layer 'inside' gives \(6, 2, 4, 8\) for 3 images.*Name a layer"):
-        regularizer(model, x, mask)
-
-
 class TwoBranches(nn.Module):
     """As in timm's CrossViT, `num_features` is the width of two branches together, and by chance that of a perceptron's inside."""
 
