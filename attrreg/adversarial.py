@@ -20,7 +20,7 @@ from attrreg.penalty import Penalty
 from attrreg.points import At
 from attrreg.regularizer import SingleRegularizer, Sum
 from attrreg.settings import check_count, is_integer
-from attrreg.sites import FEATURES, check_layer_name
+from attrreg.sites import FEATURES, check_by_image, check_layer_name
 from attrreg.spec import is_number
 from attrreg.trace import Trace
 
@@ -34,8 +34,9 @@ class AdversarialInvariance:
 
     Used like a regularizer: `loss += invariance(model, x, mask)`. It is safe in any loop: D and its optimizer are no part of your model,
     D's own gradients end at the features, your loss's gradients end at D, and neither `.grad` nor the random number generators are
-    touched by its training. It counts its calls, so it is an object with a state and not a term of a sum: add the values. Where the
-    loop runs on several devices, each process trains a D of its own.
+    touched by its training. A batch on which D's loss or its gradients are not finite does not train it, as a `GradScaler` skips a step.
+    It counts its calls, so it is an object with a state and not a term of a sum: add the values. Where the loop runs on several devices,
+    each process trains a D of its own.
 
     Args:
         weight: of the penalty.
@@ -91,13 +92,13 @@ class AdversarialInvariance:
         """How many calls there were."""
         return self._discriminator.step
 
-    def __call__(self, model: nn.Module, x: Tensor, mask: Tensor, **settings: Any) -> Tensor:
+    def __call__(self, model: nn.Module, x: Tensor, mask: Tensor, target: Tensor | None = None, **settings: Any) -> Tensor:
         """Train D where that is due, and compute the penalty. See `AttributionRegularizer.__call__`."""
-        return self._sum(model, x, mask, **settings)
+        return self._sum(model, x, mask, target, **settings)
 
-    def evaluate(self, model: nn.Module, x: Tensor, mask: Tensor, **settings: Any) -> Penalty:
+    def evaluate(self, model: nn.Module, x: Tensor, mask: Tensor, target: Tensor | None = None, **settings: Any) -> Penalty:
         """Train D where that is due, and compute the penalty in place of the loop's forward. See `AttributionRegularizer.evaluate`."""
-        return self._sum.evaluate(model, x, mask, **settings)
+        return self._sum.evaluate(model, x, mask, target, **settings)
 
     def attach(self, model: nn.Module) -> Attachment:
         """Record the loop's own forwards. See `AttributionRegularizer.attach`."""
@@ -157,7 +158,7 @@ class _Discriminator:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed accelerators too
             for before, after in zip((width, *self.hidden), (*self.hidden, 1), strict=True):
-                layers += [spectral_norm(nn.Linear(before, after)), nn.LeakyReLU(0.1)]
+                layers += [spectral_norm(nn.Linear(before, after, device="cpu")), nn.LeakyReLU(0.1)]
         self.width = width
         # In eval mode, so that a pass is a pass: spectral normalisation moves its estimates only in `train`.
         self.network = nn.Sequential(*layers[:-1]).to(device, dtype).eval()
@@ -172,7 +173,7 @@ class _Discriminator:
         return logits.squeeze(1)
 
     def train(self, whole: Tensor, without: Tensor) -> None:
-        """One step on features of images and of images without their irrelevant part, both `(N, ...)`; none does nothing."""
+        """One step on features of images and of images without their irrelevant part, both `(N, ...)`; where none is possible, nothing."""
         if self.network is None:
             self.build(whole.flatten(1).shape[1], whole.device, penalty_dtype(whole.dtype))
         assert self.network is not None and self.optimizer is not None
@@ -183,15 +184,20 @@ class _Discriminator:
         if not len(whole):
             return
         self._join(whole.device)
-        self.network.train()
-        real, fake = (self.network(self._flat(features.detach())).squeeze(1) for features in (whole, without))
-        loss = (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
         parameters = list(self.network.parameters())
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        self.network.train()
+        try:
+            real, fake = (self.network(self._flat(features.detach())).squeeze(1) for features in (whole, without))
+        finally:
+            self.network.eval()
+        loss = (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
+        gradients = torch.autograd.grad(loss, parameters)
+        if not torch.stack([part.isfinite().all() for part in (loss, *gradients)]).all():  # after one such step there is no way back
+            return
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.network.eval()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training changes."""
@@ -245,10 +251,10 @@ class _Confusion(SingleRegularizer):
     def per_image(self, trace: Trace) -> Tensor:
         """Cross-entropy with the labels flipped."""
         whole, without = trace.value(self.site), trace.value(self.site, At(Masked(self.fill)))
+        check_by_image(whole, trace.call.x, self.site)
         assert trace.call.annotation is not None  # a penalty has a mask
         annotated = trace.call.annotation.annotated
-        with torch.autocast(whole.device.type, enabled=False):
-            if self.discriminator.step % self.every == 0:
-                self.discriminator.train(whole[annotated], without[annotated])
-            self.discriminator.step += 1
-            return (F.softplus(self.discriminator.logits(whole)) + F.softplus(-self.discriminator.logits(without))) / 2
+        if self.discriminator.step % self.every == 0:
+            self.discriminator.train(whole[annotated], without[annotated])
+        self.discriminator.step += 1
+        return (F.softplus(self.discriminator.logits(whole)) + F.softplus(-self.discriminator.logits(without))) / 2

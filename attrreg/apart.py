@@ -15,7 +15,7 @@ from attrreg.distributed import sharded
 from attrreg.recording import parts
 from attrreg.runner import Runner
 from attrreg.sites import INPUT
-from attrreg.state import isolated
+from attrreg.state import autocast_type, isolated
 from attrreg.walk import modes
 
 
@@ -59,8 +59,10 @@ def images_apart(call: Call) -> bool:
         return True
     kind = tuple(modes(model))
     if count := _SHOWN.due(model, kind):
-        chosen = torch.zeros(len(call.x), dtype=torch.bool)  # others each time: only some images may meet, as pairs
-        chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(count))[: len(chosen) // 2]] = True
+        # Others each time: only some images may meet, as pairs.
+        order = torch.randperm(len(call.x), generator=torch.Generator().manual_seed(count), device="cpu")
+        chosen = torch.zeros_like(order, dtype=torch.bool)
+        chosen[order[: len(order) // 2]] = True
         try:
             gradient = _spread(call, chosen.to(call.x.device))
         except (RuntimeError, NotImplementedError):  # none can be taken; a term that needs one will say so
@@ -101,8 +103,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def _rounding(value: Tensor) -> float:
-    kind = value.device.type
-    eps = torch.finfo(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype).eps
+    eps = torch.finfo(autocast_type(value.device) or value.dtype).eps
     return math.sqrt(max(eps, 2.0**-10) if value.is_cuda and eps > 1e-10 else eps)  # there, products of float32 may be in TF32
 
 

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -102,8 +103,8 @@ class OneOf(Baseline):
     def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
         """An image for each one of `x`."""
         assert isinstance(self.images, Fixed)
-        images = self.images.image.to(device=x.device, dtype=x.dtype)
-        chosen = images[torch.randint(images.shape[0], (x.shape[0],), generator=generator, device=x.device)]
+        images = self.images.image  # all of which may be many, and elsewhere
+        chosen = images[torch.randint(images.shape[0], (x.shape[0],), generator=generator, device=x.device).to(images.device)]
         return Fixed(chosen)(x, mask, generator)
 
 
@@ -249,8 +250,8 @@ def as_baseline(value: Baseline | Tensor | float) -> Baseline:
     """
     if isinstance(value, Baseline):
         return value
-    if isinstance(value, (Tensor, float, int)) and not isinstance(value, bool):
-        return Fixed(torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64))
+    if isinstance(value, (Tensor, Real)) and not isinstance(value, bool):
+        return Fixed(value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64))
     raise TypeError(
         f"baseline must be a tensor, a number or a baselines.Baseline, got {type(value).__name__}. Use baselines.Zero(), for example."
     )
@@ -273,9 +274,9 @@ def is_own(baseline: Baseline) -> bool:
 def _orders(count: int, length: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """Random orders `(count, length)`."""
     if device.type == "cpu":  # where sorting takes ten times as long
-        orders = torch.empty((count, length), dtype=torch.int64)
+        orders = torch.empty((count, length), dtype=torch.int64, device=device)
         for row in orders:
-            torch.randperm(length, generator=generator, out=row)
+            torch.randperm(length, generator=generator, out=row, device=device)
         return orders
     return torch.rand((count, length), generator=generator, device=device, dtype=torch.float64).argsort(dim=1)
 

@@ -85,16 +85,19 @@ def everywhere(annotation: Annotation, groups: Groups) -> Annotation:
     return replace(annotation, all=All(totals[0], totals[1], math.prod(group.size() for group in groups)))
 
 
+def synchronises(model: nn.Module) -> bool:
+    """Whether forwards meet those of other ranks: of `SyncBatchNorm` in train mode, on several."""
+    coupled = (module for module in modules(model) if isinstance(module, nn.SyncBatchNorm) and module.training)
+    return several() and any(dist.get_world_size(module.process_group) > 1 for module in coupled)
+
+
 def check_coupling(model: nn.Module) -> None:
     """Refuse layers whose gradients of gradients would have to cross ranks.
 
     Raises:
         RuntimeError: `SyncBatchNorm` in train mode, on several ranks.
     """
-    if not several():
-        return
-    coupled = (module for module in modules(model) if isinstance(module, nn.SyncBatchNorm) and module.training)
-    if any(dist.get_world_size(module.process_group) > 1 for module in coupled):
+    if synchronises(model):
         raise RuntimeError(
             "The model has SyncBatchNorm in train mode, whose backward exchanges sums between ranks that PyTorch cannot differentiate. Use "
             "BatchNorm, or put these layers into eval mode while the penalty trains."

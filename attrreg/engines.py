@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attrreg.spec import Spec
+from attrreg.spec import Spec, is_number
 
 
 class Engine(Spec, ABC):
@@ -66,7 +66,7 @@ class FiniteDifference(Engine):
     twice: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.step, bool) or not isinstance(self.step, (int, float)) or not (0 < self.step < math.inf):
+        if not is_number(self.step) or self.step <= 0:
             raise ValueError(f"step must be a positive number, got {self.step!r}. Write for example FiniteDifference(step=1e-2).")
 
     def scale(self, places: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ from attrreg.ops.draws import Draws
 from attrreg.ops.rectify import Rule, rectify
 from attrreg.recording import Conditions, Recording, kept, version
 from attrreg.sites import FEATURES, INPUT, SPATIAL, SPECIAL, check_layer, varies
-from attrreg.state import Rng, own_buffers
+from attrreg.state import Rng, autocast_type, own_buffers
 from attrreg.walk import modules
 
 MAPS = 128  # how many of the last maps are kept for layer="auto": more than the last block of any timm model has
@@ -82,7 +82,7 @@ class Tap:
     def open(self, x: Tensor) -> Tensor:
         """Put the hooks in place, for a forward on `x`; returns the tensor to call the model with."""
         self._x, self._version, self._requires_grad = x, version(x), x.requires_grad
-        self._rng, self._half = Rng.of(x.device), _in_half(x)
+        self._rng, self._autocast = Rng.of(x.device), autocast_type(x.device)
         self._framed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         places, self._phase.rows = self._phase.places, x.shape[0]
         self._phase.running = True
@@ -146,7 +146,7 @@ class Tap:
             conditions=Conditions(self._model, inner, recorded, *called) if called else None,
             phase=self._phase,
             twice=self._twice,
-            half=self._half,
+            autocast=self._autocast,
             framed=self._framed,
         )
 
@@ -285,11 +285,6 @@ def _recomputing(model: nn.Module, phase: Phase, extra: bool, leaves: list[nn.Mo
                 handle.remove()
 
     return recomputing
-
-
-def _in_half(x: Tensor) -> bool:
-    kind = x.device.type
-    return x.dtype == torch.float16 or (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -19,14 +20,15 @@ from attrreg.spec import Key
 RULES = ("gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid")
 
 
-def places(rule: str, steps: int) -> list[tuple[float, float]]:
+@cache
+def places(rule: str, steps: int) -> tuple[tuple[float, float], ...]:
     """The places on [0, 1] of a quadrature rule, by Captum's name, each with its weight."""
     # Captum's own tables, and its own rounding: it has the Riemann places and all weights in float32.
     from captum.attr._utils.approximation_methods import approximation_parameters
 
     sizes, alphas = approximation_parameters(rule)
-    weights = torch.tensor(sizes(steps), dtype=torch.float32).tolist()
-    return [(float(alpha), weight) for alpha, weight in zip(alphas(steps), weights, strict=True)]
+    weights = torch.tensor(sizes(steps), dtype=torch.float32, device="cpu").tolist()
+    return tuple((float(alpha), weight) for alpha, weight in zip(alphas(steps), weights, strict=True))
 
 
 @dataclass(frozen=True, eq=False)

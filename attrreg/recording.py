@@ -19,7 +19,7 @@ from attrreg.call import Call
 from attrreg.ops import Phase
 from attrreg.ops.draws import Draws
 from attrreg.sites import OUTPUT, SPATIAL
-from attrreg.state import Rng
+from attrreg.state import Rng, autocast_type
 from attrreg.walk import modules
 
 PLAIN = (bool, int, float, str)
@@ -121,7 +121,7 @@ class Recording:
         rng: the state from which the forward drew, to replay it.
         conditions: of the loop's own forward; None for a pass of our own.
         phase: shared with the operators of the forward, to be told what a backward is for.
-        half: it ran in float16.
+        autocast: what autocast computed in; None: it was off.
         framed: hooks on saved tensors were in force around it: the loop may checkpoint the whole model.
     """
 
@@ -139,7 +139,7 @@ class Recording:
     conditions: Conditions | None
     phase: Phase
     twice: bool
-    half: bool
+    autocast: torch.dtype | None
     framed: bool
 
     @property
@@ -147,6 +147,11 @@ class Recording:
         """What the forward drew."""
         assert self.phase.draws is not None  # since the tap was opened
         return self.phase.draws
+
+    @property
+    def half(self) -> bool:
+        """Whether it ran in float16."""
+        return torch.float16 in (self.x.dtype, self.autocast)
 
     def has_other_map(self, sites: Mapping[str, bool], asked: Any) -> bool:
         """Whether a call reads the layer for `layer="auto"`, and the one that was recorded is that of another question."""
@@ -158,7 +163,9 @@ class Recording:
             return False
         if (self.version, self.requires_grad) != (call.x._version, call.x.requires_grad):
             return False
-        if self.conditions is None or not self.conditions.hold(call) or (not alone and self.conditions.moved):
+        if self.conditions is None or not self.conditions.hold(call):
+            return False
+        if not alone and (self.conditions.moved or self.autocast != autocast_type(call.x.device)):  # the other passes would differ
             return False
         if self.has_other_map(sites, asked):
             return False

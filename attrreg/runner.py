@@ -18,7 +18,6 @@ from attrreg.distributed import sharded
 from attrreg.graph import checkpoints_reentrant, reads
 from attrreg.hooks import Tap
 from attrreg.masks import penalty_dtype
-from attrreg.ops.channels import suggested
 from attrreg.ops.rectify import Rule
 from attrreg.recording import Recording, version
 from attrreg.scores import Score
@@ -76,8 +75,9 @@ class Runner:
         for counter in self._counters:
             counter.forward += not check
             counter.checks += check
-        if image is not self.call.x:  # layers lay out what they make as images are, and dropout draws in that order
-            image = image.contiguous(memory_format=suggested(self.call.x))
+        x = self.call.x
+        if image.stride() != x.stride() and image.shape == x.shape:  # layers lay out what they make as images are, and draw in that order
+            image = torch.empty_like(x, dtype=image.dtype).copy_(image)
         model, extra = self.call.model, not as_users_forward
         tap = Tap(model, wanted, own=True, map=map, twice=self.twice, moves=moves, places=self.places, rule=rule, extra=extra)
         with suspended(model):

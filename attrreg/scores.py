@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrreg.settings import check_loss, keep_optional
+from attrreg.settings import check_loss, keep_integer, keep_optional
 from attrreg.sites import FEATURES, OUTPUT, check_layer_name
 from attrreg.spec import Key
-from attrreg.targets import check_classes, check_logits, required
+from attrreg.targets import check_classes, check_logits, check_maps, required
 
 
 class Score(Key, ABC):
@@ -279,6 +279,9 @@ class SegmentationLogit(Score):
     ignore_index: int = -100
     needs_target: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        keep_integer(self, "ignore_index")
+
     def check_target(self, target: Tensor) -> None:
         """Check that the target is a map of classes."""
         if target.dim() != 3 or target.is_floating_point() or target.dtype is torch.bool:
@@ -286,12 +289,7 @@ class SegmentationLogit(Score):
 
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
         """Check that logits and target are maps of one size, and that the classes are in range."""
-        if value.dim() != 4 or (target is not None and value.shape[2:] != target.shape[1:]):
-            sizes = f"{tuple(value.shape)} and {tuple(required(target).shape)}"
-            raise ValueError(f"SegmentationLogit needs logits (N, C, H, W) and a target (N, H, W), got {sizes}. Resize one of them.")
-        kept = required(target)[required(target) != self.ignore_index]
-        if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < max(2, value.shape[1]):
-            raise ValueError(f"target has classes outside [0, {max(2, value.shape[1])}). Pass class indices, or set ignore_index.")
+        check_maps(value, required(target), self.ignore_index)
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Score `(N,)` of logits `(N, C, H, W)` for targets `(N, H, W)`."""

@@ -33,18 +33,26 @@ def keep_count(spec: Any, name: str, least: int) -> None:
     object.__setattr__(spec, name, int(getattr(spec, name)))
 
 
+def keep_integer(spec: Any, name: str, others: str = "") -> None:
+    """The same of any integer; `others`: what else the setting may be.
+
+    Raises:
+        TypeError: naming it.
+    """
+    value = getattr(spec, name)
+    if not is_integer(value):
+        raise TypeError(f"{type(spec).__name__}: {name} must be {others}an integer, got {value!r}, a {type(value).__name__}. Pass an int.")
+    object.__setattr__(spec, name, int(value))
+
+
 def keep_optional(spec: Any, name: str) -> None:
     """The same of any integer, or None.
 
     Raises:
         TypeError: naming it.
     """
-    value = getattr(spec, name)
-    if value is not None and not is_integer(value):
-        raise TypeError(
-            f"{type(spec).__name__}: {name} must be None or an integer, got {value!r}, a {type(value).__name__}. Pass an int, or None."
-        )
-    object.__setattr__(spec, name, None if value is None else int(value))
+    if getattr(spec, name) is not None:
+        keep_integer(spec, name, "None or ")
 
 
 def check_loss(function: Any) -> None:

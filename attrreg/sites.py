@@ -24,6 +24,11 @@ NCHW = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
 SPECIAL = (INPUT, OUTPUT, FEATURES, SPATIAL)
 
 
+def spatial(layer: str) -> str:
+    """The site of a layer with a map; "auto": the last one."""
+    return SPATIAL if layer == "auto" else layer
+
+
 def check_layer_name(name: object) -> None:
     """Check that a layer is given by name.
 
@@ -56,6 +61,19 @@ def check_layer(model: nn.Module, name: str) -> None:
     raise ValueError(f"layer {name!r} is not in {type(model).__name__}. {hint}")
 
 
+def check_by_image(value: Tensor, x: Tensor, site: str) -> None:
+    """Check that a layer has features of each image, `(N, ...)`.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    if value.dim() < 2 or value.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"layer {site!r} gives {tuple(value.shape)} for {x.shape[0]} images, of which each must have a row of its own. Name a layer "
+            "whose output is (N, ...), such as the block around this one."
+        )
+
+
 Layout = Literal["NCHW", "NHWC"] | int  # an int: tokens (N, L, C) behind so many prefix tokens
 
 
@@ -69,14 +87,15 @@ def layout(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Layout | No
     if not value.is_floating_point() or value.dim() not in (3, 4) or value.shape[0] != x.shape[0]:
         return None
     if value.dim() == 3:
-        if value.shape[2] == 1 or _unrolled(value.shape[1], model):  # pooled to (N, C, 1), or in another order
+        backbone = _told_by(model, site, "patch_embed")
+        if value.shape[2] == 1 or _unrolled(value.shape[1], backbone):  # pooled to (N, C, 1), or in another order
             return None
-        return _prefix_tokens(value.shape[1], model, height, width)
+        return _prefix_tokens(value.shape[1], backbone, height, width)
     _, a, b, c = value.shape
     if _convolves_to(model, site, channels=a):
         return "NCHW"  # even a single position, for small images; what pooling leaves is no map
     channels_first, channels_last = _same_aspect(b, c, height, width), _same_aspect(a, b, height, width)
-    if channels_last and (not channels_first or _output_is_nhwc(model)) and a * b > 1:
+    if channels_last and (not channels_first or _output_is_nhwc(_told_by(model, site, "output_fmt"))) and a * b > 1:
         return "NHWC"
     return "NCHW" if channels_first and b * c > 1 else None
 
@@ -98,24 +117,32 @@ def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Tensor:
         return value
     if found == "NHWC":
         return value.permute(0, 3, 1, 2)
+    backbone = _told_by(model, site, "patch_embed")
     if isinstance(found, int):
         tokens = value[:, found:]
-        h, w = _grid(tokens.shape[1], model, x.shape[-2], x.shape[-1]) or (0, 0)
+        h, w = _grid(tokens.shape[1], backbone, x.shape[-2], x.shape[-1]) or (0, 0)
         return tokens.transpose(1, 2).reshape(value.shape[0], value.shape[2], h, w)
-    if value.dim() == 3 and _unrolled(value.shape[1], model):
+    if value.dim() == 3 and _unrolled(value.shape[1], backbone):
         raise ValueError(
-            f"layer {site!r} keeps its tokens in the order of {type(model).__name__}'s mask units, not of the image, so a mask cannot be "
-            "laid over them. Name a block of the last stage, or leave the choice to layer='auto'."
+            f"layer {site!r} keeps its tokens in the order of {type(backbone).__name__}'s mask units, not of the image, so a mask cannot "
+            "be laid over them. Name a block of the last stage, or leave the choice to layer='auto'."
         )
-    if value.dim() == 3 and _before_drops(model) is not None:
+    if value.dim() == 3 and _before_drops(backbone) is not None:
         raise ValueError(
-            f"layer {site!r} has the patches that {type(model).__name__} kept at random, so a mask cannot be laid over them. Name a layer "
-            "before its patch_drop, or leave the choice to layer='auto'."
+            f"layer {site!r} has the patches that {type(backbone).__name__} kept at random, so a mask cannot be laid over them. Name a "
+            "layer before its patch_drop, or leave the choice to layer='auto'."
         )
     raise ValueError(
         f"layer {site!r} gives {tuple(value.shape)} for images {tuple(x.shape)}, which is not a spatial map. Name a layer "
         "before pooling, whose output is (N, C, h, w), (N, h, w, C) or (N, tokens, C)."
     )
+
+
+def _told_by(model: nn.Module, site: str, name: str) -> nn.Module:
+    """The module nearest around a layer that has an attribute by which it tells how that lies: a backbone may be a part of the model."""
+    parts = site.split(".")
+    around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), 0, -1))
+    return next((module for module in around if hasattr(module, name)), model)
 
 
 def _convolves_to(model: nn.Module, site: str, channels: int) -> bool:

@@ -132,6 +132,11 @@ def isolated(model: nn.Module, rng: Rng | None = None, device: torch.device | No
         before.restore()
 
 
+def autocast_type(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in now; None: it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def full_precision(device: torch.device) -> torch.autocast:
     """Leave autocast: tensors are computed with in the types that they have."""
     return torch.autocast(device.type, enabled=False)

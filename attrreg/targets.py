@@ -52,6 +52,11 @@ def check_logits(name: str, value: Tensor, least: int, target: Tensor | None) ->
             f"{name} needs logits (N, C), but the model returned {tuple(value.shape)}. Select or pool them with `output=`, a "
             "function of what the model returns, or use the score of your task."
         )
+    if target is not None and len(value) != len(target):  # PyTorch would read the first rows, and leave out the others
+        raise ValueError(
+            f"{name} needs one row of logits an image, but the model returned {tuple(value.shape)} for {len(target)} images. Select the "
+            "rows with `output=`, a function of what the model returns."
+        )
     classes = value.shape[1]
     if classes < least:
         raise ValueError(
@@ -61,3 +66,22 @@ def check_logits(name: str, value: Tensor, least: int, target: Tensor | None) ->
     if target is not None and bool((target >= classes).any()):
         remedy = f"Pass class indices in [0, {classes})." if classes > 1 else "For one logit use scores.BinaryLogit()."
         raise ValueError(f"target has the class {int(target.max())}, but the model has {classes} classes. {remedy}")
+
+
+def check_maps(value: Tensor, target: Tensor, ignored: int) -> None:
+    """Check that a value is logits `(N, C, H, W)` for a label map `(N, H, W)`, and that its classes are in range.
+
+    Args:
+        value: what `SegmentationLogit` is about to read.
+        target: the label map.
+        ignored: the class of pixels that are left out.
+
+    Raises:
+        ValueError: naming the score or `target`.
+    """
+    if value.dim() != 4 or value.shape[:1] + value.shape[2:] != target.shape:
+        sizes = f"{tuple(value.shape)} and {tuple(target.shape)}"
+        raise ValueError(f"SegmentationLogit needs logits (N, C, H, W) and a target (N, H, W), got {sizes}. Resize one of them.")
+    kept, classes = target[target != ignored], max(2, value.shape[1])
+    if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < classes:
+        raise ValueError(f"target has classes outside [0, {classes}). Pass class indices, or set ignore_index.")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from attrreg.baselines import is_own, made_of
 from attrreg.call import Call
 from attrreg.counting import Passes, counters, passes
 from attrreg.differences import Differences, PathLeaves
-from attrreg.distributed import sharded
+from attrreg.distributed import sharded, synchronises
 from attrreg.engines import Engine
 from attrreg.folding import PathGradients
 from attrreg.graph import which_are_read
@@ -34,6 +35,9 @@ from attrreg.scores import Score
 from attrreg.state import Buffers, Rng, isolated
 
 __all__ = ["Passes", "Trace", "check_needs", "passes", "sites_at"]
+
+# At which sites a model's values come from the images, in which calls: that is asked once.
+_SEEING: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
 
 def sites_at(point: Point, needs: Iterable[Need]) -> dict[str, bool]:
@@ -103,17 +107,26 @@ class Trace:
 
     def score(self, score: Score, at: Point = CLEAN) -> Tensor:
         """A score of each image, `(N,)`."""
-        return self._runner.scores(self._recordings[self._seen(at)], self._concrete(score))
+        if (at := self._seen(at)) not in self._recordings or (score.draws and score not in self._score_seeds):
+            raise ValueError(f"Scored({score!r}, {at!r}) was read, but not declared. Let needs() of the term return it.")
+        return self._runner.scores(self._recordings[at], self._concrete(score))
 
     def sees_images(self, site: str, at: Point) -> bool:
-        """Whether the value at a site comes from the images, asked where it is the same at a point; takes a forward if those differ."""
-        if next(sharded(self.call.model), None) is not None:  # a forward that other ranks do not run would wait for them
+        """Whether the value at a site comes from the images, asked where it is nearly the same at a point.
+
+        If those differ there, and the answer is not known, it takes a forward.
+        """
+        model, kind = self.call.model, (site, *automatic.asked(self.call, None))
+        if next(sharded(model), None) is not None or synchronises(model):  # a forward that other ranks do not run would wait for them
             return True
-        if torch.equal(self._recordings[self._seen(at)].x, self.call.x):
+        if kind in _SEEING.get(model, ()) or torch.equal(self._recordings[self._seen(at)].x, self.call.x):
             return True
-        with isolated(self.call.model, device=self.call.x.device):
-            recording = self._runner.forward(self.call.x.detach(), {sites.INPUT: True, site: False})
-        return which_are_read(self._runner.at(recording, site), [recording.values[sites.INPUT]])[0]
+        with isolated(model, device=self.call.x.device):
+            recording = self._runner.forward(self.call.x.detach(), {sites.INPUT: True, site: False}, check=True)
+        found = which_are_read(self._runner.at(recording, site), [recording.values[sites.INPUT]])[0]
+        if found and not any(map(callable, kind)):  # which may hold the model, and keep it for ever
+            _SEEING.setdefault(model, []).append(kind)
+        return found
 
     def seen_from(self, point: Point) -> Trace:
         """The same passes, with a point in place of the clean images."""

@@ -15,7 +15,7 @@ from attrreg.needs import Need, Value
 from attrreg.ops import Phase, twice_differentiable
 from attrreg.regularizer import AttributionRegularizer, SingleRegularizer
 from attrreg.sites import OUTPUT
-from attrreg.trace import Trace
+from attrreg.trace import Trace, passes
 from tests.models import DEVICE, FAMILIES, Family, SmoothNet, batch, gradients
 
 HALF = [torch.bfloat16, torch.float16]
@@ -133,6 +133,19 @@ def test_every_penalty_is_in_full_precision(dtype: torch.dtype, inside: bool) ->
             value = regularizer(model, x, mask, target) if value is None else value
         assert value.dtype == torch.float32
         assert float(value.detach()) == pytest.approx(float(exact.detach()), rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("inside", [True, False])
+def test_passes_of_another_precision_are_not_compared_with(dtype: torch.dtype, inside: bool) -> None:
+    model, (x, mask, _) = SmoothNet(), batch(3, channels=2, size=8, classes=3)
+    regularizer = attrreg.ActivationDifference(fill=ZERO)
+    with regularizer.attach(model), torch.autocast(DEVICE, dtype):
+        model(x)
+        with torch.autocast(DEVICE, dtype, enabled=inside), passes() as counted:
+            value = regularizer(model, x, mask)
+            torch.testing.assert_close(value, regularizer(model, 1 * x, mask))
+    assert counted.forward == (1 if inside else 2) + 2
 
 
 class _OwnTerm(SingleRegularizer):

@@ -176,6 +176,32 @@ def test_no_annotation_trains_nobody() -> None:
     assert float(value.detach()) == 0
 
 
+def test_a_batch_that_is_not_finite_does_not_train_the_discriminator() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    invariance, bad = attrreg.AdversarialInvariance(hidden=(8,)), x.clone()
+    bad[0, 0, 0, 0] = float("inf")
+
+    def weights(images: Tensor) -> list[Tensor]:
+        invariance(model, images, mask, target)
+        network = invariance._discriminator.network
+        assert network is not None and not network.training
+        return [parameter.detach().clone() for parameter in network.parameters()]
+
+    first = weights(x)
+    assert all(map(torch.equal, first, weights(bad)))
+    later = weights(x)
+    assert all(parameter.isfinite().all() for parameter in later) and not all(map(torch.equal, first, later))
+
+
+def test_the_discriminator_is_made_on_the_cpu_whatever_the_default_device_is() -> None:
+    here, there = (copy.deepcopy(attrreg.AdversarialInvariance(hidden=(8,))._discriminator) for _ in range(2))
+    here.build(5, torch.device("cpu"), torch.float32)
+    with torch.device("meta"):
+        there.build(5, torch.device("cpu"), torch.float32)
+    assert here.network is not None and there.network is not None
+    assert all(map(torch.equal, here.network.parameters(), there.network.parameters()))
+
+
 # The sum
 
 

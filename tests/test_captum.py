@@ -150,6 +150,17 @@ def test_shapley_values_are_what_their_estimators_estimate() -> None:
     torch.testing.assert_close(got, sampled.double(), rtol=0, atol=0.1 * float(got.abs().max()))
 
 
+def test_each_set_of_segments_is_scored_once() -> None:
+    model, (x, _, target), calls = Net().eval().double(), batch(), []
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        calls.append(1)
+        return F.cross_entropy(logits, target, reduction="none")
+
+    attrreg.captum.ShapleyValues(SEGMENTS, score=scores.TaskLoss(loss)).attribute(model, x, target)
+    assert len(calls) == 2 ** len(SEGMENTS.unique())
+
+
 def test_conductance_and_integrated_gradients_add_up_to_the_same() -> None:
     model, (x, _, target) = Net().eval().double(), batch()
     paths = (attrreg.IntegratedGradients(steps=40), attrreg.captum.LayerConductance("body", steps=400))

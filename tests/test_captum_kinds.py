@@ -63,6 +63,17 @@ def test_noise_tunnel_equals_naive_at_the_images_it_ran_on(name: str, kind: str)
     assert_close(gradients(model, value), gradients(model, want), 1e-10)
 
 
+def test_variances_under_little_noise_are_no_rounding() -> None:
+    model, (x, _, target) = SmoothNet(), smooth_batch()
+    seen: list[Tensor] = []
+    hook = model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+    got = attrreg.captum.NoiseTunnel(attrreg.InputGradient(), "vargrad", std=1e-3).attribute(model, x.float(), target)
+    hook.remove()
+    maps = torch.stack([attrreg.InputGradient().attribute(model.double(), image.double(), target) for image in seen])
+    assert (got >= 0).all()
+    torch.testing.assert_close(got.double(), maps.var(dim=0, correction=0), rtol=0.01, atol=1e-3 * float(got.max()))
+
+
 def test_noise_tunnel_without_noise_is_captums() -> None:
     model, (x, _, target) = Net().eval().double(), batch()
     for kind in ("smoothgrad", "smoothgrad_sq"):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import attrreg
 from attrreg import baselines, scores
+from attrreg.transforms import ReplaceOutside
 from tests.models import SmoothNet, smooth_batch
 
 
@@ -40,3 +41,12 @@ def test_own_parts_that_write_into_what_they_are_given(regularizer: attrreg.Attr
         with pytest.raises(ValueError, match=message):
             regularizer(model, x, mask, target, annotated=flags)
         assert torch.equal(x, before)
+    with pytest.raises(ValueError, match=message):
+        regularizer(model, x.detach(), mask, target)
+
+
+def test_a_fill_of_a_transform_that_writes_into_what_it_is_given() -> None:
+    x, mask = torch.ones(2, 3, 8, 8), torch.ones(8, 8)
+    with pytest.raises(ValueError, match=r"Emptied.* writes into the images.*Let it write into a copy"):
+        ReplaceOutside(Emptied())(x, mask)
+    assert (x == 1).all()

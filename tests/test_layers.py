@@ -48,12 +48,14 @@ def test_a_pooled_vector_is_no_map() -> None:
     assert [info.name for info in attrreg.layers(model, X)] == ["conv"]
 
 
-def test_patches_kept_at_random_are_no_map() -> None:
-    model = timm.create_model("test_vit", num_classes=3, img_size=64, patch_drop_rate=0.75).train()
-    x, last = torch.randn(4, 3, 64, 64), "blocks.1.norm1"
-    whole = attrreg.GradCAM("patch_embed").attribute(model, x, Y).shape
+@pytest.mark.parametrize("around", ["", "0."], ids=["alone", "a part of the model"])
+def test_patches_kept_at_random_are_no_map(around: str) -> None:
+    backbone = timm.create_model("test_vit", num_classes=3, img_size=64, patch_drop_rate=0.75)
+    model = nn.Sequential(backbone) if around else backbone.train()
+    x, last = torch.randn(4, 3, 64, 64), f"{around}blocks.1.norm1"
+    whole = attrreg.GradCAM(f"{around}patch_embed").attribute(model, x, Y).shape
     assert attrreg.GradCAM().attribute(model, x, Y).shape == whole
-    with pytest.raises(ValueError, match=r"layer 'blocks\.1\.norm1' has the patches that VisionTransformer kept at random"):
+    with pytest.raises(ValueError, match=rf"layer '{last}' has the patches that VisionTransformer kept at random"):
         attrreg.GradCAM(last).attribute(model, x, Y)
     assert attrreg.GradCAM(last).attribute(model.eval(), x, Y).shape == whole
 
@@ -157,6 +159,15 @@ def test_all_passes_start_from_the_same_buffers() -> None:
         model(x)
         attrreg.InputGradient()(model, x, MASK, Y)
     assert counted.forward == 0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_that_are_compared_lie_alike_in_memory(channels: int) -> None:
+    model, x = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)), X[:, :channels]
+    x, steps = x.to(memory_format=torch.channels_last), []
+    model.register_forward_pre_hook(lambda module, args: steps.append(args[0].stride()))
+    attrreg.ActivationDifference()(model, x, MASK)
+    assert len(steps) > 1 and set(steps) == {x.stride()}
 
 
 @pytest.mark.parametrize("other", [attrreg.ActivationDifference("features"), attrreg.GradCAM("features").named("again")])
@@ -273,3 +284,22 @@ def test_attach_names_the_term_of_an_unknown_layer() -> None:
     reg = attrreg.InputGradient() + attrreg.GradCAM("nowhere").named("mine")
     with pytest.raises(ValueError, match=r"mine: .*nowhere"):
         reg.attach(SmoothNet())
+
+
+class Windows(SmoothNet):
+    """A layer works on windows, as Swin's attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.inside(x.reshape(-1, 2, 4, 8)).reshape_as(x))
+
+
+@pytest.mark.parametrize("kind", [attrreg.ActivationDifference, attrreg.AdversarialInvariance])
+def test_layers_without_a_row_an_image_are_named(kind: Any) -> None:
+    model, (x, mask, _) = Windows().double(), smooth_batch()
+    regularizer = attrreg.ActivationDifference(("inside", "body")) if kind is attrreg.ActivationDifference else kind(layer="inside")
+    with pytest.raises(ValueError, match=r"layer 'inside' gives \(6, 2, 4, 8\) for 3 images.*Name a layer"):
+        regularizer(model, x, mask)

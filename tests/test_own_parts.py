@@ -213,6 +213,8 @@ class Constant(Score):
         (lambda trace: trace.value("body"), r"Value\('body'\) was read, but not declared"),
         (lambda trace: trace.value(INPUT, At(baselines.Zero())), r"Value\('<input>', .*At.*\) was read, but not declared"),
         (lambda trace: trace.grad(INPUT, scores.SumLogProb()), r"Grad\('<input>', .*SumLogProb.*\) was read, but not declared"),
+        (lambda trace: trace.score(scores.SumLogProb(), At(baselines.Zero())), r"Scored\(.*SumLogProb.*At.*\) was read, but not declared"),
+        (lambda trace: trace.score(scores.RandomProjection("body")), r"Scored\(.*RandomProjection.*\) was read, but not declared"),
     ],
 )
 def test_what_is_read_without_being_declared_is_named(read: Callable[[Trace], Tensor], message: str) -> None:

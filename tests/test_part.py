@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import attrreg
 from attrreg import baselines
+from attrreg.apart import images_apart
+from attrreg.call import Call
 from attrreg.regularizer import Reduction
 from attrreg.trace import passes
 from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
@@ -313,3 +315,15 @@ def test_own_baselines_that_take_some_other_image(own: baselines.Baseline) -> No
     assert value == regularizer.evaluate(model, x, mask, target, annotated=annotated).total
     with pytest.raises(ValueError, match="fraction cannot be used with"):
         regularizer(model, x, mask, target, fraction=0.5)
+
+
+def test_draws_are_of_the_cpus_generator_whatever_the_default_device_is() -> None:
+    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
+
+    def shuffled() -> Tensor:
+        return baselines.Shuffle()(x, mask[:, None].double(), torch.Generator("cpu").manual_seed(0))
+
+    here = shuffled()
+    with torch.device("meta"):
+        assert torch.equal(shuffled(), here)
+        assert images_apart(Call(model, x, None, None, None))

@@ -200,6 +200,9 @@ def test_the_models_own_word_on_its_layout_decides_a_square() -> None:
     torch.testing.assert_close(sites.to_grid(value, model, x, "0"), value)
     model.output_fmt = "NHWC"  # type: ignore[assignment]
     torch.testing.assert_close(sites.to_grid(value, model, x, "0"), value.permute(0, 3, 1, 2))
+    whole = nn.ModuleDict({"images": model, "others": nn.Sequential(nn.Identity())})  # each by its own word
+    torch.testing.assert_close(sites.to_grid(value, whole, x, "images.0"), value.permute(0, 3, 1, 2))
+    torch.testing.assert_close(sites.to_grid(value, whole, x, "others.0"), value)
 
 
 def test_presets_are_the_papers_formulas() -> None:

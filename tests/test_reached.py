@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import attrreg
 from attrreg.regularizer import AttributionRegularizer
-from tests.models import SmoothNet, assert_close, gradients, smooth_batch
+from attrreg.trace import passes
+from tests.models import SmoothNet, assert_close, batch, gradients, smooth_batch
 from tests.test_side_effects import assert_same, snapshot
 
 ZERO = attrreg.baselines.Zero()
@@ -98,6 +100,68 @@ def test_asking_what_the_images_reach_leaves_nothing_behind(regularizer: Attribu
     with suppress(RuntimeError):  # of the features, which come from the other inputs
         regularizer(model, x, mask, target, inputs=(x, data))
     assert_same(before, snapshot(model, x))
+
+
+class Text(nn.Module):
+    """Reads words beside the image, by attention: two ways to compute it differ by rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.text = SmoothNet(), nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor, words: Tensor) -> Any:
+        return self.net(x) + self.head(self.text(words).mean(1))
+
+
+@pytest.mark.parametrize("other", [attrreg.InputGradient(), attrreg.GradCAM("net.body")])
+def test_features_of_other_inputs_are_refused_in_a_sum(other: AttributionRegularizer) -> None:
+    model, (x, mask, target) = Text(), batch(3, channels=2, size=8, classes=3)
+    words = torch.randn(3, 20, 32)
+    for regularizer in (attrreg.ActivationDifference("text", ZERO), other + attrreg.ActivationDifference("text", ZERO)):
+        with pytest.raises(RuntimeError, match=r"\('text',\).*come from other inputs than the images.*Name a layer that the images reach"):
+            regularizer(model, x, mask, target, inputs=(x, words))
+
+
+def test_rounding_is_no_difference() -> None:
+    model, (x, mask, target) = timm.create_model("test_vit", img_size=64, num_classes=3), batch(4, size=64, classes=3)
+    mask[0] = True
+    regularizer = 0.0 * attrreg.InputGradient() + attrreg.ActivationDifference(detach="clean")
+    nothing = regularizer(model, x, torch.ones_like(mask), target)
+    assert nothing == 0 and not any(gradient.any() for gradient in gradients(model, nothing))
+    both, second = (
+        regularizer(model, x, mask, target, annotated=torch.tensor(annotated), generator=torch.Generator().manual_seed(0))
+        for annotated in ([True, True, False, False], [False, True, False, False])
+    )
+    torch.testing.assert_close(both, second / 2)
+    assert_close(gradients(model, both), gradients(model, second / 2), 1e-4)
+
+
+def test_what_an_image_gets_through_others_is_a_difference() -> None:
+    model, (x, mask, target) = SmoothNet(norm=True).double(), smooth_batch()
+    mask[0] = True
+    regularizer = 0.0 * attrreg.InputGradient() + attrreg.ActivationDifference("body", ZERO)
+    with torch.no_grad():
+        layers = nn.Sequential(model.stem, model.norm, model.act, model.body)
+        want = (layers(x) - layers(torch.where(mask[:, None], x, 0))).flatten(1).norm(dim=1).mean()
+    torch.testing.assert_close(regularizer(model, x, mask, target).detach(), want)
+
+
+def test_small_differences_count_and_cost_a_look_once() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    x = torch.where(mask[:, None], x, 1e-9 * x)
+    regularizer = 0.0 * attrreg.InputGradient() + attrreg.ActivationDifference("body", ZERO, detach="clean")
+    layers = nn.Sequential(model.stem, model.act, model.body)
+    with torch.no_grad():
+        clean = layers(x)
+    want = (clean - layers(torch.where(mask[:, None], x, 0))).flatten(1).norm(dim=1).mean()
+    slopes = gradients(model, want)
+    for looks in (1, 0):
+        with passes() as counted:
+            value = regularizer(model, x, mask, target)
+        assert (counted.forward, counted.checks) == (2, looks)
+        torch.testing.assert_close(value, want, rtol=1e-4, atol=0)
+        assert_close(gradients(model, value), slopes, 1e-4)
 
 
 class TwoBranches(nn.Module):

@@ -7,13 +7,15 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import captum.attr
 import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 
 import attrreg
-from attrreg import objectives, schedules, scores
+from attrreg import baselines, engines, objectives, schedules, scores
+from attrreg.captum import FeatureAblation, InternalInfluence, LayerConductance, Neuron, NeuronConductance, NoiseTunnel, ShapleyValues
 from tests.models import SmoothNet, smooth_batch
 
 
@@ -29,6 +31,8 @@ from tests.models import SmoothNet, smooth_batch
         (lambda: scores.TaskLoss(3), TypeError, r"function must be a loss.*got 3\. Leave it out"),  # type: ignore[arg-type]
         (lambda: scores.RandomProjection(seed=1.5), TypeError, r"seed must be None or an integer, got 1\.5, a float\. "),  # type: ignore[arg-type]
         (lambda: scores.RandomProjection(seed=True), TypeError, r"RandomProjection: seed must be.*a bool\. "),
+        (lambda: scores.SegmentationLogit(None), TypeError, r"SegmentationLogit: ignore_index must be an integer, got None.*\. "),  # type: ignore[arg-type]
+        (lambda: scores.SegmentationLogit("255"), TypeError, r"ignore_index must be an integer, got '255', a str\. "),  # type: ignore[arg-type]
         (lambda: scores.RegressionOutput(1.0), TypeError, r"RegressionOutput: index must be.*got 1\.0, a float\. "),  # type: ignore[arg-type]
         (lambda: scores.RegressionOutput(True), TypeError, r"index must be.*got True, a bool\. "),
         (lambda: attrreg.IntegratedGradients(steps=8.0), ValueError, r"steps.*got 8\.0, a float\. Pass an int"),  # type: ignore[arg-type]
@@ -47,6 +51,8 @@ def test_refused(call: Callable[[], Any], error: type[Exception], message: str) 
 
 
 COUNT: Any = numpy.int64(2)
+HALF: Any = numpy.float32(0.5)
+SMALL: Any = numpy.int8(127)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +65,16 @@ COUNT: Any = numpy.int64(2)
         (lambda: attrreg.InputGradient(scores.RandomProjection(seed=COUNT)), attrreg.InputGradient(scores.RandomProjection(seed=2))),
         (lambda: attrreg.InputGradient(scores.RegressionOutput(COUNT)), attrreg.InputGradient(scores.RegressionOutput(2))),
         (lambda: attrreg.ActivationDifference(["stem", "body"]), attrreg.ActivationDifference(("stem", "body"))),
+        (lambda: attrreg.InputGradient(Neuron("head", COUNT)), attrreg.InputGradient(Neuron("head", 2))),
+        (
+            lambda: attrreg.InputGradient().using(engines.FiniteDifference(HALF)),
+            attrreg.InputGradient().using(engines.FiniteDifference(0.5)),
+        ),
+        (lambda: attrreg.IntegratedGradients(2, HALF), attrreg.IntegratedGradients(2, 0.5)),
+        (lambda: attrreg.PGDEx(HALF, rate=HALF), attrreg.PGDEx(0.5, rate=0.5)),
+        (lambda: LayerConductance("body", SMALL), LayerConductance("body", 127)),
+        (lambda: NoiseTunnel(attrreg.InputGradient(), samples=COUNT), NoiseTunnel(attrreg.InputGradient(), samples=2)),
+        (lambda: scores.SegmentationLogit(COUNT), scores.SegmentationLogit(2)),
     ],
 )
 def test_integers_of_numpy_and_lists_are_what_they_stand_for(given: Callable[[], Any], want: Any) -> None:
@@ -69,6 +85,33 @@ def test_integers_of_numpy_and_lists_are_what_they_stand_for(given: Callable[[],
         model, (x, mask, target) = SmoothNet().double(), smooth_batch()
         found, expected = (each(model, x, mask, target, generator=torch.Generator().manual_seed(0)) for each in (made, want))
         assert torch.equal(found, expected)
+
+
+IMAGES = torch.rand(4, 3, 32, 32)
+ONE_OF = baselines.OneOf(IMAGES)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: InternalInfluence("body", baseline=ONE_OF),
+        lambda: ShapleyValues(torch.zeros(32, 32, dtype=torch.long), ONE_OF),
+        lambda: NoiseTunnel(FeatureAblation(torch.zeros(32, 32, dtype=torch.long), ONE_OF)),
+        lambda: attrreg.IntegratedGradients(baseline=baselines.Masked(ONE_OF), objective=objectives.Energy()),
+        lambda: attrreg.from_captum(captum.attr.GradientShap, baselines=IMAGES.tolist()),
+    ],
+)
+def test_a_refusal_prints_no_images(call: Callable[[], Any]) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    assert len(str(caught.value)) < 300
+
+
+def test_a_gradient_from_a_masked_image_has_a_share() -> None:
+    settings: dict[str, Any] = {"steps": 2, "baseline": baselines.Masked(baselines.Zero()), "objective": objectives.Energy()}
+    assert NeuronConductance(Neuron("body", (0, 1, 1)), multiply=False, **settings).multiply is False
+    with pytest.raises(ValueError, match="the share of attribution outside is 1"):
+        NeuronConductance(Neuron("body", (0, 1, 1)), **settings)
 
 
 def test_losses_that_are_taken() -> None:

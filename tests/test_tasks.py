@@ -106,6 +106,13 @@ class Squeezed(nn.Module):
         return number
 
 
+class Twice(SmoothNet):
+    """Two views of each image, one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((super().forward(x), super().forward(-x)))
+
+
 BAD: list[tuple[scores.Score, nn.Module, Tensor | None, str]] = [
     (scores.MultiLabelLogit(), SmoothNet(), torch.tensor([0, 1, 2]), r"target must be \(N, C\)"),
     (scores.MultiLabelLogit(), SmoothNet(), 2 * HOT, r"target must be \(N, C\)"),
@@ -127,6 +134,9 @@ BAD: list[tuple[scores.Score, nn.Module, Tensor | None, str]] = [
     (scores.RegressionOutput(3), SmoothNet(), None, "index in range"),
     (scores.RegressionOutput(-1), SmoothNet(), None, "index in range"),
     (scores.TargetLogit(), SmoothNet(classes=1), torch.tensor([0, 1, 0]), "class 1.*use scores.BinaryLogit"),
+    (scores.TargetLogit(), Twice(), torch.tensor([0, 1, 2]), r"one row of logits an image, .* \(6, 3\) for 3 images"),
+    (scores.Contrast(), Twice(), torch.tensor([0, 1, 2]), r"one row of logits an image, .* \(6, 3\) for 3 images"),
+    (scores.SegmentationLogit(), nn.Sequential(Dense(6), nn.Unflatten(1, (2, 3)), nn.Flatten(0, 1)), LABELS, r"got \(6, 3, 8, 8\)"),
 ]
 
 

@@ -10,7 +10,7 @@ from attrreg.needs import Grad, Need, Value
 from attrreg.objectives import LogOutside, Objective, check_score_and_objective
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
-from attrreg.sites import SPATIAL, check_layer_name
+from attrreg.sites import check_layer_name, spatial
 from attrreg.trace import Trace
 
 
@@ -51,18 +51,15 @@ class GradCAM(MapRegularizer):
         check_score_and_objective(self)
         check_layer_name(self.layer)
 
-    @property
-    def _site(self) -> str:
-        return SPATIAL if self.layer == "auto" else self.layer
-
     def needs(self) -> tuple[Need, ...]:
         """The layer's activations and their gradient."""
-        return Value(self._site), Grad(self._site, self.score)
+        return Value(spatial(self.layer)), Grad(spatial(self.layer), self.score)
 
     def attribution(self, trace: Trace) -> Tensor:
         """The weighted sum of channels."""
-        activations = trace.grid(self._site, trace.value(self._site))
-        weights = trace.grid(self._site, trace.grad(self._site, self.score)).mean(dim=(2, 3), keepdim=True)
+        site = spatial(self.layer)
+        activations = trace.grid(site, trace.value(site))
+        weights = trace.grid(site, trace.grad(site, self.score)).mean(dim=(2, 3), keepdim=True)
         if self.semi:
             weights = weights.detach()
         cam = (weights * activations).sum(dim=1, keepdim=True)

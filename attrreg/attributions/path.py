@@ -13,7 +13,7 @@ from attrreg.objectives import LogOutside, Objective, check_score_and_objective,
 from attrreg.points import RULES, Path, Quadrature, RandomPlaces
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
-from attrreg.settings import check_count, keep_count
+from attrreg.settings import keep_count
 from attrreg.sites import INPUT
 from attrreg.trace import Trace
 
@@ -57,8 +57,7 @@ class IntegratedGradients(MapRegularizer):
     def __post_init__(self) -> None:
         check_score_and_objective(self)
         object.__setattr__(self, "baseline", path_baseline(self))
-        check_rule(self.rule, self.steps)
-        keep_count(self, "steps", 1)
+        check_rule(self)
         if self.chunk is not None:
             keep_count(self, "chunk", 1)
 
@@ -132,18 +131,18 @@ def path_baseline(regularizer: Any) -> Baseline:
     baseline = as_baseline(regularizer.baseline)
     if baseline.needs_mask and requires_region(regularizer.objective):
         raise ValueError(
-            f"{type(regularizer).__name__}: from {baseline!r} to the image only irrelevant pixels change, so the share of attribution "
-            "outside is 1 whatever the model does. Use objectives.LogOutside(), or another baseline."
+            f"{type(regularizer).__name__}: from {type(baseline).__name__} to the image only irrelevant pixels change, so the share of "
+            "attribution outside is 1 whatever the model does. Use objectives.LogOutside(), or another baseline."
         )
     return baseline
 
 
-def check_rule(rule: str, steps: int) -> None:
-    """Check a quadrature rule and its number of places.
+def check_rule(regularizer: Any) -> None:
+    """Check a quadrature rule and its number of places, and keep that as Python's own integer.
 
     Raises:
         ValueError: naming the setting.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule {rule!r} is unknown. Use one of {', '.join(map(repr, RULES))}.")
-    check_count("steps", steps, 1 if rule == "gausslegendre" else 2)
+    if regularizer.rule not in RULES:
+        raise ValueError(f"rule {regularizer.rule!r} is unknown. Use one of {', '.join(map(repr, RULES))}.")
+    keep_count(regularizer, "steps", 1 if regularizer.rule == "gausslegendre" else 2)

@@ -14,6 +14,7 @@ from attrreg.regularizer import SingleRegularizer
 from attrreg.scores import TaskLoss
 from attrreg.settings import keep_count
 from attrreg.sites import OUTPUT
+from attrreg.spec import is_number
 from attrreg.trace import Trace
 
 
@@ -50,7 +51,7 @@ class PGDEx(SingleRegularizer):
 
     def __post_init__(self) -> None:
         for name, value in (("epsilon", self.epsilon), ("rate", self.epsilon if self.rate is None else self.rate)):
-            if not (_is_number(value) and 0 < value < math.inf):
+            if not is_number(value) or value <= 0:
                 raise ValueError(f"{name} must be a positive number, in units of x, got {value!r}. Write for example {name}=0.1.")
         keep_count(self, "steps", 1)
         if self.bounds is not None:

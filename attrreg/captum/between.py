@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attrreg.attributions.path import check_rule
 from attrreg.baselines import Baseline, as_baseline
+from attrreg.points import At, places
 from attrreg.trace import Trace
 
 
@@ -31,6 +32,12 @@ class Between(Baseline):
         return start + self.alpha * (x - start)
 
 
+def stops(baseline: Baseline | Tensor | float, rule: str, steps: int) -> list[tuple[At, float]]:
+    """The places of a quadrature rule on the path from a baseline, as points, each with its weight."""
+    start = as_baseline(baseline)
+    return [(At(Between(start, alpha)), weight) for alpha, weight in places(rule, steps)]
+
+
 def start(baseline: Baseline, trace: Trace) -> Tensor:
     """The baseline of a path, for the images of a call."""
     x = trace.call.x.detach()
@@ -46,8 +53,8 @@ def check_path(regularizer: Any) -> None:
     baseline = as_baseline(regularizer.baseline)
     if baseline.draws:
         raise ValueError(
-            f"{type(regularizer).__name__}: each place would draw another {baseline!r}, and there would be no path. Use a baseline that "
-            "does not draw."
+            f"{type(regularizer).__name__}: each place would draw another {type(baseline).__name__}, and there would be no path. Use a "
+            "baseline that does not draw."
         )
     object.__setattr__(regularizer, "baseline", baseline)
-    check_rule(regularizer.rule, regularizer.steps)
+    check_rule(regularizer)

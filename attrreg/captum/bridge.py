@@ -122,8 +122,8 @@ def _distribution(baselines: Baseline | Tensor) -> Baseline:
         return baselines
     if not isinstance(baselines, Tensor):
         raise TypeError(
-            f"from_captum: baselines must be a tensor (K, C, H, W) of images to draw from, or one of attrreg.baselines, got {baselines!r}. "
-            "Pass the images."
+            "from_captum: baselines must be a tensor (K, C, H, W) of images to draw from, or one of attrreg.baselines, got a "
+            f"{type(baselines).__name__}. Pass the images."
         )
     return OneOf(baselines)
 
@@ -135,10 +135,6 @@ def _saliency(score: Score, objective: Objective, abs: bool = True) -> MapRegula
     return InputGradient(score, objective, abs)
 
 
-def _input_x_gradient(score: Score, objective: Objective) -> MapRegularizer:
-    return InputXGradient(score, objective)
-
-
 def _integrated_gradients(
     score: Score, objective: Objective, baselines: Images = None, n_steps: int = 50, method: str = "gausslegendre"
 ) -> MapRegularizer:
@@ -147,14 +143,6 @@ def _integrated_gradients(
 
 def _gradient_shap(score: Score, objective: Objective, baselines: Baseline | Tensor, n_samples: int = 5) -> MapRegularizer:
     return ExpectedGradients(n_samples, _distribution(baselines), score=score, objective=objective)
-
-
-def _guided_backprop(score: Score, objective: Objective) -> MapRegularizer:
-    return GuidedBackprop(score, objective)
-
-
-def _deconvolution(score: Score, objective: Objective) -> MapRegularizer:
-    return Deconvolution(score, objective)
 
 
 def _guided_grad_cam(score: Score, objective: Objective, layer: str) -> MapRegularizer:
@@ -267,12 +255,12 @@ def _neuron_feature_ablation(
 ACCEPTED: Mapping[str, Builder] = MappingProxyType(
     {
         "Saliency": _saliency,
-        "InputXGradient": _input_x_gradient,
+        "InputXGradient": InputXGradient,
         "IntegratedGradients": _integrated_gradients,
         "GradientShap": _gradient_shap,
         "NoiseTunnel": _noise_tunnel,
-        "GuidedBackprop": _guided_backprop,
-        "Deconvolution": _deconvolution,
+        "GuidedBackprop": GuidedBackprop,
+        "Deconvolution": Deconvolution,
         "GuidedGradCam": _guided_grad_cam,
         "FeatureAblation": _feature_ablation,
         "FeaturePermutation": _feature_permutation,

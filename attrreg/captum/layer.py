@@ -8,14 +8,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from attrreg.baselines import Baseline, Zero, as_baseline
-from attrreg.captum.between import Between, check_path
+from attrreg.baselines import Baseline, Zero
+from attrreg.captum.between import check_path, stops
 from attrreg.needs import Grad, Need, Value
 from attrreg.objectives import LogOutside, Objective, check_score_and_objective
-from attrreg.points import At, places
+from attrreg.points import At
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
-from attrreg.sites import SPATIAL, check_layer_name
+from attrreg.sites import check_layer_name, spatial
 from attrreg.trace import Trace
 
 
@@ -48,11 +48,11 @@ class LayerActivation(MapRegularizer):
 
     def needs(self) -> tuple[Need, ...]:
         """The activations."""
-        return (Value(_site(self.layer)),)
+        return (Value(spatial(self.layer)),)
 
     def attribution(self, trace: Trace) -> Tensor:
         """The activations as a map."""
-        return trace.grid(_site(self.layer), trace.value(_site(self.layer)))
+        return trace.grid(spatial(self.layer), trace.value(spatial(self.layer)))
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,12 +86,12 @@ class LayerGradientXActivation(MapRegularizer):
 
     def needs(self) -> tuple[Need, ...]:
         """The activations and their gradient."""
-        return Value(_site(self.layer)), Grad(_site(self.layer), self.score)
+        return Value(spatial(self.layer)), Grad(spatial(self.layer), self.score)
 
     def attribution(self, trace: Trace) -> Tensor:
         """Their product."""
-        gradient = trace.grid(_site(self.layer), trace.grad(_site(self.layer), self.score))
-        return trace.grid(_site(self.layer), trace.value(_site(self.layer))) * gradient if self.multiply else gradient
+        gradient = trace.grid(spatial(self.layer), trace.grad(spatial(self.layer), self.score))
+        return trace.grid(spatial(self.layer), trace.value(spatial(self.layer))) * gradient if self.multiply else gradient
 
 
 @dataclass(frozen=True, repr=False)
@@ -132,8 +132,7 @@ class InternalInfluence(MapRegularizer):
         check_path(self)
 
     def _places(self) -> list[tuple[At, float]]:
-        baseline = as_baseline(self.baseline)
-        return [(At(Between(baseline, alpha)), weight) for alpha, weight in places(self.rule, self.steps)]
+        return stops(self.baseline, self.rule, self.steps)
 
     def needs(self) -> tuple[Need, ...]:
         """The gradient at each place."""
@@ -184,8 +183,7 @@ class LayerConductance(MapRegularizer):
         check_path(self)
 
     def _points(self) -> list[At]:
-        baseline = as_baseline(self.baseline)
-        return [At(Between(baseline, alpha)) for alpha, _ in places(self.rule, self.steps + 1)]
+        return [at for at, _ in stops(self.baseline, self.rule, self.steps + 1)]
 
     def needs(self) -> tuple[Need, ...]:
         """The activations at each place, and their gradient at each but the last."""
@@ -198,7 +196,3 @@ class LayerConductance(MapRegularizer):
         steps = [trace.value(self.layer, after) - trace.value(self.layer, at) for at, after in pairwise(points)]
         products = [step * trace.grad(self.layer, self.score, at) for at, step in zip(points, steps, strict=False)]
         return trace.grid(self.layer, torch.stack(products).sum(dim=0))
-
-
-def _site(layer: str) -> str:
-    return SPATIAL if layer == "auto" else layer

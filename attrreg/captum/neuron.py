@@ -10,12 +10,13 @@ from torch import Tensor
 
 from attrreg.attributions.path import path_baseline
 from attrreg.baselines import Baseline, Zero, as_baseline
-from attrreg.captum.between import Between, check_path, start
+from attrreg.captum.between import check_path, start, stops
 from attrreg.needs import Grad, Need, Value
 from attrreg.objectives import LogOutside, Objective, check_score_and_objective
-from attrreg.points import At, places
+from attrreg.points import At
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
+from attrreg.settings import is_integer
 from attrreg.sites import INPUT, check_layer_name
 from attrreg.trace import Trace
 
@@ -37,10 +38,10 @@ class Neuron(Score):
 
     def __post_init__(self) -> None:
         check_layer_name(self.layer)
-        index: tuple[int, ...] = (self.index,) if isinstance(self.index, int) else self.index
-        if not isinstance(index, tuple) or not index or not all(isinstance(n, int) and not isinstance(n, bool) for n in index):
+        index: Any = self.index if isinstance(self.index, tuple) else (self.index,)
+        if not index or not all(map(is_integer, index)):
             raise TypeError(f"Neuron: index must be an integer or a tuple of them, got {self.index!r}. Name one neuron.")
-        object.__setattr__(self, "index", index)
+        object.__setattr__(self, "index", tuple(map(int, index)))
 
     @property
     def site(self) -> str:
@@ -102,11 +103,11 @@ class NeuronConductance(MapRegularizer):
         if not isinstance(self.neuron, Neuron):
             raise TypeError(f"NeuronConductance: neuron must be a captum.Neuron, got {self.neuron!r}. Write Neuron('layer4', (0, 1, 1)).")
         check_path(self)
-        path_baseline(self)
+        if self.multiply:  # by zero where the baseline is the image
+            path_baseline(self)
 
     def _places(self) -> list[tuple[At, float]]:
-        baseline = as_baseline(self.baseline)
-        return [(At(Between(baseline, alpha)), weight) for alpha, weight in places(self.rule, self.steps)]
+        return stops(self.baseline, self.rule, self.steps)
 
     def needs(self) -> tuple[Need, ...]:
         """At each place, the score's gradient at the layer and the neuron's at the image."""

@@ -15,14 +15,14 @@ from attrreg.objectives import LogOutside, Objective, check_score_and_objective
 from attrreg.points import CLEAN, At
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import Score
-from attrreg.settings import check_count
+from attrreg.settings import keep_count
 from attrreg.trace import Trace
 
 Kind = Literal["smoothgrad", "smoothgrad_sq", "vargrad"]
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "smoothgrad": lambda maps: maps.mean(dim=0),
     "smoothgrad_sq": lambda maps: maps.square().mean(dim=0),
-    "vargrad": lambda maps: maps.square().mean(dim=0) - maps.mean(dim=0).square(),
+    "vargrad": lambda maps: (maps - maps.mean(dim=0)).square().mean(dim=0),  # a difference of squares would be rounding, under little noise
 }
 
 
@@ -47,7 +47,7 @@ class Noisy(Baseline):
 class NoiseTunnel(MapRegularizer):
     """Another attribution at noisy copies of the image: their mean, mean square or variance.
 
-    phi = mean_k psi(x + e_k) for "smoothgrad"; mean_k psi^2 for "smoothgrad_sq"; mean_k psi^2 - (mean_k psi)^2 for "vargrad", with
+    phi = mean_k psi(x + e_k) for "smoothgrad"; mean_k psi^2 for "smoothgrad_sq"; mean_k (psi - mean psi)^2 for "vargrad", with
     e_k ~ N(0, std^2) drawn anew each call.
 
     Args:
@@ -78,12 +78,12 @@ class NoiseTunnel(MapRegularizer):
     def __post_init__(self) -> None:
         if not isinstance(self.of, MapRegularizer) or any(need.at != CLEAN for need in self.of.needs()):
             raise TypeError(
-                f"NoiseTunnel: of must be a map that reads the images as they are, got {self.of!r}. Use InputGradient(), InputXGradient(), "
-                "GradCAM() or a map of a layer."
+                f"NoiseTunnel: of must be a map that reads the images as they are, got {type(self.of).__name__}. Use InputGradient(), "
+                "InputXGradient(), GradCAM() or a map of a layer."
             )
         if self.kind not in get_args(Kind):
             raise ValueError(f"NoiseTunnel: unknown kind {self.kind!r}. Use one of {', '.join(map(repr, get_args(Kind)))}.")
-        check_count("samples", self.samples, 2 if self.kind == "vargrad" else 1)
+        keep_count(self, "samples", 2 if self.kind == "vargrad" else 1)
         Noise(self.std)
         check_score_and_objective(self)
 

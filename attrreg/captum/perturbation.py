@@ -103,12 +103,12 @@ class FeatureAblation(MapRegularizer):
     def attribution(self, trace: Trace) -> Tensor:
         """The falls, each on its segment."""
         x, clean = trace.call.x.detach(), trace.score(self.score)
-        falls = []
+        total = torch.zeros_like(x)
         for point in self._points:
             assert isinstance(point.image, Without)
             fall = (clean - trace.score(self.score, point)).view(-1, 1, 1, 1)
-            falls.append(torch.where(point.image.region(x), fall, torch.zeros_like(fall)))
-        return torch.stack(falls).sum(dim=0)
+            total = total + torch.where(point.image.region(x), fall, torch.zeros_like(fall))
+        return total
 
 
 MOST = 10  # segments: twice as many forwards for each more
@@ -149,34 +149,39 @@ class ShapleyValues(MapRegularizer):
         assert isinstance(self.segments, Fixed) and isinstance(self.baseline, Baseline)
         if self.baseline.draws:
             raise ValueError(
-                f"ShapleyValues: {self.baseline!r} would draw anew for each set of segments. Use a baseline that does not draw."
+                f"ShapleyValues: {type(self.baseline).__name__} would draw anew for each set of segments. Use a baseline that does not "
+                "draw."
             )
         count = len(_numbers(self.segments))
         if count > MOST:
             raise ValueError(f"ShapleyValues: {count} segments take {2**count} forwards. Give at most {MOST}, or use FeatureAblation.")
 
-    def _point(self, present: tuple[int, ...]) -> Point:
+    @property
+    def _points(self) -> dict[frozenset[int], Point]:
+        """Where the score is taken of each set of segments that are in the image."""
         assert isinstance(self.segments, Fixed) and isinstance(self.baseline, Baseline)
-        removed = tuple(number for number in _numbers(self.segments) if number not in present)
-        return At(Without(self.segments, removed, self.baseline)) if removed else CLEAN
+        numbers = _numbers(self.segments)
+        points: dict[frozenset[int], Point] = {}
+        for present in (frozenset(some) for size in range(len(numbers) + 1) for some in combinations(numbers, size)):
+            removed = tuple(number for number in numbers if number not in present)
+            points[present] = At(Without(self.segments, removed, self.baseline)) if removed else CLEAN
+        return points
 
     def needs(self) -> tuple[Need, ...]:
         """The score of each set of segments."""
-        assert isinstance(self.segments, Fixed)
-        return tuple(Scored(self.score, self._point(present)) for present in _subsets(_numbers(self.segments)))
+        return tuple(Scored(self.score, at) for at in self._points.values())
 
     def attribution(self, trace: Trace) -> Tensor:
         """The mean gains, each on its segment."""
         assert isinstance(self.segments, Fixed) and isinstance(self.baseline, Baseline)
+        scores = {present: trace.score(self.score, at) for present, at in self._points.items()}
         numbers, x = _numbers(self.segments), trace.call.x.detach()
         total = torch.zeros_like(x)
         for number in numbers:
-            others = tuple(other for other in numbers if other != number)
             gains = []
-            for present in _subsets(others):
-                with_it = trace.score(self.score, self._point((*present, number)))
-                weight = 1 / (len(numbers) * math.comb(len(others), len(present)))
-                gains.append(weight * (with_it - trace.score(self.score, self._point(present))))
+            for present in (some for some in scores if number not in some):
+                weight = 1 / (len(numbers) * math.comb(len(numbers) - 1, len(present)))
+                gains.append(weight * (scores[present | {number}] - scores[present]))
             gain = torch.stack(gains).sum(dim=0).view(-1, 1, 1, 1)
             here = Without(self.segments, (number,), self.baseline).region(x)
             total = total + torch.where(here, gain, torch.zeros_like(gain))
@@ -201,7 +206,3 @@ def _check_segments(regularizer: FeatureAblation | ShapleyValues) -> None:
 
 def _numbers(segments: Fixed) -> tuple[int, ...]:
     return tuple(segments.image.unique().tolist())
-
-
-def _subsets(numbers: tuple[int, ...]) -> list[tuple[int, ...]]:
-    return [subset for size in range(len(numbers) + 1) for subset in combinations(numbers, size)]

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrreg.needs import Grad, Need, Value
+from attrreg.attributions.gradcam import GradCAM
+from attrreg.needs import Grad, Need
 from attrreg.objectives import LogOutside, Objective, check_score_and_objective
 from attrreg.ops.rectify import deconvolved, guided
 from attrreg.points import Rectified
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
-from attrreg.sites import INPUT, SPATIAL, check_layer_name
+from attrreg.sites import INPUT, check_layer_name
 from attrreg.trace import Trace
 
 GUIDED, DECONVOLVED = Rectified(guided), Rectified(deconvolved)
@@ -115,17 +116,14 @@ class GuidedGradCam(MapRegularizer):
         check_layer_name(self.layer)
 
     @property
-    def _site(self) -> str:
-        return SPATIAL if self.layer == "auto" else self.layer
+    def _cam(self) -> GradCAM:
+        return GradCAM(self.layer, relu=True, score=self.score)
 
     def needs(self) -> tuple[Need, ...]:
         """The gradient under the rule; the layer's activations and their gradient without it."""
-        return Grad(INPUT, self.score, GUIDED), Value(self._site), Grad(self._site, self.score)
+        return Grad(INPUT, self.score, GUIDED), *self._cam.needs()
 
     def attribution(self, trace: Trace) -> Tensor:
         """Their product."""
-        activations = trace.grid(self._site, trace.value(self._site))
-        weights = trace.grid(self._site, trace.grad(self._site, self.score)).mean(dim=(2, 3), keepdim=True)
-        cam = (weights * activations).sum(dim=1, keepdim=True).relu()
         gradient = trace.grad(INPUT, self.score, GUIDED)
-        return gradient * F.interpolate(cam, gradient.shape[-2:], mode="nearest")
+        return gradient * F.interpolate(self._cam.attribution(trace), gradient.shape[-2:], mode="nearest")
