@@ -55,7 +55,8 @@ class PathGradients:
         self._modes = modes(model)
         self._coupled = any(map(couples, modules(model)))
         plain = runner.call.inputs is None and dense(runner.call.x)  # draws go in memory's order
-        self._separable = plain and _REFUSED.get(model) != self._modes and _separable(model, runner.twice)
+        alone = next(sharded(model), None) is not None  # FSDP2: each pass waits for all ranks, so all have as many, whatever their images
+        self._separable = plain and not alone and _REFUSED.get(model) != self._modes and _separable(model, runner.twice)
         self._once: tuple[Rng, list[torch.Size]] | None = None  # where a pass over the images alone ends, and what it drew
 
     @property
@@ -108,8 +109,6 @@ class PathGradients:
     def _apart(self, runner: Runner, recording: Recording, first: Tensor) -> bool:
         """Whether the first place gets what it gets alone, and its scores depend on no other."""
         model, kind = runner.call.model, (tuple(self._modes), len(first), runner.places)
-        if next(sharded(model), None) is not None:  # a backward that other ranks do not run, with other sizes, would wait for them
-            return True
         if not _SHOWN.due(model, kind):
             return True
         alone, shows = self._at(first), True
