@@ -55,8 +55,8 @@ def images_apart(call: Call) -> bool:
     model = call.model
     if any(map(couples, call.modules)):
         return False
-    if next(sharded(model), None) is not None:  # passes that other ranks do not run would wait for them
-        return True
+    if next(sharded(model), None) is not None:  # other ranks may not run the pass that shows it, which would wait for them
+        return False
     kind = tuple(modes(model))
     if count := _SHOWN.due(model, kind):
         # Others each time: only some images may meet, as pairs.

@@ -1,4 +1,4 @@
-"""The command line: `attrreg demo`, `attrreg bench`, `attrreg evidence`. A new command is a typed function and one line in `build_app`."""
+"""The command line: `attrreg demo`, `attrreg bench`, `attrreg evidence`. A new command is a typed function and two lines in `build_app`."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Transforms = Callable[["Image", "Mask"], tuple[Tensor, Tensor]]
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+UNMASKED = ", or, for images of which none has a mask, take torchvision's ImageFolder"
 
 
 class Sample(NamedTuple):
@@ -80,7 +81,7 @@ class MaskFolder(MaskSource):
     relevant: Callable[[Tensor], Tensor] = field(default=nonzero, repr=False)
 
     def __post_init__(self) -> None:
-        _check_folder("MaskFolder", self.root)
+        _check_folder("MaskFolder", self.root, UNMASKED)
 
     def path(self, name: PurePosixPath) -> Path:
         """Where the mask of an image would be."""
@@ -174,23 +175,26 @@ class MaskedImageFolder(Dataset[Sample]):
         annotated: whether each image has a mask, `(len,)` bool.
 
     Raises:
-        TypeError, ValueError: naming the argument: there are no images, none of them has a mask, or transforms take no mask.
+        TypeError, ValueError: naming the argument: no images, none with a mask (take torchvision's `ImageFolder`), transforms without any.
     """
 
     def __init__(
         self, root: str | Path, masks: MaskSource, transforms: Transforms | None = None, loader: Callable[[Path], Any] | None = None
     ) -> None:
+        from torchvision.datasets.folder import pil_loader
+
         if not isinstance(masks, MaskSource):
             raise TypeError(f"masks must be a data.MaskSource, got {masks!r}. Write MaskFolder('masks') or BoxFile('boxes.json').")
         _check_folder("MaskedImageFolder", root)
         _check_transforms(transforms)
-        self.root, self.masks, self.transforms, self.loader = Path(root), masks, transforms, loader or _rgb
+        self.root, self.masks, self.transforms, self.loader = Path(root), masks, transforms, loader or pil_loader
         if isinstance(masks, MaskFolder) and Path(masks.root).resolve().is_relative_to(self.root.resolve()):
             raise ValueError(f"The masks in {masks.root} lie within the images of {root}, and would be taken for images. Move them out.")
         self.classes, self.names, self.targets = _images(self.root)
         self.annotated = torch.tensor([name in masks for name in self.names])
         if not self.annotated.any():
-            raise ValueError(f"None of the {len(self)} images of {root} has a mask in {masks} ({_example(masks, self.names[0])}.")
+            found = _example(masks, self.names[0])
+            raise ValueError(f"None of the {len(self)} images of {root} has a mask in {masks} ({found}{UNMASKED}.")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -220,6 +224,8 @@ class MaskedImageFolder(Dataset[Sample]):
         image = self._image(name)
         size = (image.shape[-2], image.shape[-1])
         mask = Mask(self.masks(name, size) if known else torch.ones(size, dtype=self._dtype))
+        if mask.shape[-2:] != size:
+            raise ValueError(f"{type(self.masks).__name__} gave {name}, {size}, a mask {tuple(mask.shape)}. Let it be of the image's size.")
         moved = (image, mask) if self.transforms is None else self.transforms(image, mask)
         if not isinstance(moved, (tuple, list)) or len(moved) != 2:
             raise TypeError(f"transforms returned a {type(moved).__name__} for {name} and its mask. Return both: image, mask.")
@@ -290,15 +296,9 @@ class WithMasks:
         return f"attrreg.data.WithMasks({self.mix!r})"
 
 
-def _rgb(path: Path) -> Any:
-    from torchvision.datasets.folder import pil_loader
-
-    return pil_loader(path)
-
-
-def _check_folder(who: str, root: str | Path) -> None:
+def _check_folder(who: str, root: str | Path, remedy: str = "") -> None:
     if not Path(root).is_dir():
-        raise ValueError(f"{who}: there is no folder {root}. Give the path of one.")
+        raise ValueError(f"{who}: there is no folder {root}. Give the path of one{remedy}.")
 
 
 def _check_transforms(transforms: Transforms | None) -> None:

@@ -65,9 +65,10 @@ def ranks_of(entry: nn.Module, group: Group) -> Groups:
             )
         return (wrapper.process_group,)
     for module in sharded(entry):
-        for mesh in _meshes(module):
-            dimensions = (mesh.shard_mesh_dim, mesh.replicate_mesh_dim)
-            return tuple(mesh.mesh.get_group(dimension) for dimension in dimensions if dimension is not None)
+        for parameters in _parameter_groups(module):
+            found = parameters.mesh_info
+            dimensions = (found.shard_mesh_dim, found.replicate_mesh_dim)
+            return tuple(found.mesh.get_group(dimension) for dimension in dimensions if dimension is not None)
     raise RuntimeError(
         f"{dist.get_world_size()} processes are running, and whether they train this model together cannot be seen, because it is neither "
         "in DistributedDataParallel nor under fully_shard. Pass the wrapped model; or say group=torch.distributed.group.WORLD for "
@@ -149,10 +150,6 @@ def _parameter_groups(module: Any) -> list[Any]:
     state = module._get_fsdp_state()  # one group a module in older versions of PyTorch, a list in newer ones
     groups = getattr(state, "_fsdp_param_groups", None)
     return [group for group in (groups if groups is not None else [state._fsdp_param_group]) if group is not None]
-
-
-def _meshes(module: nn.Module) -> list[Any]:
-    return [group.mesh_info for group in _parameter_groups(module)]
 
 
 def _hold(shards: list[nn.Module]) -> None:

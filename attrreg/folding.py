@@ -70,7 +70,8 @@ class PathGradients:
         plain = runner.call.inputs is None and dense(runner.call.x)  # draws go in memory's order
         head = runner.call.output  # which our operators do not see
         plain = plain and not (isinstance(head, nn.Module) and not _separable(head, ours=False))
-        self._separable = plain and _REFUSED.get(model) != self._modes and _separable(model, runner.twice)
+        alone = next(sharded(model), None) is not None  # FSDP2: each pass waits for all ranks, so all have as many, whatever their images
+        self._separable = plain and not alone and _REFUSED.get(model) != self._modes and _separable(model, runner.twice)
         self.reached: dict[int, Tensor] = {}
         self._once: tuple[Rng, list[torch.Size]] | None = None  # where a pass over the images alone ends, and what it drew
 
@@ -135,8 +136,6 @@ class PathGradients:
     def _apart(self, runner: Runner, recording: Recording, last: Tensor) -> bool:
         """Whether the last place, the most unlike a baseline, gets what it gets alone, and its scores depend on no other."""
         model, kind = runner.call.model, (tuple(self._modes), len(last), runner.places)
-        if next(sharded(model), None) is not None:  # a backward that other ranks do not run, with other sizes, would wait for them
-            return True
         if not _SHOWN.due(model, kind):
             return True
         alone, shows = self._pass(last.detach(), check=True), True

@@ -116,7 +116,7 @@ def _canonical(mask: Tensor, x: Tensor) -> Tensor:
         raise ValueError(f"mask must be (N, H, W), (N, 1, H, W) or (H, W), got {shape}. Drop or reduce the other axes.")
     if mask.shape[0] != n:
         raise ValueError(f"mask is for {mask.shape[0]} images but x has {n} (mask {shape}). Pass one mask an image, or one (H, W) for all.")
-    if mask.numel() == 0:
+    if 0 in mask.shape[2:]:
         raise ValueError(f"mask is empty: its shape is {shape}. Pass a mask with at least one pixel.")
     return mask.detach().to(device=x.device, dtype=penalty_dtype(x.dtype))
 

@@ -89,6 +89,7 @@ def training(penalties: Mapping[str, Curve], shares_inside: Mapping[str, Curve],
     Args:
         penalties: name to values by step, for example those of `Penalty.terms`. On a logarithmic axis.
         shares_inside: name to shares in [0, 1] by step, measured as often as you like: `metrics.share_inside(map, mask)`, say.
+            One that is NaN, as of a map that is zero everywhere, is a gap in the line.
         area: the share of the images that is relevant, drawn as a line: what a map that is the same everywhere has inside.
 
     Returns:
@@ -168,7 +169,7 @@ def _check_curves(penalties: Mapping[str, Curve], shares_inside: Mapping[str, Cu
                 f"{argument} has nothing to draw. Give at least one curve, for example {{'InputGradient': {{0: 0.5, 10: 0.2}}}}."
             )
     for name, curve in shares_inside.items():
-        if not all(0 <= share <= 1 for share in curve.values()):
+        if any(share < 0 or share > 1 for share in curve.values()):
             raise ValueError(f"shares_inside[{name!r}] leaves [0, 1]. Give shares, not percentages.")
 
 

@@ -237,10 +237,10 @@ class Scheduled:
         Raises:
             ValueError: it is not what `state_dict` gave.
         """
-        step = state.get("step")
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0 or len(state) != 1:
+        step: Any = state.get("step")
+        if not is_integer(step) or step < 0 or len(state) != 1:
             raise ValueError(f"state must be {{'step': count}}, as state_dict() gives it, got {state!r}. Pass what was saved of it.")
-        self.step = step
+        self.step = int(step)
 
     def __repr__(self) -> str:
         return f"attrreg.Scheduled({self.regularizer!r}, {self.schedule!r})"

@@ -26,20 +26,14 @@ import sys
 import time
 from dataclasses import replace
 
-from attrreg import ActivationDifference, GradCAM, InputGradient, IntegratedGradients
-from attrreg.baselines import Masked
-from attrreg.demo.settings import settings
+from attrreg import ActivationDifference, GradCAM, InputGradient
+from attrreg.demo.settings import path_term, settings
 from attrreg.evidence.methods import Method
 from attrreg.evidence.models import small
 from attrreg.evidence.training import predict, train
 from attrreg.metrics import accuracy, auc
 from attrreg.objectives import AbsoluteOutside, OutsideFraction, SquaredOutside
-from attrreg.scores import Contrast, RandomProjection, Score, SumLogProb, TargetLogit
-
-
-def _path(score: Score) -> IntegratedGradients:
-    return IntegratedGradients(steps=2, chunk=None, baseline=Masked(), score=score, objective=AbsoluteOutside())
-
+from attrreg.scores import Contrast, RandomProjection, SumLogProb, TargetLogit
 
 CANDIDATES = (
     Method("plain"),
@@ -49,8 +43,8 @@ CANDIDATES = (
     *(Method("Grad-CAM", GradCAM("layer4", score=SumLogProb(), objective=AbsoluteOutside()), w) for w in (0.3, 1.0)),
     *(Method("input gradient", InputGradient(score=Contrast(), objective=SquaredOutside()), w) for w in (1.0, 3.0)),
     *(Method("input gradient", InputGradient(score=Contrast(), objective=AbsoluteOutside()), w) for w in (0.3, 1.0)),
-    *(Method("integrated gradients", _path(Contrast()), w) for w in (0.3, 1.0)),
-    *(Method("integrated gradients", _path(RandomProjection()), w) for w in (10.0, 30.0)),
+    *(Method("integrated gradients", path_term(Contrast()), w) for w in (0.3, 1.0)),
+    *(Method("integrated gradients", path_term(RandomProjection()), w) for w in (10.0, 30.0)),
 )
 
 

@@ -174,6 +174,7 @@ def test_the_command(tmp_path: Path) -> None:
         ["--autocast", "float33"],
         ["--autocast", "int8"],
         ["--out", "folder.json"],
+        ["--out", "beside.json"],
         ["--out", "no/such.json"],
         ["--out", "/proc/attrreg.json"],
         ["--seconds", "inf"],
@@ -186,6 +187,7 @@ def test_the_command(tmp_path: Path) -> None:
 def test_bad_options(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("folder.json").mkdir()
+    Path("beside.md").mkdir()
     Path("broken.json").write_text("{")
     Path("folder").mkdir()
     Path("other.json").write_text('{"plan": {"models": [], "colour": 1}}')

@@ -206,13 +206,13 @@ def test_bad_boxes(root: Path, tmp_path: Path, changes: dict[str, Any], message:
 def test_bad_files(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no\.json cannot be read.*Give the path"):
         BoxFile(tmp_path / "no.json")
-    with pytest.raises(ValueError, match=r"MaskFolder: there is no folder .*nowhere\. Give"):
+    with pytest.raises(ValueError, match=r"MaskFolder: there is no folder .*nowhere\. Give the path of one, or.*ImageFolder"):
         MaskFolder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"MaskedImageFolder: there is no folder"):
         MaskedImageFolder(tmp_path / "nowhere", MaskFolder(root / "masks"))
     with pytest.raises(ValueError, match=r"class folder.*Give a folder with a subfolder"):
         MaskedImageFolder(tmp_path, MaskFolder(root / "masks"))
-    with pytest.raises(ValueError, match=r"None of the 8 images of .*disc/000_m\.png\)\. Check the paths and the suffix"):
+    with pytest.raises(ValueError, match=r"None of the 8 images of .*disc/000_m\.png\)\. Check the paths and the suffix, or.*ImageFolder"):
         MaskedImageFolder(root / "images", MaskFolder(root / "masks", "_m.png"))
     with pytest.raises(ValueError, match=r"None of the 8 images .*an image is disc/000\.jpg, and in the file 000\.jpg\).*path below"):
         MaskedImageFolder(root / "images", BoxFile(coco(tmp_path, images=[{"id": 7, "file_name": "000.jpg"}])))
@@ -238,6 +238,14 @@ def test_transforms_that_leave_the_mask_are_found(folder: MaskedImageFolder) -> 
         data[0]
     with pytest.raises(TypeError, match=r"transforms returned a Image for disc/000\.jpg and its mask\. Return both"):
         MaskedImageFolder(folder.root, folder.masks, lambda image, mask: image)[0]
+    with pytest.raises(ValueError, match=r"InTheImage gave disc/000\.jpg, \(32, 32\), a mask \(16, 16\)\. Let it be of the image's size"):
+        MaskedImageFolder(folder.root, InTheImage(torch.zeros(16, 16, dtype=torch.bool)))[0]
+
+
+def test_a_fill_is_for_images_alone() -> None:
+    turn = v2.RandomRotation((45, 45), fill={tv_tensors.Image: 127, "others": 0})  # as docs/integrations.md says
+    image, mask = turn(tv_tensors.Image(torch.zeros(3, 32, 32, dtype=torch.uint8)), tv_tensors.Mask(torch.zeros(32, 32).bool()))
+    assert (image == 127).any() and not mask.any()
 
 
 @pytest.mark.parametrize("transforms", [v1.Compose([v1.RandomCrop(16)]), v1.RandomHorizontalFlip(), create_transform(32)])

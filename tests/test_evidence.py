@@ -306,3 +306,16 @@ def test_tables_have_the_numbers(done: Path, tmp_path: Path) -> None:
     finally:
         matplotlib.use(backend)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    first = next(iter(ledger.records.values()))  # a trial, whose numbers no table has
+    ledger.records[first.job.name] = replace(first, environment={**first.environment, "date": "1999-12-31"})
+    assert report.markdown(MINE, ledger) == text
+    assert report.begun(replace(MINE, trials=3), ledger) == []
+
+
+def test_every_method_that_is_varied_is_drawn(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    names, axis = tuple(known.name for known in METHODS[:5]), Figure().subplots()
+    training = Training(TINY, 1, 8, Variants(names))
+    report._shares(axis, Plan((training,), names, trials=1, seeds=(0,)), training, Ledger(tmp_path / "none.jsonl", CPU))
+    assert [line.get_label() for line in axis.get_lines()] == list(names)

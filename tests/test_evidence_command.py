@@ -24,7 +24,7 @@ from attrreg.evidence import job, plans, sources
 from attrreg.evidence.ledger import Failed, load
 from attrreg.evidence.packages import Missing
 from attrreg.evidence.sources import Folder
-from attrreg.evidence.study import Training, Variants
+from attrreg.evidence.study import TUNING_SEED, Training, Variants
 from tests.test_evidence import TINY
 from tests.test_evidence_data import write_arrays
 
@@ -54,6 +54,15 @@ def test_command(command: Any, tmp_path: Path) -> None:
     assert other.exit_code == 1 and "OTHER NUMBERS; trained twice here: the same both times" in other.output
 
 
+def test_rows_whose_data_are_not_here_are_left_out(command: Any, tmp_path: Path) -> None:
+    assert command("--data", "crosses").exit_code == 0
+    record = next(record for record in load(tmp_path / "results.jsonl").values() if record.job.judged)
+    elsewhere = replace(record, job=replace(record.job, source=sources.StampBirds(8, 8, 8, size=32)))
+    (tmp_path / "results.jsonl").write_text(elsewhere.line() + "\n")
+    again = command("--rerun", "stampbirds/plain", "--packages", str(tmp_path))
+    assert again.exit_code == 1 and "was left out. The Debian package tuxpaint-stamps-default is not here." in again.output
+
+
 def test_command_on_a_folder(command: Any, tmp_path: Path) -> None:
     for name, count in (("train", 20), ("valid", 4), ("test", 4)):
         write_arrays(tmp_path, name, count)
@@ -76,9 +85,17 @@ def test_command_on_a_folder(command: Any, tmp_path: Path) -> None:
     done = command("--folder", str(tmp_path), "--epochs", "1")
     assert done.exit_code == 0, done.output
     assert len({record.job.source for record in load(tmp_path / "results.jsonl").values()}) == len(found) + 1
+    job._task.cache_clear()  # as in another process
+    again = command("--rerun", "folder/plain")
+    assert again.exit_code == 1 and "OTHER NUMBERS" not in again.output
+    assert again.output.count("the same numbers") == 1
+    assert again.output.count("are no longer those of this record. Without --rerun, those that are there are trained on.") == len(found)
 
 
-def test_command_writes_what_is_done_when_a_training_fails(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seed", [0, TUNING_SEED])
+def test_command_writes_what_is_done_when_a_training_fails(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
     absent = Training(replace(TINY, train=9), 1, 8)
     monkeypatch.setattr(plans, "QUICK", (Training(TINY, 1, 8, Variants(("plain",), shares=(0.0,), qualities=())), absent))
     original = job.run
@@ -86,14 +103,16 @@ def test_command_writes_what_is_done_when_a_training_fails(command: Any, tmp_pat
     def run(todo: job.Job, *rest: Any) -> job.Record:
         if todo.source == absent.source:
             raise Missing("Install it.")
-        if todo.method == "ActDiff" and todo.seed == 0:
+        if todo.method == "ActDiff" and todo.seed == seed:
             raise ValueError("its loss is not a number")
         return original(todo, *rest)
 
     monkeypatch.setattr(job, "run", run)
     done = command("--method", "ActDiff")
-    assert isinstance(done.exception, Failed) and "method='ActDiff', seed=0" in str(done.exception)
+    assert isinstance(done.exception, Failed) and f"method='ActDiff', seed={seed}" in str(done.exception)
     assert "plain" in (tmp_path / "results.md").read_text()
+    rows = {record.job.method for record in load(tmp_path / "results.jsonl").values() if record.job.judged}
+    assert rows == {"plain"}  # also where the other could not be tuned
     varied = {record.job.method for record in load(tmp_path / "results.jsonl").values() if record.job.annotated == 0}
     assert varied == {"plain"}  # the stage that comes after was run
     assert "was left out. Install it." in done.output

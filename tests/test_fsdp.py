@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attrreg
-from attrreg import engines, schedules
+from attrreg import engines, folding, schedules
 from attrreg.regularizer import AttributionRegularizer
 from tests.models import SmoothNet, assert_close, gradients
 from tests.ranks import Ranks
@@ -68,9 +71,9 @@ def train(rank: int, case: Case, sharding: Sharding, steps: int = 2) -> tuple[li
     return values, full(model)
 
 
-def check(ranks: Ranks, case: Case, sharding: Sharding) -> None:
+def check(ranks: Ranks, case: Case, sharding: Sharding, training: Callable[..., Any] = train) -> None:
     value, want = alone(case)
-    results = ranks(train, case, sharding)
+    results = ranks(training, case, sharding)
     assert sum(values[1] for values, _ in results) / ranks.count == pytest.approx(value, rel=1e-9)
     for _, found in results:
         assert_close(found, want, 1e-6)
@@ -108,6 +111,42 @@ def test_other_ways_to_shard(two: Ranks, name: str, sharding: Sharding) -> None:
 @pytest.mark.parametrize("name", ["attached", "path", "finite differences"])
 def test_four_ranks(four: Ranks, name: str, sharding: Sharding) -> None:
     check(four, replace(CASES[name], flags=(SOME, NONE, FEW, SOME)), sharding)
+
+
+def narrow(rank: int, case: Case, sharding: Sharding) -> tuple[list[float], list[Tensor]]:
+    """With room for three images in a pass of a path."""
+    with mock.patch.object(folding, "budget", lambda device: 3 * shares(2)[0][0][0].numel()):
+        return train(rank, case, sharding)
+
+
+def test_ranks_run_as_many_passes_whatever_they_hold(two: Ranks) -> None:
+    check(two, CASES["path in one"], Sharding(), narrow)  # else one of them waits for ever
+
+
+class Centred(SmoothNet):
+    """Its images meet in a forward's own code, where no module tells."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return (3 * (logits - logits.mean(dim=0))).tanh()
+
+
+def centred(rank: int, regularizer: AttributionRegularizer) -> tuple[list[float], list[Tensor], list[Tensor]]:
+    """The penalty of a rank's own images, of a model and of the same sharded; then the gradients of each."""
+    model, (x, mask, target) = Centred().double(), shares(2)[rank]
+    both = model, shard(copy.deepcopy(model))
+    values = [regularizer(each, x, mask, target, annotated=annotated(SOME), group=False) for each in both]
+    (torch.stack(values).sum() + F.cross_entropy(both[0](x), target) + F.cross_entropy(both[1](x), target)).backward()
+    return [float(value.detach()) for value in values], [p.grad for p in model.parameters() if p.grad is not None], full(both[1])
+
+
+@pytest.mark.parametrize("regularizer", [attrreg.InputGradient(), replace(PATH, chunk=None)])
+def test_images_that_meet_in_a_forwards_own_code(two: Ranks, regularizer: AttributionRegularizer) -> None:
+    results = two(centred, regularizer)
+    want = [torch.stack(parts).mean(dim=0) for parts in zip(*(own for _, own, _ in results), strict=True)]
+    for values, _, found in results:
+        assert values[1] == pytest.approx(values[0], rel=1e-9)
+        assert_close(found, want, 1e-6)
 
 
 def sizes(model: Any) -> list[int]:

@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -191,6 +192,11 @@ def test_skipped_steps_stay_skipped() -> None:
     with pytest.warns(UserWarning, match="returned `None`"):
         fit(module, AttributionPenalty(REGULARIZER), max_epochs=1)
     assert all(torch.equal(*pair) for pair in zip(before, module.net.parameters(), strict=True))
+
+
+def test_lightning_says_that_a_dictionary_has_no_loss() -> None:
+    with pytest.raises(MisconfigurationException, match="'loss' key needs to be present"):
+        fit(Module(lambda loss: {"other": loss}), AttributionPenalty(REGULARIZER))
 
 
 def stop(loss: Tensor) -> Tensor:

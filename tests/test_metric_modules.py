@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import captum.attr  # noqa: F401  (here, because ranks take its warnings for errors)
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import attrreg
 from attrreg import metrics
 from tests.models import SmoothNet, smooth_batch
+from tests.ranks import Ranks
 
 torchmetrics = pytest.importorskip("torchmetrics")
 from attrreg.metrics import modules  # noqa: E402
@@ -56,7 +60,7 @@ def test_modules_of_logits() -> None:
     logits = 100 * torch.randn(60, 2, generator=generator)  # where a sigmoid would tie
     target = torch.randint(2, (60,), generator=generator)
     groups = 2 * target + torch.randint(2, (60,), generator=generator)
-    worst, area = modules.WorstGroupAccuracy(4), modules.LogitDifferenceAUC()
+    worst, area = modules.WorstGroupAccuracy(numpy.int64(4)), modules.LogitDifferenceAUC()  # type: ignore[arg-type]
     assert worst.compute().isnan() and area.compute().isnan()
     for index in torch.arange(60).split(16):
         worst.update(logits[index], target[index], groups[index])
@@ -79,6 +83,22 @@ def test_judged_module() -> None:
     for annotated in ([True, False, False, False], [False] * 4):
         metric.update(model, x, holes, target, torch.tensor(annotated))
     assert metric.compute().item() == pytest.approx(expected[0].item())
+
+
+def by_occlusion(rank: int) -> float:
+    """A wrapped model with buffers, judged where only the first rank has something to judge."""
+    model, (x, mask, target) = SmoothNet(norm=True).double().eval(), smooth_batch(4)
+    metric = modules.Judged(metrics.Occlusion(window=4, stride=4))
+    metric.update(DistributedDataParallel(model), x, mask, target, torch.full((4,), rank == 0))
+    return float(metric.compute())
+
+
+@pytest.mark.cpu
+def test_ranks_with_nothing_to_judge_are_not_waited_for(two: Ranks) -> None:
+    torch.manual_seed(0)  # as the ranks do
+    model, (x, mask, target) = SmoothNet(norm=True).double().eval(), smooth_batch(4)
+    expected = metrics.judged(model, x, mask, target, metrics.Occlusion(window=4, stride=4)).mean()
+    assert two(by_occlusion) == pytest.approx(2 * [float(expected)])
 
 
 def test_modules_do_not_look_at_masks_that_nobody_drew() -> None:

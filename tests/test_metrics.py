@@ -95,6 +95,12 @@ def test_undefined_is_nan_and_never_a_number() -> None:
     assert metrics.iou_at_mask_size(torch.rand(2, 1, 4, 4), torch.zeros(4, 4)).isnan().all()
 
 
+@pytest.mark.parametrize("mask", [torch.zeros(0, 4, 4, dtype=torch.bool), torch.zeros(0, 1, 9, 9), torch.ones(3, 3)])
+def test_of_no_images_there_are_no_values(mask: Tensor) -> None:
+    for measure in (metrics.share_inside, metrics.energy_pointing_game, metrics.pointing_game, metrics.iou_at_mask_size):
+        assert measure(torch.zeros(0, 3, 4, 4), mask).shape == (0,)
+
+
 @given(st.integers(0, 10**6), st.floats(1e-3, 1e3))
 @settings(max_examples=30, deadline=None)
 def test_scale_and_order_of_images_do_not_matter(seed: int, scale: float) -> None:
@@ -206,6 +212,7 @@ def groups_of(target: Tensor = torch.zeros(2).long(), groups: Tensor = torch.zer
     [
         (lambda: metrics.share_inside(MAP.long(), MAP[:, 0]), TypeError, r"map must be a floating-point.*\. "),
         (lambda: metrics.share_inside(MAP[0, 0], MAP[:, 0]), ValueError, r"map must be \(N, C, H, W\).*\. "),
+        (lambda: metrics.share_inside(MAP[..., :0], MAP[:, 0]), ValueError, r"map must be \(N, C, H, W\).*\. "),
         (lambda: metrics.share_inside(MAP / 0, MAP[:, 0]), ValueError, r"map has values that are not finite\. "),
         (lambda: metrics.share_inside(MAP, MAP[:1, 0]), ValueError, r"mask is for 1 images.*\. "),
         (lambda: metrics.pointing_game(MAP, MAP[:, 0], -1), ValueError, r"tolerance must be.*\. "),
@@ -216,13 +223,15 @@ def groups_of(target: Tensor = torch.zeros(2).long(), groups: Tensor = torch.zer
         (lambda: metrics.Occlusion(fill=baselines.Shuffle()), ValueError, r"fill=.* depends on the mask.*\. "),
         (lambda: metrics.Occlusion(window=9)(Corner(), torch.rand(1, 1, 8, 8), torch.zeros(1)), ValueError, r"window=9 is larger.*\. "),
         (lambda: metrics.judged(Corner(), MAP, MAP, torch.zeros(2), "occlusion"), TypeError, r"attribution must be a function.*\. "),  # type: ignore[arg-type]
-        (lambda: modules.WorstGroupAccuracy(0), ValueError, r"groups must be how many.*\. "),
+        (lambda: modules.WorstGroupAccuracy(0), ValueError, r"groups must be an integer of at least 1.*\. "),
         (
             lambda: modules.WorstGroupAccuracy(1).update(torch.rand(1, 2), torch.zeros(1).long(), torch.ones(1).long()),
             ValueError,
             r"groups has numbers outside \[0, 1\)\. ",
         ),
         (lambda: modules.ShareInside().update(MAP, MAP[:, 0], torch.tensor([1, 0])), TypeError, r"annotated must be a boolean.*\. "),
+        (lambda: modules.ShareInside().update(MAP, MAP[:1, 0], torch.tensor([True, False])), ValueError, r"mask is for 1 images.*\. "),
+        (lambda: modules.ShareInside().update(MAP, [], torch.tensor([True, False])), TypeError, r"mask must be a tensor, got list\. "),  # type: ignore[arg-type]
         (lambda: judge(InMapping(), torch.tensor([0, 1])), TypeError, r"model returned a dict and not logits\. "),
         (lambda: judge(nn.Flatten(), torch.tensor([0, 99])), ValueError, r"target has the class 99, but the model has 16 classes\. "),
         (lambda: judge(nn.Flatten(), torch.eye(2)), TypeError, r"target must be class indices, got torch.float32\. "),
@@ -242,6 +251,13 @@ def test_the_area_of_a_diverged_model_is_nan() -> None:
     for bad in (math.nan, math.inf):
         logits[3] = bad
         assert math.isnan(metrics.auc(logits, target) or 0)
+
+
+def test_where_a_logit_is_nan_no_class_is_right() -> None:
+    logits, target = torch.full((4, 2), math.nan), torch.tensor([0, 0, 1, 1])
+    logits[3] = torch.tensor([0.0, 1.0])
+    logits[1, 1] = 0.0
+    assert metrics.accuracy(logits, target) == 0.25 and metrics.worst_group_accuracy(logits, target, target) == 0
 
 
 def test_groups_that_are_no_integers() -> None:

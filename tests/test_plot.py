@@ -159,6 +159,13 @@ def test_zero_penalties_need_no_logarithm() -> None:
     rendered(figure)
 
 
+def test_a_share_that_is_not_defined_is_a_gap() -> None:
+    nan = float("nan")
+    figure = plot.training({"a": {0: 1.0, 1: 0.5}}, {"test": {0: nan, 1: 0.5}, "nowhere": {0: nan}}, area=nan)
+    numpy.testing.assert_array_equal(figure.axes[1].get_lines()[0].get_ydata(), [nan, 0.5])
+    rendered(figure)
+
+
 def test_nothing_global_changes() -> None:
     code = (
         "import torch, matplotlib; from matplotlib import pyplot; before = dict(matplotlib.rcParams); from attrreg import plot\n"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import attrreg
-from attrreg import baselines, engines, objectives, schedules, scores
+from attrreg import baselines, engines, metrics, objectives, schedules, scores
 from attrreg.captum import FeatureAblation, InternalInfluence, LayerConductance, Neuron, NeuronConductance, NoiseTunnel, ShapleyValues
 from tests.models import SmoothNet, smooth_batch
 
@@ -64,6 +64,7 @@ SMALL: Any = numpy.int8(127)
         (lambda: schedules.Linear(COUNT, float(COUNT)), schedules.Linear(2, 2.0)),
         (lambda: attrreg.InputGradient(scores.RandomProjection(seed=COUNT)), attrreg.InputGradient(scores.RandomProjection(seed=2))),
         (lambda: attrreg.InputGradient(scores.RegressionOutput(COUNT)), attrreg.InputGradient(scores.RegressionOutput(2))),
+        (lambda: metrics.Occlusion(COUNT, COUNT), metrics.Occlusion(2, 2)),
         (lambda: attrreg.ActivationDifference(["stem", "body"]), attrreg.ActivationDifference(("stem", "body"))),
         (lambda: attrreg.InputGradient(Neuron("head", COUNT)), attrreg.InputGradient(Neuron("head", 2))),
         (
@@ -157,6 +158,10 @@ def test_counts_are_pythons_own() -> None:
     steps = numpy.uint8(200)
     for kept in (attrreg.IntegratedGradients(steps=steps), schedules.Linear(steps), schedules.Every(steps)):  # type: ignore[arg-type]
         assert kept.steps * 2 == 400
+    scheduled = attrreg.Scheduled(attrreg.InputGradient(), schedules.Every(3))
+    scheduled.load_state_dict({"step": steps})  # type: ignore[dict-item]
+    assert scheduled.step * 2 == 400
+    assert metrics.pointing_game(torch.rand(1, 1, 4, 4), torch.ones(4, 4), steps) == 1  # type: ignore[arg-type]
 
 
 def test_the_weight_of_a_schedule_is_a_number() -> None:

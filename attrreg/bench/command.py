@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from attrreg.writable import writable
+from attrreg.writable import check_out
 
 NEEDED = ("matplotlib", "rich")
 
@@ -41,8 +41,7 @@ def bench(
     if absent:
         typer.echo(f"attrreg bench needs {', '.join(absent)}. Install with: pip install 'attrreg[bench]'", err=True)
         raise typer.Exit(1)
-    if out.suffix != ".json" or not writable(out):
-        raise typer.BadParameter(f"{out} must end in .json, in a folder that exists and can be written to.", param_hint="--out")
+    check_out(out, ".json", ".md", ".png", "-curves.png")
     if not math.isfinite(seconds):
         raise typer.BadParameter(f"{seconds} seconds never end. Give a finite number.", param_hint="--seconds")
 

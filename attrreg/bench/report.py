@@ -50,15 +50,12 @@ def summary(record: Record) -> Table:
     for penalty in record.plan.penalties:
         for index, name in enumerate(names(record, penalty)):
             found = [cost for _, cost in ratios(record, penalty, name)]
-            cells = [f"{statistics.median(values):.2f}x" for values in _columns(found)]
+            columns = zip(*((cost.ratio, cost.memory, cost.operations) for cost in found), strict=True)
+            cells = [f"{statistics.median(values):.2f}x" for values in columns]
             noisy = sum(cost.noisy for cost in found)
             label = {0: penalty, 1: f"  exact: {FLOORS[penalty]:g}x operations"}.get(index, "")
             made.add_row(label, name, *cells, f"{noisy}/{len(found)}" if noisy else "")
     return made
-
-
-def _columns(found: list[Cost]) -> list[list[float]]:
-    return [[cost.ratio for cost in found], [cost.memory for cost in found], [cost.operations for cost in found]]
 
 
 def markdown(record: Record) -> str:
@@ -91,8 +88,8 @@ def _path(plan: Plan) -> str:
 
 
 def _table(record: Record, penalty: str) -> str:
-    ways = names(record, penalty)
-    lines = [f"### {penalty}", "", f"By operation count an exact penalty costs {FLOORS[penalty]:g} plain steps when attached.", ""]
+    ways, floor = names(record, penalty), FLOORS[penalty]
+    lines = [f"### {penalty}", "", f"By operation count an exact penalty costs {floor:g} plain step{'s' * (floor != 1)} when attached.", ""]
     lines += ["| model | " + " | ".join(ways) + " |", "|---" * (len(ways) + 1) + "|"]
     for model, by_penalty in record.costs.items():
         if penalty not in by_penalty:

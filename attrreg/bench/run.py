@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ class Plan:
 
     def case(self, model: str, batch: int, size: int) -> Case:
         """A model with a batch of images of so many pixels a side."""
-        return cases.build(model, batch, size, torch.device(self.device), self.dtype(), self.channels_last)
+        autocast = None if self.autocast is None else getattr(torch, self.autocast)
+        return cases.build(model, batch, size, torch.device(self.device), autocast, self.channels_last)
 
     def rounds_of(self, penalty: str) -> tuple[int, int]:
         """Rounds that count, and those before."""
@@ -61,10 +63,6 @@ class Plan:
     def batch_of(self, penalty: str) -> int:
         """Images a batch."""
         return min(self.batch, PATH_IMAGES) if penalty == strategies.INTEGRATED_GRADIENTS else self.batch
-
-    def dtype(self) -> torch.dtype | None:
-        """Of autocast."""
-        return None if self.autocast is None else getattr(torch, self.autocast)
 
 
 @dataclass
@@ -188,7 +186,7 @@ def _costs(case: Case, penalty: str, plan: Plan, note: Note) -> dict[str, Cost]:
     chosen = strategies.strategies(penalty, case)
     rounds, warmup = plan.rounds_of(penalty)
     steps = {strategy.name: strategy.prepare(case) for strategy in chosen}
-    return costs(steps, strategies.PLAIN, rounds, warmup, lambda part: note(f"{case.name}: {penalty}", part), plan.seconds)
+    return costs(steps, strategies.PLAIN, rounds, warmup, partial(note, f"{case.name}: {penalty}"), plan.seconds)
 
 
 def _curve(varied: str, plan: Plan, note: Note) -> dict[str, list[tuple[int, Cost]]]:
@@ -199,7 +197,7 @@ def _curve(varied: str, plan: Plan, note: Note) -> dict[str, list[tuple[int, Cos
         case = plan.case(plan.models[0], batch, size)
         chosen = strategies.of_curve(varied, value, case)
         steps = {strategy.name: strategy.prepare(case) for strategy in chosen}
-        found = costs(steps, strategies.PLAIN, CURVE_ROUNDS, 1, lambda part: note(f"{varied}: {value}", part))  # noqa: B023
+        found = costs(steps, strategies.PLAIN, CURVE_ROUNDS, 1, partial(note, f"{varied}: {value}"))
         for name, cost in found.items():
             lines.setdefault(name, []).append((value, cost))
     return lines

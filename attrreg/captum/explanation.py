@@ -28,9 +28,8 @@ def explanation_func(regularizer: AttributionRegularizer, model: nn.Module, *, o
     """
 
     def explain(inputs: Maps, target: Tensor | None = None) -> Maps:
-        if not isinstance(inputs, tuple):
-            return regularizer.attribute(model, inputs, target, output=output)
-        (x,) = inputs
-        return (regularizer.attribute(model, x, target, output=output),)
+        (x,) = inputs if isinstance(inputs, tuple) else (inputs,)
+        map = regularizer.attribute(model, x, target, output=output)
+        return (map,) if isinstance(inputs, tuple) else map
 
     return explain

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from attrreg.writable import writable
+from attrreg.writable import check_out
 
 NEEDED = ("matplotlib", "mlxtend", "rich")
 
@@ -34,7 +34,7 @@ def demo(
     if absent:
         typer.echo(f"attrreg demo needs {', '.join(absent)}. Install with: pip install 'attrreg[demo]'", err=True)
         raise typer.Exit(1)
-    _check_writable(out)
+    check_out(out, ".png", ".json")
 
     from rich.console import Console
 
@@ -63,13 +63,3 @@ def demo(
     console.print(report.table(run))
     console.print(report.notes(run), highlight=False)
     console.print(f"Picture: {out}, numbers: {out.with_suffix('.json')}", highlight=False, soft_wrap=True)
-
-
-def _check_writable(out: Path) -> None:
-    """Fail before minutes of training rather than after."""
-    if out.suffix.lower() != ".png":
-        raise typer.BadParameter(f"{out} does not end in .png.", param_hint="--out")
-    if not out.parent.is_dir():
-        raise typer.BadParameter(f"the folder {out.parent} does not exist.", param_hint="--out")
-    if not writable(out):
-        raise typer.BadParameter(f"{out} cannot be written.", param_hint="--out")

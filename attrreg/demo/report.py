@@ -1,4 +1,4 @@
-"""Showing a run: progress bar, table, sentences that follow from the numbers, picture, and the numbers as JSON."""
+"""Showing a run: table, sentences that follow from the numbers, picture, and the numbers as JSON."""
 
 from __future__ import annotations
 

@@ -75,14 +75,15 @@ def _methods(path: AttributionRegularizer, weight: float) -> tuple[Method, ...]:
     )
 
 
-def _path(score: Score) -> IntegratedGradients:
+def path_term(score: Score) -> IntegratedGradients:
+    """The path method with a score."""
     # From the image without its irrelevant part, so that the path asks what that part changes. From the usual black image
     # the digit alone already explains the logit, and the term hardly helps.
     return IntegratedGradients(steps=2, chunk=None, baseline=Masked(), score=score, objective=AbsoluteOutside())
 
 
-_DECOY = _methods(_path(Contrast()), weight=0.3)
-_CROSSES = _methods(_path(RandomProjection()), weight=10.0)
+_DECOY = _methods(path_term(Contrast()), weight=0.3)
+_CROSSES = _methods(path_term(RandomProjection()), weight=10.0)
 _DEFAULT = {
     "decoy-mnist": Settings("decoy-mnist", _DECOY, train=3000, epochs=3, batch=32, rate=1e-2),
     "crosses": Settings("crosses", _CROSSES, train=500, epochs=20, batch=32, rate=2e-3),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attrreg.writable import writable
+from attrreg.writable import check_out
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,8 +49,7 @@ def evidence(
     if absent:
         typer.echo(f"attrreg evidence needs {', '.join(absent)}. Install with: pip install 'attrreg[evidence]'", err=True)
         raise typer.Exit(1)
-    if out.suffix != ".jsonl" or not writable(out):
-        raise typer.BadParameter(f"{out} must end in .jsonl, in a folder that exists and can be written to.", param_hint="--out")
+    check_out(out, ".jsonl", ".md", ".png")
     own_options = {"--splits": splits != SPLITS, "--sizes": sizes, "--similar": similar, "--flip": flip, "--dilation": dilation}
     if folder is None and any(own_options.values()):
         given = next(name for name, value in own_options.items() if value)
@@ -103,6 +101,7 @@ def evidence(
 
 
 def _folder(root: Path, splits: str, similar: str, sizes: str, flip: bool, dilation: int) -> Folder:
+    from attrreg.evidence import arrays
     from attrreg.evidence.sources import Folder
 
     names = splits.split(",")
@@ -112,10 +111,7 @@ def _folder(root: Path, splits: str, similar: str, sizes: str, flip: bool, dilat
         counts = tuple(int(count) for count in sizes.split(",")) if sizes else ()
     except ValueError:
         raise ValueError(f"--sizes must be three numbers of images, got {sizes!r}. Write 500,128,128.") from None
-    digest = hashlib.sha256()
-    for path in sorted([*root.glob("*.csv"), *root.glob("*.npy")]):  # so that mended files are trained on anew
-        digest.update(path.name.encode() + path.read_bytes())
-    where, contents = str(root.resolve()), digest.hexdigest()[:16]
+    where, contents = str(root.resolve()), arrays.digest(root)
     return Folder(where, names[0], names[1], names[2], similar or None, flip=flip, sizes=counts, dilation=dilation, contents=contents)
 
 
@@ -129,8 +125,8 @@ def write(plan: Plan, ledger: Ledger, out: Path) -> None:
 
 def _again(what: str, ledger: Ledger, console: Console) -> None:
     """Train records again and say whether the numbers are the same."""
-    from attrreg.environment import machine
-    from attrreg.evidence import job
+    from attrreg.evidence import job, report
+    from attrreg.evidence.packages import Missing
 
     rows = [record for record in ledger.records.values() if record.job.judged and what == f"{record.job.source.kind}/{record.job.method}"]
     found = [ledger.records[what]] if what in ledger.records else rows
@@ -139,25 +135,33 @@ def _again(what: str, ledger: Ledger, console: Console) -> None:
             f"{ledger.path} has no {what!r}. Write DATA/METHOD, for example crosses/ActDiff, or the name in a line of that file.",
             param_hint="--rerun",
         )
-    different = []
+    different: list[Record] = []
+    left_out: list[Record] = []
     for record in found:
         if record.job.name not in ledger.records:
             console.print(f"{record.job.method} has changed since it was trained: it is another method now.", style="yellow")
-        again = job.run(record.job, ledger.device)
+        name = f"{record.job.name} seed {record.job.seed}"
+        try:
+            again = job.run(record.job, ledger.device)
+        except (ValueError, Missing) as error:  # its data are others now, or not here
+            console.print(f"{name} was left out. {error}", style="yellow", highlight=False, soft_wrap=True)
+            left_out.append(record)
+            continue
         said = "the same numbers"
         if not _same(again, record):
             different.append(record)
             repeats = _same(job.run(record.job, ledger.device), again)
             said = f"OTHER NUMBERS; trained twice here: {'the same both times' if repeats else 'NOT THE SAME both times'}"
-        console.print(f"{record.job.name} seed {record.job.seed}: {said}", highlight=False)
+        console.print(f"{name}: {said}", highlight=False)
         console.print_json(data=again.outcomes["valid"])
     if different:
-        where = sorted({f"{machine(record.environment)}, torch {record.environment['versions']['torch']}" for record in different})
+        where = sorted({report.where(record) for record in different})
         console.print(
             f"{len(different)} of {len(found)} differ from the record, measured on {'; '.join(where)}. Only there, and by the same "
             "state of attrreg, do all sums round the same way.",
             style="red",
         )
+    if different or left_out:
         raise typer.Exit(1)
 
 

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,28 +82,30 @@ def markdown(plan: Plan, ledger: Ledger) -> str:
 
 def begun(plan: Plan, ledger: Ledger) -> list[Training]:
     """The data sets of which there is anything to show."""
-    return [training for training in plan.trainings if _records(training, ledger)]
+    return [training for training in plan.trainings if _shown(plan, training, ledger)]
 
 
-def _records(training: Training, ledger: Ledger) -> list[Record]:
-    wanted = training.source, training.epochs, training.batch
-    return [record for record in ledger.records.values() if (record.job.source, record.job.epochs, record.job.batch) == wanted]
+def _shown(plan: Plan, training: Training, ledger: Ledger) -> list[Record]:
+    """The records of the rows of its tables."""
+    chosen = [record for name in plan.methods for selection in SELECTIONS for record in rows(plan, training, name, selection, ledger)]
+    variants = (varied(plan, training, name, ledger).values() for name in plan.varied(training))
+    return [*chosen, *chain.from_iterable(chain.from_iterable(variants))]
 
 
 def _conditions(plan: Plan, training: Training, ledger: Ledger) -> str:
-    records = _records(training, ledger)
-    where = " and ".join(sorted({_where(record) for record in records}))
+    records = _shown(plan, training, ledger)
+    machines = " and ".join(sorted({where(record) for record in records}))
     dates = sorted({record.environment["date"] for record in records})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return (
         f"`{training.source!r}`, {training.epochs} epochs in batches of {training.batch}, {plan.trials} settings tried for each method. "
-        f"Measured {when} on {where}. Any row again: `attrreg evidence --rerun '{training.source.kind}/METHOD' --out {ledger.path}`."
+        f"Measured {when} on {machines}. Any row again: `attrreg evidence --rerun '{training.source.kind}/METHOD' --out {ledger.path}`."
     )
 
 
-def _where(record: Record) -> str:
-    where = record.environment
-    return f"{machine(where)}, torch {where['versions']['torch']}"
+def where(record: Record) -> str:
+    """On what it was measured."""
+    return f"{machine(record.environment)}, torch {record.environment['versions']['torch']}"
 
 
 def _results(plan: Plan, training: Training, selection: str, ledger: Ledger) -> str:
@@ -229,7 +232,7 @@ def _points(axis: Axes, plan: Plan, training: Training, ledger: Ledger) -> None:
 
 def _shares(axis: Axes, plan: Plan, training: Training, ledger: Ledger) -> None:
     shares = training.variants.shares
-    for name, dash in zip(plan.varied(training), ("-", "--", ":", "-."), strict=False):
+    for name, dash in zip(plan.varied(training), cycle(("-", "--", ":", "-.")), strict=False):
         found = varied(plan, training, name, ledger)
         values = {
             index: statistics.mean(_values(records, "valid", "test"))

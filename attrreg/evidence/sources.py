@@ -138,7 +138,7 @@ class Folder(Source):
         root, similar, flip, dilation: as there.
         train, valid, test: the splits' names.
         sizes: how many images of each; none: all.
-        contents: a digest of the files, so that others are not taken for those of a record; "": not asked.
+        contents: `arrays.digest` of the files, so that others are not taken for those of a record; "": not asked.
         width: channels of the ResNet-18's first stage.
     """
 
@@ -163,7 +163,15 @@ class Folder(Source):
             )
 
     def task(self, seed: int) -> Task:
-        """Read the data; the seed decides what is drawn of it."""
+        """Read the data; the seed decides what is drawn of it.
+
+        Raises:
+            ValueError: the files are not those of `contents`, or as `arrays.folder` says.
+        """
+        if self.contents and arrays.digest(self.root) != self.contents:
+            raise ValueError(
+                f"The files in {self.root} are no longer those of this record. Without --rerun, those that are there are trained on."
+            )
         splits, sizes = (self.train, self.valid, self.test), (self.sizes[0], self.sizes[1], self.sizes[2]) if self.sizes else None
         return arrays.folder(self.root, splits, self.similar, flip=self.flip, sizes=sizes, dilation=self.dilation, seed=seed)
 

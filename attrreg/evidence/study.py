@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 from attrreg.evidence.annotation import QUALITIES
@@ -131,8 +132,8 @@ def carry_out(plan: Plan, ledger: Ledger) -> dict[str, str]:
     """
     missing: dict[Training, str] = {}
     failed: list[Failed] = []
-    for stage in (_compare, _vary):  # what is less often asked for comes last, should a run be stopped
-        for training in plan.trainings:
+    for stages in ((_tune, _compare), (_vary,)):  # what is less often asked for comes last, should a run be stopped
+        for training, stage in product(plan.trainings, stages):
             if training not in missing:
                 try:
                     stage(plan, training, ledger)
@@ -147,8 +148,11 @@ def carry_out(plan: Plan, ledger: Ledger) -> dict[str, str]:
     return left_out
 
 
-def _compare(plan: Plan, training: Training, ledger: Ledger) -> None:
+def _tune(plan: Plan, training: Training, ledger: Ledger) -> None:
     ledger.run((job for name in plan.methods for job in trials(method(name), training, plan.trials)), tested=False)
+
+
+def _compare(plan: Plan, training: Training, ledger: Ledger) -> None:
     ledger.run(
         replace(best, seed=seed, judged=plan.judged)
         for seed in plan.seeds
@@ -203,7 +207,7 @@ def _settings(count: int) -> list[tuple[float, float]]:
 
 
 def best_of(plan: Plan, training: Training, name: str, selection: str, ledger: Ledger) -> Job | None:
-    """The settings that `chosen` would find for one selection, from what the ledger has; None while trials are missing."""
+    """The settings with the lowest loss on one selection, from what the ledger has; None while trials are missing."""
     tried = [ledger.records.get(job.name) for job in trials(method(name), training, plan.trials)]
     known = [record for record in tried if record is not None]
     return _lowest(known, selection) if len(known) == plan.trials else None

@@ -42,6 +42,8 @@ class _Step:
         # Some call it in `validation_step` too.
         if result is None or self.callback is None or not self.module.trainer.training:
             return result
+        if isinstance(result, Mapping) and result.get("loss") is None:  # Lightning says what is wrong
+            return result
         return self.callback.added(self.module, self.model, result, batch)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from attrreg import call as calls
 from attrreg.baselines import Baseline, Zero, as_baseline
 from attrreg.metrics.maps import Measure, share_inside
+from attrreg.settings import keep_count
 from attrreg.spec import Spec
 from attrreg.state import isolated
 from attrreg.targets import check_classes, check_logits
+from attrreg.wrappers import undistributed
 
 Attribution = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -44,9 +46,8 @@ class Occlusion(Spec):
     fill: Baseline | Tensor | float = Zero()
 
     def __post_init__(self) -> None:
-        for name, value in (("window", self.window), ("stride", self.stride)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a number of pixels of at least 1, got {value!r}. Write for example {name}=3.")
+        keep_count(self, "window", 1)
+        keep_count(self, "stride", 1)
         if self.stride > self.window:
             raise ValueError(f"stride={self.stride} leaves pixels between windows of {self.window} uncovered. Choose one of at most that.")
         object.__setattr__(self, "fill", as_baseline(self.fill))
@@ -58,6 +59,7 @@ class Occlusion(Spec):
         from captum.attr import Occlusion as Captum
 
         calls.check_images(model, x)
+        model = undistributed(model)  # whose forward talks to ranks that may have nothing to judge
         if self.window > min(x.shape[-2:]):
             raise ValueError(f"window={self.window} is larger than images of {tuple(x.shape[-2:])}. Choose a smaller one.")
         target = _checked(target, x)

@@ -1,6 +1,7 @@
 """Measures of a map under a mask: each is `(map, mask) -> (N,)`, one number an image, NaN where it is undefined.
 
 A map is `(N, C, H, W)` or `(N, H, W)`, as `.attribute` returns it; a mask is what the regularizers take, of any size, 1 = relevant.
+Of no images, as of a batch in which none is annotated, there are no numbers: `(0,)`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from attrreg import masks
 from attrreg.objectives import OutsideFraction
+from attrreg.settings import check_count
 from attrreg.spec import Spec
 
 Measure = Callable[[Tensor, Tensor], Tensor]
@@ -73,8 +75,8 @@ def pointing_game(map: Tensor, mask: Tensor, tolerance: int = 0, signed: bool = 
     Source:
         Zhang et al. 2016, arXiv 1608.00507, with a tolerance of 15 pixels, and there averaged over classes.
     """
-    if isinstance(tolerance, bool) or not isinstance(tolerance, int) or tolerance < 0:
-        raise ValueError(f"tolerance must be a number of pixels of at least 0, got {tolerance!r}. Write for example tolerance=15.")
+    check_count("tolerance", tolerance, 0)
+    tolerance = int(tolerance)  # small ones of NumPy's overflow
     map, relevant = _aligned(map, mask)
     height = _height(map, signed)
     allowed = torch.nn.functional.max_pool2d((relevant >= 0.5).to(height.dtype), 2 * tolerance + 1, stride=1, padding=tolerance).flatten(1)
@@ -134,7 +136,7 @@ def _aligned(map: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         raise TypeError(f"map must be a floating-point tensor, got {kind}. Pass what `.attribute` returns.")
     if map.dim() == 3:
         map = map.unsqueeze(1)
-    if map.dim() != 4 or map.numel() == 0:
+    if map.dim() != 4 or 0 in map.shape[1:]:
         raise ValueError(f"map must be (N, C, H, W) or (N, H, W), got {tuple(map.shape)}. Add or drop axes.")
     map = map.detach().to(masks.penalty_dtype(map.dtype))
     if not bool(map.isfinite().all()):

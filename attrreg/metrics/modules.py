@@ -10,10 +10,11 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from attrreg.masks import checked_flags
+from attrreg.masks import check
 from attrreg.metrics.judge import Attribution, judged
 from attrreg.metrics.maps import Measure, energy_pointing_game, iou_at_mask_size, pointing_game, share_inside
 from attrreg.metrics.predictions import auc, check_correct
+from attrreg.settings import check_count
 from attrreg.spec import source
 
 try:
@@ -73,7 +74,7 @@ def _annotated(annotated: Tensor | None, mask: Tensor, *parts: Tensor) -> tuple[
     """The mask, of which one `(H, W)` serves all, and what else a batch has, of its annotated images."""
     if annotated is None:
         return mask, *parts
-    known = checked_flags(annotated, parts[0])
+    known = check(mask, parts[0], annotated).annotated
     return mask if mask.dim() == 2 else mask[known.to(mask.device)], *(part[known.to(part.device)] for part in parts)
 
 
@@ -177,8 +178,7 @@ class WorstGroupAccuracy(Metric):
 
     def __init__(self, groups: int) -> None:
         super().__init__()
-        if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
-            raise ValueError(f"groups must be how many groups there are, got {groups!r}. Write for example groups=4.")
+        check_count("groups", groups, 1)
         self.add_state("correct", torch.zeros(groups, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros(groups, dtype=torch.long), dist_reduce_fx="sum")
 

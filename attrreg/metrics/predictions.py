@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def accuracy(logits: Tensor, target: Tensor) -> float:
-    """The share of images whose highest logit is the target's.
+    """The share of images whose highest logit is the target's. Where a logit is NaN, none is the highest.
 
     Args:
         logits: `(N, classes)`.
@@ -82,7 +82,7 @@ def worst_group_accuracy(logits: Tensor, target: Tensor, groups: Tensor) -> floa
 
 
 def check_correct(logits: Tensor, target: Tensor) -> Tensor:
-    """Of each image, whether its highest logit is the target's.
+    """Of each image, whether its highest logit is the target's; not where one is NaN.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -91,4 +91,4 @@ def check_correct(logits: Tensor, target: Tensor) -> Tensor:
         raise ValueError(
             f"logits must be (N, classes) and target (N,), got {tuple(logits.shape)} and {tuple(target.shape)}. Pass one class an image."
         )
-    return logits.argmax(dim=1) == target
+    return (logits.argmax(dim=1) == target) & ~logits.isnan().any(dim=1)
