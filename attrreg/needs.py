@@ -1,10 +1,15 @@
-"""Needs: what a term asks of a trace before any pass runs. Hashable, so that equal needs are met once."""
+"""Needs: what a term asks of a trace before any pass runs, and whether it can be met. Hashable, so that equal needs are met once."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from attrreg.points import CLEAN, Point
+from torch import nn
+
+from attrreg import sites
+from attrreg.call import Call
+from attrreg.points import CLEAN, Ascent, Path, Point
 from attrreg.scores import Score
 
 
@@ -39,3 +44,57 @@ class Scored:
 
 
 Need = Value | Grad | Scored
+
+
+def sites_at(point: Point, needs: Iterable[Need]) -> dict[str, bool]:
+    """The sites that needs read at a point; True where a gradient is taken."""
+    result: dict[str, bool] = {}
+    for need in needs:
+        if need.at == point:
+            result[need.site] = result.get(need.site, False) or isinstance(need, Grad)
+            if isinstance(need, Grad):
+                result.setdefault(need.score.site, False)
+    return result
+
+
+def alone(needs: Iterable[Need]) -> bool:
+    """Whether the clean pass is the only one that needs ask for."""
+    return all(need.at == CLEAN for need in needs)
+
+
+def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:
+    """Check one term's needs against the call, before any pass.
+
+    Raises:
+        ValueError: naming the term.
+    """
+    for need in needs:
+        for score in _scores_of(need):
+            resolved = score.resolve(call.target, call.shown)
+            if call.target is not None:
+                resolved.check_target(call.target)
+            elif resolved.needs_target:
+                raise ValueError(f"{name}: {type(resolved).__name__} needs a target. Pass `target=`, (N,) class indices.")
+        if isinstance(need.at, Path) and not (isinstance(need, Grad) and need.site == sites.INPUT):
+            raise ValueError(f"{name}: on a path only the gradient at the input can be taken. Ask for Grad(INPUT, score, path).")
+        if need.at.needs_mask and call.mask is None:
+            raise ValueError(f"{name}: its baseline is made from the mask, and there is none. Pass `mask=`.")
+    check_layers(needs, call.model, name)
+
+
+def check_layers(needs: Iterable[Need], model: nn.Module, name: str) -> None:
+    """Check that a model has the layers of one term's needs.
+
+    Raises:
+        ValueError: naming the term.
+    """
+    for need in needs:
+        for site in [need.site, *(score.site for score in _scores_of(need))]:
+            try:
+                sites.check_layer(model, site)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+
+
+def _scores_of(need: Need) -> list[Score]:
+    return [*([] if isinstance(need, Value) else [need.score]), *([need.at.score] if isinstance(need.at, Ascent) else [])]

@@ -16,11 +16,11 @@ from attrreg.call import Call, Inputs, Select
 from attrreg.distributed import Group
 from attrreg.engines import Engine
 from attrreg.graph import trainable_leaves
-from attrreg.needs import Grad, Need
+from attrreg.needs import Grad, Need, alone, check_layers, check_needs, sites_at
 from attrreg.part import check_fraction, part_of
 from attrreg.points import CLEAN
 from attrreg.state import full_precision, undone_on_error
-from attrreg.trace import Trace, alone, check_layers, check_needs, sites_at
+from attrreg.trace import Trace
 from attrreg.wrappers import refuse_compiling, unwrap
 
 if TYPE_CHECKING:

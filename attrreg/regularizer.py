@@ -17,13 +17,13 @@ from attrreg.attach import Attachment
 from attrreg.call import Call, Inputs, Select
 from attrreg.distributed import Group
 from attrreg.engines import DoubleBackward, Engine, FiniteDifference
-from attrreg.needs import Need
+from attrreg.needs import Need, check_needs
 from attrreg.objectives import Objective
 from attrreg.penalty import Penalty
 from attrreg.scores import Score
 from attrreg.spec import Spec, source
 from attrreg.state import full_precision, undone_on_error
-from attrreg.trace import Trace, check_needs
+from attrreg.trace import Trace
 
 Reduction = Literal["mean", "sum", "batchmean"]
 

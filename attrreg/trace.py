@@ -26,7 +26,7 @@ from attrreg.engines import Engine
 from attrreg.folding import PathGradients
 from attrreg.graph import which_are_read
 from attrreg.masks import Annotation
-from attrreg.needs import Grad, Need, Value
+from attrreg.needs import Grad, Need, Value, alone, sites_at
 from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
 from attrreg.recompute import Gradients, along
 from attrreg.recording import Recording, version
@@ -34,26 +34,10 @@ from attrreg.runner import Runner
 from attrreg.scores import Score
 from attrreg.state import Buffers, Rng, isolated
 
-__all__ = ["Passes", "Trace", "check_needs", "passes", "sites_at"]
+__all__ = ["Passes", "Trace", "passes"]
 
 # At which sites a model's values come from the images, in which calls: that is asked once.
 _SEEING: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
-
-
-def sites_at(point: Point, needs: Iterable[Need]) -> dict[str, bool]:
-    """The sites that needs read at a point; True where a gradient is taken."""
-    result: dict[str, bool] = {}
-    for need in needs:
-        if need.at == point:
-            result[need.site] = result.get(need.site, False) or isinstance(need, Grad)
-            if isinstance(need, Grad):
-                result.setdefault(need.score.site, False)
-    return result
-
-
-def alone(needs: Iterable[Need]) -> bool:
-    """Whether the clean pass is the only one that needs ask for."""
-    return all(need.at == CLEAN for need in needs)
 
 
 class Trace:
@@ -316,41 +300,3 @@ class Trace:
         sums = along(stops, self.call.model, self.call.x, taken, chunk, self._differentiable)
         for need in needs:
             self._grads[need.site, need.score, path] = sums[concrete.index(self._concrete(need.score))]
-
-
-def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:
-    """Check one term's needs against the call, before any pass.
-
-    Raises:
-        ValueError: naming the term.
-    """
-    for need in needs:
-        for score in _scores_of(need):
-            resolved = score.resolve(call.target, call.shown)
-            if call.target is not None:
-                resolved.check_target(call.target)
-            elif resolved.needs_target:
-                raise ValueError(f"{name}: {type(resolved).__name__} needs a target. Pass `target=`, (N,) class indices.")
-        if isinstance(need.at, Path) and not (isinstance(need, Grad) and need.site == sites.INPUT):
-            raise ValueError(f"{name}: on a path only the gradient at the input can be taken. Ask for Grad(INPUT, score, path).")
-        if need.at.needs_mask and call.mask is None:
-            raise ValueError(f"{name}: its baseline is made from the mask, and there is none. Pass `mask=`.")
-    check_layers(needs, call.model, name)
-
-
-def check_layers(needs: Iterable[Need], model: nn.Module, name: str) -> None:
-    """Check that a model has the layers of one term's needs.
-
-    Raises:
-        ValueError: naming the term.
-    """
-    for need in needs:
-        for site in [need.site, *(score.site for score in _scores_of(need))]:
-            try:
-                sites.check_layer(model, site)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-
-
-def _scores_of(need: Need) -> list[Score]:
-    return [*([] if isinstance(need, Value) else [need.score]), *([need.at.score] if isinstance(need.at, Ascent) else [])]

@@ -16,7 +16,7 @@ from attrreg.ops import Phase, twice_differentiable
 from attrreg.regularizer import AttributionRegularizer, SingleRegularizer
 from attrreg.sites import OUTPUT
 from attrreg.trace import Trace, passes
-from tests.models import DEVICE, FAMILIES, Family, SmoothNet, batch, gradients
+from tests.models import DEVICE, FAMILIES, Family, SmoothNet, batch, gradients, smooth_batch
 
 HALF = [torch.bfloat16, torch.float16]
 ZERO = attrreg.baselines.Zero()
@@ -262,3 +262,13 @@ def test_on_a_gpu(dtype: torch.dtype, name: str) -> None:
 def test_the_scaler_on_a_gpu() -> None:
     scales, penalties = train(SmoothNet().cuda(), torch.float16, 1e7 * attrreg.InputGradient(), 40, 2.0**16, "cuda")
     assert torch.tensor(penalties).isfinite().all() and scales[-1] == scales[-5] and penalties[-1] < penalties[0]
+
+
+def test_float16_has_no_infinite_scale() -> None:
+    class Saturated(SmoothNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 0.01 + torch.tensor([95.0, 0.0, 0.0], dtype=x.dtype)
+
+    model, (x, mask, target) = Saturated().half(), smooth_batch()
+    value = attrreg.InputGradient(score=scores.TargetLogProb())(model, x.half(), mask, torch.zeros_like(target))
+    assert value.isfinite()

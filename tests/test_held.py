@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import attrreg
-from attrreg import baselines, scores
+from attrreg import baselines
 from attrreg.trace import passes
 from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
 
@@ -221,133 +221,6 @@ def test_a_head_outside_the_model_runs_once_a_pass_and_leaves_nothing(regularize
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(kept, before[name]) for name, kept in head.state_dict().items())
     assert_close(found, want, 1e-9)
-
-
-def test_labels_may_be_refilled_before_the_backward() -> None:
-    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
-    reg, labels = attrreg.IntegratedGradients(steps=4), target.clone()
-    value = reg(model, x, mask, labels)
-    labels.copy_((target + 1) % 3)
-    assert_close(gradients(model, value), gradients(model, reg(model, x, mask, target)), 1e-10)
-
-
-class Grown(nn.Module):
-    """Its layers run one by one; there may be more of them later."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Tanh())
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.body:
-            x = layer(x)
-        logits: Tensor = self.head(x.mean((2, 3)))
-        return logits
-
-
-@pytest.mark.parametrize("attach", [False, True])
-def test_the_automatic_layer_is_the_last_also_where_layers_were_added(attach: bool) -> None:
-    model, (x, mask, target), cam = Grown().double(), smooth_batch(), attrreg.GradCAM()
-    handle = cam.attach(model) if attach else None
-    model(x)
-    cam(model, x, mask, target)
-    model.body.extend([nn.Conv2d(4, 4, 3).double(), nn.Tanh()])
-    model(x)
-    value = cam(model, x, mask, target)
-    if handle is not None:
-        handle.remove()
-    torch.testing.assert_close(value, attrreg.GradCAM("body.5")(model, x, mask, target))
-
-
-def test_the_automatic_layer_is_one_for_all_terms() -> None:
-    model, (x, mask, target) = Grown().double(), smooth_batch()
-    early, late = attrreg.GradCAM(score=scores.RandomProjection("body.2", seed=0)).named("early"), attrreg.GradCAM()
-    for reg in (early + late, late + early):
-        with pytest.raises(ValueError, match=r"layer='auto' is one layer.*early.*Name the layer"):
-            reg(model, x, mask, target)
-    early(model, x, mask, target)
-    features = attrreg.GradCAM(score=scores.RandomProjection(seed=0)).named("features")
-    found = (features + late).evaluate(model, x, mask, target).terms["GradCAM"]
-    torch.testing.assert_close(found, late(model, x, mask, target).detach())
-
-
-def test_float16_has_no_infinite_scale() -> None:
-    class Saturated(SmoothNet):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * 0.01 + torch.tensor([95.0, 0.0, 0.0], dtype=x.dtype)
-
-    model, (x, mask, target) = Saturated().half(), smooth_batch()
-    value = attrreg.InputGradient(score=scores.TargetLogProb())(model, x.half(), mask, torch.zeros_like(target))
-    assert value.isfinite()
-
-
-class Routed(nn.Module):
-    """Dark images go to one expert, bright ones to the other, as in sparse mixtures."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(128, 6), nn.Tanh(), nn.Linear(6, 3)) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(1)
-        route, logits = (rows.mean(1) > 0.25).long(), rows.new_zeros(len(rows), 3)
-        for number, expert in enumerate(self.experts):
-            hit = (route == number).nonzero().squeeze(1)
-            if len(hit):
-                logits = logits.index_add(0, hit, expert(rows[hit]))
-        return logits
-
-
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_chunked_paths_train_what_later_places_alone_use(chunk: int) -> None:
-    model, (x, mask, target) = Routed().double(), smooth_batch()
-    x = x.abs()
-    shown: list[Tensor] = []
-    dict(model.named_parameters())["experts.1.2.bias"].register_hook(shown.append)
-    want = gradients(model, attrreg.IntegratedGradients(8, chunk=None)(model, x, mask, target))
-    assert want[0].any() and want[4].any()
-    attrreg.IntegratedGradients(8, chunk=chunk)(model, x, mask, target).backward()
-    assert_close([torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()], want, 1e-10)
-    assert all(isinstance(gradient, Tensor) for gradient in shown)
-
-
-def test_a_leaf_frozen_before_a_chunked_backward_gets_nothing() -> None:
-    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
-    want = gradients(model, attrreg.IntegratedGradients(4)(model, x, mask, target))
-    value = attrreg.IntegratedGradients(4)(model, x, mask, target)
-    model.stem.weight.requires_grad_(False)
-    value.backward()
-    assert model.stem.weight.grad is None
-    torch.testing.assert_close(model.body.weight.grad, want[2])
-
-
-class PerImage(SmoothNet):
-    """Knows its images by a list."""
-
-    gains = (1.0, 2.0, 3.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([logits * self.gains[place] for place, logits in enumerate(super().forward(x))])
-
-
-def test_a_model_that_fails_on_more_images_runs_each_place_alone() -> None:
-    model, (x, mask, target) = PerImage().double(), smooth_batch()
-    want = attrreg.IntegratedGradients(4)(model, x, mask, target)
-    torch.testing.assert_close(attrreg.IntegratedGradients(4, chunk=None)(model, x, mask, target), want)
-
-
-class Branch(SmoothNet):
-    """Decides over the whole batch, with no gradient."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x if x.detach().abs().mean() > 0.5 else x.tanh())
-
-
-def test_a_decision_over_the_batch_is_noticed_where_places_share_one() -> None:
-    model, (x, mask, target) = Branch().double(), smooth_batch()
-    want = attrreg.IntegratedGradients(4)(model, x, mask, target)
-    torch.testing.assert_close(attrreg.IntegratedGradients(4, chunk=None)(model, x, mask, target), want)
 
 
 class Drawing(SmoothNet):

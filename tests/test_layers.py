@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import attrreg
-from attrreg import baselines
+from attrreg import baselines, scores
 from attrreg.trace import passes
 from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
 
@@ -303,3 +303,44 @@ def test_layers_without_a_row_an_image_are_named(kind: Any) -> None:
     regularizer = attrreg.ActivationDifference(("inside", "body")) if kind is attrreg.ActivationDifference else kind(layer="inside")
     with pytest.raises(ValueError, match=r"layer 'inside' gives \(6, 2, 4, 8\) for 3 images.*Name a layer"):
         regularizer(model, x, mask)
+
+
+class Grown(nn.Module):
+    """Its layers run one by one; there may be more of them later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Tanh())
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.body:
+            x = layer(x)
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("attach", [False, True])
+def test_the_automatic_layer_is_the_last_also_where_layers_were_added(attach: bool) -> None:
+    model, (x, mask, target), cam = Grown().double(), smooth_batch(), attrreg.GradCAM()
+    handle = cam.attach(model) if attach else None
+    model(x)
+    cam(model, x, mask, target)
+    model.body.extend([nn.Conv2d(4, 4, 3).double(), nn.Tanh()])
+    model(x)
+    value = cam(model, x, mask, target)
+    if handle is not None:
+        handle.remove()
+    torch.testing.assert_close(value, attrreg.GradCAM("body.5")(model, x, mask, target))
+
+
+def test_the_automatic_layer_is_one_for_all_terms() -> None:
+    model, (x, mask, target) = Grown().double(), smooth_batch()
+    early, late = attrreg.GradCAM(score=scores.RandomProjection("body.2", seed=0)).named("early"), attrreg.GradCAM()
+    for reg in (early + late, late + early):
+        with pytest.raises(ValueError, match=r"layer='auto' is one layer.*early.*Name the layer"):
+            reg(model, x, mask, target)
+    early(model, x, mask, target)
+    features = attrreg.GradCAM(score=scores.RandomProjection(seed=0)).named("features")
+    found = (features + late).evaluate(model, x, mask, target).terms["GradCAM"]
+    torch.testing.assert_close(found, late(model, x, mask, target).detach())

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import attrreg
-from tests.models import assert_close, batch, gradients
+from tests.models import SmoothNet, assert_close, batch, gradients, smooth_batch
 
 
 class Centred(nn.Module):
@@ -182,3 +182,79 @@ def test_a_change_of_modes_before_the_backward_is_refused() -> None:
     model.eval()
     with pytest.raises(RuntimeError, match=r"changed between train and eval.*chunk=None"):
         value.backward()
+
+
+def test_labels_may_be_refilled_before_the_backward() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    reg, labels = attrreg.IntegratedGradients(steps=4), target.clone()
+    value = reg(model, x, mask, labels)
+    labels.copy_((target + 1) % 3)
+    assert_close(gradients(model, value), gradients(model, reg(model, x, mask, target)), 1e-10)
+
+
+class Routed(nn.Module):
+    """Dark images go to one expert, bright ones to the other, as in sparse mixtures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(128, 6), nn.Tanh(), nn.Linear(6, 3)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(1)
+        route, logits = (rows.mean(1) > 0.25).long(), rows.new_zeros(len(rows), 3)
+        for number, expert in enumerate(self.experts):
+            hit = (route == number).nonzero().squeeze(1)
+            if len(hit):
+                logits = logits.index_add(0, hit, expert(rows[hit]))
+        return logits
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_chunked_paths_train_what_later_places_alone_use(chunk: int) -> None:
+    model, (x, mask, target) = Routed().double(), smooth_batch()
+    x = x.abs()
+    shown: list[Tensor] = []
+    dict(model.named_parameters())["experts.1.2.bias"].register_hook(shown.append)
+    want = gradients(model, attrreg.IntegratedGradients(8, chunk=None)(model, x, mask, target))
+    assert want[0].any() and want[4].any()
+    attrreg.IntegratedGradients(8, chunk=chunk)(model, x, mask, target).backward()
+    assert_close([torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()], want, 1e-10)
+    assert all(isinstance(gradient, Tensor) for gradient in shown)
+
+
+def test_a_leaf_frozen_before_a_chunked_backward_gets_nothing() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    want = gradients(model, attrreg.IntegratedGradients(4)(model, x, mask, target))
+    value = attrreg.IntegratedGradients(4)(model, x, mask, target)
+    model.stem.weight.requires_grad_(False)
+    value.backward()
+    assert model.stem.weight.grad is None
+    torch.testing.assert_close(model.body.weight.grad, want[2])
+
+
+class PerImage(SmoothNet):
+    """Knows its images by a list."""
+
+    gains = (1.0, 2.0, 3.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([logits * self.gains[place] for place, logits in enumerate(super().forward(x))])
+
+
+def test_a_model_that_fails_on_more_images_runs_each_place_alone() -> None:
+    model, (x, mask, target) = PerImage().double(), smooth_batch()
+    want = attrreg.IntegratedGradients(4)(model, x, mask, target)
+    torch.testing.assert_close(attrreg.IntegratedGradients(4, chunk=None)(model, x, mask, target), want)
+
+
+class Branch(SmoothNet):
+    """Decides over the whole batch, with no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.detach().abs().mean() > 0.5 else x.tanh())
+
+
+def test_a_decision_over_the_batch_is_noticed_where_places_share_one() -> None:
+    model, (x, mask, target) = Branch().double(), smooth_batch()
+    want = attrreg.IntegratedGradients(4)(model, x, mask, target)
+    torch.testing.assert_close(attrreg.IntegratedGradients(4, chunk=None)(model, x, mask, target), want)
