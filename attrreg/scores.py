@@ -339,7 +339,9 @@ class ByTarget(Score):
         if target is None:
             return SumLogProb()
         if target.dim() == 2 and target.shape[1] == 1:  # its logit times the label would say nothing of images of class 0
-            raise ValueError(f"target is {tuple(target.shape)}, one label an image. Squeeze it, or use scores.BinaryLogit() for one logit.")
+            raise ValueError(
+                f"target is {tuple(target.shape)}, one label an image. Squeeze it. For one logit name the score: scores.BinaryLogit()."
+            )
         usual = Contrast() if self.contrast and not shown else TargetLogit()
         return {2: MultiLabelLogit(), 3: SegmentationLogit()}.get(target.dim(), usual)
 
