@@ -45,11 +45,6 @@ def which_are_read(total: Tensor, values: Sequence[Tensor]) -> list[bool]:
     return [value is total or value.grad_fn in found or id(value) in leaves for value in values]
 
 
-def reads(total: Tensor, value: Tensor) -> bool:
-    """Whether a total was computed from a value, which is not a leaf; quick where they are near."""
-    return any(node is value.grad_fn for node in nodes(total))
-
-
 def checkpoints_reentrant(total: Tensor) -> bool:
     """Whether a graph has blocks checkpointed with `use_reentrant=True`."""
     return any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes(total))

@@ -19,7 +19,7 @@ from attrreg.graph import LEAF
 from attrreg.ops import Phase, checkpoints_recompute_inside, operators
 from attrreg.ops.draws import Draws
 from attrreg.ops.rectify import Rule, rectify
-from attrreg.recording import Conditions, Recording, kept, version
+from attrreg.recording import Conditions, Head, Recording, kept, version
 from attrreg.sites import FEATURES, INPUT, SPATIAL, SPECIAL, check_layer, varies
 from attrreg.state import Rng, autocast_type, own_buffers
 from attrreg.walk import modules
@@ -68,7 +68,7 @@ class Tap:
         self._values: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
         self._maps: deque[tuple[str, Tensor]] = deque(maxlen=MAPS)
-        self._features: list[tuple[Tensor, Tensor]] = []
+        self._features: list[Head] = []
         self._heads: list[nn.Module] = []
         self._leaves: list[nn.Module] = []
         self._runs: Counter[str] = Counter()
@@ -130,7 +130,7 @@ class Tap:
         inner = output if self._output is None else self._output
         recorded = [*self._values.values(), *(value for _, value in maps)]
         if len(self._features) > 1:  # what left tells them apart
-            recorded += [part for pair in self._features for part in pair]
+            recorded += [head.entered for head in self._features]
         return Recording(
             x=self._x,
             version=self._version,
@@ -240,10 +240,10 @@ class Tap:
             if len(self._heads) < 2 or FEATURES not in self._values:
                 self._values[FEATURES] = args[0]  # the last one stays, but of heads that the model names, the first
             if isinstance(output, Tensor):
-                large = [pair for pair in self._features if pair[1].dim() > 2]
+                large = [head for head in self._features if head.left.dim() > 2]
                 if output.dim() > 2 and len(large) == HEADS:
-                    self._features = [pair for pair in self._features if pair is not large[0]]
-                self._features.append((args[0], output))
+                    self._features = [head for head in self._features if head is not large[0]]
+                self._features.append(Head(args[0], output, output.grad_fn))
 
     def _take_map(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:

@@ -125,12 +125,11 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
 
 def _check_one_map(terms: Sequence[Term], call: Call) -> None:
     """Check that `layer="auto"`, the last layer that a score depends on, is one layer for all terms."""
-    read = {
-        need.score.resolve(call.target).site: term.name
-        for term in terms
-        for need in term.regularizer.needs()
-        if isinstance(need, Grad) and need.site == sites.SPATIAL
-    }
+    read: dict[str, str] = {}
+    for term in terms:
+        needs = [need for need in term.regularizer.needs() if need.site == sites.SPATIAL]
+        found = {need.score.resolve(call.target).site for need in needs if isinstance(need, Grad)}
+        read |= dict.fromkeys(found or ({sites.OUTPUT} if needs else ()), term.name)  # whose value alone is read hangs on the logits
     if len(read) > 1 and read.keys() - {sites.OUTPUT, sites.FEATURES}:
         raise ValueError(
             f"layer='auto' is one layer for all terms of a sum, but the scores of {' and '.join(read.values())} read "

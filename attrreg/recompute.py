@@ -117,7 +117,7 @@ class _Step:
         own = {id(parameter) for parameter in self._model.parameters()}
         if parametrize._cache_enabled or any(id(leaf) not in own for leaf in leaves):
             return True
-        held = (value for module in modules(self._model) for value in (*vars(module).values(), *module._buffers.values()))
+        held = (*self._moment.values(), *(value for module in modules(self._model) for value in vars(module).values()))
         return any(isinstance(value, Tensor) and value.grad_fn is not None for value in held)
 
 

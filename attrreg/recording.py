@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from attrreg.call import Call
 from attrreg.ops import Phase
 from attrreg.ops.draws import Draws
-from attrreg.sites import OUTPUT, SPATIAL
+from attrreg.sites import INPUT, OUTPUT, SPATIAL
 from attrreg.state import Rng, autocast_type
 from attrreg.walk import modules
 
@@ -32,6 +32,7 @@ TYPES = (
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
 )
 Kept = tuple[Tensor, int, Tensor | None]  # a buffer, its version and its value
+Version = tuple[Tensor, int, Any]  # a tensor, how often it was written to, and its node in the graph
 
 
 class Conditions:
@@ -83,7 +84,7 @@ class Conditions:
 
     def logits_hold(self, logits: Tensor) -> bool:
         """Whether the loop left the logits as they were, or all that the model returned if they are made of that."""
-        own = [(tensor, version) for tensor, version in self._output if tensor is logits]
+        own = [then for then in self._output if then[0] is logits]
         return _as_then(own or self._output)
 
     def _set(self, model: nn.Module, now: list[tuple[object, ...]]) -> bool:
@@ -96,12 +97,20 @@ class Conditions:
     def holds(self, output: Any) -> bool:
         """Whether what the model returned still has its tensors; deep in an object, the loop may have put others."""
         held = iter(parts(output))  # among others: an object may compute some as it is asked for them
-        return all(any(tensor is part for part in held) for tensor, _ in self._output)
+        return all(any(tensor is part for part in held) for tensor, _, _ in self._output)
 
     def _called_with(self, call: Call) -> bool:
         inputs = (call.x,) if call.inputs is None else call.inputs
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
         return _same(_bound(call.model, args, kwargs), _bound(call.model, *self._arguments))
+
+
+class Head(NamedTuple):
+    """A layer that may be the classifier: what entered it, what left it, and that tensor's node, as a loop may write into it."""
+
+    entered: Tensor
+    left: Tensor
+    node: Any
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,7 @@ class Recording:
         problems: for each site that could not be recorded, why.
         maps: for the site `SPATIAL`, the last layers whose output is a map, by name, in the order they ran; the known one
             alone, if it is known.
-        features: for the site `FEATURES`, what entered and left each of the layers that could be it, the likeliest last.
+        features: for the site `FEATURES`, the layers that could be it, the likeliest last.
         output: what the model returned, and `returned` what its wrappers made of that.
         rng: the state from which the forward drew, to replay it.
         conditions: of the loop's own forward; None for a pass of our own.
@@ -132,7 +141,7 @@ class Recording:
     taken: frozenset[str]
     problems: Mapping[str, str]
     maps: tuple[tuple[str, Tensor], ...]
-    features: tuple[tuple[Tensor, Tensor], ...]
+    features: tuple[Head, ...]
     output: Any
     returned: Any
     rng: Rng
@@ -171,7 +180,7 @@ class Recording:
             return False
         for site, differentiated in sites.items():
             found = site == OUTPUT or site in self.values or (site == SPATIAL and self.maps)
-            if site not in self.problems and (not found or (differentiated and site not in self.taken)):
+            if site not in self.problems and (not found or (differentiated and site not in self.taken and INPUT not in self.taken)):
                 return False
         if OUTPUT in sites:
             if not self.conditions.holds(self.output) or not self.conditions.logits_hold(logits := call.logits(self.output)):
@@ -212,12 +221,13 @@ def _inside(leaf: Any) -> list[Any]:
     return [*getattr(leaf, "__dict__", {}).values(), *slots]
 
 
-def _versions(tensors: list[Tensor]) -> list[tuple[Tensor, int]]:
-    return [(tensor, version(tensor)) for tensor in tensors]
+def _versions(tensors: list[Tensor]) -> list[Version]:
+    return [(tensor, version(tensor), tensor.grad_fn) for tensor in tensors]
 
 
-def _as_then(versions: list[tuple[Tensor, int]]) -> bool:
-    return all(version(tensor) == then for tensor, then in versions)
+def _as_then(versions: list[Version]) -> bool:
+    # `detach_` leaves the version alone.
+    return all(version(tensor) == then and tensor.grad_fn is node for tensor, then, node in versions)
 
 
 def buffers_read(model: nn.Module) -> list[Tensor]:

@@ -15,7 +15,7 @@ from attrreg.attach import suspended
 from attrreg.call import DETACHED, Call
 from attrreg.counting import Passes
 from attrreg.distributed import sharded
-from attrreg.graph import checkpoints_reentrant, reads
+from attrreg.graph import checkpoints_reentrant, nodes
 from attrreg.hooks import Tap
 from attrreg.masks import penalty_dtype
 from attrreg.ops.rectify import Rule
@@ -240,10 +240,10 @@ class Runner:
         """What enters the last layer that could be a classifier and that the logits come from: an auxiliary head may run after it."""
         if len(recording.features) > 1 and (self.call.output is not None or isinstance(recording.output, Tensor)):
             logits = self.at(recording, sites.OUTPUT)
-            for entered, left in reversed(recording.features):
-                if left is logits or reads(logits, left):
-                    return entered
-            if logits.grad_fn is not None and any(left.requires_grad for _, left in recording.features):
+            for head in reversed(recording.features):
+                if head.left is logits or (head.node is not None and any(node is head.node for node in nodes(logits))):
+                    return head.entered
+            if logits.grad_fn is not None and any(head.node is not None for head in recording.features):
                 raise ValueError("The logits come from none of the layers that features are looked for in. Name the layer of the features.")
         return recording.values[sites.FEATURES]
 

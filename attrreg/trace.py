@@ -156,7 +156,9 @@ class Trace:
                 the random number generators as that would; `commit` makes the former final.
         """
         wanted = sites_at(CLEAN, self._needs)
-        if sites.SPATIAL in wanted and not self._differentiable:  # a graph tells which layer that is; a frozen model's starts here
+        if (
+            wanted.get(sites.SPATIAL) is False and not self._differentiable
+        ):  # a graph tells which layer that is; a frozen model's starts here
             wanted[sites.INPUT] = True
         self._clean_pass(wanted, as_users_forward)
         replay = self._recordings[CLEAN].rng if CLEAN in self._recordings else Rng.of(self.call.x.device)

@@ -128,6 +128,40 @@ def test_what_the_loop_writes_into_is_not_served(regularizer: attrreg.Attributio
     assert_close(gradients(model, value), gradients(model, want), 1e-10)
 
 
+@pytest.mark.parametrize(("regularizer", "changed"), [(attrreg.ActivationDifference(fill=ZERO), "features"), (attrreg.GradCAM(), "map")])
+def test_what_the_loop_detaches_is_not_served(regularizer: attrreg.AttributionRegularizer, changed: str) -> None:
+    model, (x, mask, target) = Parts().double(), smooth_batch()
+    want = regularizer(model, x, mask, target, output="logits")
+    with regularizer.attach(model):
+        model(x)[changed].detach_()
+        value = regularizer(model, x, mask, target, output="logits")
+    torch.testing.assert_close(value, want)
+    assert_close(gradients(model, value), gradients(model, want), 1e-10)
+
+
+def test_what_is_not_read_may_be_written_into() -> None:
+    class Two(SmoothNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.aux = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            features = self.body(self.act(self.stem(x))).mean((2, 3))
+            return self.head(features), self.aux(features)
+
+    model, (x, mask, target), reg = Two().double(), smooth_batch(), attrreg.ActivationDifference(fill=ZERO)
+    want = reg(model, x, mask, target, output=0)
+    with reg.attach(model), passes() as counted:
+        logits, aux = model(x)
+        aux *= 0.4
+        with torch.no_grad():
+            logits /= 2
+        value = reg(model, x, mask, target, output=0)
+    assert counted.forward == 1
+    torch.testing.assert_close(value, want)
+    assert_close(gradients(model, value), gradients(model, want), 1e-10)
+
+
 @pytest.mark.parametrize("regularizer", [attrreg.ActivationDifference(fill=ZERO), attrreg.InputGradient()])
 @pytest.mark.parametrize("scheduled", [False, True])
 @pytest.mark.parametrize("change", ["written to", "replaced"])

@@ -340,6 +340,9 @@ def test_the_automatic_layer_is_one_for_all_terms() -> None:
     for reg in (early + late, late + early):
         with pytest.raises(ValueError, match=r"layer='auto' is one layer.*early.*Name the layer"):
             reg(model, x, mask, target)
+    for reg in (early + attrreg.captum.LayerActivation(), attrreg.captum.LayerActivation() + early):
+        with pytest.raises(ValueError, match="layer='auto' is one layer"):
+            reg(model, x, mask, target)
     early(model, x, mask, target)
     features = attrreg.GradCAM(score=scores.RandomProjection(seed=0)).named("features")
     found = (features + late).evaluate(model, x, mask, target).terms["GradCAM"]
