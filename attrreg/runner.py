@@ -242,7 +242,8 @@ class Runner:
             logits = self.at(recording, sites.OUTPUT)
             for head in reversed(recording.features):
                 if head.left is logits or (head.node is not None and any(node is head.node for node in nodes(logits))):
-                    return head.entered
+                    entered: Tensor = head.entered
+                    return entered
             if logits.grad_fn is not None and any(head.node is not None for head in recording.features):
                 raise ValueError("The logits come from none of the layers that features are looked for in. Name the layer of the features.")
         return recording.values[sites.FEATURES]
