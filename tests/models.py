@@ -112,10 +112,11 @@ def gradients(model: nn.Module, value: Tensor) -> list[Tensor]:
 
 
 def assert_close(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:
-    """Compare lists of tensors, relative to the largest value of all."""
+    """Compare tensors, each relative to its own largest value; what lies below a millionth of the largest of all may be rounding."""
     got, want = [tensor.detach() for tensor in got], [tensor.detach() for tensor in want]
     scale = max(float(tensor.abs().max()) for tensor in want)
     assert scale > 0, "nothing to compare: all values are zero"
     for one, other in zip(got, want, strict=True):
         assert one.shape == other.shape
-        assert float((one - other).abs().max()) <= tolerance * scale
+        bound = max(tolerance * float(other.abs().max()), min(tolerance, 1e-6) * scale)
+        assert float((one - other).abs().max()) <= bound

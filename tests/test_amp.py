@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -39,14 +40,17 @@ def test_gradients_are_near_those_of_full_precision(name: str, dtype: torch.dtyp
     family = FAMILIES[name]
     model, (x, mask, target) = family.build().eval(), batch(3, size=family.size)
     regularizer = terms(family)
-    exact = regularizer(model, x, mask, target, generator=torch.Generator().manual_seed(0))
-    want = flat(gradients(model, exact))
+    exact = regularizer.evaluate(model, x, mask, target, generator=torch.Generator().manual_seed(0))
+    want = flat(gradients(model, exact.total))
     handle, generator = regularizer.attach(model) if "attached" in way else None, torch.Generator().manual_seed(0)
     with torch.autocast(DEVICE, dtype):
         if handle is not None:
             assert model(x).dtype == dtype
         if way == "evaluate":
-            value = regularizer.evaluate(model, x, mask, target, generator=generator).total
+            penalty = regularizer.evaluate(model, x, mask, target, generator=generator)
+            value = penalty.total
+            for term, part in exact.terms.items():
+                assert float(penalty.terms[term]) == pytest.approx(float(part), rel=0.05), term
         elif way != "attached, outside":
             value = regularizer(model, x, mask, target, generator=generator)
     if way == "attached, outside":
@@ -54,7 +58,7 @@ def test_gradients_are_near_those_of_full_precision(name: str, dtype: torch.dtyp
     if handle is not None:
         handle.remove()
     assert value.dtype == torch.float32
-    assert float(value.detach()) == pytest.approx(float(exact.detach()), rel=0.02)
+    assert float(value.detach()) == pytest.approx(float(exact.total.detach()), rel=0.02)
     # The loss is scaled before its backward, as a GradScaler does.
     got = flat(gradients(model, value * 2.0**8)) / 2**8
     error = float((got - want).norm() / want.norm())
@@ -233,12 +237,18 @@ def test_finite_differences_run_in_full_precision(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("engine", [engines.DoubleBackward(), engines.FiniteDifference()])
 def test_a_model_all_in_half_precision(dtype: torch.dtype, engine: engines.Engine) -> None:
     model, (x, mask, target) = SmoothNet().to(dtype), batch(3, channels=2, size=8, classes=3)
-    regularizer = (attrreg.InputXGradient() + attrreg.GradCAM("body") + attrreg.ActivationDifference(fill=ZERO)).using(engine)
-    value = regularizer(model, x.to(dtype), mask, target)
-    assert value.dtype == torch.float32
-    value.backward()
-    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
-    assert model.stem.weight.grad is not None and model.stem.weight.grad.any()
+    wide = copy.deepcopy(model).float()  # of the same rounded weights
+    for term in (attrreg.InputXGradient(), attrreg.GradCAM("body"), attrreg.ActivationDifference(fill=ZERO)):
+        exact = term(wide, x.to(dtype).float(), mask, target)
+        want = flat(gradients(wide, exact))
+        value = term.using(engine)(model, x.to(dtype), mask, target)
+        assert value.dtype == torch.float32
+        assert float(value.detach()) == pytest.approx(float(exact.detach()), rel=0.05, abs=1e-4), term
+        got = flat(gradients(model, value * 2.0**8)) / 2**8
+        if engine.twice or isinstance(term, attrreg.ActivationDifference):
+            assert float((got - want).norm() / want.norm()) < (0.1 if dtype == torch.bfloat16 else 0.03), term
+        else:  # a step in half precision leaves few bits of the difference that it makes
+            assert float(F.cosine_similarity(got, want, dim=0)) > 0.5, term
 
 
 @pytest.mark.gpu

@@ -116,13 +116,10 @@ def test_timms_checkpointing_changes_nothing(family: str) -> None:
 
 def test_frozen_backbone_with_an_automatic_layer() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
-    want = attrreg.GradCAM("body").attribute(model, x, target)
     for layer in (model.stem, model.body):
         layer.requires_grad_(False)
     by_name = gradients(model, attrreg.GradCAM("body")(model, x, mask, target))
     assert_close(gradients(model, attrreg.GradCAM()(model, x, mask, target)), by_name, 1e-12)
-    model.requires_grad_(False)
-    torch.testing.assert_close(attrreg.GradCAM().attribute(model, x, target), want)
 
 
 @pytest.mark.parametrize("name", ["input_gradient", "integrated_gradients", "integrated_gradients_unchunked"])

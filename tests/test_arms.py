@@ -136,6 +136,10 @@ def test_half_precision_stays_out_of_the_discriminator() -> None:
     network = invariance._discriminator.network
     assert network is not None and {parameter.dtype for parameter in network.parameters()} == {torch.float32}
     assert value.dtype is torch.float32 and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    exact = attrreg.AdversarialInvariance(hidden=(8,))(model, x.float(), mask, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attrreg.AdversarialInvariance(hidden=(8,))(model, x.float(), mask, generator=torch.Generator().manual_seed(0))
+    assert float(found.detach()) == pytest.approx(float(exact.detach()), rel=0.02)
 
 
 def test_a_checkpoint_goes_on_where_it_was() -> None:

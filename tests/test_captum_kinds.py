@@ -17,20 +17,14 @@ from torch.utils.checkpoint import checkpoint
 import attrreg
 from attrreg import baselines, engines
 from attrreg.bench.memory import LiveStorage
-from attrreg.trace import passes
+from attrreg.trace import Passes, passes
 from benchmarks import captum_check
 from benchmarks.captum_check import Net
 from tests import models, oracles
 from tests.models import FAMILIES, SmoothNet, assert_close, gradients, smooth_batch
+from tests.test_captum import SEGMENTS, batch
 from tests.test_gradients import check_numerically
 from tests.test_side_effects import CALLS, assert_same, snapshot
-
-SEGMENTS = captum_check.SEGMENTS
-
-
-def batch() -> tuple[Tensor, Tensor, Tensor]:
-    return captum_check.X, captum_check.MASK, captum_check.TARGET
-
 
 # Draws
 
@@ -327,3 +321,28 @@ def test_the_activations_with_grad_cam_are_those_of_its_layer() -> None:
     alone = attrreg.captum.LayerActivation()(model, x, mask, target)
     together = (attrreg.captum.LayerActivation() + attrreg.GradCAM()).evaluate(model, x, mask, target)
     torch.testing.assert_close(together.terms["LayerActivation"], alone.detach())
+
+
+def costs() -> list[tuple[attrreg.MapRegularizer, Passes]]:
+    """The table of costs in docs/captum.md, of three steps or samples and four segments."""
+    own = attrreg.captum
+    return [
+        (own.LayerActivation("body"), Passes(1, 0)),
+        (own.LayerGradientXActivation("body"), Passes(1, 1)),
+        (own.InternalInfluence("body", steps=3), Passes(3, 3)),
+        (own.LayerConductance("body", steps=3), Passes(4, 3)),
+        (own.NeuronConductance(own.Neuron("body", (1, 2, 2)), steps=3), Passes(3, 6)),
+        (own.NoiseTunnel(attrreg.InputXGradient(), samples=3), Passes(3, 3)),
+        (own.GuidedBackprop(), Passes(1, 1)),
+        (own.Deconvolution(), Passes(1, 1)),
+        (own.GuidedGradCam("body"), Passes(2, 2)),
+        (own.FeatureAblation(SEGMENTS), Passes(5, 0)),
+        (own.ShapleyValues(SEGMENTS), Passes(16, 0)),
+    ]
+
+
+@pytest.mark.parametrize(("term", "cost"), costs(), ids=lambda value: type(value).__name__)
+def test_passes_are_those_of_the_documented_table(term: attrreg.MapRegularizer, cost: Passes) -> None:
+    with passes() as counted:
+        term(Net(rectified=True).double(), *batch())
+    assert counted == cost

@@ -151,6 +151,14 @@ def held_static(entry: DistributedDataParallel, share: Batch) -> None:
     (F.cross_entropy(holder(share[0]), share[2]) + attrreg.InputGradient()(holder, *share)).backward()
 
 
+def evaluated_while_attached(entry: DistributedDataParallel, share: Batch) -> None:
+    static = DistributedDataParallel(entry.module, static_graph=True)
+    with TERMS.attach(static):
+        static(share[0])
+        penalty = TERMS.evaluate(static, *share)
+        (F.cross_entropy(penalty.output, share[2]) + penalty.total).backward()
+
+
 def looked_at(entry: DistributedDataParallel, share: Batch) -> None:
     """Its gradient is taken, but accumulated nowhere, as one does to compare sizes of gradients."""
     penalty = TERMS(entry, *share)
@@ -173,8 +181,9 @@ def no_group(entry: DistributedDataParallel, share: Batch) -> None:
         (joined, r"RuntimeError: .*`join\(\)`.*as many batches, or pass group=False"),
         (synchronised_norm, r"RuntimeError: .*SyncBatchNorm in train mode.*Use BatchNorm"),
         (flattened, r"TypeError: .*FSDP1.*Use torch.distributed.fsdp.fully_shard"),
-        (looked_at, "nothing"),
+        (looked_at, r"^nothing$"),
         (held_static, r"RuntimeError: DistributedDataParallel took no part"),
+        (evaluated_while_attached, r"RuntimeError: DistributedDataParallel took no part"),
         (no_group, r"TypeError: group must be a process group, False or None.*Leave it out"),
     ],
 )
@@ -182,6 +191,18 @@ def test_refusals(two: Ranks, make: Callable[..., Any], message: str) -> None:
 
     for text in two(refused, make):
         assert re.search(message, text), text
+
+
+def shown(rank: int) -> Tensor | None:
+    model, (x, _, target) = Case(()).model(), shares(2)[rank]
+    entry = DistributedDataParallel(model)
+    return attrreg.InputGradient().attribute(entry, x, target) if rank == 0 else None
+
+
+def test_a_map_that_is_shown_communicates_nothing(two: Ranks) -> None:
+    x, _, target = shares(2)[0]
+    found = two(shown)[0]  # which would wait for the other rank, that does not take part
+    torch.testing.assert_close(found, attrreg.InputGradient().attribute(Case(()).model(), x, target))
 
 
 def said(rank: int) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
+import attrreg
 import benchmarks.__main__ as benchmarks
 from attrreg.bench import report
 from benchmarks import check, survey
@@ -107,3 +109,20 @@ def test_pages_show_the_records() -> None:
     for section in ("survey", "survey-channels-last"):
         record = report.load(check.results(section))
         assert survey.table(record) in performance and survey.missed(record) in performance, section
+
+
+def referenced() -> list[str]:
+    """What the page of the API describes."""
+    return re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", referenced())
+def test_what_the_api_page_names_is_there(name: str) -> None:
+    assert pkgutil.resolve_name(name).__doc__
+
+
+def test_the_api_page_names_all_that_is_public() -> None:
+    page, listed = (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), referenced()
+    missing = [name for name in attrreg.__all__ if not any(f"{each}.".startswith(f"attrreg.{name}.") for each in listed)]
+    members = re.findall(r"^        - (\w+)$", page, flags=re.MULTILINE)
+    assert not missing and set(attrreg.captum.__all__) <= {*members, "from_captum"}

@@ -254,6 +254,8 @@ def test_intervals() -> None:
     assert report.interval(values) == f"{low:.2f} to {high:.2f}"
     assert report.interval([0.5]) == report.interval([0.5, 0.5]) == "-" and report.spread([0.5]) == "0.500" and report.spread([None]) == "-"
     assert report.spread(values) == f"{numpy.mean(values):.3f} ± {numpy.std(values, ddof=1):.3f}"
+    assert report.interval([0.0, 0.1, 0.9]).startswith("0.00 to ") and report.interval([1.0, 0.9, 0.1]).endswith(" to 1.00")
+    assert report.interval([-0.9, 0.0, -0.8], -1.0).startswith("-1.00 to ")  # of gains
 
 
 def records(values: dict[int, float]) -> list[Record]:

@@ -160,8 +160,12 @@ def results(model: nn.Module, regularizer: AttributionRegularizer) -> tuple[Tens
     return value, found, counted
 
 
-@pytest.mark.parametrize("kind", REGULARIZERS)
-@pytest.mark.parametrize("name", MODELS)
+# What a regularizer adds does not depend on how a model draws or couples its images.
+WHOLE = ("plain", "batch norm", "dropout", "noise")
+PAIRS = [(name, kind) for name in MODELS for kind in REGULARIZERS if name in WHOLE or kind in ("integrated gradients", "in chunks")]
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_places_in_one_batch_equal_places_alone(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build, shares = MODELS[name]
     torch.manual_seed(0)

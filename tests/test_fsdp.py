@@ -66,6 +66,7 @@ def train(rank: int, case: Case, sharding: Sharding, steps: int = 2) -> tuple[li
         loss.backward()
         values.append(float(penalty.detach()))
     groups = [module._get_fsdp_state()._fsdp_param_group for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    assert any(group is not None for group in groups)
     assert all(group.reshard_after_backward for group in groups if group is not None)
     assert all(group.is_sharded for group in groups if group is not None), "weights are left gathered"
     return values, full(model)

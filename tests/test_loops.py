@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import weakref
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import attrreg
 from attrreg.trace import passes
-from tests.models import SmoothNet, assert_close, gradients, smooth_batch
+from tests import oracles
+from tests.models import Batch, SmoothNet, assert_close, gradients, smooth_batch
 from tests.test_conditions import CAM, REG
 
 
@@ -96,39 +98,52 @@ def test_a_checkpointed_part_is_recomputed_as_it_ran(kind: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_hooks_on_images_are_shown_the_losss_gradient_alone() -> None:
+@pytest.mark.parametrize("way", ["unattached", "attached", "evaluate"])
+def test_hooks_on_images_are_shown_the_losss_gradient_once_and_whole(way: str) -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
-    images = (x * 1).requires_grad_()
-    made = images * 2
+    images = x.clone().requires_grad_() * 2
+    images.retain_grad()
     seen: list[Tensor] = []
-    made.retain_grad()
-    made.register_hook(seen.append)
-    for attach in (False, True):
-        with REG.attach(model) if attach else torch.enable_grad():
-            if attach:
-                model(made)
-            REG(model, made, mask, target)
-    assert not seen and made.grad is None
+    images.register_hook(seen.append)
+    with REG.attach(model) if way == "attached" else nullcontext():
+        if way == "evaluate":
+            penalty = REG.evaluate(model, images, mask, target)
+            loss = F.cross_entropy(penalty.output, target) + penalty.total
+        else:
+            loss = F.cross_entropy(model(images), target) + REG(model, images, mask, target)
+    assert not seen and images.grad is None  # of the inner backward
+    loss.backward()
+    leaf = images.detach().requires_grad_()
+    (phi,) = torch.autograd.grad(oracles.score_target_logit(model(leaf), target), leaf, create_graph=True)
+    plain = F.cross_entropy(model(leaf), target) + oracles.squared_outside(phi, mask.unsqueeze(1).double()).mean()
+    (want,) = torch.autograd.grad(plain, leaf)
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], want, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(images.grad, want, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.cpu
-def test_threads_that_train_side_by_side_leave_the_process_as_it_was() -> None:
+def test_threads_that_train_side_by_side_leave_the_process_as_it_was_and_each_other_alone() -> None:
     frame, flash = torch.utils.checkpoint._CheckpointFrame, torch.backends.cuda.flash_sdp_enabled()
-    models = [SmoothNet().double() for _ in range(4)]
+    models, batches = [SmoothNet().double() for _ in range(4)], [smooth_batch() for _ in range(4)]
+    twins = copy.deepcopy(models)
 
-    def train(model: nn.Module) -> None:
-        x, mask, target = smooth_batch()
+    def train(model: nn.Module, data: Batch) -> None:
+        x, mask, target = data
         with REG.attach(model):
             for _ in range(10):
                 (F.cross_entropy(model(x), target) + REG(model, x, mask, target)).backward()
 
-    threads = [threading.Thread(target=train, args=(model,)) for model in models]
+    threads = [threading.Thread(target=train, args=each) for each in zip(models, batches, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert torch.utils.checkpoint._CheckpointFrame is frame and torch.backends.cuda.flash_sdp_enabled() == flash
-    assert all(parameter.grad is not None for model in models for parameter in model.parameters())
+    for model, twin, data in zip(models, twins, batches, strict=True):
+        train(twin, data)
+        found, want = ([parameter.grad for parameter in net.parameters() if parameter.grad is not None] for net in (model, twin))
+        assert_close(found, want, 1e-12)
 
 
 @pytest.mark.parametrize("order", ["aabb", "bbaa"])
@@ -235,3 +250,15 @@ def test_lists_of_inputs_are_compared_and_outputs_need_no_copy() -> None:
             with passes() as counted:
                 torch.testing.assert_close(REG(model, x, mask, target, inputs=(x, [a, b]), output="logits"), want)
             assert counted.forward == own
+
+
+def test_an_unattached_call_draws_from_where_the_loops_forward_left_the_generator() -> None:
+    model, (x, mask, target) = SmoothNet(dropout=0.5).double(), smooth_batch()
+    model(x)
+    state = torch.get_rng_state()
+    value = REG(model, x, mask, target)
+    assert torch.equal(torch.get_rng_state(), state)
+    phi = oracles.input_gradient(model, x, target, oracles.score_target_logit)  # draws the same
+    want = oracles.squared_outside(phi, mask.unsqueeze(1).double()).mean()
+    torch.testing.assert_close(value, want)
+    assert_close(gradients(model, value), gradients(model, want), 1e-10)

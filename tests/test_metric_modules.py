@@ -218,3 +218,33 @@ def test_judges_by_functions_without_a_name_can_be_saved() -> None:
     assert list(state) == ["total", "images", "undefined"]  # no name of one process
     other.load_state_dict(state)
     assert saved.compute() == other.compute() > 0
+
+
+def everything() -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    logits, target = torch.randn(20, 2, generator=generator), torch.arange(20) % 2
+    map, mask = torch.randn(20, 1, 6, 6, generator=generator), torch.rand(20, 6, 6, generator=generator)
+    return logits, target, 2 * target + torch.arange(20) // 2 % 2, map, mask
+
+
+def accumulated(rank: int) -> list[float]:
+    logits, target, groups, map, mask = everything()
+    mine = [slice(0, 6), slice(1, None, 2)][rank]  # of unequal sizes
+    made: list[Any] = [modules.ShareInside(), modules.WorstGroupAccuracy(4), modules.LogitDifferenceAUC()]
+    made[0].update(map[mine], mask[mine])
+    made[1].update(logits[mine], target[mine], groups[mine])
+    made[2].update(logits[mine], target[mine])
+    return [float(metric.compute()) for metric in made]
+
+
+@pytest.mark.cpu
+def test_modules_accumulate_over_ranks(two: Ranks) -> None:
+    logits, target, groups, map, mask = everything()
+    index = torch.tensor([*range(6), *range(1, 20, 2)])
+    want = [
+        metrics.share_inside(map[index], mask[index]).mean().item(),
+        metrics.worst_group_accuracy(logits[index], target[index], groups[index]),
+        metrics.auc(logits[index], target[index]),
+    ]
+    for found in two(accumulated):
+        assert found == pytest.approx(want)

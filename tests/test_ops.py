@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from attrreg.graph import nodes
 from attrreg.ops import Phase, strided, twice_differentiable
 from attrreg.ops.channels import CHANNELS_LAST
 from tests.models import DEVICE
@@ -147,14 +148,9 @@ def test_a_gradient_of_the_input_alone_does_no_work_for_the_weights() -> None:
         y = F.conv2d(x, w, groups=4)
     with phase.attributing():
         (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    names, pending = set(), [slope.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in names:
-            names.add(node)
-            pending.extend(parent for parent, _ in node.next_functions)
-    assert "_InputGradientBackward" in {node.name() for node in names}
-    assert "_WeightGradientBackward" not in {node.name() for node in names}
+    names = {node.name() for node in nodes(slope)}
+    assert "_InputGradientBackward" in names
+    assert "_WeightGradientBackward" not in names
     (by_weight,) = torch.autograd.grad(slope.sum(), w)  # which the phase does not forbid afterwards
     assert by_weight.any()
 

@@ -18,6 +18,7 @@ from attrreg.call import Call
 from attrreg.regularizer import Reduction
 from attrreg.trace import passes
 from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
+from tests.test_bad_input import check_message
 
 TERM = attrreg.InputGradient()
 
@@ -117,14 +118,16 @@ def test_a_fraction_leaves_a_recorded_forward_alone() -> None:
 @pytest.mark.parametrize(("fraction", "kind"), [(0, ValueError), (1.5, ValueError), ("half", TypeError), (True, TypeError)])
 def test_bad_fractions(fraction: Any, kind: type[Exception]) -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
-    with pytest.raises(kind, match="fraction"):
+    with pytest.raises(kind) as caught:
         TERM(model, x, mask, target, fraction=fraction)
+    check_message(caught.value, ["fraction"])
 
 
 def test_a_fraction_of_unknown_inputs_is_refused() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
-    with pytest.raises(ValueError, match="fraction"):
+    with pytest.raises(ValueError) as caught:
         TERM(model, x, mask, target, fraction=0.5, inputs=(x,))
+    check_message(caught.value, ["fraction"])
 
 
 class Centred(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,24 +11,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attrreg
+from attrreg import scores
 from attrreg.trace import Passes, passes
 from tests.models import SmoothNet, assert_close, gradients, smooth_batch
 
 
-def naive_pgd(model: nn.Module, x: Tensor, mask: Tensor, target: Tensor, epsilon: float, steps: int, rate: float) -> Tensor:
+def naive_pgd(
+    model: nn.Module, x: Tensor, mask: Tensor, target: Tensor, epsilon: float, steps: int, rate: float, loss: Any = F.cross_entropy
+) -> Tensor:
     """One image at a time."""
     worst = []
     for image, allowed, label in zip(x, 1 - mask.to(x.dtype), target, strict=True):
         moved = torch.zeros_like(image)
         for _ in range(steps):
             moved = moved.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(F.cross_entropy(model((image + moved)[None]), label[None]), moved)
+            (gradient,) = torch.autograd.grad(loss(model((image + moved)[None]), label[None]), moved)
             moved = moved.detach() + rate * gradient.sign() * allowed
             moved = torch.maximum(torch.minimum(moved, epsilon * allowed), -epsilon * allowed)
             moved = torch.where(image.abs() > 1, torch.where(moved * image > 0, 0, moved), (image + moved).clamp(-1, 1) - image)
             moved = moved * (allowed > 0)
         worst.append(image + moved)
-    return F.cross_entropy(model(torch.stack(worst)), target)
+    result: Tensor = loss(model(torch.stack(worst)), target)
+    return result
 
 
 @pytest.mark.parametrize("within", [True, False])
@@ -88,3 +93,14 @@ def test_pgd_ex_passes() -> None:
     with passes() as counted:
         (attrreg.PGDEx(steps=3) + 2.0 * attrreg.PGDEx(steps=3).named("shared"))(model, x, mask, target)
     assert counted == Passes(4, 3)
+
+
+def test_pgd_ex_climbs_a_loss_of_ones_own() -> None:
+    smoothed = partial(F.cross_entropy, label_smoothing=0.3)
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    x = x.clamp(-1, 1)
+    own = scores.TaskLoss(partial(smoothed, reduction="none"))
+    value = attrreg.PGDEx(epsilon=0.2, steps=4, rate=0.07, bounds=(-1.0, 1.0), loss=own)(model, x, mask, target)
+    want = naive_pgd(model, x, mask, target, 0.2, 4, 0.07, smoothed)
+    torch.testing.assert_close(value, want)
+    assert_close(gradients(model, value), gradients(model, want), 1e-10)

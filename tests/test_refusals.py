@@ -108,8 +108,8 @@ def test_taken(name: str) -> None:
     with twice_differentiable(Phase()):
         found = TAKEN[name]()
     assert found.dtype == want.dtype and found.stride() == want.stride()
-    tolerance = 0.01 if found.dtype == torch.float16 else 1e-5
-    torch.testing.assert_close(found, want, rtol=max(tolerance, 0.016), atol=tolerance)
+    rtol, atol = {torch.float16: (0.01, 0.01), torch.bfloat16: (0.016, 1e-5)}.get(found.dtype, (1e-5, 1e-5))
+    torch.testing.assert_close(found, want, rtol=rtol, atol=atol)
 
 
 class Large(nn.Module):

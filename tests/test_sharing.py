@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -257,12 +258,16 @@ def test_dropout_is_the_same_in_the_clean_and_the_masked_pass() -> None:
 def test_terms_are_reported_by_name_and_sum_to_the_total(attach: bool) -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     regularizer = 2.0 * attrreg.InputGradient() + (0.5 * attrreg.GradCAM(layer="body")).named("background")
-    penalty = regularizer.evaluate(model, x, mask, target)
+    with regularizer.attach(model) if attach else nullcontext(), passes() as counted:
+        logits = model(x)
+        penalty = regularizer.evaluate(model, x, mask, target)
+    assert counted.forward == (0 if attach else 1)
     assert set(penalty.terms) == {"InputGradient", "background"}
     assert not any(term.requires_grad for term in penalty.terms.values())
     torch.testing.assert_close(sum(penalty.terms.values()), penalty.total.detach())
     torch.testing.assert_close(penalty.terms["InputGradient"], 2 * attrreg.InputGradient()(model, x, mask, target).detach())
-    torch.testing.assert_close(penalty.output, model(x))
+    torch.testing.assert_close(penalty.terms["background"], 0.5 * attrreg.GradCAM(layer="body")(model, x, mask, target).detach())
+    torch.testing.assert_close(penalty.output, logits)
 
 
 def test_memory_of_a_chunked_path_does_not_grow_with_steps() -> None:

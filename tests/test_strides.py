@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attrreg.ops import Phase, twice_differentiable
+from tests.test_linear import always_onednn, needs_onednn
 from tests.test_ops import LAYERS
 
 
@@ -80,6 +81,37 @@ def test_operators_take_any_strides(data: Any, name: str) -> None:
         found.append([y, *first, *first_again, *second])
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * float(want.detach().abs().max()))
+
+
+PRODUCTS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    "linear of tokens": (F.linear, [(2, 4, 6), (3, 6), (3,)]),
+    "linear": (F.linear, [(5, 6), (3, 6)]),
+    "few positions": (F.conv2d, [(2, 4, 2, 3), (6, 4, 1, 1), (6,)]),
+    "patches": (lambda x, w, b: F.conv2d(x, w, b, stride=2), [(2, 4, 6, 6), (6, 4, 2, 2), (6,)]),
+}
+
+
+@pytest.mark.cpu
+@needs_onednn
+@given(data=st.data(), name=st.sampled_from(sorted(PRODUCTS)))
+@settings(deadline=None, max_examples=60)
+def test_products_by_onednn_take_any_strides(data: Any, name: str) -> None:
+    function, shapes = PRODUCTS[name]
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    layouts = [data.draw(st.sampled_from(LAYOUTS)) for _ in range(len(shapes) + 1)]
+    values = [_stored(torch.randn(shape), layout) for shape, layout in zip(shapes, layouts, strict=False)]
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        inputs = [_stored(value.to(dtype), layout).requires_grad_() for value, layout in zip(values, layouts, strict=False)]
+        with always_onednn() as calls, twice_differentiable(Phase()):  # which is for float32 alone
+            y = function(*inputs)
+            outer = _stored(torch.linspace(-1, 1, y.numel(), dtype=dtype).reshape(y.shape), layouts[-1])
+            first = torch.autograd.grad(y, inputs, outer, create_graph=True)
+            second = torch.autograd.grad(first[0].square().sum(), inputs[1])
+        assert bool(calls) == (dtype == torch.float32)
+        found.append([y, *first, *second])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * float(want.detach().abs().max()))
 
 
 @pytest.mark.parametrize("name", ["batch norm", "layer norm of two axes", "silu", "convolution", "pointwise convolution", "attention"])

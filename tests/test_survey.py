@@ -22,13 +22,14 @@ def test_a_survey_writes_a_row_a_model_and_what_it_misses(layout: list[str], mon
     monkeypatch.setattr(survey, "ROUNDS", 1)
     monkeypatch.setattr(survey, "keep_memory", lambda: False)  # for the whole process
     monkeypatch.setattr(check, "results", lambda name: numbers)
-    for models, arguments in ((("test_resnet",), []), (("test_resnet", "test_vit"), ["--resume"])):
+    runs: list[tuple[tuple[str, ...], list[str]]] = [(("test_resnet",), []), (("test_resnet", "test_vit"), ["--resume"])]
+    for models, arguments in runs[:1] if layout else runs:
         monkeypatch.setattr(cases if layout else survey, "MODELS", models)
         monkeypatch.setattr("sys.argv", ["survey", *arguments, *layout])
         first = report.load(numbers).costs if numbers.exists() else {}
         survey.main()
     record = report.load(numbers)
-    assert record.costs.keys() == set(models) and record.costs.items() >= first.items() and first
+    assert record.costs.keys() == set(models) and record.costs.items() >= first.items() and bool(first) != bool(layout)
     rows = [line.split("|")[1:-1] for line in page.read_text().splitlines() if line.startswith("| test_")]
     assert record.plan.channels_last == bool(layout) and ("channels_last" in page.read_text()) == bool(layout)
     assert [row[0].strip() for row in rows] == list(models) and {len(row) for row in rows} == {1 + len(survey.COLUMNS)}

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import attrreg
-from attrreg import objectives, scores
+from attrreg import engines, objectives, scores
 from tests import oracles
 from tests.models import SmoothNet, assert_close, gradients, smooth_batch
-from tests.test_gradients import check_numerically
+from tests.test_engines import ENGINES
+from tests.test_gradients import OBJECTIVES, SCORES, check_numerically
 
 
 class Dense(nn.Module):
@@ -90,8 +93,12 @@ def test_the_task_loss_of_any_task() -> None:
         each = nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return each.sum(dim=1)
 
-    value = attrreg.InputGradient(scores.TaskLoss(loss))(SmoothNet().double(), x, mask, HOT.double())
-    assert float(value.detach()) > 0
+    model = SmoothNet().double()
+    value = attrreg.InputGradient(scores.TaskLoss(loss))(model, x, mask, HOT.double())
+    map = oracles.input_gradient(model, x, HOT.double(), lambda logits, target: loss(logits, target).sum())
+    want = oracles.log_outside(map, mask.unsqueeze(1).double()).mean()
+    torch.testing.assert_close(value, want)
+    assert_close(gradients(model, value), gradients(model, want), 1e-8)
 
 
 class Squeezed(nn.Module):
@@ -159,3 +166,16 @@ def test_an_output_of_train_mode_in_eval_mode(output: int | str) -> None:
     for score in (scores.SumLogProb(), scores.RegressionOutput()):  # three images of three outputs: an index would pick an image
         with pytest.raises(TypeError, match=r"does not fit a Tensor.*Leave output= out, or pass a function"):
             attrreg.InputGradient(score)(SmoothNet().double(), x, mask, output=output)
+
+
+def public(module: ModuleType) -> set[type]:
+    """The classes that a module defines, of which objects can be made."""
+    own = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
+    return {kind for kind in own if not kind.__name__.startswith("_") and not inspect.isabstract(kind) and kind is not engines.Engine}
+
+
+def test_every_score_objective_and_engine_is_held_to_the_tests_of_gradients() -> None:
+    tested = {type(score) for score, _ in SCORES.values()} | {type(make()[1]) for make in CASES.values()} | {scores.RandomProjection}
+    assert public(scores) == tested
+    assert public(objectives) == {type(objective) for objective, _ in OBJECTIVES.values()}
+    assert public(engines) == {type(engine) for engine in ENGINES}

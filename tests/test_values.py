@@ -115,7 +115,7 @@ def test_integrated_gradients_are_complete() -> None:
 def test_attribute_works_without_gradients_and_on_frozen_models() -> None:
     model = FAMILIES["resnet"].build().eval()
     x, _, target = batch(2, size=64, classes=4)
-    for term in (attrreg.InputGradient(), attrreg.GradCAM(layer="layer4"), attrreg.IntegratedGradients(steps=2)):
+    for term in (attrreg.InputGradient(), attrreg.GradCAM("layer4"), attrreg.GradCAM(), attrreg.IntegratedGradients(steps=2)):
         want = term.attribute(model, x, target=target)
         model.requires_grad_(False)
         with torch.no_grad():

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attrreg
+from attrreg import engines
+from attrreg.regularizer import AttributionRegularizer
 from attrreg.trace import passes
 from tests.models import DEVICE, SmoothNet, assert_close, gradients, smooth_batch
 
@@ -69,6 +71,31 @@ def test_compiled_models_are_run_uncompiled(kind: str) -> None:
     assert counted.forward == 2
     task = gradients(plain, F.cross_entropy(SmoothNet.forward(plain, x) if kind == "compiled" else model(x), target))
     assert_close([p.grad for p in plain.parameters() if p.grad is not None], [a + b for a, b in zip(task, want, strict=True)], 1e-10)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute")
+@pytest.mark.parametrize(
+    ("regularizer", "compiled"), [(attrreg.InputGradient(), True), (attrreg.IntegratedGradients(2), True), (attrreg.GradCAM("body"), False)]
+)
+def test_finite_differences_run_compiled_where_no_layer_is_named(regularizer: AttributionRegularizer, compiled: bool) -> None:
+    torch._dynamo.reset()
+    ran: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        def run(*args: Any) -> Any:
+            ran.append(1)
+            return graph(*args)
+
+        return run
+
+    plain, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    regularizer = regularizer.using(engines.FiniteDifference(step=1e-4))
+    want = regularizer(plain, x, mask, target)
+    model: Any = torch.compile(plain, backend=backend)
+    value = regularizer(model, x, mask, target)
+    assert bool(ran) == compiled
+    torch.testing.assert_close(value, want)
+    assert_close(gradients(plain, value), gradients(plain, want), 1e-8)
 
 
 def test_distributed_and_data_parallel_wrappers(process_group: None) -> None:

@@ -19,20 +19,17 @@ from tests.models import SmoothNet
 
 pytestmark = pytest.mark.cpu
 
-SMALL = [
-    "timm/edgenext_xx_small",
+SMALL = ["timm/edgenext_xx_small", "timm/levit_128s", "timm/starnet_s050", "torchvision/shufflenet_v2_x0_5"]
+MORE = [
     "timm/lcnet_035",
-    "timm/levit_128s",
     "timm/mobilenetv3_small_050",
     "timm/mobilevitv2_050",
     "timm/pit_ti_224",
     "timm/pvt_v2_b0",
     "timm/regnetx_002",
-    "timm/starnet_s050",
     "timm/vit_tiny_patch16_224",
     "timm/xcit_nano_12_p16_224",
     "torchvision/mobilenet_v3_small",
-    "torchvision/shufflenet_v2_x0_5",
     "torchvision/squeezenet1_1",
 ]
 TOYS = [f"timm/{name}" for name in timm.list_models("test_*")]
@@ -45,7 +42,7 @@ def problems(entry: Entry) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore")  # the models' own
-@pytest.mark.parametrize("key", SMALL + TOYS)
+@pytest.mark.parametrize("key", [*SMALL, *TOYS, *(pytest.param(key, marks=pytest.mark.zoo) for key in MORE)])
 def test_small_models(key: str) -> None:
     library, name = key.split("/")
     assert problems(Entry(library, "", name)) == []

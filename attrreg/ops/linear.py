@@ -66,6 +66,8 @@ def _by_onednn(a: Tensor, b: Tensor, shift: Tensor | None) -> Tensor:
     assert ONEDNN is not None
     if not (b.is_contiguous() or b.t().is_contiguous()):  # which it takes only by a scalar loop
         b = b.t().contiguous().t()
+    if shift is not None:
+        shift = shift.contiguous()  # whose steps it does not look at
     result: Tensor = ONEDNN.default(a, b, shift, "none", [], "")
     return result.data  # not a view, as it is of many axes: a layer may go on to work in place, which on views is slow or refused
 
