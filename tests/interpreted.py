@@ -32,8 +32,8 @@ def check(name: str, found: Tensor, want: Tensor) -> None:
 
 def first(u: Tensor, xhat: Tensor, r: Tensor) -> Tensor:
     """r P(u), see `attrreg.ops.norm`."""
-    axes = (0, 2, 3)
-    return (u - u.mean(axes, keepdim=True) - xhat * (u * xhat).mean(axes, keepdim=True)) * r.view(-1, 1, 1)
+    axes = (0, *range(2, u.dim()))
+    return (u - u.mean(axes, keepdim=True) - xhat * (u * xhat).mean(axes, keepdim=True)) * r
 
 
 def main() -> None:
@@ -43,13 +43,15 @@ def main() -> None:
             x, gy, v = (tensor.to(dtype) for tensor in (x, gy, v))
             for part, found, want in zip(("gy", "x"), kernels.smooth(name, v, gy, x), second(function, [x], gy, v), strict=True):
                 check(f"{name} {dtype} {part}", found, want)
-        for memory in (torch.contiguous_format, torch.channels_last):
-            x, gy, v = (torch.randn(3, 5, 11, 13).to(dtype).to(memory_format=memory) for _ in range(3))
-            g, mu, r = torch.rand(5) + 0.5, x.float().mean((0, 2, 3)), (x.float().var((0, 2, 3), correction=0) + 1e-5).rsqrt()
+        for memory in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d):
+            sides = (3, 7, 5) if memory == torch.channels_last_3d else (11, 13)
+            axes, along = (0, *range(2, 2 + len(sides))), (5, *[1] * len(sides))
+            x, gy, v = (torch.randn(3, 5, *sides).to(dtype).to(memory_format=memory) for _ in range(3))
+            g, mu, r = torch.rand(5) + 0.5, x.float().mean(axes), (x.float().var(axes, correction=0) + 1e-5).rsqrt()
             wants = second(lambda x, g: F.batch_norm(x, None, None, g, None, True), [x, g], gy, v)
-            xhat = (x - mu.view(5, 1, 1)) * r.view(5, 1, 1)
-            gx, for_gy = (g.view(5, 1, 1) * first(u.float(), xhat, r) for u in (gy, v))
-            v_xhat, gy_xhat = (v * xhat).sum((0, 2, 3)), (gy * xhat).sum((0, 2, 3))
+            xhat = (x - mu.view(along)) * r.view(along)
+            gx, for_gy = (g.view(along) * first(u.float(), xhat, r.view(along)) for u in (gy, v))
+            v_xhat, gy_xhat = (v * xhat).sum(axes), (gy * xhat).sum(axes)
             for_gy, gx = (tensor.to(dtype).contiguous(memory_format=memory) for tensor in (for_gy, gx))
             found = kernels.planes(x, for_gy, gx, mu, r, g, v_xhat, gy_xhat, wants[2].float())
             assert found.stride() == x.stride() and found.dtype == dtype
@@ -58,8 +60,9 @@ def main() -> None:
         x, gy, v, g = torch.randn(rows, *shape), torch.randn(rows, *shape), torch.randn(rows, *shape), torch.rand(shape)
         _, mu, r = torch.native_layer_norm(x, shape, g, None, 1e-5)
         wants = second(lambda x, g: F.layer_norm(x, g.shape, g), [x, g], gy, v)
-        for part, found, wanted in zip(("gy", "x", "g"), kernels.rows(v, gy, x, g, mu, r), wants, strict=True):
-            check(f"layer norm {shape} {part}", found, wanted)
+        for weight in (g, torch.stack([g, -g], -1)[..., 0]):  # dense, or with others in between
+            for part, found, wanted in zip(("gy", "x", "g"), kernels.rows(v, gy, x, weight, mu, r), wants, strict=True):
+                check(f"layer norm {shape} {part} {weight.stride()}", found, wanted)
 
 
 if __name__ == "__main__":

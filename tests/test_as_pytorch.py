@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attrreg.ops import Phase, twice_differentiable
 from attrreg.ops.channels import suggested
@@ -34,6 +35,7 @@ def image_layouts() -> list[Any]:
         "columns of last": high.to(memory_format=LAST)[..., ::2],
         "transposed": whole.mT,
         "tokens": torch.randn(N, SIDE * SIDE, C).transpose(1, 2).unflatten(2, (SIDE, SIDE)),
+        "tokens of one column": torch.randn(N, SIDE, C).transpose(1, 2).unsqueeze(-1),
         "batch last": torch.randn(C, SIDE, SIDE, N).permute(3, 0, 1, 2),
         "expanded": torch.randn(N, 1, SIDE, SIDE).expand(N, C, SIDE, SIDE),
         "one": torch.randn(1, C, SIDE, SIDE),
@@ -311,3 +313,26 @@ def test_half_precision_is_as_pytorchs(name: str, dtype: torch.dtype, autocast: 
     ours_off, theirs_off = ((each.double() - exact).abs().max() for each in (got, want))
     rounding = torch.finfo(want.dtype).eps * exact.abs().max()
     assert ours_off <= 2 * theirs_off + (1 if want.dtype.itemsize == 2 else 16) * rounding
+
+
+NORMS: list[Callable[[Tensor], Tensor]] = [
+    lambda h: F.rms_norm(h, (SIDE,)),
+    F.normalize,
+    lambda h: F.layer_norm(h, (SIDE,)),
+    lambda h: F.group_norm(h, 2),
+    F.instance_norm,
+    lambda h: h.norm(dim=1),
+]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("function", NORMS)
+def test_types_of_norms_on_cuda_are_pytorchs(function: Callable[[Tensor], Tensor], autocast: bool) -> None:
+    """Of tensors without values, so that no GPU is needed; `torch.autocast` would ask for one."""
+    with FakeTensorMode():
+        h = torch.empty(N, C, SIDE, SIDE, dtype=torch.float16, device="cuda")
+        try:
+            torch.set_autocast_enabled("cuda", autocast)
+            assert ours(function, h).dtype == function(h).dtype
+        finally:
+            torch.set_autocast_enabled("cuda", False)

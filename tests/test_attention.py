@@ -168,6 +168,14 @@ def test_attention_to_nothing(tokens: int) -> None:
 
 
 @pytest.mark.cpu
+def test_attention_is_computed_where_its_inputs_are() -> None:
+    q = torch.randn(2, 3, 4, 6)
+    with torch.device("meta"), twice_differentiable(Phase()):  # as of `torch.set_default_device`
+        found = F.scaled_dot_product_attention(q, q, q)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, q, q))
+
+
+@pytest.mark.cpu
 def test_attention_of_tensors_without_values() -> None:
     with FakeTensorMode(), twice_differentiable(Phase()):
         q, mask = torch.empty(2, 3, 4, 6, requires_grad=True), torch.empty(4, 4)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -51,6 +52,26 @@ def test_batch_norm_moves_its_statistics_as_pytorchs(shape: tuple[int, ...]) -> 
         torch.testing.assert_close(got, want)
     with twice_differentiable(Phase()), pytest.raises(ValueError, match="more than 1 value per channel"):
         torch.nn.BatchNorm2d(6)(torch.randn(1, 6, 1, 1))
+
+
+@pytest.mark.parametrize("steady", [False, True])  # by the statistics that it saves, in eval mode
+def test_an_earlier_graph_outlives_moves_of_the_statistics(steady: bool) -> None:
+    x, found = torch.randn(16, 6, 40, 40, dtype=torch.float64, requires_grad=True), []
+
+    def inside(ours: bool) -> AbstractContextManager[Any]:
+        return twice_differentiable(Phase()) if ours else nullcontext()
+
+    for ours in (False, True):
+        layer = nn.BatchNorm2d(6).double()
+        first = deepcopy(layer) if steady and not ours else layer  # PyTorch's gradient reads the statistics as they are by then
+        first.weight, first.bias = layer.weight, layer.bias
+        with inside(ours and steady):
+            earlier = first.train(not steady)(x)
+        with inside(ours):
+            later = layer.train()(x + 1)
+        found.append([*layer.buffers(), *torch.autograd.grad(earlier.sin().sum() + later.sin().sum(), [x, *layer.parameters()])])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("images", [1, 3])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from attrreg.ops import Phase, twice_differentiable
+from attrreg.ops import Phase, distance, twice_differentiable
 
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "normalize": lambda x: F.normalize(x, dim=-1),
@@ -80,3 +83,49 @@ def test_normalize_of_rows_of_which_some_are_zero(dim: int) -> None:
     assert found[0][2].isnan().any()  # if PyTorch learns it, this can be compared whole
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, torch.where(want.isnan(), 0, want), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shapes", [((5, 3), (4, 3)), ((2, 1, 5, 3), (4, 4, 3)), ((5, 3), (2, 4, 3))], ids=str)
+def test_distances_of_many_rows_have_the_derivatives_of_those_of_few(shapes: tuple[tuple[int, ...], ...]) -> None:
+    x1, x2 = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    x2[..., 0, :] = x1.flatten(0, -2)[0]  # at a distance of zero
+    x1.requires_grad_()
+    x2.requires_grad_()
+    found = []
+    for many in (distance.MANY, 0):
+        with twice_differentiable(Phase()), patch.object(distance, "MANY", many):
+            y = torch.cdist(x1, x2)
+        first = torch.autograd.grad(y.sin().sum(), (x1, x2), create_graph=True)
+        found.append([y, *first, *torch.autograd.grad(first[0].square().sum() + first[1].sin().sum(), (x1, x2))])
+    assert found[1][0].grad_fn.name() == "_EuclideanBackward"  # type: ignore[union-attr]
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+class _Largest(TorchDispatchMode):
+    """How many values the largest tensor had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.values = max(self.values, result.numel())
+        return result
+
+
+def test_distances_of_many_rows_make_no_tensor_of_all_differences() -> None:
+    x1, x2 = torch.randn(400, 200, requires_grad=True), torch.randn(300, 200, requires_grad=True)
+    with _Largest() as largest, twice_differentiable(Phase()):
+        (first,) = torch.autograd.grad(torch.cdist(x1, x2).sin().sum(), x1, create_graph=True)
+        torch.autograd.grad(first.square().sum(), (x1, x2))
+    assert largest.values == 400 * 300
+
+
+def test_distances_that_nobody_differentiates_are_pytorchs() -> None:
+    x1, x2 = torch.randn(40, 7, requires_grad=True), torch.randn(30, 7)
+    with twice_differentiable(Phase()), torch.no_grad(), _Largest() as largest:
+        assert torch.equal(torch.cdist(x1, x2), torch.cdist(x1.detach(), x2))
+    assert largest.values == 40 * 30

@@ -42,10 +42,9 @@ def _in_place(x: Tensor, function: Callable[[Tensor, Tensor | None], Tensor]) ->
         x: the tensor.
         function: of values, and the tensor that shall become the result as if that had been written over it, or None.
     """
-    if _shared(x):
-        return x.copy_(function(x.clone(), None))
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return x.copy_(function(x, None))
+    shared = _shared(x)
+    if shared or not (torch.is_grad_enabled() and x.requires_grad):
+        return x.copy_(function(x.clone() if shared else x, None))
     return function(_Former.apply(x), x)
 
 

@@ -143,7 +143,7 @@ class _Attention(Function):
         ctx.kind, ctx.phase = Kind(scale, _blind(mask), (*q.shape[:-1], k.shape[-2]), _few(q, k)), phase
         if ctx.kind.few:
             p = ctx.kind.weights(_matrices(q), _matrices(k), mask)
-            o = torch.empty_permuted((*q.shape[:-1], v.shape[-1]), order, dtype=q.dtype)
+            o = torch.empty_permuted((*q.shape[:-1], v.shape[-1]), order, dtype=q.dtype, device=q.device)
             o.copy_(torch.bmm(p, _matrices(v)).view(o.shape))
             ctx.save_for_backward(q, k, v, mask, p)
         elif _fits_kernel(q, k, v, mask) and not ctx.kind.blind:  # called by name for what its backward needs
@@ -250,8 +250,7 @@ def attention(
             return attention(phase, *_as(narrow, query, key, value, attn_mask), dropout_p, is_causal, scale, enable_gqa)
     alone = attn_mask is None or not is_causal  # PyTorch refuses both
     same = alone and query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and dtype == key.dtype == value.dtype
-    kinds = (torch.bool, dtype) if dtype == torch.float32 else (torch.bool, dtype, torch.float32)
-    fits = attn_mask is None or (attn_mask.dim() > 1 and attn_mask.dtype in kinds)
+    fits = attn_mask is None or (attn_mask.dim() > 1 and attn_mask.dtype in (torch.bool, dtype, torch.float32))
     if not (same and fits and query.dim() > 1 and query.shape[-1]) or dropout_p or enable_gqa or not dtype.is_floating_point:
         plain: Tensor = by_math(F.scaled_dot_product_attention)(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

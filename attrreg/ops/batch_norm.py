@@ -94,8 +94,9 @@ class _BatchNorm(Function):
             (mu, batch), index, reserve = found, 0, x.new_empty(0, dtype=torch.uint8)
             y, r = aten.native_batch_norm(x, g, b, mu, batch, False, 0.0, eps)[0], (batch + eps).rsqrt_()
             if mean is not None and var is not None:
-                mean.lerp_(mu, momentum)
-                var.lerp_(batch.mul_(count / (count - 1)), momentum)
+                # .data, as PyTorch's kernel writes them: without telling autograd, which would refuse an earlier graph that saved them.
+                mean.data.lerp_(mu, momentum)
+                var.data.lerp_(batch.mul_(count / (count - 1)), momentum)
         ctx.save_for_backward(x, g, mu, r)
         few = x.shape[2:].numel() < FEW and x.numel() >= MANY and planes(x)
         ctx.kernel, ctx.phase = Kernel(count, few, layout(x), eps, index, reserve), phase
@@ -174,8 +175,8 @@ def batch_norm(
     # The places of an image lie side by side, so they can be channels. Statistics of a path's passes are thrown away.
     weights, biases = (None if values is None else values.repeat(places) for values in (weight, bias))
     if layout(input) != torch.contiguous_format:
-        result = _batch_norm(phase, _PlacesToChannels.apply(input, places), None, None, weights, biases, *settings)
-        separate: Tensor = _ChannelsToPlaces.apply(result, places)
+        result = _batch_norm(phase, _Regroup.apply(input, places, False), None, None, weights, biases, *settings)
+        separate: Tensor = _Regroup.apply(result, places, True)
         return separate
     apart = input.reshape(-1, places, tokens, *input.shape[1:]).transpose(1, 2)
     channels = apart.reshape(-1, places * input.shape[1], *input.shape[2:])
@@ -186,32 +187,23 @@ def batch_norm(
     return whole
 
 
-class _PlacesToChannels(Function):
-    """`(N places, C, ...)` with channels last as `(N, places C, ...)`, laid out so too. No view: a layer may work in place on it."""
+class _Regroup(Function):
+    """`(N places, C, ...)` with channels last as `(N, places C, ...)`, laid out so, or `back`. No view: a layer may work in place on it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places: int) -> Tensor:
-        ctx.places = places
-        together: Tensor = x.movedim(1, -1).unflatten(0, (-1, places)).movedim(1, -2).flatten(-2).movedim(-1, 1).data
-        return together
+    def forward(ctx: Any, x: Tensor, places: int, back: bool) -> Tensor:
+        ctx.places, ctx.back = places, back
+        x = x.movedim(1, -1)
+        if back:
+            x = x.unflatten(-1, (places, -1)).movedim(-2, 1).flatten(0, 1).contiguous()
+        else:
+            x = x.unflatten(0, (-1, places)).movedim(1, -2).flatten(-2)
+        regrouped: Tensor = x.movedim(-1, 1).data
+        return regrouped
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return _ChannelsToPlaces.apply(g, ctx.places), None
-
-
-class _ChannelsToPlaces(Function):
-    """Back again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, places: int) -> Tensor:
-        ctx.places = places
-        apart: Tensor = x.movedim(1, -1).unflatten(-1, (places, -1)).movedim(-2, 1).flatten(0, 1).contiguous().movedim(-1, 1).data
-        return apart
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return _PlacesToChannels.apply(g, ctx.places), None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return _Regroup.apply(g, ctx.places, not ctx.back), None, None
 
 
 def _tokens(input: Tensor, rows: int) -> int:
@@ -239,17 +231,20 @@ def _batch_norm(
     shape = input.shape[1:2]
     alike = input.dim() > 1 and input.is_floating_point() and all(values.dtype == wide and values.shape == shape for values in kept)
     both = (running_mean is None) == (running_var is None)
-    if not (alike and both and (eps > 0 or not training) and momentum is not None and (training or running_mean is not None)):
+    known = alike and both and (eps > 0 or not training) and momentum is not None and (training or running_mean is not None)
+    # PyTorch refuses one value a channel, and of an empty batch does not divide by it.
+    if not known or (training and input.numel() <= input.shape[1]):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     g = weight if weight is not None else input.new_ones(input.shape[1], dtype=wide)
     b = bias if bias is not None else input.new_zeros(input.shape[1], dtype=wide)
     g, b = g.contiguous(), b.contiguous()  # PyTorch's kernels, of channels last and of (N, C), read a weight's memory in order
     if training:
-        if input.numel() <= input.shape[1]:  # PyTorch refuses one value a channel, and of an empty batch does not divide by it
-            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         result: Tensor = _BatchNorm.apply(input, g, b, running_mean, running_var, momentum, eps, phase)
         return result
     assert running_mean is not None and running_var is not None
     scale = g * (running_var + eps).rsqrt()
     format = layout(input) if dense(input) else suggested(input)  # as PyTorch's
-    return affine(input.contiguous(memory_format=format), scale, b - running_mean * scale).to(input.dtype)
+    if format != torch.contiguous_format and input.shape[-1] == 1:  # by the step of which what follows tells the layout
+        input = input.clone(memory_format=format)
+    shift = b - running_mean.clone() * scale  # of which scale's gradient is made: the mean itself may have moved by then
+    return affine(input.contiguous(memory_format=format), scale, shift).to(input.dtype)

@@ -37,7 +37,7 @@ def suggested(x: Tensor) -> torch.memory_format:
             return torch.contiguous_format
         if axis == 0 and least == steps[1]:  # one position, stored as a contiguous one
             return torch.contiguous_format
-        least = step * size if step > 1 else step
+        least = step * size
     return CHANNELS_LAST[axes]
 
 

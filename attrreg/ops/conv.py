@@ -239,10 +239,10 @@ def _hashable(value: Any) -> Any:
     return tuple(map(int, value)) if isinstance(value, Sequence) else int(value)
 
 
-def _sound(check: Callable[..., bool], x: Tensor, w: Tensor, b: Tensor | None, *settings: Any) -> bool:
+def _sound(check: Callable[..., bool], axes: int, x: Tensor, w: Tensor, b: Tensor | None, *settings: Any) -> bool:
     """Whether types, shapes and settings are of a convolution; of complex ones PyTorch makes several."""
     alike = sound.floating(x, w, b) or (torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and w.is_floating_point())
-    return alike and check(x.shape, w.shape, None if b is None else b.shape, *settings)
+    return alike and w.dim() == axes + 2 and check(x.shape, w.shape, None if b is None else b.shape, *settings)
 
 
 def _kind(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, *rest: Any) -> tuple[Convolution, bool]:
@@ -285,16 +285,15 @@ def convolve(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
+    axes: int = 2,
 ) -> Tensor:
-    """`F.conv1d`, `F.conv2d`, `F.conv3d`."""
+    """`F.conv1d`, `F.conv2d`, `F.conv3d`, of so many axes."""
     stride, padding, dilation = _hashable(stride), _hashable(padding), _hashable(dilation)
-    if not _sound(sound.convolution, input, weight, bias, stride, padding, dilation, groups):
-        function = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
-        return function(input, weight, bias, stride, padding, dilation, groups)
+    if not _sound(sound.convolution, axes, input, weight, bias, stride, padding, dilation, groups):
+        return (F.conv1d, F.conv2d, F.conv3d)[axes - 1](input, weight, bias, stride, padding, dilation, groups)
     if patches.are(input.dim(), tuple(weight.shape), stride, padding, dilation, groups):
         return patches.convolve(phase, input, weight, bias)
     if padding == "same":
-        axes = weight.dim() - 2
         total = [d * (k - 1) for d, k in zip(each(dilation, axes), weight.shape[2:], strict=True)]
         if any(t % 2 for t in total):  # the far side gets the one more
             input = F.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
@@ -319,7 +318,7 @@ def convolve_if_faster(
     if plain and input.dim() == weight.dim() and not isinstance(padding, str) and not torch.is_autocast_enabled(input.device.type):
         stride, padding, dilation = _hashable(stride), _hashable(padding), _hashable(dilation)
         settings = stride, padding, dilation, groups
-        kind = _kind(input, weight, *settings)[0] if _sound(sound.convolution, input, weight, bias, *settings) else None
+        kind = _kind(input, weight, *settings)[0] if _sound(sound.convolution, 2, input, weight, bias, *settings) else None
         if kind is not None and (kind.pixels or kind.weight_product is not None):
             return convolve(phase, input, weight, bias, stride, padding, dilation, groups)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -335,10 +334,11 @@ def convolve_transposed(
     output_padding: Any = 0,
     groups: int = 1,
     dilation: Any = 1,
+    axes: int = 2,
 ) -> Tensor:
-    """`F.conv_transpose1d`, `F.conv_transpose2d`, `F.conv_transpose3d`."""
+    """`F.conv_transpose1d`, `F.conv_transpose2d`, `F.conv_transpose3d`, of so many axes."""
     stride, padding, output_padding, dilation = map(_hashable, (stride, padding, output_padding, dilation))
-    if not _sound(sound.transposed, input, weight, bias, stride, padding, output_padding, groups, dilation):
-        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.dim() - 3]
+    if not _sound(sound.transposed, axes, input, weight, bias, stride, padding, output_padding, groups, dilation):
+        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[axes - 1]
         return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
     return _apply(input, weight, bias, phase, stride, padding, dilation, groups, True, output_padding)

@@ -1,7 +1,7 @@
 """Norms and distances that can be differentiated twice, at zero too.
 
-PyTorch's second derivative of a 2-norm at zero is NaN, and `cdist` has none at all. Here both derivatives at zero are zero. Division by
-the norm, as in cosine attention, is a closed form of few passes over memory.
+PyTorch's second derivative of a 2-norm at zero is NaN, and `cdist` has none but for 2-norms of many rows. Here both derivatives at zero
+are zero. Division by the norm, as in cosine attention, is a closed form of few passes over memory.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from torch import Tensor
 from torch.autograd import Function
 
 from attrreg.ops.phase import once_differentiable
+from attrreg.ops.precision import narrowed
 
 TWO = (2, 2.0, None, "fro")
-MODES = ("", "use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist")
+BY_DIFFERENCES = "donot_use_mm_for_euclid_dist"
+MODES = ("use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", BY_DIFFERENCES)
+MANY = 2**24  # differences of values, from which on there is no tensor of them
 
 
 def two_norm(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
     """sqrt(sum x^2)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if x.dtype != wide:  # half types have no room for the squares
-        root = two_norm(x.to(wide), dim, keepdim)
-        return root if x.is_cuda and torch.is_autocast_enabled("cuda") else root.to(x.dtype)
+        return narrowed(two_norm(x.to(wide), dim, keepdim), x)
     squared = x.square().sum(dim=tuple(range(x.dim())) if dim is None else dim, keepdim=keepdim)
     zero = squared == 0
     return torch.where(zero, torch.zeros_like(squared), torch.where(zero, torch.ones_like(squared), squared).sqrt())
@@ -127,16 +129,51 @@ def normalize(input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, o
     # Half types have no room for eps squared.
     wide = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
     result: Tensor = _Normalize.apply(wide, dim, eps)
-    return result.to(input.dtype)
+    return narrowed(result, input)
 
 
-def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "") -> Tensor:
-    """`torch.cdist`: the distance of each row of `x1` `(..., P, M)` to each row of `x2` `(..., R, M)`."""
+class _Euclidean(Function):
+    """d, the distances `(..., P, R)` of rows `(..., P, M)` and `(..., R, M)`, without a tensor of all differences.
+
+    With w = gy / d, and 0 where d is, of operations that have derivatives of their own:
+
+        g1 = x1 sum_R(w) - w x2,   g2 = x2 sum_P(w) - w^T x1
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x1: Tensor, x2: Tensor, compute_mode: str) -> Tensor:
+        y = torch.cdist(x1, x2, compute_mode=compute_mode)
+        ctx.save_for_backward(x1, x2, y if compute_mode == BY_DIFFERENCES else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        x1, x2, d = ctx.saved_tensors
+        if d is None:  # equal rows are at zero by differences, by products only nearly
+            d = _Euclidean.apply(x1, x2, BY_DIFFERENCES)
+        w = gy / d.masked_fill(d == 0, math.inf)
+        for_1, for_2 = ctx.needs_input_grad[:2]
+        g1 = (x1 * w.sum(-1).unsqueeze(-1) - w @ x2).sum_to_size(x1.shape) if for_1 else None
+        g2 = (x2 * w.sum(-2).unsqueeze(-1) - w.mT @ x1).sum_to_size(x2.shape) if for_2 else None
+        return g1, g2, None
+
+
+def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = MODES[0]) -> Tensor:
+    """`torch.cdist`: the distance of each row of `x1` `(..., P, M)` to each row of `x2` `(..., R, M)`.
+
+    Gradients of 2-norms of many rows are differences of products, as PyTorch's: rows that lie much closer to each other than to zero lose
+    the digits that they share.
+    """
     if torch.is_autocast_enabled(x1.device.type):  # as autocast does for it
         x1, x2 = (x if x.dtype == torch.float64 else x.float() for x in (x1, x2))
     rows = min(x1.dim(), x2.dim()) > 1 and x1.shape[-1] == x2.shape[-1] > 0
-    if not (rows and x1.dtype == x2.dtype in (torch.float32, torch.float64) and p >= 0 and compute_mode in MODES):
+    known = rows and x1.dtype == x2.dtype in (torch.float32, torch.float64) and p >= 0 and compute_mode in MODES
+    if not (known and torch.is_grad_enabled() and (x1.requires_grad or x2.requires_grad)):  # as for the nearest code, which has no gradient
         return torch.cdist(x1, x2, p, compute_mode)
+    result: Tensor
+    if p == 2 and max(x1.numel() * x2.shape[-2], x2.numel() * x1.shape[-2]) > MANY:
+        result = _Euclidean.apply(x1, x2, compute_mode)
+        return result
     difference = x1.unsqueeze(-2) - x2.unsqueeze(-3)
     if p == 2:
         return two_norm(difference, dim=-1)
@@ -144,5 +181,5 @@ def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "") -> Ten
         return difference.abs().sum(dim=-1)
     if math.isinf(p):
         return difference.abs().amax(dim=-1)
-    result: Tensor = torch.linalg.vector_norm(difference, p, dim=-1)
+    result = torch.linalg.vector_norm(difference, p, dim=-1)
     return result

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attrreg.ops.channels import dense
+
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST = 2**31 - 2**12  # values, which the kernels count in 32 bits
 
@@ -22,9 +24,8 @@ def kernels(*tensors: Tensor) -> Any | None:
         return None
     if any(type(tensor) is not Tensor for tensor in tensors):  # distributed, or otherwise without memory of its own
         return None
-    dense = first.is_contiguous() or (first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last))
     strides = first.stride()
-    if not dense or any(tensor.stride() != strides for tensor in tensors[1:]):
+    if not dense(first) or any(tensor.stride() != strides for tensor in tensors[1:]):
         return None
     return _kernels(first.device)
 

@@ -113,7 +113,7 @@ def _rows(v, gy, x, g, mu, r, for_gy, for_x, for_g, rows, count, BLOCK: tl.const
 
 def rows(v: Tensor, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of layer normalisation, see `norm`: the gradients with respect to gy, x and g, of contiguous tensors of g's shape each row."""
-    count = g.numel()
+    count, g = g.numel(), g.contiguous()  # which the kernel reads in order
     lines = x.numel() // count
     programs = min(lines, MOST_ROWS)
     for_gy, for_x, for_g = torch.empty_like(v), torch.empty_like(x), g.new_empty(programs, count)

@@ -163,9 +163,8 @@ class _Product(Function):
 def linear(phase: Phase, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`."""
     fits = input.dim() > 1 and weight.dim() == 2 and input.shape[-1] == weight.shape[1]  # else PyTorch says what is wrong
-    if not fits or not _worth_it(input, weight) or torch.is_autocast_enabled("cpu"):
-        return F.linear(input, weight, bias)
-    if bias is not None and not (_suited(bias) and bias.shape == weight.shape[:1]):
+    worth = fits and _worth_it(input, weight) and (bias is None or (_suited(bias) and bias.shape == weight.shape[:1]))
+    if not worth or torch.is_autocast_enabled("cpu"):
         return F.linear(input, weight, bias)
     result: Tensor = _Linear.apply(input.contiguous(), weight, bias, phase)[0]  # so that nothing copies it again
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,8 +39,12 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
 
 
 WITH_PHASE: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), conv.convolve),
-    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), conv.convolve_transposed),
+    F.conv1d: partial(conv.convolve, axes=1),
+    F.conv2d: conv.convolve,
+    F.conv3d: partial(conv.convolve, axes=3),
+    F.conv_transpose1d: partial(conv.convolve_transposed, axes=1),
+    F.conv_transpose2d: conv.convolve_transposed,
+    F.conv_transpose3d: partial(conv.convolve_transposed, axes=3),
     F.linear: linear.linear,
     F.scaled_dot_product_attention: attention.attention,
     F.batch_norm: batch_norm.batch_norm,
@@ -81,8 +86,8 @@ class _Replace(TorchFunctionMode):
 def twice_differentiable(phase: Phase, at_once: bool = True) -> Iterator[Callable[[], None]]:
     """Compute with operators that have a second derivative. The user's settings are back at the end.
 
-    Attention takes PyTorch's math path: its fused kernels have no double backward (pytorch#116350). A checkpointed
-    block (`use_reentrant=False`) that runs inside is recomputed with the same operators, whenever that happens.
+    Attention that ours does not compute takes PyTorch's math path: its fused kernels have no double backward (pytorch#116350). A
+    checkpointed block (`use_reentrant=False`) that runs inside is recomputed with the same operators, whenever that happens.
 
     Args:
         phase: tells the operators what the backward through them is for.

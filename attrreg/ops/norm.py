@@ -25,6 +25,7 @@ from torch.autograd import Function
 from attrreg.ops import fused, sound
 from attrreg.ops.channels import affine, suggested
 from attrreg.ops.phase import Phase, once_differentiable, wanted
+from attrreg.ops.precision import narrowed
 
 aten = torch.ops.aten
 
@@ -104,8 +105,7 @@ def layer_norm(
     wide = torch.promote_types(input.dtype, torch.float32)
     if input.dtype != wide:  # PyTorch's second derivative has the cube of 1 / deviation, for which float16 has no room
         g, b = (None if parameter is None else parameter.to(wide) for parameter in (weight, bias))
-        y = layer_norm(phase, input.to(wide), normalized_shape, g, b, eps)
-        return y if input.is_cuda and torch.is_autocast_enabled("cuda") else y.to(input.dtype)
+        return narrowed(layer_norm(phase, input.to(wide), normalized_shape, g, b, eps), input)
     shape = list(normalized_shape)
     g = weight if weight is not None else input.new_ones(shape)
     b = bias if bias is not None else input.new_zeros(shape)
@@ -129,8 +129,7 @@ def group_norm(
     wide = torch.promote_types(input.dtype, torch.float32)
     if input.dtype != wide:  # as in `layer_norm`; rounded once, as PyTorch's
         g, b = (None if parameter is None else parameter.to(wide) for parameter in (weight, bias))
-        y = group_norm(phase, input.to(wide), num_groups, g, b, eps)
-        return y if input.is_cuda and torch.is_autocast_enabled("cuda") else y.to(input.dtype)
+        return narrowed(group_norm(phase, input.to(wide), num_groups, g, b, eps), input)
     n = len(input)
     grouped = input.reshape(n, num_groups, channels // num_groups * math.prod(input.shape[2:]))
     y = layer_norm(phase, grouped, grouped.shape[-1:], None, None, eps).reshape(input.shape)
@@ -220,7 +219,8 @@ def rms_norm(
     wide = torch.promote_types(input.dtype, torch.float32)
     eps = torch.finfo(wide).eps if eps is None else eps
     if input.dtype != wide:  # as in `layer_norm`
-        return rms_norm(phase, input.to(wide), normalized_shape, None if weight is None else weight.to(wide), eps).to(input.dtype)
+        g = None if weight is None else weight.to(wide)
+        return narrowed(rms_norm(phase, input.to(wide), normalized_shape, g, eps), input)
     g = weight if weight is not None else input.new_ones(shape)
     result: Tensor = _RMSNorm.apply(input.contiguous(memory_format=suggested(input)), g, list(shape), eps, phase)
     return result

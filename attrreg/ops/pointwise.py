@@ -31,13 +31,9 @@ def by_products(images: int, positions: int, inner: int, outer: int, channels_la
     return always, always or images * positions <= max(inner, outer) // 4  # a library mostly lays out the weights
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-
-
 def _rows(x: Tensor) -> bool:
     """Whether to take all images as rows of channels, in one product; else one product an image."""
-    return x.shape[2:].numel() <= FEW or _is_channels_last(x)
+    return x.shape[2:].numel() <= FEW or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def as_rows(x: Tensor) -> Tensor:
