@@ -60,6 +60,11 @@ def outside_fraction(map: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([((1 - m) * p.abs()).sum() / p.abs().sum() for p, m in zip(map, mask, strict=True)])
 
 
+def total_variation(map: Tensor, mask: Tensor) -> Tensor:
+    below, right = map[:, :, 1:] - map[:, :, :-1], map[..., 1:] - map[..., :-1]
+    return torch.stack([one.abs().sum() + other.abs().sum() for one, other in zip(below, right, strict=True)])
+
+
 def energy(map: Tensor, mask: Tensor) -> Tensor:
     values = []
     for p, m in zip(map, mask, strict=True):

@@ -33,6 +33,7 @@ OBJECTIVES: dict[str, tuple[Objective, Callable[[Tensor, Tensor], Tensor]]] = {
     "net": (objectives.NetOutside(), oracles.net_outside),
     "fraction": (objectives.OutsideFraction(), oracles.outside_fraction),
     "energy": (objectives.Energy(), oracles.energy),
+    "total_variation": (objectives.TotalVariation(), oracles.total_variation),
 }
 # name -> (the regularizer of a score and an objective, its naive map of (model, x, target, score))
 MAPS: dict[str, tuple[Callable[..., AttributionRegularizer], Callable[..., Tensor]]] = {

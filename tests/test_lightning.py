@@ -101,8 +101,7 @@ def assert_same(module: Module, model: nn.Module, tolerance: float = 1e-5) -> No
     """What the training did is the same; what it started from would hide a penalty that is left out."""
     ours, theirs, start = (each.state_dict() for each in (module.net, model, net()))
     assert ours["1.num_batches_tracked"] == theirs["1.num_batches_tracked"] == 8
-    names = [name for name in ours if name != "1.num_batches_tracked"]
-    one, other = ([state[name] - start[name] for name in names] for state in (ours, theirs))
+    one, other = ([state[name] - start[name] for name in ours if name != "1.num_batches_tracked"] for state in (ours, theirs))
     assert_close(one, other, tolerance)
 
 

@@ -261,16 +261,6 @@ def test_total_variation_is_of_neighbours_whatever_the_mask() -> None:
     assert not objectives.TotalVariation()(torch.ones(2, 3, 1, 1), torch.zeros(2, 1, 1, 1)).any()
 
 
-def test_total_variation_as_a_penalty() -> None:
-    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
-    images = x.clone().requires_grad_()
-    (phi,) = torch.autograd.grad(model(images).log_softmax(1).sum(), images, create_graph=True)
-    want = ((phi[:, :, 1:] - phi[:, :, :-1]).abs().sum() + (phi[..., 1:] - phi[..., :-1]).abs().sum()) / len(x)
-    value = attrreg.InputGradient(objective=objectives.TotalVariation())(model, x, mask)
-    torch.testing.assert_close(value, want)
-    assert_close(gradients(model, value), gradients(model, want), 1e-9)
-
-
 @pytest.mark.parametrize("fill", [0.5, torch.zeros(()), baselines.Zero])
 def test_a_fill_is_a_baseline(fill: Any) -> None:
     for kind in (baselines.Masked, attrreg.ActivationDifference, attrreg.transforms.ReplaceOutside):
