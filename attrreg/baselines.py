@@ -93,7 +93,7 @@ class OneOf(Baseline):
     draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.images, (Fixed, Tensor)):
+        if isinstance(self.images, (list, tuple)):
             raise TypeError(f"OneOf: images must be a tensor (K, C, H, W), got a {type(self.images).__name__}. Write torch.stack(images).")
         images = self.images if isinstance(self.images, Fixed) else Fixed(self.images)
         if images.image.dim() != 4:

@@ -166,6 +166,8 @@ class TotalVariation(Spec):
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Penalty `(N,)` of maps `(N, C, H, W)`; `mask` is not read."""
         map, _ = _judged(map, mask)
+        if map.shape[2] * map.shape[3] == 1:
+            raise ValueError("TotalVariation: the map has one cell, which has no neighbours. Name a layer with a finer map.")
         return map.diff(dim=2).abs().sum(dim=(1, 2, 3)) + map.diff(dim=3).abs().sum(dim=(1, 2, 3))
 
 

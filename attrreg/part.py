@@ -58,7 +58,7 @@ def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
     if fraction < 1:
         device = torch.device("cpu") if call.generator is None else call.generator.device
         order = torch.randperm(annotation.count, generator=call.generator, device=device)
-        indices = indices[order[: max(1, math.ceil(round(fraction * annotation.count, 9)))].to(indices.device).sort().values]
+        indices = indices[order[: max(1, math.ceil(round(float(fraction) * annotation.count, 9)))].to(indices.device).sort().values]
     target = None if call.target is None else call.target[indices]
     return replace(call, x=call.x[indices], annotation=annotation.part(indices), target=target)
 

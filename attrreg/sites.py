@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -140,6 +141,8 @@ def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Tensor:
 
 def _told_by(model: nn.Module, site: str, name: str) -> nn.Module:
     """The module nearest around a layer that has an attribute by which it tells how that lies: a backbone may be a part of the model."""
+    if site in SPECIAL:
+        return model
     parts = site.split(".")
     around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), 0, -1))
     return next((module for module in around if hasattr(module, name)), model)
@@ -163,9 +166,9 @@ def _output_is_nhwc(model: nn.Module) -> bool:
 
 
 def _grid(count: int, model: nn.Module, height: int, width: int) -> tuple[int, int] | None:
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if grid is not None and len(grid) == 2 and grid[0] * grid[1] == count:
-        return int(grid[0]), int(grid[1])
+    grid = _patches(model)
+    if grid is not None and grid[0] * grid[1] == count:
+        return grid
     if count < 4:
         return None
     h = max(1, round(math.sqrt(count * height / width)))
@@ -184,9 +187,15 @@ def _unrolled(length: int, model: nn.Module) -> bool:
     return length > math.prod(size) // math.prod(math.prod(stride) for stride in strides)
 
 
+def _patches(model: nn.Module) -> tuple[int, int] | None:
+    """How many rows and columns of patches timm's models say that they have."""
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    return (int(grid[0]), int(grid[1])) if isinstance(grid, Sequence) and len(grid) == 2 else None
+
+
 def _before_drops(model: nn.Module) -> int | None:
     """Patches of the whole image, where the model now goes on with some at random, as timm's `PatchDropout` does; else None."""
-    drop, grid = getattr(model, "patch_drop", None), getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    drop, grid = getattr(model, "patch_drop", None), _patches(model)
     dropping = isinstance(drop, nn.Module) and drop.training and getattr(drop, "prob", 0) > 0
     return math.prod(grid) if dropping and grid is not None else None
 

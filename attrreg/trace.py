@@ -96,19 +96,26 @@ class Trace:
         return self._runner.scores(self._recordings[at], self._concrete(score))
 
     def sees_images(self, site: str, at: Point) -> bool:
-        """Whether the value at a site comes from the images, asked where it is nearly the same at a point.
-
-        If those differ there, and the answer is not known, it takes a forward.
-        """
-        model, kind = self.call.model, (site, *automatic.asked(self.call, None))
+        """Whether the value at a site comes from the images, asked where it is nearly the same at a point; takes forwards, once."""
+        model, at, output = self.call.model, self._seen(at), self.call.output
+        head = getattr(output, "__code__", type(output)) if callable(output) else output  # not itself, which may hold the model
+        kind = site, self.call.x.shape[1:], model.training, head
         if next(sharded(model), None) is not None or synchronises(model):  # a forward that other ranks do not run would wait for them
             return True
-        if kind in _SEEING.get(model, ()) or torch.equal(self._recordings[self._seen(at)].x, self.call.x):
+        images = self.call.x.detach(), self._recordings[at].x.detach()
+        if kind in _SEEING.get(model, ()) or torch.equal(*images):
             return True
-        with isolated(model, device=self.call.x.device):
-            recording = self._runner.forward(self.call.x.detach(), {sites.INPUT: True, site: False}, check=True)
+
+        def again(image: Tensor, wanted: dict[str, bool]) -> Recording:
+            with isolated(model, self._recordings[CLEAN].rng):
+                return self._runner.forward(image, wanted, check=True)
+
+        recording = again(images[0], {sites.INPUT: True, site: False})
         found = which_are_read(self._runner.at(recording, site), [recording.values[sites.INPUT]])[0]
-        if found and not any(map(callable, kind)):  # which may hold the model, and keep it for ever
+        if not found:  # without a graph, as from frozen layers under no_grad? The passes so far may differ by rounding
+            with torch.no_grad():
+                found = not torch.equal(*(self._runner.at(again(image, {site: False}), site) for image in images))
+        if found:
             _SEEING.setdefault(model, []).append(kind)
         return found
 
@@ -155,12 +162,7 @@ class Trace:
             as_users_forward: the clean pass stands in for the user's own forward, so it moves BatchNorm's statistics and
                 the random number generators as that would; `commit` makes the former final.
         """
-        wanted = sites_at(CLEAN, self._needs)
-        if (
-            wanted.get(sites.SPATIAL) is False and not self._differentiable
-        ):  # a graph tells which layer that is; a frozen model's starts here
-            wanted[sites.INPUT] = True
-        self._clean_pass(wanted, as_users_forward)
+        self._clean_pass(sites_at(CLEAN, self._needs), as_users_forward)
         replay = self._recordings[CLEAN].rng if CLEAN in self._recordings else Rng.of(self.call.x.device)
         # Draws come after the clean pass, as they do in a loop whose own forward is reused.
         seeds = self._draw()

@@ -271,3 +271,31 @@ def test_all_passes_are_laid_out_as_the_images(fill: baselines.Baseline) -> None
     x = x.contiguous(memory_format=torch.channels_last)
     value = attrreg.ActivationDifference("body", fill)(model, x, torch.ones(8, 8, dtype=torch.bool), target)
     assert float(value.detach()) == pytest.approx(0, abs=1e-9)
+
+
+class Probe(nn.Module):
+    """Trains what follows frozen features, which have no graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.hidden, self.head = nn.Conv2d(2, 6, 3), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.backbone(x).tanh().mean((2, 3))
+        logits: Tensor = self.head(self.hidden(features).tanh())
+        return logits
+
+
+@pytest.mark.parametrize("layers", ["auto", "hidden"])
+def test_features_without_a_graph_to_the_images_come_from_them(layers: str) -> None:
+    model, (x, mask, _) = Probe().double(), smooth_batch()
+    reg, nearly = attrreg.ActivationDifference(layers, fill=ZERO), torch.ones_like(mask, dtype=torch.float64)
+    nearly[:, 0, 0] = 0.9999  # x and x~ are almost the same
+    with passes() as first:
+        value = reg(model, x, nearly)
+    assert 0 < value < 1e-3 and first.checks > 0
+    with passes() as second:
+        torch.testing.assert_close(reg(model, x, nearly), value)
+    assert second.checks == 0
+    assert gradients(model, value)[2].any()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from timm.layers import EvoNorm2dB0
@@ -113,6 +114,15 @@ def test_a_fraction_leaves_a_recorded_forward_alone() -> None:
             TERM(model, x, mask, target, fraction=0.5)
             TERM(model, x, mask, target)
     assert model.seen == [4, 2] and counter.forward == 1
+
+
+def test_a_fraction_is_of_so_many_images() -> None:
+    model, (x, mask, target), seen = SmoothNet().double(), smooth_batch(30), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    given: list[Any] = [0.1, numpy.float32(0.5), 1e-12]
+    for fraction in given:
+        TERM(model, x, mask, target, fraction=fraction)
+    assert seen == [3, 15, 1]
 
 
 @pytest.mark.parametrize(("fraction", "kind"), [(0, ValueError), (1.5, ValueError), ("half", TypeError), (True, TypeError)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -258,7 +259,8 @@ def test_total_variation_is_of_neighbours_whatever_the_mask() -> None:
     want = torch.tensor([1.0, 2.0]) * 2 * (right + below)
     for mask in (torch.zeros(2, 1, 2, 3), torch.rand(2, 1, 2, 3)):
         torch.testing.assert_close(objectives.TotalVariation()(map, mask), want)
-    assert not objectives.TotalVariation()(torch.ones(2, 3, 1, 1), torch.zeros(2, 1, 1, 1)).any()
+    with pytest.raises(ValueError, match=r"TotalVariation: the map has one cell.*Name a layer"):
+        objectives.TotalVariation()(torch.ones(2, 3, 1, 1), torch.zeros(2, 1, 1, 1))
 
 
 @pytest.mark.parametrize("fill", [0.5, torch.zeros(()), baselines.Zero])
@@ -271,6 +273,7 @@ def test_a_fill_is_a_baseline(fill: Any) -> None:
 def test_images_to_draw_from_are_a_tensor() -> None:
     with pytest.raises(TypeError, match=r"OneOf: images must be a tensor .* Write torch\.stack"):
         baselines.OneOf([torch.zeros(2, 4, 4), torch.ones(2, 4, 4)])  # type: ignore[arg-type]
+    assert baselines.OneOf(numpy.zeros((2, 3, 4, 4))) == baselines.OneOf(torch.zeros(2, 3, 4, 4).double())  # type: ignore[arg-type]
 
 
 def test_contrast_at_a_tie_is_zero_and_has_no_gradient() -> None:
