@@ -126,3 +126,9 @@ def test_the_api_page_names_all_that_is_public() -> None:
     missing = [name for name in attrreg.__all__ if not any(f"{each}.".startswith(f"attrreg.{name}.") for each in listed)]
     members = re.findall(r"^        - (\w+)$", page, flags=re.MULTILINE)
     assert not missing and set(attrreg.captum.__all__) <= {*members, "from_captum"}
+
+
+def test_files_can_be_read_at_a_sitting() -> None:
+    files = [file for folder in ("attrreg", "benchmarks", "tests") for file in (ROOT / folder).rglob("*.py")]
+    long = [str(file.relative_to(ROOT)) for file in files if len(file.read_text(encoding="utf-8").splitlines()) > 350]
+    assert len(files) > 200 and not long, f"above 350 lines: {long}"
