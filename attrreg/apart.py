@@ -43,8 +43,8 @@ class Shown:
 
     def keep(self, model: nn.Module, kind: Hashable, found: bool) -> None:
         """What a call has shown."""
-        kinds = self._kinds[model]
-        kinds[kind] = kinds[kind][0], found
+        kinds = self._kinds.setdefault(model, {})
+        kinds[kind] = kinds.get(kind, (0, None))[0], found
 
 
 _SHOWN = Shown()

@@ -197,9 +197,7 @@ def recorded_output(call: Call) -> tuple[Any] | None:
     """What the loop's own forward returned, if it was the one of a call and recorded."""
     attachment = attached(call.model)
     recording = attachment.take(call, {}, twice=False, asked=None, alone=True) if attachment is not None else None
-    if recording is None or recording.conditions is None or not recording.conditions.whole(recording.returned):
-        return None
-    return (recording.returned,)
+    return (recording.returned,) if recording is not None and recording.can_be_returned else None
 
 
 def _recomputed() -> bool:

@@ -266,11 +266,6 @@ def made_of(part: object) -> Iterator[Baseline]:
             yield from made_of(getattr(part, field.name))
 
 
-def is_own(baseline: Baseline) -> bool:
-    """Whether it is of the user's code."""
-    return not type(baseline).__module__.startswith("attrreg.")
-
-
 def _orders(count: int, length: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """Random orders `(count, length)`."""
     if device.type == "cpu":  # where sorting takes ten times as long

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from attrreg import masks
 from attrreg.distributed import Groups
 from attrreg.state import isolated
-from attrreg.walk import modules
+from attrreg.walk import attributes, modules
 from attrreg.wrappers import eager, refuse_compiling, undistributed, unwrap
 
 Select = Callable[[Any], Tensor] | str | int | None
@@ -167,8 +167,7 @@ def check_differentiable(model: nn.Module, x: Tensor, output: Select, inputs: In
     if any(parameter.requires_grad for parameter in model.parameters()):
         return
     # What made x, what else the model gets or holds, or a function that makes the logits, may be trained; the graph will tell.
-    held = (value for module in modules(model) for value in (*vars(module).values(), *module._buffers.values()))
-    others = (value for value in (*tree_leaves(inputs), *held) if value is not x)
+    others = (value for value in (*tree_leaves(inputs), *model.buffers(), *attributes(model)) if value is not x)
     elsewhere = callable(output) or (x.requires_grad and not x.is_leaf)
     if not elsewhere and not any(isinstance(value, Tensor) and value.requires_grad for value in others):
         raise RuntimeError(

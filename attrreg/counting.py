@@ -15,8 +15,8 @@ class Passes:
     Attributes:
         forward: forwards through the model.
         backward: inner backwards, those that make attributions.
-        checks: passes that only show, now and then, that images or places of a path do not depend on each other. Equal counts may differ
-            in these.
+        checks: passes that only show, now and then, that images or places of a path do not depend on each other, or that activations come
+            from the images. Equal counts may differ in these.
     """
 
     forward: int = 0

@@ -66,12 +66,13 @@ class PathGradients:
         self._replay = replay
         model = runner.call.model
         self._modes = modes(model)
-        self._coupled = any(map(couples, runner.call.modules))
+        self._coupled = any(map(couples, modules(model)))
         plain = runner.call.inputs is None and dense(runner.call.x)  # draws go in memory's order
-        head = runner.call.output  # which our operators do not see
-        plain = plain and not (isinstance(head, nn.Module) and not _separable(head, ours=False))
-        alone = next(sharded(model), None) is not None  # FSDP2: each pass waits for all ranks, so all have as many, whatever their images
-        self._separable = plain and not alone and _REFUSED.get(model) != self._modes and _separable(model, runner.twice)
+        if next(sharded(model), None) is not None:  # FSDP2: each pass waits for all ranks, so all have as many, whatever their images
+            plain = False
+        if isinstance(head := runner.call.output, nn.Module):  # which our operators do not see
+            plain = plain and _separable(head, ours=False)
+        self._separable = plain and _REFUSED.get(model) != self._modes and _separable(model, runner.twice)
         self.reached: dict[int, Tensor] = {}
         self._once: tuple[Rng, list[torch.Size]] | None = None  # where a pass over the images alone ends, and what it drew
 

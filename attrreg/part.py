@@ -11,10 +11,11 @@ import torch
 
 from attrreg.apart import close, images_apart
 from attrreg.attach import attached
-from attrreg.baselines import Baseline, Fixed, OtherImage, is_own, made_of
+from attrreg.baselines import Baseline, Fixed, OtherImage, made_of
 from attrreg.call import Call
 from attrreg.needs import Need, Value
 from attrreg.scores import Score
+from attrreg.spec import is_own
 from attrreg.state import Rng
 
 

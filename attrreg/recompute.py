@@ -15,7 +15,7 @@ from attrreg.graph import trainable_leaves
 from attrreg.ops.phase import once_differentiable
 from attrreg.points import Stop
 from attrreg.state import Moment, moment_of, own_buffers
-from attrreg.walk import modes, modules
+from attrreg.walk import attributes, modes
 
 
 class Gradients(Protocol):
@@ -117,7 +117,7 @@ class _Step:
         own = {id(parameter) for parameter in self._model.parameters()}
         if parametrize._cache_enabled or any(id(leaf) not in own for leaf in leaves):
             return True
-        held = (*self._moment.values(), *(value for module in modules(self._model) for value in vars(module).values()))
+        held = (*self._moment.values(), *attributes(self._model))
         return any(isinstance(value, Tensor) and value.grad_fn is not None for value in held)
 
 

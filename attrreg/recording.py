@@ -162,6 +162,11 @@ class Recording:
         """Whether it ran in float16."""
         return torch.float16 in (self.x.dtype, self.autocast)
 
+    @property
+    def can_be_returned(self) -> bool:
+        """Whether a loop may get what its own forward returned once more: it has changed nothing there."""
+        return self.conditions is not None and self.conditions.whole(self.returned)
+
     def has_other_map(self, sites: Mapping[str, bool], asked: Any) -> bool:
         """Whether a call reads the layer for `layer="auto"`, and the one that was recorded is that of another question."""
         return SPATIAL in sites and self.conditions is not None and self.conditions.asked not in (None, asked)

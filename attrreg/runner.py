@@ -21,6 +21,7 @@ from attrreg.masks import penalty_dtype
 from attrreg.ops.rectify import Rule
 from attrreg.recording import Recording, version
 from attrreg.scores import Score
+from attrreg.spec import is_own
 from attrreg.state import Rng, full_precision, own_buffers
 
 REENTRANT = (
@@ -129,7 +130,7 @@ class Runner:
 
     def _scores(self, value: Tensor, score: Score) -> Tensor:
         score.check_value(value, self.call.target)
-        before, start = version(value), Rng.of(value.device) if _is_own(score) else None
+        before, start = version(value), Rng.of(value.device) if _runs_own(score) else None
         with full_precision(value.device):
             per_image = self._placewise(score, value, self.call.target)
         self.drew |= start is not None and not Rng.of(value.device).same(start)
@@ -249,9 +250,9 @@ class Runner:
         return recording.values[sites.FEATURES]
 
 
-def _is_own(score: Score) -> bool:
-    """Whether it is of the user's code, at least in part."""
-    return not type(score).__module__.startswith("attrreg.") or getattr(score, "function", None) is not None
+def _runs_own(score: Score) -> bool:
+    """Whether it runs the user's code, at least in part."""
+    return is_own(score) or getattr(score, "function", None) is not None
 
 
 def _scale(total: Tensor, value: Tensor) -> Tensor:

@@ -36,6 +36,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def is_own(part: object) -> bool:
+    """Whether it is of the user's code."""
+    return not type(part).__module__.startswith("attrreg.")
+
+
 class Spec:
     """Base of the frozen dataclasses a user writes: scores, objectives, baselines, regularizers.
 

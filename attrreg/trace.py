@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attrreg import automatic, sites
+from attrreg.apart import Shown
 from attrreg.attach import attached
-from attrreg.baselines import is_own, made_of
+from attrreg.baselines import made_of
 from attrreg.call import Call
 from attrreg.counting import Passes, counters, passes
 from attrreg.differences import Differences, PathLeaves
@@ -32,12 +32,12 @@ from attrreg.recompute import Gradients, along
 from attrreg.recording import Recording, version
 from attrreg.runner import Runner
 from attrreg.scores import Score
+from attrreg.spec import is_own
 from attrreg.state import Buffers, Rng, isolated
 
 __all__ = ["Passes", "Trace", "passes"]
 
-# At which sites a model's values come from the images, in which calls: that is asked once.
-_SEEING: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+_SEEING = Shown()  # at which sites a model's values come from the images, in which calls
 
 
 class Trace:
@@ -103,7 +103,7 @@ class Trace:
         if next(sharded(model), None) is not None or synchronises(model):  # a forward that other ranks do not run would wait for them
             return True
         images = self.call.x.detach(), self._recordings[at].x.detach()
-        if kind in _SEEING.get(model, ()) or torch.equal(*images):
+        if _SEEING.found(model, kind) or torch.equal(*images):
             return True
 
         def again(image: Tensor, wanted: dict[str, bool]) -> Recording:
@@ -116,7 +116,7 @@ class Trace:
             with torch.no_grad():
                 found = not torch.equal(*(self._runner.at(again(image, {site: False}), site) for image in images))
         if found:
-            _SEEING.setdefault(model, []).append(kind)
+            _SEEING.keep(model, kind, True)
         return found
 
     def seen_from(self, point: Point) -> Trace:
@@ -192,8 +192,8 @@ class Trace:
         recording = None
         if attachment is not None:
             recording = attachment.take(call, wanted, self._runner.twice, self._asked(), alone(self._needs))
-            if as_users_forward and recording is not None and not (recording.conditions and recording.conditions.whole(recording.returned)):
-                recording = None  # the loop has changed what it would get
+            if as_users_forward and recording is not None and not recording.can_be_returned:
+                recording = None
         # The images themselves need no pass. One that was recorded is taken all the same: others replay its draws.
         needed = as_users_forward or any(wanted.values()) or bool(wanted.keys() - {sites.INPUT})
         if recording is None and needed:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from torch import nn
 
 
@@ -19,3 +22,8 @@ def modules(model: nn.Module) -> list[nn.Module]:
 def modes(model: nn.Module) -> list[bool]:
     """Which modules are in train mode, to be compared with what it was."""
     return [module.training for module in modules(model)]
+
+
+def attributes(model: nn.Module) -> Iterator[Any]:
+    """All that modules hold, but parameters, buffers and modules."""
+    return (value for module in modules(model) for value in vars(module).values())

@@ -41,24 +41,14 @@ def test_graphs_of_buffers_lead_on(regularizer: attrreg.AttributionRegularizer, 
     model, (x, mask, target) = Prototypes().double(), smooth_batch()
     maker, codes = nn.Linear(4, 6).double(), torch.randn(3, 4, dtype=torch.float64)
 
-    class Whole(nn.Module):  # the same without a buffer
-        def __init__(self) -> None:
-            super().__init__()
-            self.net, self.maker = model, maker
-
+    class Made(Prototypes):  # the same without a buffer
         def forward(self, x: Tensor) -> Tensor:
-            features: Tensor = SmoothNet.forward(model, x)
-            logits: Tensor = features @ maker(codes).T
+            logits: Tensor = SmoothNet.forward(self, x) @ maker(codes).T
             return logits
 
-    site = regularizer.terms[0].regularizer
-    named = (
-        attrreg.ActivationDifference("net.body", ZERO) + attrreg.GradCAM("net.body")
-        if isinstance(site, attrreg.ActivationDifference)
-        else regularizer
-    )
-    whole = Whole()
-    want = gradients(whole, F.cross_entropy(whole(x), target) + named(whole, x, mask, target))
+    made = Made().double()
+    made.load_state_dict(model.state_dict())
+    want = gradients(nn.ModuleList([made, maker]), F.cross_entropy(made(x), target) + regularizer(made, x, mask, target))
     model.prototypes = maker(codes)
     if way == "evaluate":
         penalty = regularizer.evaluate(model, x, mask, target)
@@ -68,7 +58,7 @@ def test_graphs_of_buffers_lead_on(regularizer: attrreg.AttributionRegularizer, 
             loss = F.cross_entropy(model(x), target) + regularizer(model, x, mask, target)
     else:
         loss = F.cross_entropy(model(x), target) + regularizer(model, x, mask, target)
-    assert_close(gradients(whole, loss), want, 1e-9)
+    assert_close(gradients(nn.ModuleList([model, maker]), loss), want, 1e-9)
 
 
 def test_a_frozen_model_may_be_trained_by_what_it_gets_or_holds() -> None:

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import attrreg
 from tests.models import SmoothNet, assert_close, batch, gradients, smooth_batch
+from tests.test_held import Prototypes
 
 
 class Centred(nn.Module):
@@ -262,23 +263,13 @@ def test_a_decision_over_the_batch_is_noticed_where_places_share_one() -> None:
 
 @pytest.mark.parametrize("chunk", [None, 1, 3])
 def test_prototypes_may_be_detached_before_a_chunked_backward(chunk: int | None) -> None:
-    class Prototypes(SmoothNet):
-        prototypes: Tensor
-
-        def __init__(self) -> None:
-            super().__init__(classes=6)
-            self.register_buffer("prototypes", torch.zeros(3, 6))
-            self.maker = nn.Linear(4, 6)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) @ self.prototypes.T
-
     model, (x, mask, target), codes = Prototypes().double(), smooth_batch(), torch.randn(3, 4, dtype=torch.float64)
-    reg = attrreg.IntegratedGradients(4, chunk=chunk)
-    model.prototypes = model.maker(codes)
-    want = gradients(model, reg(model, x, mask, target))
-    model.prototypes = model.maker(codes)
+    maker, reg = nn.Linear(4, 6).double(), attrreg.IntegratedGradients(4, chunk=chunk)
+    whole = nn.ModuleList([model, maker])
+    model.prototypes = maker(codes)
+    want = gradients(whole, reg(model, x, mask, target))
+    model.prototypes = maker(codes)
     value = reg(model, x, mask, target)
     model.prototypes = model.prototypes.detach()
     assert want[-1].any()
-    assert_close(gradients(model, value), want, 1e-10)
+    assert_close(gradients(whole, value), want, 1e-10)
