@@ -19,9 +19,8 @@ from attrreg.needs import Need, Value
 from attrreg.penalty import Penalty
 from attrreg.points import At
 from attrreg.regularizer import SingleRegularizer, Sum
-from attrreg.settings import check_count, is_integer
+from attrreg.settings import check_count, is_integer, is_number
 from attrreg.sites import FEATURES, check_by_image, check_layer_name
-from attrreg.spec import is_number
 from attrreg.trace import Trace
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from attrreg import masks
-from attrreg.spec import Key, is_number
+from attrreg.settings import is_number
+from attrreg.spec import Key
 
 
 class Baseline(Key, ABC):

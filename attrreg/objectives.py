@@ -18,7 +18,8 @@ from torch import Tensor
 
 from attrreg.masks import penalty_dtype
 from attrreg.scores import Score
-from attrreg.spec import Spec, is_number
+from attrreg.settings import is_number
+from attrreg.spec import Spec
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 

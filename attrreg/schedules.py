@@ -19,8 +19,8 @@ from attrreg.attach import Attachment, recorded_output
 from attrreg.call import Call
 from attrreg.penalty import Penalty
 from attrreg.regularizer import AttributionRegularizer
-from attrreg.settings import is_integer
-from attrreg.spec import Spec, is_number
+from attrreg.settings import is_integer, is_number, keep_count
+from attrreg.spec import Spec
 
 
 class Schedule(Spec, ABC):
@@ -51,7 +51,7 @@ class Every(Schedule):
     steps: int
 
     def __post_init__(self) -> None:
-        _check_steps(self, "Every(4)")
+        keep_count(self, "steps", 1)
 
     def __call__(self, step: int) -> float:
         """`steps` at each `steps`-th step, else 0."""
@@ -80,7 +80,7 @@ class Linear(Schedule):
     last: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_steps(self, "Linear(1000)")
+        keep_count(self, "steps", 1)
         _check_weights(self.first, self.last)
 
     def __call__(self, step: int) -> float:
@@ -111,7 +111,7 @@ class Cosine(Schedule):
     last: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_steps(self, "Cosine(10_000)")
+        keep_count(self, "steps", 1)
         _check_weights(self.first, self.last)
 
     def __call__(self, step: int) -> float:
@@ -138,13 +138,6 @@ class Product(Schedule):
 
 def _factors(schedule: Schedule) -> tuple[Schedule, ...]:
     return schedule.factors if isinstance(schedule, Product) else (schedule,)
-
-
-def _check_steps(schedule: Every | Linear | Cosine, example: str) -> None:
-    steps = schedule.steps
-    if not is_integer(steps) or steps < 1:
-        raise ValueError(f"steps must be an integer of at least 1, got {steps!r}. Write for example {example}.")
-    object.__setattr__(schedule, "steps", int(steps))  # small ones of NumPy's overflow
 
 
 def _check_weights(first: float, last: float) -> None:

@@ -20,7 +20,7 @@ from attrreg.captum.refusals import ABSTRACT, REFUSED
 from attrreg.objectives import LogOutside, Objective
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
-from attrreg.spec import is_number
+from attrreg.settings import is_number
 
 Index = int | tuple[int, ...]
 Images = Baseline | Tensor | float | None
