@@ -248,7 +248,13 @@ class MapRegularizer(SingleRegularizer):
     objective: Objective
 
     def __post_init__(self) -> None:
-        objectives.check_score_and_objective(self)
+        name = type(self).__name__
+        if not isinstance(self.score, Score):
+            raise TypeError(f"{name}: score must be a scores.Score, got {self.score!r}. Write for example scores.TargetLogit().")
+        if isinstance(self.objective, type) or not callable(self.objective):
+            raise TypeError(
+                f"{name}: objective must be a function (map, mask) -> (N,), got {self.objective!r}. Write for example objectives.Energy()."
+            )
 
     @abstractmethod
     def attribution(self, trace: Trace) -> Tensor:
@@ -306,22 +312,12 @@ class Sum(AttributionRegularizer):
         ValueError: two terms have the same name, or a weight is negative or not finite.
     """
 
-    parts: tuple[Term, ...]
-    shared_engine: Engine = DoubleBackward()
-
-    @property
-    def terms(self) -> tuple[Term, ...]:
-        """The terms, in the order they were added."""
-        return self.parts
-
-    @property
-    def engine(self) -> Engine:
-        """How the penalty's parameter gradient is obtained."""
-        return self.shared_engine
+    terms: tuple[Term, ...] = ()  # a default, because a dataclass would take the property of the base for one
+    engine: Engine = DoubleBackward()
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
-        for term in self.parts:
+        for term in self.terms:
             if not (math.isfinite(term.weight) and term.weight >= 0):
                 raise ValueError(
                     f"weight of {term.name} must be finite and at least 0, got {term.weight}. Choose another; a negative one would be a "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attrreg.baselines import Baseline, OtherImage, Zero, as_baseline
 from attrreg.needs import Grad, Need
-from attrreg.objectives import LogOutside, Objective, check_score_and_objective, requires_region
+from attrreg.objectives import LogOutside, Objective, requires_region
 from attrreg.points import RULES, Path, Quadrature, RandomPlaces
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
@@ -55,7 +55,7 @@ class IntegratedGradients(MapRegularizer):
     objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
-        check_score_and_objective(self)
+        super().__post_init__()
         object.__setattr__(self, "baseline", path_baseline(self))
         check_rule(self)
         if self.chunk is not None:
@@ -107,7 +107,7 @@ class ExpectedGradients(MapRegularizer):
     objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
-        check_score_and_objective(self)
+        super().__post_init__()
         object.__setattr__(self, "baseline", path_baseline(self))
         keep_count(self, "samples", 1)
         if self.chunk is not None:

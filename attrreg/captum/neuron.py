@@ -12,7 +12,7 @@ from attrreg.attributions.path import path_baseline
 from attrreg.baselines import Baseline, Zero, as_baseline
 from attrreg.captum.between import check_path, start, stops
 from attrreg.needs import Grad, Need, Value
-from attrreg.objectives import LogOutside, Objective, check_score_and_objective
+from attrreg.objectives import LogOutside, Objective
 from attrreg.points import At
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
@@ -99,7 +99,7 @@ class NeuronConductance(MapRegularizer):
     objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
-        check_score_and_objective(self)
+        super().__post_init__()
         if not isinstance(self.neuron, Neuron):
             raise TypeError(f"NeuronConductance: neuron must be a captum.Neuron, got {self.neuron!r}. Write Neuron('layer4', (0, 1, 1)).")
         check_path(self)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attrreg.baselines import Baseline, Fixed, Zero, as_baseline
 from attrreg.needs import Need, Scored
-from attrreg.objectives import LogOutside, Objective, check_score_and_objective
+from attrreg.objectives import LogOutside, Objective
 from attrreg.points import CLEAN, At, Point
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
@@ -88,7 +88,7 @@ class FeatureAblation(MapRegularizer):
     objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
-        check_score_and_objective(self)
+        super().__post_init__()
         _check_segments(self)
 
     @property
@@ -144,7 +144,7 @@ class ShapleyValues(MapRegularizer):
     objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
-        check_score_and_objective(self)
+        super().__post_init__()
         _check_segments(self)
         assert isinstance(self.segments, Fixed) and isinstance(self.baseline, Baseline)
         if self.baseline.draws:
