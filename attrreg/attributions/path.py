@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attrreg.baselines import Baseline, OtherImage, Zero, as_baseline
+from attrreg.baselines import Baseline, OtherImage, Zero, as_baseline, keep_baseline
 from attrreg.needs import Grad, Need
 from attrreg.objectives import LogOutside, Objective, requires_region
 from attrreg.points import RULES, Path, Quadrature, RandomPlaces
@@ -56,7 +56,8 @@ class IntegratedGradients(MapRegularizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "baseline", path_baseline(self))
+        keep_baseline(self)
+        check_share(self)
         check_rule(self)
         if self.chunk is not None:
             keep_count(self, "chunk", 1)
@@ -108,7 +109,8 @@ class ExpectedGradients(MapRegularizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "baseline", path_baseline(self))
+        keep_baseline(self)
+        check_share(self)
         keep_count(self, "samples", 1)
         if self.chunk is not None:
             keep_count(self, "chunk", 1)
@@ -126,15 +128,18 @@ class ExpectedGradients(MapRegularizer):
         return trace.grad(INPUT, self.score, self._path)
 
 
-def path_baseline(regularizer: Any) -> Baseline:
-    """The baseline as an object, refused where it makes the objective constant."""
-    baseline = as_baseline(regularizer.baseline)
-    if baseline.needs_mask and requires_region(regularizer.objective):
+def check_share(regularizer: Any) -> None:
+    """Check that the baseline does not make the objective constant.
+
+    Raises:
+        ValueError: naming the baseline.
+    """
+    baseline, objective = regularizer.baseline, regularizer.objective
+    if baseline.needs_mask and requires_region(objective):
         raise ValueError(
             f"{type(regularizer).__name__}: from {type(baseline).__name__} to the image only irrelevant pixels change, so the share of "
             "attribution outside is 1 whatever the model does. Use objectives.LogOutside(), or another baseline."
         )
-    return baseline
 
 
 def check_rule(regularizer: Any) -> None:
