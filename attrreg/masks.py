@@ -115,7 +115,9 @@ def _canonical(mask: Tensor, x: Tensor) -> Tensor:
     if mask.dim() != 4 or mask.shape[1] != 1:
         raise ValueError(f"mask must be (N, H, W), (N, 1, H, W) or (H, W), got {shape}. Drop or reduce the other axes.")
     if mask.shape[0] != n:
-        raise ValueError(f"mask is for {mask.shape[0]} images but x has {n} (mask {shape}). Pass one mask an image, or one (H, W) for all.")
+        raise ValueError(
+            f"mask is for {mask.shape[0]} images, but the batch has {n} (mask {shape}). Pass one mask an image, or one (H, W) for all."
+        )
     if 0 in mask.shape[2:]:
         raise ValueError(f"mask is empty: its shape is {shape}. Pass a mask with at least one pixel.")
     return mask.detach().to(device=x.device, dtype=penalty_dtype(x.dtype))
@@ -134,7 +136,7 @@ def checked_flags(annotated: Tensor | None, x: Tensor) -> Tensor:
         kind = annotated.dtype if isinstance(annotated, Tensor) else type(annotated).__name__
         raise TypeError(f"annotated must be a boolean tensor, got {kind}. Write torch.tensor([...], dtype=torch.bool).")
     if annotated.shape != (n,):
-        raise ValueError(f"annotated must be ({n},), one flag an image of x, got {tuple(annotated.shape)}. Reshape it.")
+        raise ValueError(f"annotated must be ({n},), one flag an image, got {tuple(annotated.shape)}. Reshape it.")
     return annotated.to(x.device)
 
 
