@@ -102,7 +102,6 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
         assert call.annotation is not None  # check requires a mask
         call = replace(call, annotation=distributed.everywhere(call.annotation, call.groups))
         call = call if as_users_forward else part_of(call, needs, fraction)
-        assert call.annotation is not None
         trace = Trace(call, needs, differentiable=True, engine=engine)
         trace.run(as_users_forward)
         parts: dict[str, Tensor] = {}
@@ -116,8 +115,9 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
                 )
             _check_trainable(term.name, per_image, given)
             wide = per_image.to(masks.penalty_dtype(per_image.dtype))
-            parts[term.name] = term.weight * call.annotation.mean(wide, term.reduction)
-        total = trace.differentiated(torch.stack([part.to(next(iter(parts.values())).dtype) for part in parts.values()]).sum())
+            parts[term.name] = term.weight * trace.annotation.mean(wide, term.reduction)
+        first, *_ = parts.values()
+        total = trace.differentiated(torch.stack([part.to(first.dtype) for part in parts.values()]).sum())
         distributed.prepare_backward(call.entry, total, engine.twice and any(isinstance(need, Grad) for need in needs))
         trace.commit()
     return Penalty(total, {name: part.detach() for name, part in parts.items()}, trace.output if as_users_forward else None)
