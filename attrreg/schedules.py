@@ -207,7 +207,7 @@ class Scheduled:
         if weight:
             result = (weight * self.regularizer).evaluate(model, x, mask, target, **settings)
         else:
-            call = Call(model, x, None, None, None, inputs=settings.get("inputs"), as_compiled=True)
+            call = Call(model, x, inputs=settings.get("inputs"), as_compiled=True)
             (output,) = recorded_output(call) or (call.run(x, as_users_forward=True),)
             zero = _zero(model, x)
             result = Penalty(zero, {term.name: zero.detach() for term in self.regularizer.terms}, output)

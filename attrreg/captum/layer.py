@@ -90,8 +90,9 @@ class LayerGradientXActivation(MapRegularizer):
 
     def attribution(self, trace: Trace) -> Tensor:
         """Their product."""
-        gradient = trace.grid(spatial(self.layer), trace.grad(spatial(self.layer), self.score))
-        return trace.grid(spatial(self.layer), trace.value(spatial(self.layer))) * gradient if self.multiply else gradient
+        site = spatial(self.layer)
+        gradient = trace.grid(site, trace.grad(site, self.score))
+        return trace.grid(site, trace.value(site)) * gradient if self.multiply else gradient
 
 
 @dataclass(frozen=True, repr=False)
