@@ -15,12 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HALF = (torch.float16, torch.bfloat16)
-
 
 def penalty_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype penalties are computed in: never less than float32, whatever the model runs in."""
-    return torch.float32 if dtype in HALF else dtype
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 @dataclass(frozen=True)
