@@ -238,7 +238,7 @@ def groups_of(target: Tensor = torch.zeros(2).long(), groups: Tensor = torch.zer
         (lambda: judge(nn.Flatten(), torch.eye(2)), TypeError, r"target must be class indices, got torch.float32\. "),
         (lambda: judge(nn.Flatten(), torch.tensor([0])), ValueError, r"target must be \(2,\).*\. "),
         (lambda: groups_of(target=torch.zeros(1).long()), ValueError, r"logits must be \(N, classes\).*\. "),
-        (lambda: groups_of(groups=torch.zeros(1).long()), TypeError, r"groups must be \(2,\) integers.*\. "),
+        (lambda: groups_of(groups=torch.zeros(1).long()), ValueError, r"groups must be \(2,\), one group an image.*\. "),
         (lambda: modules.LogitDifferenceAUC().update(torch.rand(2, 3), torch.zeros(2)), ValueError, r"logits must be \(N, 2\).*\. "),
     ],
 )

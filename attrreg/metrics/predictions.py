@@ -60,12 +60,7 @@ def group_accuracies(logits: Tensor, target: Tensor, groups: Tensor) -> dict[int
         TypeError, ValueError: the shapes do not fit, or groups are no integers.
     """
     correct = check_correct(logits, target)
-    if groups.shape != target.shape:
-        raise ValueError(f"groups must be {tuple(target.shape)}, one group an image, got {tuple(groups.shape)}. Reshape it.")
-    if groups.is_floating_point():
-        raise TypeError(
-            f"groups must be integers, one group an image, got {groups.dtype}. Number the groups: groups.unique(return_inverse=True)."
-        )
+    check_groups(groups, target)
     return {int(group): correct[groups == group].double().mean().item() for group in groups.unique().tolist()}
 
 
@@ -92,3 +87,17 @@ def check_correct(logits: Tensor, target: Tensor) -> Tensor:
             f"logits must be (N, classes) and target (N,), got {tuple(logits.shape)} and {tuple(target.shape)}. Pass one class an image."
         )
     return (logits.argmax(dim=1) == target) & ~logits.isnan().any(dim=1)
+
+
+def check_groups(groups: Tensor, target: Tensor) -> None:
+    """Check that there is one group an image.
+
+    Raises:
+        TypeError, ValueError: naming `groups`.
+    """
+    if groups.shape != target.shape:
+        raise ValueError(f"groups must be {tuple(target.shape)}, one group an image, got {tuple(groups.shape)}. Reshape it.")
+    if groups.is_floating_point():
+        raise TypeError(
+            f"groups must be integers, one group an image, got {groups.dtype}. Number the groups: groups.unique(return_inverse=True)."
+        )
