@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -228,7 +229,7 @@ class Scheduled:
         Raises:
             ValueError: it is not what `state_dict` gave.
         """
-        step: Any = state.get("step")
+        step: Any = state.get("step") if isinstance(state, Mapping) else None
         if not is_integer(step) or step < 0 or len(state) != 1:
             raise ValueError(f"state must be {{'step': count}}, as state_dict() gives it, got {state!r}. Pass what was saved of it.")
         self.step = int(step)

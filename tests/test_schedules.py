@@ -218,7 +218,7 @@ def test_state_goes_through_a_checkpoint() -> None:
     assert pickle.loads(pickle.dumps(regularizer)).step == 5
 
 
-@pytest.mark.parametrize("state", [{}, {"step": "3"}, {"step": -1}, {"step": True}, {"step": 3, "param_groups": []}])
+@pytest.mark.parametrize("state", [None, {}, {"step": "3"}, {"step": -1}, {"step": True}, {"step": 3, "param_groups": []}])
 def test_a_state_of_something_else_is_refused(state: Any) -> None:
     regularizer = Scheduled(attrreg.InputGradient(), schedules.Every(3))
     with pytest.raises(ValueError, match=r"state must be .*got .*Pass what was saved"):
