@@ -217,6 +217,7 @@ def groups_of(target: Tensor = torch.zeros(2).long(), groups: Tensor = torch.zer
         (lambda: metrics.share_inside(MAP, MAP[:1, 0]), ValueError, r"mask is for 1 images.*\. "),
         (lambda: metrics.pointing_game(MAP, MAP[:, 0], -1), ValueError, r"tolerance must be.*\. "),
         (lambda: metrics.accuracy(MAP, torch.zeros(2)), ValueError, r"logits must be \(N, classes\).*\. "),
+        (lambda: metrics.auc(torch.rand(3, 2), torch.tensor([0, 1, 255])), ValueError, r"target must be 0 or 1.*\. "),
         (lambda: metrics.group_accuracies(torch.rand(2, 2), torch.zeros(2), torch.zeros(3)), ValueError, r"groups must be \(2,\).*\. "),
         (lambda: metrics.Occlusion(window=0), ValueError, r"window must be.*\. "),
         (lambda: metrics.Occlusion(window=2, stride=3), ValueError, r"stride=3 leaves pixels.*\. "),

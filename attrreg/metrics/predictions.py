@@ -32,7 +32,7 @@ def auc(logits: Tensor, target: Tensor) -> float | None:
         The area; None where there are not two classes. NaN where only one of them occurs, or a score is NaN.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or a target is neither 0 nor 1.
 
     Cost:
         Sorting.
@@ -40,6 +40,8 @@ def auc(logits: Tensor, target: Tensor) -> float | None:
     check_correct(logits, target)
     if logits.shape[1] != 2:
         return None
+    if bool(((target != 0) & (target != 1)).any()):
+        raise ValueError("target must be 0 or 1, as there are two classes. Leave images of no class out.")
     score = logits[:, 1].double() - logits[:, 0].double()
     ones, zeros = score[target == 1].contiguous(), score[target == 0].sort().values
     if not len(ones) or not len(zeros) or bool(score.isnan().any()):
