@@ -19,9 +19,8 @@ from attrreg.needs import Need, Value
 from attrreg.penalty import Penalty
 from attrreg.points import At
 from attrreg.regularizer import SingleRegularizer, Sum
-from attrreg.settings import check_count, is_integer
+from attrreg.settings import check_count, is_integer, is_number
 from attrreg.sites import FEATURES, check_by_image, check_layer_name
-from attrreg.spec import is_number
 from attrreg.trace import Trace
 
 
@@ -174,13 +173,12 @@ class _Discriminator:
 
     def train(self, whole: Tensor, without: Tensor) -> None:
         """One step on features of images and of images without their irrelevant part, both `(N, ...)`; where none is possible, nothing."""
+        width = whole.flatten(1).shape[1]
         if self.network is None:
-            self.build(whole.flatten(1).shape[1], whole.device, penalty_dtype(whole.dtype))
+            self.build(width, whole.device, penalty_dtype(whole.dtype))
         assert self.network is not None and self.optimizer is not None
-        if whole.flatten(1).shape[1] != self.width:
-            raise ValueError(
-                f"The features are {whole.flatten(1).shape[1]} wide, but were {self.width}. Use one object a layer and image size."
-            )
+        if width != self.width:
+            raise ValueError(f"The features are {width} wide, but were {self.width}. Use one object a layer and image size.")
         if not len(whole):
             return
         self._join(whole.device)
@@ -252,8 +250,7 @@ class _Confusion(SingleRegularizer):
         """Cross-entropy with the labels flipped."""
         whole, without = trace.value(self.site), trace.value(self.site, At(Masked(self.fill)))
         check_by_image(whole, trace.call.x, self.site)
-        assert trace.call.annotation is not None  # a penalty has a mask
-        annotated = trace.call.annotation.annotated
+        annotated = trace.annotation.annotated
         if self.discriminator.step % self.every == 0:
             self.discriminator.train(whole[annotated], without[annotated])
         self.discriminator.step += 1

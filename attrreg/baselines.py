@@ -11,13 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from attrreg import masks
-from attrreg.spec import Key, is_number
+from attrreg.settings import is_number
+from attrreg.spec import Key
 
 
 class Baseline(Key, ABC):
@@ -242,8 +243,8 @@ class Masked(Baseline):
         return torch.lerp(self.fill(x, mask, generator).to(x.dtype), x, relevant)  # in one pass over the images
 
 
-def as_baseline(value: Baseline | Tensor | float) -> Baseline:
-    """A baseline as the user may write it: a `Baseline`, a tensor, or a number.
+def as_baseline(value: Baseline | Tensor | float, name: str = "baseline") -> Baseline:
+    """A baseline as the user may write it: a `Baseline`, a tensor, or a number; `name`: that of the setting, for the message.
 
     Raises:
         TypeError: it is none of these.
@@ -253,8 +254,19 @@ def as_baseline(value: Baseline | Tensor | float) -> Baseline:
     if isinstance(value, (Tensor, Real)) and not isinstance(value, bool):
         return Fixed(value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64))
     raise TypeError(
-        f"baseline must be a tensor, a number or a baselines.Baseline, got {type(value).__name__}. Use baselines.Zero(), for example."
+        f"{name} must be a tensor, a number or a baselines.Baseline, got {type(value).__name__}. Use baselines.Zero(), for example."
     )
+
+
+def keep_baseline(spec: Any, name: str = "baseline") -> Baseline:
+    """Check a baseline of a frozen dataclass, and keep it as a `Baseline`, however it was written.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    baseline = as_baseline(getattr(spec, name), name)
+    object.__setattr__(spec, name, baseline)
+    return baseline
 
 
 def made_of(part: object) -> Iterator[Baseline]:

@@ -43,9 +43,9 @@ class Call:
 
     entry: nn.Module
     x: Tensor
-    annotation: masks.Annotation | None
-    target: Tensor | None
-    generator: torch.Generator | None
+    annotation: masks.Annotation | None = None
+    target: Tensor | None = None
+    generator: torch.Generator | None = None
     output: Select = None
     inputs: Inputs = None
     as_compiled: bool = False
@@ -118,7 +118,7 @@ def _described(output: Any) -> str:
     return f"a {type(output).__name__}{keys}"
 
 
-def check_options(x: Tensor, generator: torch.Generator | None, output: Select, inputs: Inputs) -> None:
+def check_options(x: Tensor, generator: torch.Generator | None = None, output: Select = None, inputs: Inputs = None) -> None:
     """Check the optional arguments of every call.
 
     Raises:

@@ -194,7 +194,7 @@ class MaskedImageFolder(Dataset[Sample]):
         self.annotated = torch.tensor([name in masks for name in self.names])
         if not self.annotated.any():
             found = _example(masks, self.names[0])
-            raise ValueError(f"None of the {len(self)} images of {root} has a mask in {masks} ({found}{UNMASKED}.")
+            raise ValueError(f"None of the {len(self)} images of {root} has a mask in {masks} {found}{UNMASKED}.")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -313,10 +313,10 @@ def _check_transforms(transforms: Transforms | None) -> None:
 
 def _example(masks: MaskSource, name: PurePosixPath) -> str:
     if isinstance(masks, MaskFolder):
-        return f"for {name}: {masks.path(name)}). Check the paths and the suffix"
+        return f"(for {name}: {masks.path(name)}). Check the paths and the suffix"
     if isinstance(masks, BoxFile) and masks.boxes:
-        return f"an image is {name}, and in the file {next(iter(masks.boxes))}). Give each `file_name` as the path below the image root"
-    return f"say {name}). Check the paths"
+        return f"(an image is {name}, and in the file {next(iter(masks.boxes))}). Give each `file_name` as the path below the image root"
+    return f"(say {name}). Check the paths"
 
 
 def _images(root: Path) -> tuple[list[str], list[PurePosixPath], list[int]]:

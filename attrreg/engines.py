@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attrreg.spec import Spec, is_number
+from attrreg.settings import is_number
+from attrreg.spec import Spec
 
 
 class Engine(Spec, ABC):

@@ -53,8 +53,8 @@ def layers(model: nn.Module, x: Tensor, *, inputs: Inputs = None) -> list[LayerI
         One forward.
     """
     calls.check_images(model, x)
-    calls.check_options(x, None, None, inputs)
-    call = Call(model, x, None, None, None, inputs=inputs)
+    calls.check_options(x, inputs=inputs)
+    call = Call(model, x, inputs=inputs)
     found: list[LayerInfo] = []
 
     def see(name: str, module: nn.Module, output: Any) -> None:

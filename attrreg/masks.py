@@ -15,12 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HALF = (torch.float16, torch.bfloat16)
-
 
 def penalty_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype penalties are computed in: never less than float32, whatever the model runs in."""
-    return torch.float32 if dtype in HALF else dtype
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,9 @@ def _canonical(mask: Tensor, x: Tensor) -> Tensor:
     if mask.dim() != 4 or mask.shape[1] != 1:
         raise ValueError(f"mask must be (N, H, W), (N, 1, H, W) or (H, W), got {shape}. Drop or reduce the other axes.")
     if mask.shape[0] != n:
-        raise ValueError(f"mask is for {mask.shape[0]} images but x has {n} (mask {shape}). Pass one mask an image, or one (H, W) for all.")
+        raise ValueError(
+            f"mask is for {mask.shape[0]} images, but the batch has {n} (mask {shape}). Pass one mask an image, or one (H, W) for all."
+        )
     if 0 in mask.shape[2:]:
         raise ValueError(f"mask is empty: its shape is {shape}. Pass a mask with at least one pixel.")
     return mask.detach().to(device=x.device, dtype=penalty_dtype(x.dtype))
@@ -134,7 +134,7 @@ def checked_flags(annotated: Tensor | None, x: Tensor) -> Tensor:
         kind = annotated.dtype if isinstance(annotated, Tensor) else type(annotated).__name__
         raise TypeError(f"annotated must be a boolean tensor, got {kind}. Write torch.tensor([...], dtype=torch.bool).")
     if annotated.shape != (n,):
-        raise ValueError(f"annotated must be ({n},), one flag an image of x, got {tuple(annotated.shape)}. Reshape it.")
+        raise ValueError(f"annotated must be ({n},), one flag an image, got {tuple(annotated.shape)}. Reshape it.")
     return annotated.to(x.device)
 
 
@@ -173,20 +173,24 @@ def from_boxes(boxes: Sequence[Tensor | Sequence[Sequence[float]] | None], size:
         if entry is None:
             masks[index] = True
             continue
-        form = str(getattr(getattr(entry, "format", "XYXY"), "value", "XYXY"))  # of torchvision's `BoundingBoxes`
-        if form != "XYXY":
-            raise ValueError(f"boxes[{index}] are {form}, not (x1, y1, x2, y2). Convert them: v2.ConvertBoundingBoxFormat('XYXY').")
-        listed = torch.as_tensor(entry, dtype=torch.float64)
-        if listed.numel() % 4 or (listed.numel() and listed.shape[-1] != 4):
-            raise ValueError(f"boxes[{index}] has the shape {tuple(listed.shape)}, but boxes are (K, 4). Give (x1, y1, x2, y2) a box.")
-        for box in listed.reshape(-1, 4).tolist():
-            x1, y1, x2, y2 = box
-            if not (-math.inf < x1 < x2 < math.inf and -math.inf < y1 < y2 < math.inf and x2 > 0 and y2 > 0 and x1 < width and y1 < height):
-                raise ValueError(
-                    f"boxes[{index}] has the box {box}, which is not finite, empty or outside an image of {height} x {width}. Give "
-                    "(x1, y1, x2, y2) in pixels with x1 < x2 and y1 < y2."
-                )
-            rows = slice(max(0, int(y1 // 1)), -int(-y2 // 1))
-            columns = slice(max(0, int(x1 // 1)), -int(-x2 // 1))
-            masks[index, rows, columns] = True
+        for x1, y1, x2, y2 in _checked_boxes(f"boxes[{index}]", entry, height, width):
+            masks[index, max(0, math.floor(y1)) : math.ceil(y2), max(0, math.floor(x1)) : math.ceil(x2)] = True
     return masks
+
+
+def _checked_boxes(name: str, entry: Tensor | Sequence[Sequence[float]], height: int, width: int) -> list[list[float]]:
+    """The boxes of an image of that size."""
+    form = str(getattr(getattr(entry, "format", "XYXY"), "value", "XYXY"))  # of torchvision's `BoundingBoxes`
+    if form != "XYXY":
+        raise ValueError(f"{name} are {form}, not (x1, y1, x2, y2). Convert them: v2.ConvertBoundingBoxFormat('XYXY').")
+    listed = torch.as_tensor(entry, dtype=torch.float64)
+    if listed.numel() % 4 or (listed.numel() and listed.shape[-1] != 4):
+        raise ValueError(f"{name} has the shape {tuple(listed.shape)}, but boxes are (K, 4). Give (x1, y1, x2, y2) a box.")
+    boxes: list[list[float]] = listed.reshape(-1, 4).tolist()
+    for x1, y1, x2, y2 in boxes:
+        if not (-math.inf < x1 < x2 < math.inf and -math.inf < y1 < y2 < math.inf and x2 > 0 and y2 > 0 and x1 < width and y1 < height):
+            raise ValueError(
+                f"{name} has the box {[x1, y1, x2, y2]}, which is not finite, empty or outside an image of {height} x {width}. Give "
+                "(x1, y1, x2, y2) in pixels with x1 < x2 and y1 < y2."
+            )
+    return boxes

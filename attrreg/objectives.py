@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from attrreg.masks import penalty_dtype
-from attrreg.scores import Score
-from attrreg.spec import Spec, is_number
+from attrreg.settings import is_number
+from attrreg.spec import Spec
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 
@@ -175,19 +175,4 @@ def _check_eps(objective: Spec, eps: float) -> None:
     if not is_number(eps) or eps < 0:
         raise ValueError(
             f"{type(objective).__name__}: eps must be a finite number of at least 0, got {eps!r}. Write for example eps=1e-12."
-        )
-
-
-def check_score_and_objective(regularizer: Any) -> None:
-    """Check the two settings that every map regularizer has; for those with a `__post_init__` of their own.
-
-    Raises:
-        TypeError: naming the setting.
-    """
-    name, score, objective = type(regularizer).__name__, regularizer.score, regularizer.objective
-    if not isinstance(score, Score):
-        raise TypeError(f"{name}: score must be a scores.Score, got {score!r}. Write for example scores.TargetLogit().")
-    if isinstance(objective, type) or not callable(objective):
-        raise TypeError(
-            f"{name}: objective must be a function (map, mask) -> (N,), got {objective!r}. Write for example objectives.Energy()."
         )

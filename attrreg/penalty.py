@@ -1,4 +1,4 @@
-"""The one way a penalty is computed from the terms of a sum."""
+"""The one way a penalty is computed from the terms of a sum, and a map from one of them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from attrreg import call as calls
-from attrreg import distributed, masks, sites
+from attrreg import distributed, masks, own, sites
 from attrreg.attach import Attachment
 from attrreg.call import Call, Inputs, Select
 from attrreg.distributed import Group
-from attrreg.engines import Engine
+from attrreg.engines import DoubleBackward, Engine
 from attrreg.graph import trainable_leaves
 from attrreg.needs import Grad, Need, alone, check_layers, check_needs, sites_at
 from attrreg.part import check_fraction, part_of
@@ -24,7 +24,7 @@ from attrreg.trace import Trace
 from attrreg.wrappers import refuse_compiling, unwrap
 
 if TYPE_CHECKING:
-    from attrreg.regularizer import Term
+    from attrreg.regularizer import MapRegularizer, Term
 
 
 class Penalty(NamedTuple):
@@ -102,7 +102,6 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
         assert call.annotation is not None  # check requires a mask
         call = replace(call, annotation=distributed.everywhere(call.annotation, call.groups))
         call = call if as_users_forward else part_of(call, needs, fraction)
-        assert call.annotation is not None
         trace = Trace(call, needs, differentiable=True, engine=engine)
         trace.run(as_users_forward)
         parts: dict[str, Tensor] = {}
@@ -116,11 +115,41 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
                 )
             _check_trainable(term.name, per_image, given)
             wide = per_image.to(masks.penalty_dtype(per_image.dtype))
-            parts[term.name] = term.weight * call.annotation.mean(wide, term.reduction)
-        total = trace.differentiated(torch.stack([part.to(next(iter(parts.values())).dtype) for part in parts.values()]).sum())
+            parts[term.name] = term.weight * trace.annotation.mean(wide, term.reduction)
+        first, *_ = parts.values()
+        total = trace.differentiated(torch.stack([part.to(first.dtype) for part in parts.values()]).sum())
         distributed.prepare_backward(call.entry, total, engine.twice and any(isinstance(need, Grad) for need in needs))
         trace.commit()
     return Penalty(total, {name: part.detach() for name, part in parts.items()}, trace.output if as_users_forward else None)
+
+
+def attribute(
+    regularizer: MapRegularizer,
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor | None,
+    mask: Tensor | None,
+    generator: torch.Generator | None,
+    output: Select,
+    inputs: Inputs,
+) -> Tensor:
+    """Check the arguments of a call for the map of one term, and compute it.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the argument or the term.
+    """
+    calls.check_images(model, x)
+    calls.check_options(x, generator, output, inputs)
+    with torch.inference_mode(False), torch.enable_grad(), undone_on_error(x.device, generator):
+        x, mask, target, inputs = calls.out_of_inference(x, mask, target, inputs)
+        annotation = None if mask is None else masks.check(mask, x, None)
+        call = Call(model, x, annotation, calls.check_target(target, x), generator, output, inputs, shown=True)
+        needs = regularizer.needs()
+        check_needs(needs, call, type(regularizer).__name__)
+        trace = Trace(call, needs, differentiable=False, engine=DoubleBackward())
+        trace.run()
+        with full_precision(x.device):
+            return own.map_of(regularizer, trace).detach()
 
 
 def _check_one_map(terms: Sequence[Term], call: Call) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attrreg.masks import checked_flags, resize
+from attrreg.masks import Annotation, check, resize
 from attrreg.objectives import OutsideFraction
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def attributions(
         ImportError: matplotlib is missing.
     """
     figure = _figure()
-    relevant, known = _checked(images, mask, maps, annotated, captions)
+    annotation = _checked(images, mask, maps, annotated, captions)
+    relevant, known = annotation.relevant, annotation.annotated
     columns = ["image", "mask", *maps]
     figure.set_size_inches(1.9 * len(columns), 2.08 * len(images) + (0.8 if title else 0.4))
     axes = figure.subplots(len(images), len(columns), squeeze=False)
@@ -133,24 +134,15 @@ def _checked(
     maps: Mapping[str, Tensor],
     annotated: Tensor | None,
     captions: Mapping[str, Sequence[str]] | None,
-) -> tuple[Tensor, Tensor]:
-    """The mask as `(N, 1, H, W)` on the CPU, and which images have one."""
+) -> Annotation:
+    """The mask, on the CPU."""
     for argument, value in {"images": images, "mask": mask, **maps}.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}. Convert it, for example with torch.as_tensor.")
     if images.dim() != 4 or images.shape[0] == 0:
         raise ValueError(f"images must be (N, C, H, W), got {tuple(images.shape)}. Add or keep the missing axes.")
     count = images.shape[0]
-    known = checked_flags(annotated, images).cpu()
-    relevant = mask.detach().cpu().float()
-    relevant = relevant.expand(count, *mask.shape) if mask.dim() == 2 else relevant
-    relevant = relevant.unsqueeze(1) if relevant.dim() == 3 else relevant
-    if relevant.dim() != 4 or relevant.shape[:2] != (count, 1) or known.shape != (count,):
-        raise ValueError(
-            f"mask {tuple(mask.shape)} and annotated {tuple(known.shape)} do not fit {count} images. Give (N, H, W) and (N,), one an image."
-        )
-    if relevant[known].numel() and not 0 <= float(relevant[known].min()) <= float(relevant[known].max()) <= 1:
-        raise ValueError("mask leaves [0, 1], in which 1 = relevant. Write `mask > 0`, or `mask == label` for a map of labels.")
+    annotation = check(mask.float(), images.cpu().float(), annotated)  # 0 and 1 may be integers here
     if not maps:
         raise ValueError('maps is empty. Give at least one, for example {"input gradient": phi}.')
     for name, map in maps.items():
@@ -159,7 +151,7 @@ def _checked(
     for name, texts in (captions or {}).items():
         if name not in ("image", "mask", *maps) or len(texts) != count:
             raise ValueError(f"captions[{name!r}] has {len(texts)} entries. Give {count}, for 'image', 'mask' or a title of maps.")
-    return relevant, known
+    return annotation
 
 
 def _check_curves(penalties: Mapping[str, Curve], shares_inside: Mapping[str, Curve]) -> None:

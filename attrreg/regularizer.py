@@ -6,23 +6,21 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from attrreg import call as calls
-from attrreg import masks, objectives, own, penalty
+from attrreg import objectives, own, penalty
 from attrreg.attach import Attachment
-from attrreg.call import Call, Inputs, Select
+from attrreg.call import Inputs, Select
 from attrreg.distributed import Group
 from attrreg.engines import DoubleBackward, Engine, FiniteDifference
-from attrreg.needs import Need, check_needs
+from attrreg.needs import Need
 from attrreg.objectives import Objective
 from attrreg.penalty import Penalty
 from attrreg.scores import Score
 from attrreg.spec import Spec, source
-from attrreg.state import full_precision, undone_on_error
 from attrreg.trace import Trace
 
 Reduction = Literal["mean", "sum", "batchmean"]
@@ -34,7 +32,7 @@ class AttributionRegularizer(Spec, ABC):
     Regularizers are immutable values: comparable, and, where functions in them are plain functions, picklable and with a `repr` that
     rebuilds them. `+`, `*`, `sum([...])`, `named` and `reduced` make one flat sum of them, whose terms share forwards and backwards.
 
-    A new kind of term subclasses this with `needs` and `per_image`, or `MapRegularizer` if it has an attribution map.
+    A new kind of term subclasses `SingleRegularizer` with `needs` and `per_image`, or `MapRegularizer` if it has an attribution map.
     """
 
     @property
@@ -165,7 +163,12 @@ class AttributionRegularizer(Spec, ABC):
         Raises:
             TypeError: the regularizer is a sum, or has no map.
         """
-        raise TypeError(f"{self!r} has no attribution map. Call `.attribute` on a single term that has one.")
+        if len(self.terms) != 1:
+            raise TypeError(f"attribute: a sum of {len(self.terms)} terms has no single map. Call `.attribute` on one term.")
+        regularizer = self.terms[0].regularizer
+        if not isinstance(regularizer, MapRegularizer):
+            raise TypeError(f"{regularizer!r} has no attribution map. Call `.attribute` on a single term that has one.")
+        return penalty.attribute(regularizer, model, x, target, mask, generator, output, inputs)
 
     def named(self, name: str) -> Sum:
         """The same term under another name, the key of `Penalty.terms`; a ValueError where there are several, or the name is no text."""
@@ -248,7 +251,13 @@ class MapRegularizer(SingleRegularizer):
     objective: Objective
 
     def __post_init__(self) -> None:
-        objectives.check_score_and_objective(self)
+        name = type(self).__name__
+        if not isinstance(self.score, Score):
+            raise TypeError(f"{name}: score must be a scores.Score, got {self.score!r}. Write for example scores.TargetLogit().")
+        if isinstance(self.objective, type) or not callable(self.objective):
+            raise TypeError(
+                f"{name}: objective must be a function (map, mask) -> (N,), got {self.objective!r}. Write for example objectives.Energy()."
+            )
 
     @abstractmethod
     def attribution(self, trace: Trace) -> Tensor:
@@ -262,30 +271,6 @@ class MapRegularizer(SingleRegularizer):
     def needs_region(self) -> str | None:
         """The objective, if it is undefined for an empty mask."""
         return source(self.objective) if objectives.requires_region(self.objective) else None
-
-    def attribute(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        target: Tensor | None = None,
-        *,
-        mask: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        output: Select = None,
-        inputs: Inputs = None,
-    ) -> Tensor:
-        """See `AttributionRegularizer.attribute`."""
-        calls.check_images(model, x)
-        calls.check_options(x, generator, output, inputs)
-        with torch.inference_mode(False), torch.enable_grad(), undone_on_error(x.device, generator):
-            x, mask, target, inputs = calls.out_of_inference(x, mask, target, inputs)
-            annotation = None if mask is None else masks.check(mask, x, None)
-            call = Call(model, x, annotation, calls.check_target(target, x), generator, output, inputs, shown=True)
-            check_needs(self.needs(), call, type(self).__name__)
-            trace = Trace(call, self.needs(), differentiable=False, engine=DoubleBackward())
-            trace.run()
-            with full_precision(x.device):
-                return own.map_of(self, trace).detach()
 
 
 @dataclass(frozen=True)
@@ -306,22 +291,12 @@ class Sum(AttributionRegularizer):
         ValueError: two terms have the same name, or a weight is negative or not finite.
     """
 
-    parts: tuple[Term, ...]
-    shared_engine: Engine = DoubleBackward()
-
-    @property
-    def terms(self) -> tuple[Term, ...]:
-        """The terms, in the order they were added."""
-        return self.parts
-
-    @property
-    def engine(self) -> Engine:
-        """How the penalty's parameter gradient is obtained."""
-        return self.shared_engine
+    terms: tuple[Term, ...] = ()  # a default, because a dataclass would take the property of the base for one
+    engine: Engine = DoubleBackward()
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
-        for term in self.parts:
+        for term in self.terms:
             if not (math.isfinite(term.weight) and term.weight >= 0):
                 raise ValueError(
                     f"weight of {term.name} must be finite and at least 0, got {term.weight}. Choose another; a negative one would be a "
@@ -330,12 +305,6 @@ class Sum(AttributionRegularizer):
             if term.name in seen:
                 raise ValueError(f"Two terms are called {term.name!r}. Tell them apart with .named('...').")
             seen.add(term.name)
-
-    def attribute(self, model: nn.Module, x: Tensor, target: Tensor | None = None, **settings: Any) -> Tensor:
-        """The map of the only term. See `AttributionRegularizer.attribute`."""
-        if len(self.terms) != 1:
-            raise TypeError(f"attribute: a sum of {len(self.terms)} terms has no single map. Call `.attribute` on one term.")
-        return self.terms[0].regularizer.attribute(model, x, target, **settings)
 
     def __repr__(self) -> str:
         text = " + ".join(_written(term) for term in self.terms)

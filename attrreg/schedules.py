@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,8 @@ from attrreg.attach import Attachment, recorded_output
 from attrreg.call import Call
 from attrreg.penalty import Penalty
 from attrreg.regularizer import AttributionRegularizer
-from attrreg.settings import is_integer
-from attrreg.spec import Spec, is_number
+from attrreg.settings import is_integer, is_number, keep_count
+from attrreg.spec import Spec
 
 
 class Schedule(Spec, ABC):
@@ -51,7 +52,7 @@ class Every(Schedule):
     steps: int
 
     def __post_init__(self) -> None:
-        _check_steps(self, "Every(4)")
+        keep_count(self, "steps", 1)
 
     def __call__(self, step: int) -> float:
         """`steps` at each `steps`-th step, else 0."""
@@ -80,7 +81,7 @@ class Linear(Schedule):
     last: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_steps(self, "Linear(1000)")
+        keep_count(self, "steps", 1)
         _check_weights(self.first, self.last)
 
     def __call__(self, step: int) -> float:
@@ -111,7 +112,7 @@ class Cosine(Schedule):
     last: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_steps(self, "Cosine(10_000)")
+        keep_count(self, "steps", 1)
         _check_weights(self.first, self.last)
 
     def __call__(self, step: int) -> float:
@@ -138,13 +139,6 @@ class Product(Schedule):
 
 def _factors(schedule: Schedule) -> tuple[Schedule, ...]:
     return schedule.factors if isinstance(schedule, Product) else (schedule,)
-
-
-def _check_steps(schedule: Every | Linear | Cosine, example: str) -> None:
-    steps = schedule.steps
-    if not is_integer(steps) or steps < 1:
-        raise ValueError(f"steps must be an integer of at least 1, got {steps!r}. Write for example {example}.")
-    object.__setattr__(schedule, "steps", int(steps))  # small ones of NumPy's overflow
 
 
 def _check_weights(first: float, last: float) -> None:
@@ -204,7 +198,7 @@ class Scheduled:
     def __call__(self, model: nn.Module, x: Tensor, mask: Tensor, target: Tensor | None = None, **settings: Any) -> Tensor:
         """Compute the weighted penalty, and count the step. See `AttributionRegularizer.__call__`."""
         weight = self.weight
-        value = weight * self.regularizer(model, x, mask, target, **settings) if weight else _zero(model, x)
+        value = (weight * self.regularizer)(model, x, mask, target, **settings) if weight else _zero(model, x)
         self.step += 1
         return value
 
@@ -212,11 +206,9 @@ class Scheduled:
         """Compute the weighted penalty in place of the loop's forward, and count the step. See `AttributionRegularizer.evaluate`."""
         weight = self.weight
         if weight:
-            whole = self.regularizer.evaluate(model, x, mask, target, **settings)
-            terms = {name: weight * value for name, value in whole.terms.items()}
-            result = Penalty(weight * whole.total, terms, whole.output)
+            result = (weight * self.regularizer).evaluate(model, x, mask, target, **settings)
         else:
-            call = Call(model, x, None, None, None, inputs=settings.get("inputs"), as_compiled=True)
+            call = Call(model, x, inputs=settings.get("inputs"), as_compiled=True)
             (output,) = recorded_output(call) or (call.run(x, as_users_forward=True),)
             zero = _zero(model, x)
             result = Penalty(zero, {term.name: zero.detach() for term in self.regularizer.terms}, output)
@@ -237,7 +229,7 @@ class Scheduled:
         Raises:
             ValueError: it is not what `state_dict` gave.
         """
-        step: Any = state.get("step")
+        step: Any = state.get("step") if isinstance(state, Mapping) else None
         if not is_integer(step) or step < 0 or len(state) != 1:
             raise ValueError(f"state must be {{'step': count}}, as state_dict() gives it, got {state!r}. Pass what was saved of it.")
         self.step = int(step)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrreg.settings import check_loss, keep_integer, keep_optional
+from attrreg.settings import check_loss, keep_integer
 from attrreg.sites import FEATURES, OUTPUT, check_layer_name
 from attrreg.spec import Key
 from attrreg.targets import check_classes, check_logits, check_maps, required
@@ -197,7 +197,7 @@ class RandomProjection(Score):
 
     def __post_init__(self) -> None:
         check_layer_name(self.layer)
-        keep_optional(self, "seed")
+        keep_integer(self, "seed", or_none=True)
 
     @property
     def draws(self) -> bool:  # type: ignore[override]
@@ -310,7 +310,7 @@ class RegressionOutput(Score):
     index: int | None = None
 
     def __post_init__(self) -> None:
-        keep_optional(self, "index")
+        keep_integer(self, "index", or_none=True)
 
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
         """Check that the outputs are numbers, and that there are enough."""

@@ -1,9 +1,15 @@
-"""Checks of settings that several kinds share: counts, places, seeds; and of a loss."""
+"""Checks of settings that several kinds share: numbers, counts, places, seeds; and of a loss."""
 
 from __future__ import annotations
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
 from typing import Any
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number, and no text that looks like one."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_integer(value: object) -> bool:
@@ -33,26 +39,19 @@ def keep_count(spec: Any, name: str, least: int) -> None:
     object.__setattr__(spec, name, int(getattr(spec, name)))
 
 
-def keep_integer(spec: Any, name: str, others: str = "") -> None:
-    """The same of any integer; `others`: what else the setting may be.
+def keep_integer(spec: Any, name: str, or_none: bool = False) -> None:
+    """The same of any integer; `or_none`: the setting may be left out.
 
     Raises:
         TypeError: naming it.
     """
     value = getattr(spec, name)
+    if value is None and or_none:
+        return
     if not is_integer(value):
-        raise TypeError(f"{type(spec).__name__}: {name} must be {others}an integer, got {value!r}, a {type(value).__name__}. Pass an int.")
+        wanted = "None or an integer" if or_none else "an integer"
+        raise TypeError(f"{type(spec).__name__}: {name} must be {wanted}, got {value!r}, a {type(value).__name__}. Pass an int.")
     object.__setattr__(spec, name, int(value))
-
-
-def keep_optional(spec: Any, name: str) -> None:
-    """The same of any integer, or None.
-
-    Raises:
-        TypeError: naming it.
-    """
-    if getattr(spec, name) is not None:
-        keep_integer(spec, name, "None or ")
 
 
 def check_loss(function: Any) -> None:

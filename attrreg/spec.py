@@ -1,9 +1,8 @@
-"""What every declared object of the library shares: a repr that rebuilds it, and how a number is told."""
+"""What every declared object of the library shares: a repr that rebuilds it."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +28,6 @@ def source(value: Any) -> str:
     if isinstance(value, tuple):
         return "(" + "".join(f"{source(item)}, " for item in value).rstrip() + ")"
     return repr(value)
-
-
-def is_number(value: object) -> bool:
-    """Whether it is a finite number, and no text that looks like one."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_own(part: object) -> bool:

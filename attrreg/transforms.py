@@ -52,7 +52,7 @@ class ReplaceOutside(Spec):
             TypeError, ValueError: naming the argument.
         """
         calls.check_batch(x)
-        calls.check_options(x, generator, None, None)
+        calls.check_options(x, generator)
         annotation = masks.check(mask, x, annotated)
         source = torch.Generator(x.device)
         if self.fill.draws:

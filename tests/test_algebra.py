@@ -98,7 +98,7 @@ def test_values_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         attrreg.InputGradient().score = scores.TargetLogit()  # type: ignore[misc]
     with pytest.raises(AttributeError):
-        (attrreg.InputGradient() + attrreg.GradCAM()).parts = ()  # type: ignore[misc]
+        (attrreg.InputGradient() + attrreg.GradCAM()).terms = ()  # type: ignore[misc]
 
 
 def test_a_fixed_baseline_keeps_its_own_copy() -> None:

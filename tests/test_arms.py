@@ -53,6 +53,13 @@ def test_replacing_draws_from_the_generator_alone() -> None:
 # Adversarial invariance
 
 
+def network(invariance: attrreg.AdversarialInvariance) -> nn.Module:
+    """The discriminator's, once it has taken shape."""
+    found = invariance._discriminator.network
+    assert found is not None
+    return found
+
+
 def separable(model: nn.Module, invariance: attrreg.AdversarialInvariance, x: Tensor, mask: Tensor) -> float:
     """How often the discriminator is right."""
     features = []
@@ -90,9 +97,8 @@ def test_value_and_gradients_with_a_constant_discriminator() -> None:
     value = invariance(model, x, mask)  # does not
     relevant = mask.unsqueeze(1).to(x.dtype)
     layers = nn.Sequential(model.stem, model.act, model.body)
-    network = copy.deepcopy(invariance._discriminator.network)
-    assert network is not None
-    real, fake = network(layers(x).flatten(1)), network(layers(relevant * x).flatten(1))
+    judge = copy.deepcopy(network(invariance))
+    real, fake = judge(layers(x).flatten(1)), judge(layers(relevant * x).flatten(1))
     want = F.binary_cross_entropy_with_logits(real, torch.zeros_like(real)) + F.binary_cross_entropy_with_logits(
         fake, torch.ones_like(fake)
     )
@@ -123,8 +129,7 @@ def test_nothing_is_left_in_the_loop(way: str) -> None:
     assert torch.equal(state, torch.get_rng_state())
     assert all(map(torch.equal, before, model.parameters()))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    network = invariance._discriminator.network
-    assert network is not None and all(parameter.grad is None for parameter in network.parameters())
+    assert all(parameter.grad is None for parameter in network(invariance).parameters())
 
 
 def test_half_precision_stays_out_of_the_discriminator() -> None:
@@ -133,8 +138,7 @@ def test_half_precision_stays_out_of_the_discriminator() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         value = invariance(model, x.float(), mask)
     value.backward()
-    network = invariance._discriminator.network
-    assert network is not None and {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in network(invariance).parameters()} == {torch.float32}
     assert value.dtype is torch.float32 and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     exact = attrreg.AdversarialInvariance(hidden=(8,))(model, x.float(), mask, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
@@ -171,11 +175,9 @@ def test_no_annotation_trains_nobody() -> None:
     model, (x, mask, _) = SmoothNet().double(), smooth_batch()
     invariance = attrreg.AdversarialInvariance(hidden=(8,))
     value = invariance(model, x, mask, annotated=torch.zeros(3, dtype=torch.bool))
-    network = invariance._discriminator.network
-    assert network is not None
     fresh = copy.deepcopy(invariance)._discriminator
     fresh.build(fresh.width, x.device, x.dtype)
-    assert fresh.network is not None and all(map(torch.equal, network.parameters(), fresh.network.parameters()))
+    assert fresh.network is not None and all(map(torch.equal, network(invariance).parameters(), fresh.network.parameters()))
     value.backward()
     assert float(value.detach()) == 0
 
@@ -187,9 +189,8 @@ def test_a_batch_that_is_not_finite_does_not_train_the_discriminator() -> None:
 
     def weights(images: Tensor) -> list[Tensor]:
         invariance(model, images, mask, target)
-        network = invariance._discriminator.network
-        assert network is not None and not network.training
-        return [parameter.detach().clone() for parameter in network.parameters()]
+        assert not network(invariance).training
+        return [parameter.detach().clone() for parameter in network(invariance).parameters()]
 
     first = weights(x)
     assert all(map(torch.equal, first, weights(bad)))
@@ -285,7 +286,6 @@ DATA = batch(3)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: ReplaceOutside(0.0), TypeError, r"fill must be a baselines\.Baseline.*\. "),  # type: ignore[arg-type]
         (lambda: ReplaceOutside()(DATA[0][0], DATA[1]), ValueError, r"x must be a batch.*\. "),
         (lambda: ReplaceOutside()(DATA[0], DATA[1][:2]), ValueError, r"mask is for 2 images.*\. "),
         (lambda: ReplaceOutside()(DATA[0], DATA[1], generator=3), TypeError, r"generator must be.*\. "),  # type: ignore[arg-type]

@@ -67,11 +67,13 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(module: pl.LightningModule, callback: AttributionPenalty, resume: Path | None = None, **settings: Any) -> pl.Trainer:
+def fit(
+    module: pl.LightningModule, callback: AttributionPenalty, data: Any = None, resume: Path | None = None, **settings: Any
+) -> pl.Trainer:
     defaults: dict[str, Any] = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = pl.Trainer(accelerator="cpu", devices=1, enable_model_summary=False, callbacks=[callback], **(defaults | settings))
     torch.manual_seed(7)
-    trainer.fit(module, DataLoader(samples(), batch_size=6), ckpt_path=resume)
+    trainer.fit(module, DataLoader(data or samples(), batch_size=6), ckpt_path=resume)
     return trainer
 
 
@@ -166,7 +168,7 @@ def test_a_schedule_counts_and_goes_through_checkpoints(tmp_path: Path) -> None:
     assert_same(module, by_hand(Scheduled(REGULARIZER, schedules.Linear(4) * schedules.Every(2)))[0])
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     again = Scheduled(REGULARIZER, schedules.Every(2))
-    fit(Module(), AttributionPenalty(again), tmp_path / "last.ckpt", max_epochs=3)
+    fit(Module(), AttributionPenalty(again), resume=tmp_path / "last.ckpt", max_epochs=3)
     assert again.step == 12
 
 
@@ -181,12 +183,7 @@ def test_batches_of_other_forms_and_wrapped_outputs() -> None:
 
     module = Wrapped()
     callback = AttributionPenalty(REGULARIZER, lambda batch: (batch["x"], batch["m"], batch["y"], batch["a"]), output="logits")
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[callback]
-    )
-    torch.manual_seed(7)
-    data: Any = [{"x": x, "m": mask, "y": y, "a": a} for x, mask, y, a in samples()]
-    trainer.fit(module, DataLoader(data, batch_size=6))
+    fit(module, callback, [{"x": x, "m": mask, "y": y, "a": a} for x, mask, y, a in samples()])
     assert_same(module, by_hand()[0])
 
 

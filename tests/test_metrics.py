@@ -217,10 +217,12 @@ def groups_of(target: Tensor = torch.zeros(2).long(), groups: Tensor = torch.zer
         (lambda: metrics.share_inside(MAP, MAP[:1, 0]), ValueError, r"mask is for 1 images.*\. "),
         (lambda: metrics.pointing_game(MAP, MAP[:, 0], -1), ValueError, r"tolerance must be.*\. "),
         (lambda: metrics.accuracy(MAP, torch.zeros(2)), ValueError, r"logits must be \(N, classes\).*\. "),
+        (lambda: metrics.auc(torch.rand(3, 2), torch.tensor([0, 1, 255])), ValueError, r"target must be 0 or 1.*\. "),
         (lambda: metrics.group_accuracies(torch.rand(2, 2), torch.zeros(2), torch.zeros(3)), ValueError, r"groups must be \(2,\).*\. "),
         (lambda: metrics.Occlusion(window=0), ValueError, r"window must be.*\. "),
         (lambda: metrics.Occlusion(window=2, stride=3), ValueError, r"stride=3 leaves pixels.*\. "),
         (lambda: metrics.Occlusion(fill=baselines.Shuffle()), ValueError, r"fill=.* depends on the mask.*\. "),
+        (lambda: metrics.Occlusion(fill="zero"), TypeError, r"fill must be a tensor, a number or a baselines\.Baseline, got str\. "),  # type: ignore[arg-type]
         (lambda: metrics.Occlusion(window=9)(Corner(), torch.rand(1, 1, 8, 8), torch.zeros(1)), ValueError, r"window=9 is larger.*\. "),
         (lambda: metrics.judged(Corner(), MAP, MAP, torch.zeros(2), "occlusion"), TypeError, r"attribution must be a function.*\. "),  # type: ignore[arg-type]
         (lambda: modules.WorstGroupAccuracy(0), ValueError, r"groups must be an integer of at least 1.*\. "),
@@ -237,7 +239,7 @@ def groups_of(target: Tensor = torch.zeros(2).long(), groups: Tensor = torch.zer
         (lambda: judge(nn.Flatten(), torch.eye(2)), TypeError, r"target must be class indices, got torch.float32\. "),
         (lambda: judge(nn.Flatten(), torch.tensor([0])), ValueError, r"target must be \(2,\).*\. "),
         (lambda: groups_of(target=torch.zeros(1).long()), ValueError, r"logits must be \(N, classes\).*\. "),
-        (lambda: groups_of(groups=torch.zeros(1).long()), TypeError, r"groups must be \(2,\) integers.*\. "),
+        (lambda: groups_of(groups=torch.zeros(1).long()), ValueError, r"groups must be \(2,\), one group an image.*\. "),
         (lambda: modules.LogitDifferenceAUC().update(torch.rand(2, 3), torch.zeros(2)), ValueError, r"logits must be \(N, 2\).*\. "),
     ],
 )

@@ -339,4 +339,4 @@ def test_draws_are_of_the_cpus_generator_whatever_the_default_device_is() -> Non
     here = shuffled()
     with torch.device("meta"):
         assert torch.equal(shuffled(), here)
-        assert images_apart(Call(model, x, None, None, None))
+        assert images_apart(Call(model, x))

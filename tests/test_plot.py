@@ -91,7 +91,7 @@ def test_images_without_annotation_show_no_mask() -> None:
         assert bool(map.collections) == known and bool(map.get_xlabel()) == known
 
 
-@pytest.mark.parametrize("mask", [torch.ones(24, 24, dtype=torch.bool), torch.zeros(3, 1, 24, 24), torch.rand(3, 11, 13)])
+@pytest.mark.parametrize("mask", [torch.ones(24, 24, dtype=torch.long), torch.zeros(3, 1, 24, 24), torch.rand(3, 11, 13)])
 def test_masks_of_any_shape(mask: Tensor) -> None:
     x, _, phi = case()
     rendered(plot.attributions(x, mask, {"phi": phi, "coarse": phi[:, :1, :4, :4]}))
@@ -188,9 +188,9 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     ("change", "message"),
     [
         ({"images": torch.rand(3, 24, 24)}, r"images must be \(N, C, H, W\)"),
-        ({"mask": torch.ones(2, 24, 24)}, r"mask \(2, 24, 24\) and annotated \(3,\) do not fit 3 images"),
-        ({"annotated": torch.ones(2, dtype=torch.bool)}, r"annotated must be \(3,\), one flag an image of x, got \(2,\)"),
-        ({"mask": torch.full((3, 24, 24), 255)}, r"mask leaves \[0, 1\].*mask > 0"),
+        ({"mask": torch.ones(2, 24, 24)}, r"mask is for 2 images, but the batch has 3 \(mask \(2, 24, 24\)\)"),
+        ({"annotated": torch.ones(2, dtype=torch.bool)}, r"annotated must be \(3,\), one flag an image, got \(2,\)"),
+        ({"mask": torch.full((3, 24, 24), 255)}, r"mask has values that are .*outside \[0, 1\]\. Scale it"),
         ({"maps": {}}, "maps is empty.*at least one"),
         ({"maps": {"phi": torch.rand(2, 3, 24, 24)}}, r"maps\['phi'\] is \(2, 3, 24, 24\).*for 3 images"),
         ({"maps": {"mask": torch.rand(3, 3, 24, 24)}}, "not called 'image' or 'mask'"),

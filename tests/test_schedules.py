@@ -218,7 +218,7 @@ def test_state_goes_through_a_checkpoint() -> None:
     assert pickle.loads(pickle.dumps(regularizer)).step == 5
 
 
-@pytest.mark.parametrize("state", [{}, {"step": "3"}, {"step": -1}, {"step": True}, {"step": 3, "param_groups": []}])
+@pytest.mark.parametrize("state", [None, {}, {"step": "3"}, {"step": -1}, {"step": True}, {"step": 3, "param_groups": []}])
 def test_a_state_of_something_else_is_refused(state: Any) -> None:
     regularizer = Scheduled(attrreg.InputGradient(), schedules.Every(3))
     with pytest.raises(ValueError, match=r"state must be .*got .*Pass what was saved"):
@@ -279,7 +279,7 @@ def test_a_step_that_raises_does_not_count() -> None:
     [
         (lambda: schedules.Every(0), ValueError, "steps"),
         (lambda: schedules.Every(True), ValueError, "steps"),
-        (lambda: schedules.Linear(0), ValueError, r"steps .* Linear\(1000\)"),
+        (lambda: schedules.Linear(0), ValueError, r"steps must be .*got 0\. Give a larger one"),
         (lambda: schedules.Linear(3, last=-1), ValueError, "last .* reward"),
         (lambda: schedules.Cosine(2.5), ValueError, "steps"),  # type: ignore[arg-type]
         (lambda: schedules.Cosine(3, first=float("inf")), ValueError, "first"),

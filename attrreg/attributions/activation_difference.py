@@ -76,7 +76,8 @@ class ActivationDifference(SingleRegularizer):
 
     def per_image(self, trace: Trace) -> Tensor:
         """The sum of distances."""
-        distance, size = (torch.stack(each).sum(dim=0) for each in zip(*(self._distance(trace, site) for site in self._sites), strict=True))
+        each = [self._distance(trace, site) for site in self._sites]
+        distance, size = (torch.stack(of_layers).sum(dim=0) for of_layers in zip(*each, strict=True))
         same = (trace.value(INPUT, self._masked) == trace.value(INPUT)).flatten(1).all(dim=1)
         rounded = same & (distance > 0) & trace.annotation.annotated
         near, found, all_same = torch.stack([(distance <= NEAR * size).all(), rounded.any(), same.all()]).tolist()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from attrreg.needs import Grad, Need, Value
-from attrreg.objectives import LogOutside, Objective, check_score_and_objective
+from attrreg.objectives import LogOutside, Objective
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
 from attrreg.sites import check_layer_name, spatial
@@ -48,7 +48,7 @@ class GradCAM(MapRegularizer):
     objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
-        check_score_and_objective(self)
+        super().__post_init__()
         check_layer_name(self.layer)
 
     def needs(self) -> tuple[Need, ...]:

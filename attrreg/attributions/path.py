@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from attrreg.baselines import Baseline, OtherImage, Zero, as_baseline
+from attrreg.baselines import Baseline, OtherImage, Zero, as_baseline, keep_baseline
 from attrreg.needs import Grad, Need
-from attrreg.objectives import LogOutside, Objective, check_score_and_objective, requires_region
+from attrreg.objectives import LogOutside, Objective, requires_region
 from attrreg.points import RULES, Path, Quadrature, RandomPlaces
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
@@ -55,8 +55,9 @@ class IntegratedGradients(MapRegularizer):
     objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
-        check_score_and_objective(self)
-        object.__setattr__(self, "baseline", path_baseline(self))
+        super().__post_init__()
+        keep_baseline(self)
+        check_share(self)
         check_rule(self)
         if self.chunk is not None:
             keep_count(self, "chunk", 1)
@@ -107,8 +108,9 @@ class ExpectedGradients(MapRegularizer):
     objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
-        check_score_and_objective(self)
-        object.__setattr__(self, "baseline", path_baseline(self))
+        super().__post_init__()
+        keep_baseline(self)
+        check_share(self)
         keep_count(self, "samples", 1)
         if self.chunk is not None:
             keep_count(self, "chunk", 1)
@@ -126,15 +128,18 @@ class ExpectedGradients(MapRegularizer):
         return trace.grad(INPUT, self.score, self._path)
 
 
-def path_baseline(regularizer: Any) -> Baseline:
-    """The baseline as an object, refused where it makes the objective constant."""
-    baseline = as_baseline(regularizer.baseline)
-    if baseline.needs_mask and requires_region(regularizer.objective):
+def check_share(regularizer: Any) -> None:
+    """Check that the baseline does not make the objective constant.
+
+    Raises:
+        ValueError: naming the baseline.
+    """
+    baseline, objective = regularizer.baseline, regularizer.objective
+    if baseline.needs_mask and requires_region(objective):
         raise ValueError(
             f"{type(regularizer).__name__}: from {type(baseline).__name__} to the image only irrelevant pixels change, so the share of "
             "attribution outside is 1 whatever the model does. Use objectives.LogOutside(), or another baseline."
         )
-    return baseline
 
 
 def check_rule(regularizer: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
 
 from torch import Tensor
 
@@ -12,9 +12,8 @@ from attrreg.needs import Need, Value
 from attrreg.points import Ascent
 from attrreg.regularizer import SingleRegularizer
 from attrreg.scores import TaskLoss
-from attrreg.settings import keep_count
+from attrreg.settings import is_number, keep_count
 from attrreg.sites import OUTPUT
-from attrreg.spec import is_number
 from attrreg.trace import Trace
 
 
@@ -56,9 +55,9 @@ class PGDEx(SingleRegularizer):
         keep_count(self, "steps", 1)
         if self.bounds is not None:
             pair = tuple(self.bounds) if isinstance(self.bounds, (tuple, list)) else ()
-            if len(pair) != 2 or not all(map(_is_number, pair)) or not pair[0] < pair[1]:
+            if len(pair) != 2 or not all(isinstance(end, Real) and not isinstance(end, bool) for end in pair) or not pair[0] < pair[1]:
                 raise ValueError(f"bounds must be the least and the greatest value of images, got {self.bounds!r}. Write (0.0, 1.0).")
-            object.__setattr__(self, "bounds", pair)
+            object.__setattr__(self, "bounds", tuple(map(float, pair)))
         if not isinstance(self.loss, TaskLoss):
             raise TypeError(f"loss must be a scores.TaskLoss, got {self.loss!r}. Write scores.TaskLoss(function).")
 
@@ -74,7 +73,3 @@ class PGDEx(SingleRegularizer):
     def per_image(self, trace: Trace) -> Tensor:
         """The loss there."""
         return trace.score(self.loss, self._worst)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

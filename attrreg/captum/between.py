@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from attrreg.attributions.path import check_rule
-from attrreg.baselines import Baseline, as_baseline
+from attrreg.baselines import Baseline, as_baseline, keep_baseline
 from attrreg.points import At, places
-from attrreg.trace import Trace
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,23 +37,16 @@ def stops(baseline: Baseline | Tensor | float, rule: str, steps: int) -> list[tu
     return [(At(Between(start, alpha)), weight) for alpha, weight in places(rule, steps)]
 
 
-def start(baseline: Baseline, trace: Trace) -> Tensor:
-    """The baseline of a path, for the images of a call."""
-    x = trace.call.x.detach()
-    return baseline(x, trace.call.mask, torch.Generator(x.device))
-
-
 def check_path(regularizer: Any) -> None:
-    """Check the settings of a path whose places are points of their own, and make its baseline an object.
+    """Check the settings of a path whose places are points of their own, and keep its baseline as an object.
 
     Raises:
         TypeError, ValueError: naming the setting.
     """
-    baseline = as_baseline(regularizer.baseline)
+    baseline = keep_baseline(regularizer)
     if baseline.draws:
         raise ValueError(
             f"{type(regularizer).__name__}: each place would draw another {type(baseline).__name__}, and there would be no path. Use a "
             "baseline that does not draw."
         )
-    object.__setattr__(regularizer, "baseline", baseline)
     check_rule(regularizer)

@@ -20,7 +20,7 @@ from attrreg.captum.refusals import ABSTRACT, REFUSED
 from attrreg.objectives import LogOutside, Objective
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
-from attrreg.spec import is_number
+from attrreg.settings import is_number
 
 Index = int | tuple[int, ...]
 Images = Baseline | Tensor | float | None
@@ -67,10 +67,12 @@ def from_captum(attribution: type, /, *, score: Score = BY_TARGET, objective: Ob
     """
     name = _known_name(attribution)
     builder = ACCEPTED[name]
-    known = {key: value for key, value in inspect.signature(builder).parameters.items() if key not in ("score", "objective")}
-    _check_settings(name, known, settings)
-    if name.startswith("Neuron") and name != "NeuronConductance" and score != BY_TARGET:
-        raise ValueError(f"from_captum: {name} differentiates a neuron, and no score. Leave score= out.")
+    of_neuron = name.startswith("Neuron") and name != "NeuronConductance"  # the plain attribution, with the neuron as its score
+    _check_settings(name, (_settings_of(_neuron) if of_neuron else {}) | _settings_of(builder), settings)
+    if of_neuron:
+        if score != BY_TARGET:
+            raise ValueError(f"from_captum: {name} differentiates a neuron, and no score. Leave score= out.")
+        score = _neuron(settings.pop("layer"), settings.pop("neuron_selector"))
     return builder(score=score, objective=objective, **settings)
 
 
@@ -97,6 +99,10 @@ def _known_name(attribution: Any) -> str:
         )
         raise TypeError(f"from_captum: {name} cannot be trained through: {reason}. {way_out}.")
     return name
+
+
+def _settings_of(builder: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return {name: parameter for name, parameter in inspect.signature(builder).parameters.items() if name not in ("score", "objective")}
 
 
 def _check_settings(name: str, known: Mapping[str, inspect.Parameter], settings: Mapping[str, Any]) -> None:
@@ -128,11 +134,19 @@ def _distribution(baselines: Baseline | Tensor) -> Baseline:
     return OneOf(baselines)
 
 
-# One builder an attribution: its parameters are Captum's settings, with Captum's names and defaults.
+def _neuron(layer: str, neuron_selector: Index) -> Neuron:
+    return Neuron(layer, neuron_selector)
+
+
+# One builder an attribution: its parameters are Captum's settings, with Captum's names and defaults. A neuron's is that of the whole model.
 
 
 def _saliency(score: Score, objective: Objective, abs: bool = True) -> MapRegularizer:
     return InputGradient(score, objective, abs)
+
+
+def _gradient(score: Score, objective: Objective) -> MapRegularizer:
+    return InputGradient(score, objective)
 
 
 def _integrated_gradients(
@@ -171,36 +185,6 @@ def _layer_conductance(
     score: Score, objective: Objective, layer: str, baselines: Images = None, n_steps: int = 50, method: str = "gausslegendre"
 ) -> MapRegularizer:
     return LayerConductance(layer, n_steps, _start(baselines), method, score, objective)
-
-
-def _neuron_gradient(score: Score, objective: Objective, layer: str, neuron_selector: Index) -> MapRegularizer:
-    return InputGradient(Neuron(layer, neuron_selector), objective)
-
-
-def _neuron_integrated_gradients(
-    score: Score,
-    objective: Objective,
-    layer: str,
-    neuron_selector: Index,
-    baselines: Images = None,
-    n_steps: int = 50,
-    method: str = "gausslegendre",
-) -> MapRegularizer:
-    return IntegratedGradients(n_steps, _start(baselines), method, score=Neuron(layer, neuron_selector), objective=objective)
-
-
-def _neuron_gradient_shap(
-    score: Score, objective: Objective, layer: str, neuron_selector: Index, baselines: Baseline | Tensor, n_samples: int = 5
-) -> MapRegularizer:
-    return ExpectedGradients(n_samples, _distribution(baselines), score=Neuron(layer, neuron_selector), objective=objective)
-
-
-def _neuron_guided_backprop(score: Score, objective: Objective, layer: str, neuron_selector: Index) -> MapRegularizer:
-    return GuidedBackprop(Neuron(layer, neuron_selector), objective)
-
-
-def _neuron_deconvolution(score: Score, objective: Objective, layer: str, neuron_selector: Index) -> MapRegularizer:
-    return Deconvolution(Neuron(layer, neuron_selector), objective)
 
 
 def _neuron_conductance(
@@ -246,12 +230,6 @@ def _shapley_values(score: Score, objective: Objective, feature_mask: Tensor, ba
     return ShapleyValues(feature_mask, _start(baselines), score, objective)
 
 
-def _neuron_feature_ablation(
-    score: Score, objective: Objective, layer: str, neuron_selector: Index, feature_mask: Tensor, baselines: Images = None
-) -> MapRegularizer:
-    return FeatureAblation(feature_mask, _start(baselines), Neuron(layer, neuron_selector), objective)
-
-
 ACCEPTED: Mapping[str, Builder] = MappingProxyType(
     {
         "Saliency": _saliency,
@@ -270,12 +248,12 @@ ACCEPTED: Mapping[str, Builder] = MappingProxyType(
         "LayerGradCam": _layer_grad_cam,
         "InternalInfluence": _internal_influence,
         "LayerConductance": _layer_conductance,
-        "NeuronGradient": _neuron_gradient,
-        "NeuronIntegratedGradients": _neuron_integrated_gradients,
-        "NeuronGradientShap": _neuron_gradient_shap,
-        "NeuronGuidedBackprop": _neuron_guided_backprop,
-        "NeuronDeconvolution": _neuron_deconvolution,
+        "NeuronGradient": _gradient,
+        "NeuronIntegratedGradients": _integrated_gradients,
+        "NeuronGradientShap": _gradient_shap,
+        "NeuronGuidedBackprop": GuidedBackprop,
+        "NeuronDeconvolution": Deconvolution,
         "NeuronConductance": _neuron_conductance,
-        "NeuronFeatureAblation": _neuron_feature_ablation,
+        "NeuronFeatureAblation": _feature_ablation,
     }
 )

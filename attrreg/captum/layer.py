@@ -11,7 +11,7 @@ from torch import Tensor
 from attrreg.baselines import Baseline, Zero
 from attrreg.captum.between import check_path, stops
 from attrreg.needs import Grad, Need, Value
-from attrreg.objectives import LogOutside, Objective, check_score_and_objective
+from attrreg.objectives import LogOutside, Objective
 from attrreg.points import At
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
@@ -43,7 +43,7 @@ class LayerActivation(MapRegularizer):
     objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
-        check_score_and_objective(self)
+        super().__post_init__()
         check_layer_name(self.layer)
 
     def needs(self) -> tuple[Need, ...]:
@@ -81,7 +81,7 @@ class LayerGradientXActivation(MapRegularizer):
     objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
-        check_score_and_objective(self)
+        super().__post_init__()
         check_layer_name(self.layer)
 
     def needs(self) -> tuple[Need, ...]:
@@ -90,8 +90,9 @@ class LayerGradientXActivation(MapRegularizer):
 
     def attribution(self, trace: Trace) -> Tensor:
         """Their product."""
-        gradient = trace.grid(spatial(self.layer), trace.grad(spatial(self.layer), self.score))
-        return trace.grid(spatial(self.layer), trace.value(spatial(self.layer))) * gradient if self.multiply else gradient
+        site = spatial(self.layer)
+        gradient = trace.grid(site, trace.grad(site, self.score))
+        return trace.grid(site, trace.value(site)) * gradient if self.multiply else gradient
 
 
 @dataclass(frozen=True, repr=False)
@@ -127,7 +128,7 @@ class InternalInfluence(MapRegularizer):
     objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
-        check_score_and_objective(self)
+        super().__post_init__()
         check_layer_name(self.layer)
         check_path(self)
 
@@ -178,7 +179,7 @@ class LayerConductance(MapRegularizer):
     objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
-        check_score_and_objective(self)
+        super().__post_init__()
         check_layer_name(self.layer)
         check_path(self)
 

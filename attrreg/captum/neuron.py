@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attrreg.attributions.path import path_baseline
+from attrreg.attributions.path import check_share
 from attrreg.baselines import Baseline, Zero, as_baseline
-from attrreg.captum.between import check_path, start, stops
+from attrreg.captum.between import check_path, stops
 from attrreg.needs import Grad, Need, Value
-from attrreg.objectives import LogOutside, Objective, check_score_and_objective
+from attrreg.objectives import LogOutside, Objective
 from attrreg.points import At
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
@@ -99,12 +99,12 @@ class NeuronConductance(MapRegularizer):
     objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
-        check_score_and_objective(self)
+        super().__post_init__()
         if not isinstance(self.neuron, Neuron):
             raise TypeError(f"NeuronConductance: neuron must be a captum.Neuron, got {self.neuron!r}. Write Neuron('layer4', (0, 1, 1)).")
         check_path(self)
         if self.multiply:  # by zero where the baseline is the image
-            path_baseline(self)
+            check_share(self)
 
     def _places(self) -> list[tuple[At, float]]:
         return stops(self.baseline, self.rule, self.steps)
@@ -121,4 +121,8 @@ class NeuronConductance(MapRegularizer):
             onward = self.neuron(trace.grad(self.neuron.layer, self.score, at), None)
             products.append(weight * onward.view(-1, 1, 1, 1) * trace.grad(INPUT, self.neuron, at))
         total = torch.stack(products).sum(dim=0)
-        return (trace.value(INPUT) - start(as_baseline(self.baseline), trace)) * total if self.multiply else total
+        if not self.multiply:
+            return total
+        x = trace.value(INPUT)
+        start = as_baseline(self.baseline)(x.detach(), trace.call.mask, torch.Generator(x.device))
+        return (x - start) * total

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attrreg.baselines import Baseline, Noise
 from attrreg.needs import Need
-from attrreg.objectives import LogOutside, Objective, check_score_and_objective
+from attrreg.objectives import LogOutside, Objective
 from attrreg.points import CLEAN, At
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import Score
@@ -85,7 +85,7 @@ class NoiseTunnel(MapRegularizer):
             raise ValueError(f"NoiseTunnel: unknown kind {self.kind!r}. Use one of {', '.join(map(repr, get_args(Kind)))}.")
         keep_count(self, "samples", 2 if self.kind == "vargrad" else 1)
         Noise(self.std)
-        check_score_and_objective(self)
+        super().__post_init__()
 
     @property
     def score(self) -> Score:  # type: ignore[override]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from attrreg.baselines import Baseline, Fixed, Zero, as_baseline
+from attrreg.baselines import Baseline, Fixed, Zero, as_baseline, keep_baseline
 from attrreg.needs import Need, Scored
-from attrreg.objectives import LogOutside, Objective, check_score_and_objective
+from attrreg.objectives import LogOutside, Objective
 from attrreg.points import CLEAN, At, Point
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
@@ -88,27 +89,22 @@ class FeatureAblation(MapRegularizer):
     objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
-        check_score_and_objective(self)
-        _check_segments(self)
+        super().__post_init__()
+        _keep_segments(self)
+        keep_baseline(self)
 
-    @property
-    def _points(self) -> list[At]:
-        assert isinstance(self.segments, Fixed) and isinstance(self.baseline, Baseline)
-        return [At(Without(self.segments, (number,), self.baseline)) for number in _numbers(self.segments)]
+    def _point(self, number: int) -> At:
+        return At(_without(self, (number,)))
 
     def needs(self) -> tuple[Need, ...]:
         """The score of the image, and without each segment."""
-        return tuple(Scored(self.score, at) for at in (CLEAN, *self._points))
+        return tuple(Scored(self.score, at) for at in (CLEAN, *map(self._point, _numbers(self))))
 
     def attribution(self, trace: Trace) -> Tensor:
         """The falls, each on its segment."""
-        x, clean = trace.call.x.detach(), trace.score(self.score)
-        total = torch.zeros_like(x)
-        for point in self._points:
-            assert isinstance(point.image, Without)
-            fall = (clean - trace.score(self.score, point)).view(-1, 1, 1, 1)
-            total = total + torch.where(point.image.region(x), fall, torch.zeros_like(fall))
-        return total
+        clean = trace.score(self.score)
+        falls = {number: clean - trace.score(self.score, self._point(number)) for number in _numbers(self)}
+        return _on_segments(self, falls, trace)
 
 
 MOST = 10  # segments: twice as many forwards for each more
@@ -144,27 +140,25 @@ class ShapleyValues(MapRegularizer):
     objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
-        check_score_and_objective(self)
-        _check_segments(self)
-        assert isinstance(self.segments, Fixed) and isinstance(self.baseline, Baseline)
-        if self.baseline.draws:
+        super().__post_init__()
+        _keep_segments(self)
+        baseline = keep_baseline(self)
+        if baseline.draws:
             raise ValueError(
-                f"ShapleyValues: {type(self.baseline).__name__} would draw anew for each set of segments. Use a baseline that does not "
-                "draw."
+                f"ShapleyValues: {type(baseline).__name__} would draw anew for each set of segments. Use a baseline that does not draw."
             )
-        count = len(_numbers(self.segments))
+        count = len(_numbers(self))
         if count > MOST:
             raise ValueError(f"ShapleyValues: {count} segments take {2**count} forwards. Give at most {MOST}, or use FeatureAblation.")
 
     @property
     def _points(self) -> dict[frozenset[int], Point]:
         """Where the score is taken of each set of segments that are in the image."""
-        assert isinstance(self.segments, Fixed) and isinstance(self.baseline, Baseline)
-        numbers = _numbers(self.segments)
+        numbers = _numbers(self)
         points: dict[frozenset[int], Point] = {}
         for present in (frozenset(some) for size in range(len(numbers) + 1) for some in combinations(numbers, size)):
             removed = tuple(number for number in numbers if number not in present)
-            points[present] = At(Without(self.segments, removed, self.baseline)) if removed else CLEAN
+            points[present] = At(_without(self, removed)) if removed else CLEAN
         return points
 
     def needs(self) -> tuple[Need, ...]:
@@ -173,23 +167,20 @@ class ShapleyValues(MapRegularizer):
 
     def attribution(self, trace: Trace) -> Tensor:
         """The mean gains, each on its segment."""
-        assert isinstance(self.segments, Fixed) and isinstance(self.baseline, Baseline)
         scores = {present: trace.score(self.score, at) for present, at in self._points.items()}
-        numbers, x = _numbers(self.segments), trace.call.x.detach()
-        total = torch.zeros_like(x)
+        numbers = _numbers(self)
+        means: dict[int, Tensor] = {}
         for number in numbers:
             gains = []
             for present in (some for some in scores if number not in some):
                 weight = 1 / (len(numbers) * math.comb(len(numbers) - 1, len(present)))
                 gains.append(weight * (scores[present | {number}] - scores[present]))
-            gain = torch.stack(gains).sum(dim=0).view(-1, 1, 1, 1)
-            here = Without(self.segments, (number,), self.baseline).region(x)
-            total = total + torch.where(here, gain, torch.zeros_like(gain))
-        return total
+            means[number] = torch.stack(gains).sum(dim=0)
+        return _on_segments(self, means, trace)
 
 
-def _check_segments(regularizer: FeatureAblation | ShapleyValues) -> None:
-    """Check the segments, and make them and the baseline objects."""
+def _keep_segments(regularizer: FeatureAblation | ShapleyValues) -> None:
+    """Check the segments, and keep them as an object that can be compared."""
     name, segments = type(regularizer).__name__, regularizer.segments
     segments = segments.image if isinstance(segments, Fixed) else segments
     if not isinstance(segments, Tensor) or segments.is_floating_point() or segments.dtype is torch.bool:
@@ -201,8 +192,23 @@ def _check_segments(regularizer: FeatureAblation | ShapleyValues) -> None:
             "(1, C, H, W)."
         )
     object.__setattr__(regularizer, "segments", Fixed(segments))
-    object.__setattr__(regularizer, "baseline", as_baseline(regularizer.baseline))
 
 
-def _numbers(segments: Fixed) -> tuple[int, ...]:
-    return tuple(segments.image.unique().tolist())
+def _numbers(regularizer: FeatureAblation | ShapleyValues) -> tuple[int, ...]:
+    assert isinstance(regularizer.segments, Fixed)  # as `_keep_segments` left them
+    return tuple(regularizer.segments.image.unique().tolist())
+
+
+def _without(regularizer: FeatureAblation | ShapleyValues, removed: tuple[int, ...]) -> Without:
+    assert isinstance(regularizer.segments, Fixed)
+    return Without(regularizer.segments, removed, as_baseline(regularizer.baseline))
+
+
+def _on_segments(regularizer: FeatureAblation | ShapleyValues, values: Mapping[int, Tensor], trace: Trace) -> Tensor:
+    """The map that has, at the pixels of each segment, its value `(N,)`."""
+    x = trace.call.x.detach()
+    map = torch.zeros_like(x)
+    for number, value in values.items():
+        here = _without(regularizer, (number,)).region(x)
+        map = map + torch.where(here, value.view(-1, 1, 1, 1), 0)
+    return map

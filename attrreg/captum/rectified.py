@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attrreg.attributions.gradcam import GradCAM
 from attrreg.needs import Grad, Need
-from attrreg.objectives import LogOutside, Objective, check_score_and_objective
+from attrreg.objectives import LogOutside, Objective
 from attrreg.ops.rectify import deconvolved, guided
 from attrreg.points import Rectified
 from attrreg.regularizer import MapRegularizer
@@ -112,7 +112,7 @@ class GuidedGradCam(MapRegularizer):
     objective: Objective = LogOutside()
 
     def __post_init__(self) -> None:
-        check_score_and_objective(self)
+        super().__post_init__()
         check_layer_name(self.layer)
 
     @property

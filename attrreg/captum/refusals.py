@@ -9,12 +9,10 @@ _RESCALE = (
     "Captum's DeepLift hooks hold the multipliers delta out / delta in constant (they detach both), so its parameter gradient is not "
     "that of its map"
 )
-_RESCALE_OUT = "Use IntegratedGradients, which DeepLift approximates and which adds up to the same difference of scores"
 _LRP = (
     "Captum's LRP writes activations and relevances through `.data`, and so cuts them off from the parameters; its parameter gradient is "
     "not that of its map"
 )
-_LRP_OUT = "Use InputXGradient, which the epsilon rule equals on ReLU networks"
 _NO_GRAD = "Captum runs its forwards under torch.no_grad(), so no gradient reaches the parameters"
 _FIT = "Captum fits a linear model to forwards that run under torch.no_grad(), one image at a time"
 _ABLATION_OUT = "Use FeatureAblation(feature_mask=...), which runs here with gradients"
@@ -23,13 +21,13 @@ _LANGUAGE = "it attributes to the tokens of a language model's prompt, and not t
 # name in captum.attr -> (reason, way out)
 REFUSED: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        "DeepLift": (_RESCALE, _RESCALE_OUT),
+        "DeepLift": (_RESCALE, "Use IntegratedGradients, which DeepLift approximates and which adds up to the same difference of scores"),
         "DeepLiftShap": (_RESCALE, "Use GradientShap, which compares with a distribution of baselines too"),
         "LayerDeepLift": (_RESCALE, "Use LayerConductance, which adds up to the same difference of scores"),
         "LayerDeepLiftShap": (_RESCALE, "Use LayerConductance, which adds up to the difference of scores from one baseline"),
         "NeuronDeepLift": (_RESCALE, "Use NeuronIntegratedGradients, which adds up to the same difference"),
         "NeuronDeepLiftShap": (_RESCALE, "Use NeuronGradientShap, which compares with a distribution of baselines too"),
-        "LRP": (_LRP, _LRP_OUT),
+        "LRP": (_LRP, "Use InputXGradient, which the epsilon rule equals on ReLU networks"),
         "LayerLRP": (_LRP, "Use LayerGradientXActivation, which the epsilon rule equals on ReLU networks"),
         "LayerIntegratedGradients": (
             "Captum computes the layer's activations under torch.no_grad() and runs the rest of the model from detached copies, so nothing "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attrreg import call as calls
-from attrreg.baselines import Baseline, Zero, as_baseline
+from attrreg.baselines import Baseline, Zero, as_baseline, keep_baseline
 from attrreg.metrics.maps import Measure, share_inside
 from attrreg.settings import keep_count
 from attrreg.spec import Spec
@@ -50,8 +50,7 @@ class Occlusion(Spec):
         keep_count(self, "stride", 1)
         if self.stride > self.window:
             raise ValueError(f"stride={self.stride} leaves pixels between windows of {self.window} uncovered. Choose one of at most that.")
-        object.__setattr__(self, "fill", as_baseline(self.fill))
-        if as_baseline(self.fill).needs_mask:
+        if keep_baseline(self, "fill").needs_mask:
             raise ValueError(f"fill={self.fill!r} depends on the mask that the map is to be judged by. Use baselines.Zero(), for example.")
 
     def __call__(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:

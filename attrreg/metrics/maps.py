@@ -19,8 +19,6 @@ from attrreg.spec import Spec
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 
-OUTSIDE = OutsideFraction(eps=0.0)
-
 
 def share_inside(map: Tensor, mask: Tensor) -> Tensor:
     """sum m |phi| / sum |phi|: the share of attribution inside the mask, in [0, 1].
@@ -35,7 +33,7 @@ def share_inside(map: Tensor, mask: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: naming `map` or `mask`.
     """
-    return 1 - OUTSIDE(*_aligned(map, mask))
+    return 1 - OutsideFraction(eps=0.0)(*_aligned(map, mask))
 
 
 def energy_pointing_game(map: Tensor, mask: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attrreg.masks import check
 from attrreg.metrics.judge import Attribution, judged
 from attrreg.metrics.maps import Measure, energy_pointing_game, iou_at_mask_size, pointing_game, share_inside
-from attrreg.metrics.predictions import auc, check_correct
+from attrreg.metrics.predictions import auc, check_correct, check_groups
 from attrreg.settings import check_count
 from attrreg.spec import source
 
@@ -191,9 +191,7 @@ class WorstGroupAccuracy(Metric):
         if logits.shape[:1] == target.shape == groups.shape == (0,):
             return
         correct, count = check_correct(logits, target), len(self.images)
-        if groups.is_floating_point() or groups.shape != target.shape:
-            got = f"{groups.dtype} {tuple(groups.shape)}"
-            raise TypeError(f"groups must be {tuple(target.shape)} integers, one group an image, got {got}. Convert or reshape it.")
+        check_groups(groups, target)
         groups = groups.long()
         if not 0 <= int(groups.min()) <= int(groups.max()) < count:
             raise ValueError(f"groups has numbers outside [0, {count}). Pass `WorstGroupAccuracy(groups=...)` as many as there are.")

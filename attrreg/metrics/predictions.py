@@ -32,7 +32,7 @@ def auc(logits: Tensor, target: Tensor) -> float | None:
         The area; None where there are not two classes. NaN where only one of them occurs, or a score is NaN.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or a target is neither 0 nor 1.
 
     Cost:
         Sorting.
@@ -40,6 +40,8 @@ def auc(logits: Tensor, target: Tensor) -> float | None:
     check_correct(logits, target)
     if logits.shape[1] != 2:
         return None
+    if bool(((target != 0) & (target != 1)).any()):
+        raise ValueError("target must be 0 or 1, as there are two classes. Leave images of no class out.")
     score = logits[:, 1].double() - logits[:, 0].double()
     ones, zeros = score[target == 1].contiguous(), score[target == 0].sort().values
     if not len(ones) or not len(zeros) or bool(score.isnan().any()):
@@ -60,12 +62,7 @@ def group_accuracies(logits: Tensor, target: Tensor, groups: Tensor) -> dict[int
         TypeError, ValueError: the shapes do not fit, or groups are no integers.
     """
     correct = check_correct(logits, target)
-    if groups.shape != target.shape:
-        raise ValueError(f"groups must be {tuple(target.shape)}, one group an image, got {tuple(groups.shape)}. Reshape it.")
-    if groups.is_floating_point():
-        raise TypeError(
-            f"groups must be integers, one group an image, got {groups.dtype}. Number the groups: groups.unique(return_inverse=True)."
-        )
+    check_groups(groups, target)
     return {int(group): correct[groups == group].double().mean().item() for group in groups.unique().tolist()}
 
 
@@ -92,3 +89,17 @@ def check_correct(logits: Tensor, target: Tensor) -> Tensor:
             f"logits must be (N, classes) and target (N,), got {tuple(logits.shape)} and {tuple(target.shape)}. Pass one class an image."
         )
     return (logits.argmax(dim=1) == target) & ~logits.isnan().any(dim=1)
+
+
+def check_groups(groups: Tensor, target: Tensor) -> None:
+    """Check that there is one group an image.
+
+    Raises:
+        TypeError, ValueError: naming `groups`.
+    """
+    if groups.shape != target.shape:
+        raise ValueError(f"groups must be {tuple(target.shape)}, one group an image, got {tuple(groups.shape)}. Reshape it.")
+    if groups.is_floating_point():
+        raise TypeError(
+            f"groups must be integers, one group an image, got {groups.dtype}. Number the groups: groups.unique(return_inverse=True)."
+        )
