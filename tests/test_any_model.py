@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import attrreg
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.trace import passes
-from tests.models import SmoothNet, assert_close, batch, gradients, smooth_batch
+from tests.models import SmoothNet, assert_close, batch, gradients, loss_by, smooth_batch
 
 TERMS: dict[str, AttributionRegularizer] = {
     "input_gradient": attrreg.InputGradient(),
@@ -87,9 +87,7 @@ def test_checkpointing_changes_nothing(name: str) -> None:
     regularizer = attrreg.GradCAM("net.body") if name == "grad_cam" else TERMS[name]
     want = gradients(plain, TERMS[name](plain, x, mask, target))
     assert_close(gradients(plain, regularizer(model, x, mask, target)), want, 1e-12)
-    with regularizer.attach(model):
-        logits = model(x)
-        value = F.cross_entropy(logits, target) + regularizer(model, x, mask, target)
+    value = loss_by("attached", regularizer, model, (x, mask, target))
     task = gradients(plain, F.cross_entropy(plain(x), target))
     assert_close(gradients(plain, value), [a + b for a, b in zip(task, want, strict=True)], 1e-12)
 
@@ -108,9 +106,7 @@ def test_timms_checkpointing_changes_nothing(family: str) -> None:
     results = []
     for enabled in (False, True):
         model.set_grad_checkpointing(enabled)
-        with regularizer.attach(model):
-            value = F.cross_entropy(model(x), target) + regularizer(model, x, mask, target)
-        results.append(gradients(model, value))
+        results.append(gradients(model, loss_by("attached", regularizer, model, (x, mask, target))))
     assert_close(results[1], results[0], 1e-4)
 
 

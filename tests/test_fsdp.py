@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import attrreg
 from attrreg import engines, folding, schedules
 from attrreg.regularizer import AttributionRegularizer
-from tests.models import SmoothNet, assert_close, gradients
+from tests.models import Batch, SmoothNet, assert_close, gradients
 from tests.ranks import Ranks
-from tests.test_ddp import FEW, NONE, PATH, SOME, TERMS, UNEVEN, Case, alone, annotated, loss_of, shares
+from tests.test_ddp import FEW, NONE, PATH, SOME, TERMS, UNEVEN, Case, accumulated_alone, alone, annotated, loss_of, shares, together
 
 pytestmark = pytest.mark.cpu
 
@@ -179,7 +179,7 @@ def keep(rank: int) -> tuple[list[int], list[int], list[Tensor]]:
 
 def test_the_users_own_resharding_is_kept(two: Ranks) -> None:
     model = Case(()).model()
-    x, mask, target = (torch.cat(parts) for parts in zip(*shares(2), strict=True))
+    x, mask, target = together(shares(2))
     both = TERMS + attrreg.InputXGradient()
     want = gradients(model, F.cross_entropy(model(x), target) + both(model, x, mask, target))
     for kept, freed, found in two(keep):
@@ -202,21 +202,14 @@ def accumulate(rank: int) -> list[Tensor]:
 
 
 def test_accumulation(two: Ranks) -> None:
-    model = Case(()).model()
-    x, mask, target = (torch.cat(parts) for parts in zip(*shares(2), strict=True))
-    loss = torch.zeros(())
-    for step in range(3):
-        flags = annotated(SOME + NONE if step % 2 == 0 else NONE + SOME)
-        loss = loss + (F.cross_entropy(model(x + step), target) + TERMS(model, x + step, mask, target, annotated=flags)) / 3
-    want = gradients(model, loss)
+    want = accumulated_alone()
     for found in two(accumulate):
         assert_close(found, want, 1e-6)
 
 
-def run(rank: int, regularizer: AttributionRegularizer) -> tuple[list[float], list[Tensor]]:
-    """Four steps of training, each other one with a penalty."""
-    model = shard(Case(()).model())
-    optimizer, (x, mask, target) = torch.optim.AdamW(model.parameters(), 1e-2), shares(2)[rank]
+def trained(model: nn.Module, regularizer: AttributionRegularizer, data: Batch) -> tuple[list[float], Tensor]:
+    """The losses of four steps, each other one with a penalty, and the map at the end."""
+    optimizer, (x, mask, target) = torch.optim.AdamW(model.parameters(), 1e-2), data
     scheduled, losses = attrreg.Scheduled(regularizer, schedules.Every(2)), []
     with scheduled.attach(model):
         for _ in range(4):
@@ -226,29 +219,24 @@ def run(rank: int, regularizer: AttributionRegularizer) -> tuple[list[float], li
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             losses.append(float(loss.detach()))
-    map = attrreg.InputGradient().attribute(model, x, target)
-    return losses, [map, *(parameter.full_tensor().detach() for parameter in model.parameters())]
+    return losses, attrreg.InputGradient().attribute(model, x, target)
+
+
+def run(rank: int, regularizer: AttributionRegularizer) -> tuple[list[float], Tensor, list[Tensor]]:
+    model = shard(Case(()).model())
+    losses, map = trained(model, regularizer, shares(2)[rank])
+    return losses, map, [parameter.full_tensor().detach() for parameter in model.parameters()]
 
 
 @pytest.mark.parametrize("engine", [engines.DoubleBackward(), FINE])
 def test_training_is_that_of_one_process(two: Ranks, engine: engines.Engine) -> None:
     model = Case(()).model()
-    x, mask, target = (torch.cat(parts) for parts in zip(*shares(2), strict=True))
-    optimizer, scheduled = torch.optim.AdamW(model.parameters(), 1e-2), attrreg.Scheduled(TERMS, schedules.Every(2))
-    losses = []
-    for _ in range(4):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), target) + scheduled(model, x, mask, target)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    map = attrreg.InputGradient().attribute(model, x, target)
+    losses, map = trained(model, TERMS, together(shares(2)))
     results = two(run, TERMS.using(engine))
     for step, value in enumerate(losses):
-        assert sum(values[step] for values, _ in results) / 2 == pytest.approx(value, rel=1e-6)
-    maps = torch.cat([found[0] for _, found in results])
-    assert_close([maps, *results[0][1][1:]], [map, *(p.detach() for p in model.parameters())], 1e-5)
+        assert sum(found[step] for found, _, _ in results) / 2 == pytest.approx(value, rel=1e-6)
+    maps = torch.cat([part for _, part, _ in results])
+    assert_close([maps, *results[0][2]], [map, *(p.detach() for p in model.parameters())], 1e-5)
 
 
 def half(rank: int, dtype: torch.dtype) -> tuple[float, list[Tensor]]:
@@ -270,7 +258,7 @@ def half(rank: int, dtype: torch.dtype) -> tuple[float, list[Tensor]]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(two: Ranks, dtype: torch.dtype) -> None:
     model = Case(()).model()
-    x, mask, target = (torch.cat(parts) for parts in zip(*shares(2), strict=True))
+    x, mask, target = together(shares(2))
     loss = F.cross_entropy(model(x), target) + TERMS(model, x, mask, target)
     want = torch.cat([gradient.flatten() for gradient in gradients(model, loss)])
     results = two(half, dtype)

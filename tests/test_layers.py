@@ -77,7 +77,7 @@ class ImageAndText(nn.Module):
 def test_maps_come_from_the_images(attach: bool) -> None:
     model, ids, reg = ImageAndText(), torch.randint(50, (4, 16)), attrreg.GradCAM()
     want = attrreg.GradCAM("conv")(model, X, MASK, Y, inputs=(X, ids))
-    with reg.attach(model) if attach else torch.enable_grad():
+    with reg.attach(model) if attach else nullcontext():
         for _ in range(2):
             with passes() as counted:
                 if attach:
@@ -269,8 +269,7 @@ def test_the_first_step_takes_one_backward_as_all_others_do(name: str) -> None:
     alone = [gradients(model, term(model, x, mask, target)) for term in (attrreg.InputGradient(), attrreg.GradCAM())]
     for attached in (False, True):
         fresh = copy.deepcopy(model)
-        handle = reg.attach(fresh) if attached else nullcontext()
-        with handle:
+        with reg.attach(fresh) if attached else nullcontext():
             for _ in range(2):
                 fresh(x)
                 with passes() as counted:
@@ -322,14 +321,12 @@ class Grown(nn.Module):
 @pytest.mark.parametrize("attach", [False, True])
 def test_the_automatic_layer_is_the_last_also_where_layers_were_added(attach: bool) -> None:
     model, (x, mask, target), cam = Grown().double(), smooth_batch(), attrreg.GradCAM()
-    handle = cam.attach(model) if attach else None
-    model(x)
-    cam(model, x, mask, target)
-    model.body.extend([nn.Conv2d(4, 4, 3).double(), nn.Tanh()])
-    model(x)
-    value = cam(model, x, mask, target)
-    if handle is not None:
-        handle.remove()
+    with cam.attach(model) if attach else nullcontext():
+        model(x)
+        cam(model, x, mask, target)
+        model.body.extend([nn.Conv2d(4, 4, 3).double(), nn.Tanh()])
+        model(x)
+        value = cam(model, x, mask, target)
     torch.testing.assert_close(value, attrreg.GradCAM("body.5")(model, x, mask, target))
 
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import attrreg
 from attrreg.trace import passes
 from tests import oracles
-from tests.models import Batch, SmoothNet, assert_close, gradients, smooth_batch
+from tests.models import Batch, SmoothNet, accumulated, assert_close, gradients, loss_by, smooth_batch
 from tests.test_conditions import CAM, REG
 
 
@@ -87,15 +87,11 @@ def test_a_checkpointed_part_is_recomputed_as_it_ran(kind: str) -> None:
         torch.manual_seed(0)
         model, (x, mask, target) = Checkpointed().double(), smooth_batch()
         reg: Any = {"plain": REG, "scheduled": attrreg.Scheduled(REG, attrreg.schedules.Every(2)), "auto": CAM}[kind]
-        handle = reg.attach(model.net) if attach else None
-        for _ in range(3):
-            loss = F.cross_entropy(model(x), target) + reg(model.net, x, mask, target)
-            loss.backward()
-        found[attach] = [parameter.grad for parameter in model.parameters()]
-        if handle is not None:
-            handle.remove()
-    for one, other in zip(found[False], found[True], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+        with reg.attach(model.net) if attach else nullcontext():
+            for _ in range(3):
+                (F.cross_entropy(model(x), target) + reg(model.net, x, mask, target)).backward()
+        found[attach] = accumulated(model)
+    assert_close(found[True], found[False], 1e-12)
 
 
 @pytest.mark.parametrize("way", ["unattached", "attached", "evaluate"])
@@ -105,12 +101,7 @@ def test_hooks_on_images_are_shown_the_losss_gradient_once_and_whole(way: str) -
     images.retain_grad()
     seen: list[Tensor] = []
     images.register_hook(seen.append)
-    with REG.attach(model) if way == "attached" else nullcontext():
-        if way == "evaluate":
-            penalty = REG.evaluate(model, images, mask, target)
-            loss = F.cross_entropy(penalty.output, target) + penalty.total
-        else:
-            loss = F.cross_entropy(model(images), target) + REG(model, images, mask, target)
+    loss = loss_by(way, REG, model, (images, mask, target))
     assert not seen and images.grad is None  # of the inner backward
     loss.backward()
     leaf = images.detach().requires_grad_()
@@ -142,7 +133,7 @@ def test_threads_that_train_side_by_side_leave_the_process_as_it_was_and_each_ot
     assert torch.utils.checkpoint._CheckpointFrame is frame and torch.backends.cuda.flash_sdp_enabled() == flash
     for model, twin, data in zip(models, twins, batches, strict=True):
         train(twin, data)
-        found, want = ([parameter.grad for parameter in net.parameters() if parameter.grad is not None] for net in (model, twin))
+        found, want = (accumulated(net) for net in (model, twin))
         assert_close(found, want, 1e-12)
 
 
@@ -165,13 +156,11 @@ def test_several_checkpointed_forwards_before_one_backward(kind: str) -> None:
         torch.manual_seed(0)
         model, (x, mask, target) = Checkpointed().double(), smooth_batch()
         reg: Any = attrreg.Scheduled(REG, attrreg.schedules.Every(2)) if kind == "scheduled" else CAM
-        handle = reg.attach(model.net) if attach else None
         total = torch.zeros((), dtype=torch.float64)
-        for images in (x, 2 * x, 3 * x):
-            total = total + F.cross_entropy(model(images), target) + reg(model.net, images, mask, target)
-        found[attach] = gradients(model, total)
-        if handle is not None:
-            handle.remove()
+        with reg.attach(model.net) if attach else nullcontext():
+            for images in (x, 2 * x, 3 * x):
+                total = total + F.cross_entropy(model(images), target) + reg(model.net, images, mask, target)
+            found[attach] = gradients(model, total)
     assert_close(found[True], found[False], 1e-10)
 
 
