@@ -257,7 +257,7 @@ class Unread(nn.Module):
         return self.head(self.block(torch.cat((token, self.patches(x).flatten(2).mT), 1)).tanh()[:, 0])
 
 
-REENTRANT = "use_reentrant=True.*use_reentrant=False"
+REENTRANT = "use_reentrant=True.*[Uu]se torch.utils.checkpoint with use_reentrant=False"
 BAD: list[tuple[Callable[[], nn.Module], AttributionRegularizer, type[Exception], str]] = [
     (Twice, attrreg.GradCAM(), ValueError, "every layer with a map ran more than once.*Let the model run once"),
     (Detaches, attrreg.InputGradient(), RuntimeError, "does not depend on the images: .*detaches.*Let gradients through"),
