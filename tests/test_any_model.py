@@ -29,6 +29,11 @@ TERMS: dict[str, AttributionRegularizer] = {
 }
 
 
+def of_a_part(name: str) -> AttributionRegularizer:
+    """The term for a model whose part `net` has the layer."""
+    return attrreg.GradCAM("net.body") if name == "grad_cam" else TERMS[name]
+
+
 class WorksOnItsInput(nn.Module):
     """Scales its input, in place or not."""
 
@@ -44,11 +49,7 @@ class WorksOnItsInput(nn.Module):
 @pytest.mark.parametrize("kind", ["plain", "non-leaf"])
 @pytest.mark.parametrize("name", TERMS)
 def test_a_model_that_works_on_its_input_in_place(name: str, kind: str) -> None:
-    if name == "grad_cam":
-        regularizer: AttributionRegularizer = attrreg.GradCAM("net.body")
-    else:
-        regularizer = TERMS[name]
-    x, mask, target = smooth_batch()
+    regularizer, (x, mask, target) = of_a_part(name), smooth_batch()
     inplace, plain = WorksOnItsInput(True).double(), WorksOnItsInput(False).double()
     plain.load_state_dict(inplace.state_dict())
     found = []
@@ -77,7 +78,7 @@ class Checkpointed(nn.Module):
 def test_checkpointing_changes_nothing(name: str) -> None:
     plain, (x, mask, target) = SmoothNet().double(), smooth_batch()
     model = Checkpointed(plain)
-    regularizer = attrreg.GradCAM("net.body") if name == "grad_cam" else TERMS[name]
+    regularizer = of_a_part(name)
     want = gradients(plain, TERMS[name](plain, x, mask, target))
     assert_close(gradients(plain, regularizer(model, x, mask, target)), want, 1e-12)
     value = loss_by("attached", regularizer, model, (x, mask, target))

@@ -96,18 +96,15 @@ def loss_of(case: Case, entry: nn.Module, model: nn.Module, share: Batch, flags:
     return loss + penalty, penalty
 
 
-def train(rank: int, case: Case, steps: int = 2) -> tuple[list[float], list[Tensor], list[Tensor]]:
-    """Penalties, and the last step's gradients and buffers. Several steps, as DDP's first one is special."""
+def train(rank: int, case: Case) -> tuple[float, list[Tensor]]:
+    """The penalty and the gradients of a second step, as DDP's first one is special."""
     model = case.model()
     entry = DistributedDataParallel(model, find_unused_parameters=case.unused, static_graph=case.static)
-    values = []
-    for step in range(steps):
+    for step in range(2):
         model.zero_grad()
         loss, penalty = loss_of(case, entry, model, shares(dist.get_world_size())[rank], case.flags[(rank + step) % len(case.flags)])
         loss.backward()
-        values.append(float(penalty.detach()))
-    found = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in model.parameters()]
-    return values, found, [buffer.detach() for buffer in model.buffers()]
+    return float(penalty.detach()), [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
 
 
 def alone(case: Case, step: int = 1) -> tuple[float, list[Tensor]]:
@@ -129,8 +126,8 @@ def alone(case: Case, step: int = 1) -> tuple[float, list[Tensor]]:
 def check(ranks: Ranks, case: Case) -> None:
     value, want = alone(case)
     results = ranks(train, case)
-    assert sum(values[1] for values, _, _ in results) / ranks.count == pytest.approx(value, rel=1e-9)
-    for _, found, _ in results:
+    assert sum(penalty for penalty, _ in results) / ranks.count == pytest.approx(value, rel=1e-9)
+    for _, found in results:
         assert_close(found, want, 1e-6)
 
 
@@ -186,8 +183,8 @@ def test_against_an_oracle(two: Ranks) -> None:
     penalty = oracles.log_outside(map, mask.double().unsqueeze(1))[flags].mean()
     want = gradients(model, F.cross_entropy(model(x), target) + penalty)
     results = two(train, case)
-    assert sum(values[1] for values, _, _ in results) / 2 == pytest.approx(float(penalty.detach()), rel=1e-9)
-    for _, found, _ in results:
+    assert sum(value for value, _ in results) / 2 == pytest.approx(float(penalty.detach()), rel=1e-9)
+    for _, found in results:
         assert_close(found, want, 1e-6)
 
 

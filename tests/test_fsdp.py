@@ -56,26 +56,25 @@ def full(model: nn.Module) -> list[Tensor]:
     return [p.grad.full_tensor() for p in model.parameters() if p.grad is not None]  # type: ignore[attr-defined]
 
 
-def train(rank: int, case: Case, sharding: Sharding, steps: int = 2) -> tuple[list[float], list[Tensor]]:
+def train(rank: int, case: Case, sharding: Sharding) -> tuple[float, list[Tensor]]:
+    """The penalty and the gradients of a second step."""
     model = shard(case.model(), sharding)
-    values = []
-    for step in range(steps):
+    for step in range(2):
         model.zero_grad()
         flags = case.flags[(rank + step) % len(case.flags)]
         loss, penalty = loss_of(case, model, model, shares(dist.get_world_size())[rank], flags)
         loss.backward()
-        values.append(float(penalty.detach()))
     groups = [module._get_fsdp_state()._fsdp_param_group for module in model.modules() if hasattr(module, "_get_fsdp_state")]
     assert any(group is not None for group in groups)
     assert all(group.reshard_after_backward for group in groups if group is not None)
     assert all(group.is_sharded for group in groups if group is not None), "weights are left gathered"
-    return values, full(model)
+    return float(penalty.detach()), full(model)
 
 
 def check(ranks: Ranks, case: Case, sharding: Sharding, training: Callable[..., Any] = train) -> None:
     value, want = alone(case)
     results = ranks(training, case, sharding)
-    assert sum(values[1] for values, _ in results) / ranks.count == pytest.approx(value, rel=1e-9)
+    assert sum(penalty for penalty, _ in results) / ranks.count == pytest.approx(value, rel=1e-9)
     for _, found in results:
         assert_close(found, want, 1e-6)
 
@@ -114,7 +113,7 @@ def test_four_ranks(four: Ranks, name: str, sharding: Sharding) -> None:
     check(four, replace(CASES[name], flags=(SOME, NONE, FEW, SOME)), sharding)
 
 
-def narrow(rank: int, case: Case, sharding: Sharding) -> tuple[list[float], list[Tensor]]:
+def narrow(rank: int, case: Case, sharding: Sharding) -> tuple[float, list[Tensor]]:
     """With room for three images in a pass of a path."""
     with mock.patch.object(folding, "budget", lambda device: 3 * shares(2)[0][0][0].numel()):
         return train(rank, case, sharding)
