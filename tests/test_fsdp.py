@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import attrreg
 from attrreg import engines, folding, schedules
 from attrreg.regularizer import AttributionRegularizer
-from tests.models import Batch, SmoothNet, assert_close, gradients
+from tests.models import Batch, SmoothNet, accumulated, assert_close, gradients
 from tests.ranks import Ranks
 from tests.test_ddp import FEW, NONE, PATH, SOME, TERMS, UNEVEN, Case, accumulated_alone, alone, annotated, loss_of, shares, together
 
@@ -137,7 +137,7 @@ def centred(rank: int, regularizer: AttributionRegularizer) -> tuple[list[float]
     both = model, shard(copy.deepcopy(model))
     values = [regularizer(each, x, mask, target, annotated=annotated(SOME), group=False) for each in both]
     (torch.stack(values).sum() + F.cross_entropy(both[0](x), target) + F.cross_entropy(both[1](x), target)).backward()
-    return [float(value.detach()) for value in values], [p.grad for p in model.parameters() if p.grad is not None], full(both[1])
+    return [float(value.detach()) for value in values], accumulated(model), full(both[1])
 
 
 @pytest.mark.parametrize("regularizer", [attrreg.InputGradient(), replace(PATH, chunk=None)])
