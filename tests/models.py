@@ -130,6 +130,13 @@ def loss_by(way: str, regularizer: AttributionRegularizer, model: nn.Module, dat
         return F.cross_entropy(model(x), target) + regularizer(model, x, mask, target)
 
 
+def stir(model: nn.Module, by: float) -> None:
+    """Move all weights a little: some heads start at zero, where every map would be zero."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by * torch.randn_like(parameter))
+
+
 def assert_close(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:
     """Compare tensors, each relative to its own largest value; what lies below a millionth of the largest of all may be rounding."""
     got, want = [tensor.detach() for tensor in got], [tensor.detach() for tensor in want]

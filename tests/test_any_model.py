@@ -9,14 +9,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import attrreg
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.trace import passes
-from tests.models import SmoothNet, assert_close, batch, gradients, loss_by, smooth_batch
+from tests.models import SmoothNet, assert_close, batch, gradients, loss_by, smooth_batch, stir
 
 TERMS: dict[str, AttributionRegularizer] = {
     "input_gradient": attrreg.InputGradient(),
@@ -90,9 +89,7 @@ def test_checkpointing_changes_nothing(name: str) -> None:
 def test_timms_checkpointing_changes_nothing(family: str) -> None:
     settings = {"img_size": 64} if "vit" in family else {}
     model = timm.create_model(family, num_classes=4, **settings).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
+    stir(model, 0.01)
     x, mask, target = batch(2, size=64, classes=4)
     regularizer = (
         attrreg.InputGradient() + attrreg.IntegratedGradients(steps=2) + attrreg.ActivationDifference(fill=attrreg.baselines.Zero())
@@ -102,14 +99,6 @@ def test_timms_checkpointing_changes_nothing(family: str) -> None:
         model.set_grad_checkpointing(enabled)
         results.append(gradients(model, loss_by("attached", regularizer, model, (x, mask, target))))
     assert_close(results[1], results[0], 1e-4)
-
-
-def test_frozen_backbone_with_an_automatic_layer() -> None:
-    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
-    for layer in (model.stem, model.body):
-        layer.requires_grad_(False)
-    by_name = gradients(model, attrreg.GradCAM("body")(model, x, mask, target))
-    assert_close(gradients(model, attrreg.GradCAM()(model, x, mask, target)), by_name, 1e-12)
 
 
 @pytest.mark.parametrize("name", ["input_gradient", "integrated_gradients", "integrated_gradients_unchunked"])
@@ -232,98 +221,3 @@ def test_a_layer_under_its_other_name() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     model.alias = model.body
     torch.testing.assert_close(attrreg.GradCAM("alias")(model, x, mask, target), attrreg.GradCAM("body")(model, x, mask, target))
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "layer"),
-    [
-        ("test_vit", {"img_size": 64}, "norm1"),
-        ("test_vit3", {"img_size": 64}, "norm"),  # attention pooling over patches
-        ("test_resnet", {}, "layer4"),
-        ("test_convnext", {}, "stages"),  # not the identity behind them
-        ("test_mambaout", {}, "stages"),  # (N, h, w, C)
-    ],
-)
-def test_the_automatic_layer(name: str, settings: dict[str, Any], layer: str) -> None:
-    model = timm.create_model(name, num_classes=4, **settings).eval()
-    x, mask, target = batch(2, size=64, classes=4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    map = attrreg.GradCAM().attribute(model, x, target)
-    assert map.dim() == 4 and map.shape[1] == 1 and map.shape[2] == map.shape[3] > 1
-    assert float(map.flatten(1).std(dim=1).min()) > 0
-    regularizer = attrreg.GradCAM()
-    with passes() as counted, regularizer.attach(model) as handle:
-        for _ in range(3):
-            model(x)
-            regularizer(model, x, mask, target)
-    assert handle.map is not None and layer in handle.map
-    assert counted.forward == 0 and counted.backward <= 4  # looked for at most once
-
-
-def test_layers_lists_what_can_be_chosen() -> None:
-    model = timm.create_model("test_vit", img_size=64, num_classes=4)
-    x, mask, target = batch(2, size=64, classes=4)
-    with torch.no_grad():
-        model.head.weight.normal_()
-    before = torch.get_rng_state()
-    found = {info.name: info for info in attrreg.layers(model, x)}
-    assert torch.equal(torch.get_rng_state(), before) and not any(module._forward_hooks for module in model.modules())
-    patches = found["patch_embed.proj"]
-    assert (patches.layout, patches.kind, patches.shape[2:]) == ("NCHW", "Conv2d", patches.grid)
-    tokens = found["blocks.0.norm1"]
-    assert tokens.layout == "tokens" and tokens.grid == patches.grid
-    assert "head" not in found and "blocks.0.attn.q_norm" not in found
-    for name in ("patch_embed.proj", "blocks.0.norm1"):
-        assert attrreg.GradCAM(name)(model, x, mask, target).isfinite()
-    with pytest.raises(ValueError, match="x must be a batch of images"):
-        attrreg.layers(model, x[0])
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "layer"),
-    [
-        ("coat_tiny", {"img_size": 64}, "norm14"),  # four branches; the last maps are read by nobody
-        ("cait_xxs24_224", {"img_size": 64, "depth": 1}, "norm1"),  # class attention: its inside has maps too
-        ("xcit_nano_12_p16_224", {"img_size": 64, "depth": 1}, "norm1"),
-        ("crossvit_tiny_240", {}, "norm1"),
-        ("volo_d1_224", {"img_size": 64}, "norm"),  # head_drop runs twice
-    ],
-)
-def test_the_automatic_layer_of_class_attention(name: str, settings: dict[str, Any], layer: str) -> None:
-    model = timm.create_model(name, num_classes=4, **settings).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    x = torch.randn(1, 3, *(model.img_size[0], model.img_size[0]) if "crossvit" in name else (64, 64))
-    target, mask = torch.tensor([1]), torch.ones(x.shape[-2:]).triu()
-    regularizer = attrreg.GradCAM() + attrreg.ActivationDifference()
-    want = regularizer(model, x, mask, target, generator=torch.Generator().manual_seed(0))
-    with regularizer.attach(model) as handle:
-        for _ in range(2):  # the second time by name
-            model(x)
-            got = regularizer(model, x, mask, target, generator=torch.Generator().manual_seed(0))
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
-    assert handle.map is not None and handle.map.rsplit(".", 1)[-1].startswith(layer)
-    assert float(attrreg.GradCAM(handle.map).attribute(model, x, target).std()) > 0
-
-
-def test_features_are_what_enters_the_classifier() -> None:
-    model = timm.create_model("volo_d1_224", img_size=64, num_classes=4).eval()  # an auxiliary head runs after the head
-    x = torch.randn(1, 3, 64, 64)
-    with attrreg.ActivationDifference().attach(model) as handle:
-        model(x)
-        assert handle._recording is not None
-        features = handle._recording.values["<features>"]
-    torch.testing.assert_close(features, model.forward_head(model.forward_features(x), pre_logits=True))
-
-
-def test_a_pool_that_enlarges_is_no_map() -> None:
-    model = torchvision.models.alexnet(num_classes=4).eval()
-    x = torch.randn(1, 3, 64, 64)  # features.12 leaves one position, avgpool makes it 6 x 6
-    with attrreg.GradCAM().attach(model) as handle:
-        model(x)
-        attrreg.GradCAM()(model, x, torch.ones(64, 64), torch.tensor([1]))
-        model(x)
-    assert handle.map == "features.11"

@@ -1,4 +1,4 @@
-"""Attached forwards in loops of many kinds: checkpoints, several outputs and sizes, threads, interruptions."""
+"""Attached forwards in loops of many kinds: checkpoints, lists of inputs, threads, interruptions."""
 
 from __future__ import annotations
 
@@ -21,50 +21,6 @@ from attrreg.trace import passes
 from tests import oracles
 from tests.models import Batch, SmoothNet, accumulated, assert_close, gradients, loss_by, smooth_batch
 from tests.test_conditions import CAM, REG
-
-
-class Steps(nn.Module):
-    """Two outputs, of which the second comes a layer later; on larger images there is one more."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.a, self.b, self.c = nn.Conv2d(2, 3, 3, padding=1), *(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
-        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        a = self.a(self.stem(x).tanh()).tanh()
-        b = self.b(a).tanh()
-        b = self.c(b).tanh() if x.shape[-1] > 8 else b
-        return {"a": self.first(a.mean((2, 3))), "b": self.second(b.mean((2, 3)))}
-
-
-@pytest.mark.parametrize("order", ["abab", "baba", "aab"])
-def test_the_automatic_layer_is_that_of_the_output_asked_for(order: str) -> None:
-    model, (x, mask, target) = Steps().double(), smooth_batch()
-    want = {key: CAM(model, x, mask, target, output=key) for key in "ab"}
-    with CAM.attach(model):
-        for key in order:
-            model(x)
-            torch.testing.assert_close(CAM(model, x, mask, target, output=key), want[key])
-
-
-def test_the_automatic_layer_is_that_of_the_images_size() -> None:
-    model, (x, mask, target) = Steps().double(), smooth_batch()
-    large = F.interpolate(x, scale_factor=2)
-    want = [CAM(model, images, mask, target, output="b") for images in (x, large)]
-    with CAM.attach(model):
-        for images, expected in zip((x, large, x, large), want * 2, strict=True):
-            model(images)
-            torch.testing.assert_close(CAM(model, images, mask, target, output="b"), expected)
-
-
-def test_the_automatic_layer_stays_known_where_the_output_is_a_function_written_in_the_loop() -> None:
-    model, (x, mask, target) = Steps().double(), smooth_batch()
-    with CAM.attach(model) as handle:
-        for _ in range(3):
-            model(x)
-            CAM(model, x, mask, target, output=lambda out: out["a"])
-        assert handle.map == "a"
 
 
 class Checkpointed(nn.Module):
@@ -135,18 +91,6 @@ def test_threads_that_train_side_by_side_leave_the_process_as_it_was_and_each_ot
         train(twin, data)
         found, want = (accumulated(net) for net in (model, twin))
         assert_close(found, want, 1e-12)
-
-
-@pytest.mark.parametrize("order", ["aabb", "bbaa"])
-def test_functions_of_equal_code_may_pick_different_outputs(order: str) -> None:
-    model, (x, mask, target) = Steps().double(), smooth_batch()
-    want = {key: CAM(model, x, mask, target, output=key) for key in "ab"}
-    for make in (lambda key: lambda out, key=key: out[key], lambda key: lambda out: out[key]):
-        with CAM.attach(model) as handle:
-            for key in order:
-                model(x)
-                torch.testing.assert_close(CAM(model, x, mask, target, output=make(key)), want[key])
-            assert not handle._maps  # which would hold what the functions do
 
 
 @pytest.mark.parametrize("kind", ["scheduled", "auto"])

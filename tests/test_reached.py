@@ -170,30 +170,6 @@ def test_small_differences_count_and_cost_a_look_once() -> None:
         assert_close(gradients(model, value), slopes, 1e-4)
 
 
-class TwoBranches(nn.Module):
-    """As in timm's CrossViT, `num_features` is the width of two branches together, and by chance that of a perceptron's inside."""
-
-    num_features = 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(2, 4, 2, stride=2)
-        self.mlp = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Tanh(), nn.Conv2d(8, 4, 1))
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Any:
-        patches = self.patches(x)
-        return self.head(torch.cat((patches, patches + self.mlp(patches)), dim=1).mean(dim=(2, 3)))
-
-
-def test_hidden_features_are_not_the_automatic_layer() -> None:
-    model, (x, mask, target) = TwoBranches().double(), smooth_batch()
-    with attrreg.GradCAM().attach(model) as handle:
-        model(x)
-        attrreg.GradCAM()(model, x, mask, target)
-    assert handle.map == "mlp"
-
-
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
