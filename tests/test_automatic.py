@@ -25,9 +25,6 @@ from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, sm
 from tests.test_conditions import CAM
 
 
-# Found
-
-
 @pytest.mark.parametrize(
     ("name", "settings", "layer"),
     [
