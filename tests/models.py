@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from attrreg.regularizer import AttributionRegularizer
 
@@ -78,7 +79,7 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
 
 FAMILIES = {
     "resnet": Family(_timm("test_resnet"), 64, "layer4"),
-    "resnet_torchvision": Family(_torchvision("resnet18"), 48, "layer3"),
+    "resnet_torchvision": Family(lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5), 48, "layer3"),
     "convnext": Family(_timm("test_convnext"), 64, "stages.3"),
     "vit": Family(_timm("test_vit", img_size=64), 64, "patch_embed.proj"),
     "swin": Family(
