@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from attrreg.regularizer import AttributionRegularizer
 
 DEVICE = torch.get_default_device().type  # of what tests make; see conftest
 
@@ -27,7 +32,7 @@ class SmoothNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.body(self.act(self.norm(self.stem(x))))
-        h = torch.nn.functional.silu(h)
+        h = F.silu(h)
         logits: Tensor = self.head(self.drop(h.mean(dim=(2, 3))))
         return logits
 
@@ -74,7 +79,7 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
 
 FAMILIES = {
     "resnet": Family(_timm("test_resnet"), 64, "layer4"),
-    "resnet_torchvision": Family(_torchvision("resnet18"), 48, "layer3"),
+    "resnet_torchvision": Family(lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5), 48, "layer3"),
     "convnext": Family(_timm("test_convnext"), 64, "stages.3"),
     "vit": Family(_timm("test_vit", img_size=64), 64, "patch_embed.proj"),
     "swin": Family(
@@ -109,6 +114,28 @@ def gradients(model: nn.Module, value: Tensor) -> list[Tensor]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
     return [gradient.detach() for gradient in found]  # older versions of PyTorch leave a graph
+
+
+def accumulated(model: nn.Module) -> list[Tensor]:
+    """The parameter gradients that backwards have left."""
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def loss_by(way: str, regularizer: AttributionRegularizer, model: nn.Module, data: Batch) -> Tensor:
+    """The loss of a training step, with its penalty called in one of the three ways."""
+    x, mask, target = data
+    if way == "evaluate":
+        penalty = regularizer.evaluate(model, x, mask, target)
+        return F.cross_entropy(penalty.output, target) + penalty.total
+    with regularizer.attach(model) if way == "attached" else nullcontext():
+        return F.cross_entropy(model(x), target) + regularizer(model, x, mask, target)
+
+
+def stir(model: nn.Module, by: float) -> None:
+    """Move all weights a little: some heads start at zero, where every map would be zero."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by * torch.randn_like(parameter))
 
 
 def assert_close(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:

@@ -9,14 +9,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import attrreg
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.trace import passes
-from tests.models import SmoothNet, assert_close, batch, gradients, smooth_batch
+from tests.models import SmoothNet, assert_close, batch, gradients, loss_by, smooth_batch, stir
 
 TERMS: dict[str, AttributionRegularizer] = {
     "input_gradient": attrreg.InputGradient(),
@@ -27,6 +26,11 @@ TERMS: dict[str, AttributionRegularizer] = {
     "grad_cam_auto": attrreg.GradCAM(),
     "activation_difference": attrreg.ActivationDifference(fill=attrreg.baselines.Zero()),
 }
+
+
+def of_a_part(name: str) -> AttributionRegularizer:
+    """The term for a model whose part `net` has the layer."""
+    return attrreg.GradCAM("net.body") if name == "grad_cam" else TERMS[name]
 
 
 class WorksOnItsInput(nn.Module):
@@ -44,11 +48,7 @@ class WorksOnItsInput(nn.Module):
 @pytest.mark.parametrize("kind", ["plain", "non-leaf"])
 @pytest.mark.parametrize("name", TERMS)
 def test_a_model_that_works_on_its_input_in_place(name: str, kind: str) -> None:
-    if name == "grad_cam":
-        regularizer: AttributionRegularizer = attrreg.GradCAM("net.body")
-    else:
-        regularizer = TERMS[name]
-    x, mask, target = smooth_batch()
+    regularizer, (x, mask, target) = of_a_part(name), smooth_batch()
     inplace, plain = WorksOnItsInput(True).double(), WorksOnItsInput(False).double()
     plain.load_state_dict(inplace.state_dict())
     found = []
@@ -64,32 +64,23 @@ def test_a_model_that_works_on_its_input_in_place(name: str, kind: str) -> None:
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, net: SmoothNet, use_reentrant: bool) -> None:
+    def __init__(self, net: SmoothNet) -> None:
         super().__init__()
         self.net = net
-        self.use_reentrant = use_reentrant
 
     def forward(self, x: Tensor) -> Any:
-        stem = checkpoint(lambda x: self.net.act(self.net.stem(x)), x, use_reentrant=self.use_reentrant)
-        return self.net.head(F.silu(checkpoint(self.net.body, stem, use_reentrant=self.use_reentrant)).mean(dim=(2, 3)))
-
-
-def test_reentrant_checkpointing_is_refused() -> None:
-    model, (x, mask, target) = Checkpointed(SmoothNet().double(), True), smooth_batch()
-    with pytest.raises(RuntimeError, match=r"use_reentrant=True.*Use torch.utils.checkpoint with use_reentrant=False"):
-        attrreg.InputGradient()(model, x, mask, target)
+        stem = checkpoint(lambda x: self.net.act(self.net.stem(x)), x, use_reentrant=False)
+        return self.net.head(F.silu(checkpoint(self.net.body, stem, use_reentrant=False)).mean(dim=(2, 3)))
 
 
 @pytest.mark.parametrize("name", TERMS)
 def test_checkpointing_changes_nothing(name: str) -> None:
     plain, (x, mask, target) = SmoothNet().double(), smooth_batch()
-    model = Checkpointed(plain, False)
-    regularizer = attrreg.GradCAM("net.body") if name == "grad_cam" else TERMS[name]
+    model = Checkpointed(plain)
+    regularizer = of_a_part(name)
     want = gradients(plain, TERMS[name](plain, x, mask, target))
     assert_close(gradients(plain, regularizer(model, x, mask, target)), want, 1e-12)
-    with regularizer.attach(model):
-        logits = model(x)
-        value = F.cross_entropy(logits, target) + regularizer(model, x, mask, target)
+    value = loss_by("attached", regularizer, model, (x, mask, target))
     task = gradients(plain, F.cross_entropy(plain(x), target))
     assert_close(gradients(plain, value), [a + b for a, b in zip(task, want, strict=True)], 1e-12)
 
@@ -98,9 +89,7 @@ def test_checkpointing_changes_nothing(name: str) -> None:
 def test_timms_checkpointing_changes_nothing(family: str) -> None:
     settings = {"img_size": 64} if "vit" in family else {}
     model = timm.create_model(family, num_classes=4, **settings).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
+    stir(model, 0.01)
     x, mask, target = batch(2, size=64, classes=4)
     regularizer = (
         attrreg.InputGradient() + attrreg.IntegratedGradients(steps=2) + attrreg.ActivationDifference(fill=attrreg.baselines.Zero())
@@ -108,18 +97,8 @@ def test_timms_checkpointing_changes_nothing(family: str) -> None:
     results = []
     for enabled in (False, True):
         model.set_grad_checkpointing(enabled)
-        with regularizer.attach(model):
-            value = F.cross_entropy(model(x), target) + regularizer(model, x, mask, target)
-        results.append(gradients(model, value))
+        results.append(gradients(model, loss_by("attached", regularizer, model, (x, mask, target))))
     assert_close(results[1], results[0], 1e-4)
-
-
-def test_frozen_backbone_with_an_automatic_layer() -> None:
-    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
-    for layer in (model.stem, model.body):
-        layer.requires_grad_(False)
-    by_name = gradients(model, attrreg.GradCAM("body")(model, x, mask, target))
-    assert_close(gradients(model, attrreg.GradCAM()(model, x, mask, target)), by_name, 1e-12)
 
 
 @pytest.mark.parametrize("name", ["input_gradient", "integrated_gradients", "integrated_gradients_unchunked"])
@@ -242,98 +221,3 @@ def test_a_layer_under_its_other_name() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     model.alias = model.body
     torch.testing.assert_close(attrreg.GradCAM("alias")(model, x, mask, target), attrreg.GradCAM("body")(model, x, mask, target))
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "layer"),
-    [
-        ("test_vit", {"img_size": 64}, "norm1"),
-        ("test_vit3", {"img_size": 64}, "norm"),  # attention pooling over patches
-        ("test_resnet", {}, "layer4"),
-        ("test_convnext", {}, "stages"),  # not the identity behind them
-        ("test_mambaout", {}, "stages"),  # (N, h, w, C)
-    ],
-)
-def test_the_automatic_layer(name: str, settings: dict[str, Any], layer: str) -> None:
-    model = timm.create_model(name, num_classes=4, **settings).eval()
-    x, mask, target = batch(2, size=64, classes=4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    map = attrreg.GradCAM().attribute(model, x, target)
-    assert map.dim() == 4 and map.shape[1] == 1 and map.shape[2] == map.shape[3] > 1
-    assert float(map.flatten(1).std(dim=1).min()) > 0
-    regularizer = attrreg.GradCAM()
-    with passes() as counted, regularizer.attach(model) as handle:
-        for _ in range(3):
-            model(x)
-            regularizer(model, x, mask, target)
-    assert handle.map is not None and layer in handle.map
-    assert counted.forward == 0 and counted.backward <= 4  # looked for at most once
-
-
-def test_layers_lists_what_can_be_chosen() -> None:
-    model = timm.create_model("test_vit", img_size=64, num_classes=4)
-    x, mask, target = batch(2, size=64, classes=4)
-    with torch.no_grad():
-        model.head.weight.normal_()
-    before = torch.get_rng_state()
-    found = {info.name: info for info in attrreg.layers(model, x)}
-    assert torch.equal(torch.get_rng_state(), before) and not any(module._forward_hooks for module in model.modules())
-    patches = found["patch_embed.proj"]
-    assert (patches.layout, patches.kind, patches.shape[2:]) == ("NCHW", "Conv2d", patches.grid)
-    tokens = found["blocks.0.norm1"]
-    assert tokens.layout == "tokens" and tokens.grid == patches.grid
-    assert "head" not in found and "blocks.0.attn.q_norm" not in found
-    for name in ("patch_embed.proj", "blocks.0.norm1"):
-        assert attrreg.GradCAM(name)(model, x, mask, target).isfinite()
-    with pytest.raises(ValueError, match="x must be a batch of images"):
-        attrreg.layers(model, x[0])
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "layer"),
-    [
-        ("coat_tiny", {"img_size": 64}, "norm14"),  # four branches; the last maps are read by nobody
-        ("cait_xxs24_224", {"img_size": 64, "depth": 1}, "norm1"),  # class attention: its inside has maps too
-        ("xcit_nano_12_p16_224", {"img_size": 64, "depth": 1}, "norm1"),
-        ("crossvit_tiny_240", {}, "norm1"),
-        ("volo_d1_224", {"img_size": 64}, "norm"),  # head_drop runs twice
-    ],
-)
-def test_the_automatic_layer_of_class_attention(name: str, settings: dict[str, Any], layer: str) -> None:
-    model = timm.create_model(name, num_classes=4, **settings).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    x = torch.randn(1, 3, *(model.img_size[0], model.img_size[0]) if "crossvit" in name else (64, 64))
-    target, mask = torch.tensor([1]), torch.ones(x.shape[-2:]).triu()
-    regularizer = attrreg.GradCAM() + attrreg.ActivationDifference()
-    want = regularizer(model, x, mask, target, generator=torch.Generator().manual_seed(0))
-    with regularizer.attach(model) as handle:
-        for _ in range(2):  # the second time by name
-            model(x)
-            got = regularizer(model, x, mask, target, generator=torch.Generator().manual_seed(0))
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
-    assert handle.map is not None and handle.map.rsplit(".", 1)[-1].startswith(layer)
-    assert float(attrreg.GradCAM(handle.map).attribute(model, x, target).std()) > 0
-
-
-def test_features_are_what_enters_the_classifier() -> None:
-    model = timm.create_model("volo_d1_224", img_size=64, num_classes=4).eval()  # an auxiliary head runs after the head
-    x = torch.randn(1, 3, 64, 64)
-    with attrreg.ActivationDifference().attach(model) as handle:
-        model(x)
-        assert handle._recording is not None
-        features = handle._recording.values["<features>"]
-    torch.testing.assert_close(features, model.forward_head(model.forward_features(x), pre_logits=True))
-
-
-def test_a_pool_that_enlarges_is_no_map() -> None:
-    model = torchvision.models.alexnet(num_classes=4).eval()
-    x = torch.randn(1, 3, 64, 64)  # features.12 leaves one position, avgpool makes it 6 x 6
-    with attrreg.GradCAM().attach(model) as handle:
-        model(x)
-        attrreg.GradCAM()(model, x, torch.ones(64, 64), torch.tensor([1]))
-        model(x)
-    assert handle.map == "features.11"

@@ -222,32 +222,6 @@ def test_hooks_that_come_later_change_what_the_model_returns() -> None:
     torch.testing.assert_close(found, REG(model, x, mask, target))
 
 
-@dataclass
-class Output:
-    """What PyTorch's own trees do not look into."""
-
-    logits: Tensor
-
-
-class InClass(nn.Module):
-    """Returns it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = SmoothNet()
-
-    def forward(self, x: Tensor) -> Output:
-        return Output(self.net(x))
-
-
-def test_the_losss_backward_through_an_object_makes_the_call_run_its_own_forward() -> None:
-    model, (x, mask, target) = InClass().double(), smooth_batch()
-    want = REG(model, x, mask, target, output="logits")
-    with REG.attach(model):
-        F.cross_entropy(model(x).logits, target).backward()
-        torch.testing.assert_close(REG(model, x, mask, target, output="logits"), want)
-
-
 class Stored(SmoothNet):
     """Keeps what its stem computes."""
 
@@ -266,14 +240,30 @@ def test_a_backward_through_a_part_of_the_recording_is_named() -> None:
             REG(model, x, mask, target)
 
 
+@dataclass
+class Output:
+    """What PyTorch's own trees do not look into."""
+
+    logits: Tensor
+
+
 class OwnDict(dict[str, Tensor]):
-    """PyTorch's trees do not look into a subclass."""
+    """Nor into a subclass."""
 
 
 class Slots:
     """Nor into this."""
 
     __slots__ = ("logits",)
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class Slot:
+    """A single one, written as Python allows."""
+
+    __slots__ = "logits"
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
@@ -297,7 +287,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda y: OwnDict(logits=y), lambda y: {"logits": y}, Output, Slots], ids=["own", "dict", "data", "slots"]
+    "make", [lambda y: OwnDict(logits=y), lambda y: {"logits": y}, Output, Slots, Slot], ids=["own", "dict", "data", "slots", "slot"]
 )
 @pytest.mark.parametrize("change", ["backward", "in place", "another"])
 def test_objects_of_all_kinds_are_looked_into(make: Callable[[Tensor], Any], change: str) -> None:

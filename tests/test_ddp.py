@@ -17,7 +17,7 @@ import attrreg
 from attrreg import engines, schedules
 from attrreg.regularizer import AttributionRegularizer, Reduction
 from tests import oracles
-from tests.models import Batch, SmoothNet, assert_close, gradients, smooth_batch
+from tests.models import Batch, SmoothNet, accumulated, assert_close, gradients, smooth_batch
 from tests.ranks import Ranks
 
 pytestmark = pytest.mark.cpu
@@ -68,6 +68,12 @@ def shares(ranks: int) -> list[Batch]:
     return [(whole[0][rank::ranks], whole[1][rank::ranks], whole[2][rank::ranks]) for rank in range(ranks)]
 
 
+def together(parts: list[Batch]) -> Batch:
+    """The images of all ranks, as one process has them."""
+    x, mask, target = (torch.cat(part) for part in zip(*parts, strict=True))
+    return x, mask, target
+
+
 def annotated(flags: str) -> Tensor:
     return torch.tensor([flag == "1" for flag in flags])
 
@@ -90,18 +96,15 @@ def loss_of(case: Case, entry: nn.Module, model: nn.Module, share: Batch, flags:
     return loss + penalty, penalty
 
 
-def train(rank: int, case: Case, steps: int = 2) -> tuple[list[float], list[Tensor], list[Tensor]]:
-    """Penalties, and the last step's gradients and buffers. Several steps, as DDP's first one is special."""
+def train(rank: int, case: Case) -> tuple[float, list[Tensor]]:
+    """The penalty and the gradients of a second step, as DDP's first one is special."""
     model = case.model()
     entry = DistributedDataParallel(model, find_unused_parameters=case.unused, static_graph=case.static)
-    values = []
-    for step in range(steps):
+    for step in range(2):
         model.zero_grad()
         loss, penalty = loss_of(case, entry, model, shares(dist.get_world_size())[rank], case.flags[(rank + step) % len(case.flags)])
         loss.backward()
-        values.append(float(penalty.detach()))
-    found = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in model.parameters()]
-    return values, found, [buffer.detach() for buffer in model.buffers()]
+    return float(penalty.detach()), [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
 
 
 def alone(case: Case, step: int = 1) -> tuple[float, list[Tensor]]:
@@ -109,7 +112,7 @@ def alone(case: Case, step: int = 1) -> tuple[float, list[Tensor]]:
     model, ranks = case.model(), len(case.flags)
     flags = [case.flags[(rank + step) % ranks] for rank in range(ranks)]
     if not case.norm:
-        x, mask, target = (torch.cat(parts) for parts in zip(*shares(ranks), strict=True))
+        x, mask, target = together(shares(ranks))
         penalty = case.regularizer(model, x, mask, target, annotated=annotated("".join(flags)))
         return float(penalty.detach()), gradients(model, F.cross_entropy(model(x), target) + penalty)
     count = max(1, "".join(flags).count("1"))
@@ -123,8 +126,8 @@ def alone(case: Case, step: int = 1) -> tuple[float, list[Tensor]]:
 def check(ranks: Ranks, case: Case) -> None:
     value, want = alone(case)
     results = ranks(train, case)
-    assert sum(values[1] for values, _, _ in results) / ranks.count == pytest.approx(value, rel=1e-9)
-    for _, found, _ in results:
+    assert sum(penalty for penalty, _ in results) / ranks.count == pytest.approx(value, rel=1e-9)
+    for _, found in results:
         assert_close(found, want, 1e-6)
 
 
@@ -174,14 +177,14 @@ def test_four_ranks(four: Ranks, name: str) -> None:
 def test_against_an_oracle(two: Ranks) -> None:
     case = Case((SOME, NONE), regularizer=attrreg.InputGradient(), way="attached")
     model = case.model()
-    x, mask, target = (torch.cat(parts) for parts in zip(*shares(2), strict=True))
+    x, mask, target = together(shares(2))
     flags = annotated(NONE + SOME)  # in the second step they have changed places
     map = oracles.input_gradient(model, x, target, oracles.score_contrast)
     penalty = oracles.log_outside(map, mask.double().unsqueeze(1))[flags].mean()
     want = gradients(model, F.cross_entropy(model(x), target) + penalty)
     results = two(train, case)
-    assert sum(values[1] for values, _, _ in results) / 2 == pytest.approx(float(penalty.detach()), rel=1e-9)
-    for _, found, _ in results:
+    assert sum(value for value, _ in results) / 2 == pytest.approx(float(penalty.detach()), rel=1e-9)
+    for _, found in results:
         assert_close(found, want, 1e-6)
 
 
@@ -219,17 +222,22 @@ def accumulate(rank: int) -> list[Tensor]:
                 loss = F.cross_entropy(entry(images), target)
                 loss = loss + TERMS(entry, images, mask, target, annotated=annotated(case.flags[(rank + step) % 2]))
                 (loss / 3).backward()
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return accumulated(model)
 
 
-def test_accumulation_without_synchronising(two: Ranks) -> None:
+def accumulated_alone() -> list[Tensor]:
+    """The gradients of one process, after three parts in which the ranks' annotations change places."""
     model = Case(()).model()
-    x, mask, target = (torch.cat(parts) for parts in zip(*shares(2), strict=True))
+    x, mask, target = together(shares(2))
     loss = torch.zeros(())
     for step in range(3):
         flags = annotated(SOME + NONE if step % 2 == 0 else NONE + SOME)
         loss = loss + (F.cross_entropy(model(x + step), target) + TERMS(model, x + step, mask, target, annotated=flags)) / 3
-    want = gradients(model, loss)
+    return gradients(model, loss)
+
+
+def test_accumulation_without_synchronising(two: Ranks) -> None:
+    want = accumulated_alone()
     for found in two(accumulate):
         assert_close(found, want, 1e-6)
 
@@ -240,7 +248,7 @@ def draw(rank: int, reduction: Reduction) -> list[Tensor]:
     flags, generator = annotated((SOME, "0010")[rank]), torch.Generator().manual_seed(rank)
     penalty = TERMS.reduced(reduction)(entry, x, mask, target, annotated=flags, fraction=0.5, generator=generator)
     (F.cross_entropy(entry(x), target) + penalty).backward()
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return accumulated(model)
 
 
 def alike(rank: int) -> Batch:
@@ -252,7 +260,7 @@ def alike(rank: int) -> Batch:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
 def test_a_fraction_stands_for_its_rank(two: Ranks, reduction: Reduction) -> None:
     model = Case(()).model()
-    x, mask, target = (torch.cat(parts) for parts in zip(alike(0), alike(1), strict=True))
+    x, mask, target = together([alike(0), alike(1)])
     penalty = TERMS.reduced(reduction)(model, x, mask, target, annotated=annotated(SOME + "0010"))
     want = gradients(model, F.cross_entropy(model(x), target) + penalty)
     for found in two(draw, reduction):
@@ -267,14 +275,14 @@ def skip_steps(rank: int, static: bool) -> list[list[Tensor]]:
         for _ in range(4):
             model.zero_grad()
             (F.cross_entropy(entry(x), target) + regularizer(entry, x, mask, target)).backward()
-            found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+            found.append(accumulated(model))
     return found
 
 
 @pytest.mark.parametrize("static", [False, True])
 def test_skipped_steps(two: Ranks, static: bool) -> None:
     model = Case(()).model()
-    x, mask, target = (torch.cat(parts) for parts in zip(*shares(2), strict=True))
+    x, mask, target = together(shares(2))
     task = F.cross_entropy(model(x), target)
     plain, full = gradients(model, task), gradients(model, F.cross_entropy(model(x), target) + 2 * TERMS(model, x, mask, target))
     for steps in two(skip_steps, static):

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import attrreg
-from tests.models import Batch, assert_close
+from tests.models import Batch, accumulated, assert_close
 from tests.ranks import Ranks
-from tests.test_ddp import TERMS, UNEVEN, Case, alone, annotated, shares
+from tests.test_ddp import TERMS, UNEVEN, Case, alone, annotated, shares, together
 from tests.test_docs import ROOT, blocks
 
 pytestmark = pytest.mark.cpu
@@ -42,7 +42,7 @@ class Training(nn.Module):
 def inside(rank: int) -> list[Tensor]:
     model = Case(()).model()
     DistributedDataParallel(Training(model))(*shares(2)[rank], annotated(UNEVEN[rank])).backward()
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return accumulated(model)
 
 
 def test_a_penalty_inside_the_wrappers_forward(two: Ranks) -> None:
@@ -70,7 +70,7 @@ def held(rank: int, unused: bool, attached: bool) -> list[Tensor]:
     with regularizer.attach(entry) if attached else nullcontext():
         loss = F.cross_entropy(entry(x), target) + regularizer(entry, x, mask, target, annotated=annotated(UNEVEN[rank]))
         loss.backward()
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return accumulated(model)
 
 
 @pytest.mark.parametrize("attached", [False, True])
@@ -90,7 +90,7 @@ def compiled(rank: int, outside: bool) -> list[Tensor]:
         wrapped: Any = DistributedDataParallel(inner)
         entry: Any = torch.compile(wrapped, backend="aot_eager") if outside else wrapped
         (F.cross_entropy(entry(x), target) + TERMS(entry, x, mask, target, annotated=flags)).backward()
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return accumulated(model)
 
 
 @pytest.mark.parametrize("outside", [False, True])
@@ -228,7 +228,7 @@ def features_only(rank: int) -> float:
 
 
 def test_frozen_statistics_need_no_synchronising(two: Ranks) -> None:
-    x, mask, target = (torch.cat(parts) for parts in zip(*shares(2), strict=True))
+    x, mask, target = together(shares(2))
     value = TERMS(Case((), norm=True).model().eval(), x, mask, target)
     assert sum(two(features_only)) / 2 == pytest.approx(float(value.detach()), rel=1e-9)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -46,11 +47,9 @@ def test_gradients_are_those_of_the_exact_engine(name: str, attached: bool) -> N
     for engine in (engines.DoubleBackward(), FINE):
         regularizer = REGULARIZERS[name].using(engine)
         generator = torch.Generator().manual_seed(3)
-        handle = regularizer.attach(model) if attached else None
-        model(x)
-        value = regularizer(model, x, mask, target, generator=generator)
-        if handle is not None:
-            handle.remove()
+        with regularizer.attach(model) if attached else nullcontext():
+            model(x)
+            value = regularizer(model, x, mask, target, generator=generator)
         found.append([value, *gradients(model, value)])
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-12, atol=0)
     assert_close(found[1][1:], found[0][1:], 1e-6)

@@ -233,23 +233,6 @@ def test_it_is_shown_once_for_a_model_and_its_modes() -> None:
     assert [results(model.eval(), regularizer)[2].checks for _ in range(5)] == [2, 2, 0, 2, 0]
 
 
-@pytest.mark.parametrize("case", ["dropout of a transposed view", "an output of so many images", "statistics of as many rows"])
-def test_what_only_a_call_tells(case: str) -> None:
-    x, mask, target = batch(3, channels=2, size=12, classes=3)
-    drawn = Dropped(lambda h: h)
-    drawn.stem = nn.Sequential(nn.Dropout(0.5), drawn.stem)  # type: ignore[assignment]
-    model = drawn if "dropout" in case else Rows() if "rows" in case else SmoothNet()
-    images = x.double().mT if "view" in case else x.double()
-    weights = torch.tensor([[1.0], [2.0], [3.0]]).double()
-    output = (lambda logits: logits * weights) if "output" in case else None
-    found = []
-    for chunk in (None, 1):
-        torch.manual_seed(1)
-        regularizer = attrreg.IntegratedGradients(steps=4, chunk=chunk)
-        found.append(regularizer(model.double().train(), images, mask, target, output=output))
-    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
-
-
 class Rows(nn.Module):
     """Batch normalisation of rows of pixels: twelve an image, as many as three images at four places."""
 
@@ -260,6 +243,25 @@ class Rows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.net(self.norm(x.permute(2, 1, 0, 3)).permute(2, 1, 0, 3))
         return logits
+
+
+@pytest.mark.parametrize(
+    ("build", "view", "output"),
+    [
+        (lambda: nn.Sequential(nn.Dropout(0.5), SmoothNet()), lambda x: x.mT, None),
+        (SmoothNet, lambda x: x, lambda logits: logits * torch.tensor([[1.0], [2.0], [3.0]]).double()),
+        (Rows, lambda x: x, None),
+    ],
+    ids=["dropout of a transposed view", "an output of so many images", "statistics of as many rows"],
+)
+def test_what_only_a_call_tells(build: Callable[[], nn.Module], view: Callable[[Tensor], Tensor], output: Any) -> None:
+    x, mask, target = batch(3, channels=2, size=12, classes=3)
+    model, found = build().double(), []
+    for chunk in (None, 1):
+        torch.manual_seed(1)
+        regularizer = attrreg.IntegratedGradients(steps=4, chunk=chunk)
+        found.append(regularizer(model, view(x.double()), mask, target, output=output))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
 
 def test_a_refusal_is_for_a_models_modes() -> None:

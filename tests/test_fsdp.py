@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import attrreg
 from attrreg import engines, folding, schedules
 from attrreg.regularizer import AttributionRegularizer
-from tests.models import SmoothNet, assert_close, gradients
+from tests.models import Batch, SmoothNet, accumulated, assert_close, gradients
 from tests.ranks import Ranks
-from tests.test_ddp import FEW, NONE, PATH, SOME, TERMS, UNEVEN, Case, alone, annotated, loss_of, shares
+from tests.test_ddp import FEW, NONE, PATH, SOME, TERMS, UNEVEN, Case, accumulated_alone, alone, annotated, loss_of, shares, together
 
 pytestmark = pytest.mark.cpu
 
@@ -56,26 +56,25 @@ def full(model: nn.Module) -> list[Tensor]:
     return [p.grad.full_tensor() for p in model.parameters() if p.grad is not None]  # type: ignore[attr-defined]
 
 
-def train(rank: int, case: Case, sharding: Sharding, steps: int = 2) -> tuple[list[float], list[Tensor]]:
+def train(rank: int, case: Case, sharding: Sharding) -> tuple[float, list[Tensor]]:
+    """The penalty and the gradients of a second step."""
     model = shard(case.model(), sharding)
-    values = []
-    for step in range(steps):
+    for step in range(2):
         model.zero_grad()
         flags = case.flags[(rank + step) % len(case.flags)]
         loss, penalty = loss_of(case, model, model, shares(dist.get_world_size())[rank], flags)
         loss.backward()
-        values.append(float(penalty.detach()))
     groups = [module._get_fsdp_state()._fsdp_param_group for module in model.modules() if hasattr(module, "_get_fsdp_state")]
     assert any(group is not None for group in groups)
     assert all(group.reshard_after_backward for group in groups if group is not None)
     assert all(group.is_sharded for group in groups if group is not None), "weights are left gathered"
-    return values, full(model)
+    return float(penalty.detach()), full(model)
 
 
 def check(ranks: Ranks, case: Case, sharding: Sharding, training: Callable[..., Any] = train) -> None:
     value, want = alone(case)
     results = ranks(training, case, sharding)
-    assert sum(values[1] for values, _ in results) / ranks.count == pytest.approx(value, rel=1e-9)
+    assert sum(penalty for penalty, _ in results) / ranks.count == pytest.approx(value, rel=1e-9)
     for _, found in results:
         assert_close(found, want, 1e-6)
 
@@ -114,7 +113,7 @@ def test_four_ranks(four: Ranks, name: str, sharding: Sharding) -> None:
     check(four, replace(CASES[name], flags=(SOME, NONE, FEW, SOME)), sharding)
 
 
-def narrow(rank: int, case: Case, sharding: Sharding) -> tuple[list[float], list[Tensor]]:
+def narrow(rank: int, case: Case, sharding: Sharding) -> tuple[float, list[Tensor]]:
     """With room for three images in a pass of a path."""
     with mock.patch.object(folding, "budget", lambda device: 3 * shares(2)[0][0][0].numel()):
         return train(rank, case, sharding)
@@ -138,7 +137,7 @@ def centred(rank: int, regularizer: AttributionRegularizer) -> tuple[list[float]
     both = model, shard(copy.deepcopy(model))
     values = [regularizer(each, x, mask, target, annotated=annotated(SOME), group=False) for each in both]
     (torch.stack(values).sum() + F.cross_entropy(both[0](x), target) + F.cross_entropy(both[1](x), target)).backward()
-    return [float(value.detach()) for value in values], [p.grad for p in model.parameters() if p.grad is not None], full(both[1])
+    return [float(value.detach()) for value in values], accumulated(model), full(both[1])
 
 
 @pytest.mark.parametrize("regularizer", [attrreg.InputGradient(), replace(PATH, chunk=None)])
@@ -179,7 +178,7 @@ def keep(rank: int) -> tuple[list[int], list[int], list[Tensor]]:
 
 def test_the_users_own_resharding_is_kept(two: Ranks) -> None:
     model = Case(()).model()
-    x, mask, target = (torch.cat(parts) for parts in zip(*shares(2), strict=True))
+    x, mask, target = together(shares(2))
     both = TERMS + attrreg.InputXGradient()
     want = gradients(model, F.cross_entropy(model(x), target) + both(model, x, mask, target))
     for kept, freed, found in two(keep):
@@ -202,21 +201,14 @@ def accumulate(rank: int) -> list[Tensor]:
 
 
 def test_accumulation(two: Ranks) -> None:
-    model = Case(()).model()
-    x, mask, target = (torch.cat(parts) for parts in zip(*shares(2), strict=True))
-    loss = torch.zeros(())
-    for step in range(3):
-        flags = annotated(SOME + NONE if step % 2 == 0 else NONE + SOME)
-        loss = loss + (F.cross_entropy(model(x + step), target) + TERMS(model, x + step, mask, target, annotated=flags)) / 3
-    want = gradients(model, loss)
+    want = accumulated_alone()
     for found in two(accumulate):
         assert_close(found, want, 1e-6)
 
 
-def run(rank: int, regularizer: AttributionRegularizer) -> tuple[list[float], list[Tensor]]:
-    """Four steps of training, each other one with a penalty."""
-    model = shard(Case(()).model())
-    optimizer, (x, mask, target) = torch.optim.AdamW(model.parameters(), 1e-2), shares(2)[rank]
+def trained(model: nn.Module, regularizer: AttributionRegularizer, data: Batch) -> tuple[list[float], Tensor]:
+    """The losses of four steps, each other one with a penalty, and the map at the end."""
+    optimizer, (x, mask, target) = torch.optim.AdamW(model.parameters(), 1e-2), data
     scheduled, losses = attrreg.Scheduled(regularizer, schedules.Every(2)), []
     with scheduled.attach(model):
         for _ in range(4):
@@ -226,29 +218,24 @@ def run(rank: int, regularizer: AttributionRegularizer) -> tuple[list[float], li
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             losses.append(float(loss.detach()))
-    map = attrreg.InputGradient().attribute(model, x, target)
-    return losses, [map, *(parameter.full_tensor().detach() for parameter in model.parameters())]
+    return losses, attrreg.InputGradient().attribute(model, x, target)
+
+
+def run(rank: int, regularizer: AttributionRegularizer) -> tuple[list[float], Tensor, list[Tensor]]:
+    model = shard(Case(()).model())
+    losses, map = trained(model, regularizer, shares(2)[rank])
+    return losses, map, [parameter.full_tensor().detach() for parameter in model.parameters()]
 
 
 @pytest.mark.parametrize("engine", [engines.DoubleBackward(), FINE])
 def test_training_is_that_of_one_process(two: Ranks, engine: engines.Engine) -> None:
     model = Case(()).model()
-    x, mask, target = (torch.cat(parts) for parts in zip(*shares(2), strict=True))
-    optimizer, scheduled = torch.optim.AdamW(model.parameters(), 1e-2), attrreg.Scheduled(TERMS, schedules.Every(2))
-    losses = []
-    for _ in range(4):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), target) + scheduled(model, x, mask, target)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    map = attrreg.InputGradient().attribute(model, x, target)
+    losses, map = trained(model, TERMS, together(shares(2)))
     results = two(run, TERMS.using(engine))
     for step, value in enumerate(losses):
-        assert sum(values[step] for values, _ in results) / 2 == pytest.approx(value, rel=1e-6)
-    maps = torch.cat([found[0] for _, found in results])
-    assert_close([maps, *results[0][1][1:]], [map, *(p.detach() for p in model.parameters())], 1e-5)
+        assert sum(found[step] for found, _, _ in results) / 2 == pytest.approx(value, rel=1e-6)
+    maps = torch.cat([part for _, part, _ in results])
+    assert_close([maps, *results[0][2]], [map, *(p.detach() for p in model.parameters())], 1e-5)
 
 
 def half(rank: int, dtype: torch.dtype) -> tuple[float, list[Tensor]]:
@@ -270,7 +257,7 @@ def half(rank: int, dtype: torch.dtype) -> tuple[float, list[Tensor]]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(two: Ranks, dtype: torch.dtype) -> None:
     model = Case(()).model()
-    x, mask, target = (torch.cat(parts) for parts in zip(*shares(2), strict=True))
+    x, mask, target = together(shares(2))
     loss = F.cross_entropy(model(x), target) + TERMS(model, x, mask, target)
     want = torch.cat([gradient.flatten() for gradient in gradients(model, loss)])
     results = two(half, dtype)

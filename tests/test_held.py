@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import attrreg
 from attrreg import baselines
 from attrreg.trace import passes
-from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
+from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, loss_by, smooth_batch
 
 ZERO = baselines.Zero()
 
@@ -50,14 +50,7 @@ def test_graphs_of_buffers_lead_on(regularizer: attrreg.AttributionRegularizer, 
     made.load_state_dict(model.state_dict())
     want = gradients(nn.ModuleList([made, maker]), F.cross_entropy(made(x), target) + regularizer(made, x, mask, target))
     model.prototypes = maker(codes)
-    if way == "evaluate":
-        penalty = regularizer.evaluate(model, x, mask, target)
-        loss = F.cross_entropy(penalty.output, target) + penalty.total
-    elif way == "attached":
-        with regularizer.attach(model):
-            loss = F.cross_entropy(model(x), target) + regularizer(model, x, mask, target)
-    else:
-        loss = F.cross_entropy(model(x), target) + regularizer(model, x, mask, target)
+    loss = loss_by(way, regularizer, model, (x, mask, target))
     assert_close(gradients(nn.ModuleList([model, maker]), loss), want, 1e-9)
 
 

@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -129,17 +130,14 @@ def fresh_accelerate() -> Any:
 def test_accelerate(fresh_accelerate: Any, accumulate: int, attached: bool) -> None:
     accelerator, model = Accelerator(cpu=True, gradient_accumulation_steps=accumulate), network()
     model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.2), batches(4))
-    handle = REGULARIZER.attach(model) if attached else None
-    for _ in range(5):
-        for x, mask, y, annotated in loader:
+    with REGULARIZER.attach(model) if attached else nullcontext():
+        for x, mask, y, annotated in (item for _ in range(5) for item in loader):
             with accelerator.accumulate(model):
                 loss = F.cross_entropy(model(x), y)
                 loss = loss + REGULARIZER(model, x, mask, target=y, annotated=annotated)
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
-    if handle is not None:
-        handle.remove()
     expected = network()
     found = by_hand(expected, accumulate, epochs=5, rate=0.2)
     assert_close(parameters(model), parameters(expected), 1e-5)

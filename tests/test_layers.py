@@ -1,8 +1,7 @@
-"""Which layer "auto" is: of maps and of features, in models where more than one could be it."""
+"""Which layers have a map or features, in models where more than one could be it, and which can be named."""
 
 from __future__ import annotations
 
-import copy
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import attrreg
-from attrreg import baselines, scores
+from attrreg import baselines
 from attrreg.trace import passes
-from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
+from tests.models import SmoothNet, assert_close, batch, gradients, smooth_batch
 
 X, Y = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
 MASK = torch.zeros(4, 32, 32, dtype=torch.bool)
@@ -77,7 +76,7 @@ class ImageAndText(nn.Module):
 def test_maps_come_from_the_images(attach: bool) -> None:
     model, ids, reg = ImageAndText(), torch.randint(50, (4, 16)), attrreg.GradCAM()
     want = attrreg.GradCAM("conv")(model, X, MASK, Y, inputs=(X, ids))
-    with reg.attach(model) if attach else torch.enable_grad():
+    with reg.attach(model) if attach else nullcontext():
         for _ in range(2):
             with passes() as counted:
                 if attach:
@@ -261,24 +260,6 @@ def test_layers_are_those_that_can_be_named() -> None:
         attrreg.GradCAM(name)(model, x, mask, target)
 
 
-@pytest.mark.parametrize("name", ["vit", "swin", "convnext"])
-def test_the_first_step_takes_one_backward_as_all_others_do(name: str) -> None:
-    model = FAMILIES[name].build().eval()  # swin draws in train mode
-    x, mask, target = batch(2, size=FAMILIES[name].size, classes=4)
-    reg = attrreg.InputGradient() + attrreg.GradCAM()
-    alone = [gradients(model, term(model, x, mask, target)) for term in (attrreg.InputGradient(), attrreg.GradCAM())]
-    for attached in (False, True):
-        fresh = copy.deepcopy(model)
-        handle = reg.attach(fresh) if attached else nullcontext()
-        with handle:
-            for _ in range(2):
-                fresh(x)
-                with passes() as counted:
-                    value = reg(fresh, x, mask, target)
-                assert (counted.forward, counted.backward) == (0 if attached else 1, 1)
-                assert_close(gradients(fresh, value), [a + b for a, b in zip(*alone, strict=True)], 1e-4)
-
-
 def test_attach_names_the_term_of_an_unknown_layer() -> None:
     reg = attrreg.InputGradient() + attrreg.GradCAM("nowhere").named("mine")
     with pytest.raises(ValueError, match=r"mine: .*nowhere"):
@@ -304,45 +285,30 @@ def test_layers_without_a_row_an_image_are_named(kind: Any) -> None:
         regularizer(model, x, mask)
 
 
-class Grown(nn.Module):
-    """Its layers run one by one; there may be more of them later."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Tanh())
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.body:
-            x = layer(x)
-        logits: Tensor = self.head(x.mean((2, 3)))
-        return logits
-
-
-@pytest.mark.parametrize("attach", [False, True])
-def test_the_automatic_layer_is_the_last_also_where_layers_were_added(attach: bool) -> None:
-    model, (x, mask, target), cam = Grown().double(), smooth_batch(), attrreg.GradCAM()
-    handle = cam.attach(model) if attach else None
-    model(x)
-    cam(model, x, mask, target)
-    model.body.extend([nn.Conv2d(4, 4, 3).double(), nn.Tanh()])
-    model(x)
-    value = cam(model, x, mask, target)
-    if handle is not None:
-        handle.remove()
-    torch.testing.assert_close(value, attrreg.GradCAM("body.5")(model, x, mask, target))
+def test_layers_lists_what_can_be_chosen() -> None:
+    model = timm.create_model("test_vit", img_size=64, num_classes=4)
+    x, mask, target = batch(2, size=64, classes=4)
+    with torch.no_grad():
+        model.head.weight.normal_()
+    before = torch.get_rng_state()
+    found = {info.name: info for info in attrreg.layers(model, x)}
+    assert torch.equal(torch.get_rng_state(), before) and not any(module._forward_hooks for module in model.modules())
+    patches = found["patch_embed.proj"]
+    assert (patches.layout, patches.kind, patches.shape[2:]) == ("NCHW", "Conv2d", patches.grid)
+    tokens = found["blocks.0.norm1"]
+    assert tokens.layout == "tokens" and tokens.grid == patches.grid
+    assert "head" not in found and "blocks.0.attn.q_norm" not in found
+    for name in ("patch_embed.proj", "blocks.0.norm1"):
+        assert attrreg.GradCAM(name)(model, x, mask, target).isfinite()
+    with pytest.raises(ValueError, match="x must be a batch of images"):
+        attrreg.layers(model, x[0])
 
 
-def test_the_automatic_layer_is_one_for_all_terms() -> None:
-    model, (x, mask, target) = Grown().double(), smooth_batch()
-    early, late = attrreg.GradCAM(score=scores.RandomProjection("body.2", seed=0)).named("early"), attrreg.GradCAM()
-    for reg in (early + late, late + early):
-        with pytest.raises(ValueError, match=r"layer='auto' is one layer.*early.*Name the layer"):
-            reg(model, x, mask, target)
-    for reg in (early + attrreg.captum.LayerActivation(), attrreg.captum.LayerActivation() + early):
-        with pytest.raises(ValueError, match="layer='auto' is one layer"):
-            reg(model, x, mask, target)
-    early(model, x, mask, target)
-    features = attrreg.GradCAM(score=scores.RandomProjection(seed=0)).named("features")
-    found = (features + late).evaluate(model, x, mask, target).terms["GradCAM"]
-    torch.testing.assert_close(found, late(model, x, mask, target).detach())
+def test_features_are_what_enters_the_classifier() -> None:
+    model = timm.create_model("volo_d1_224", img_size=64, num_classes=4).eval()  # an auxiliary head runs after the head
+    x = torch.randn(1, 3, 64, 64)
+    with attrreg.ActivationDifference().attach(model) as handle:
+        model(x)
+        assert handle._recording is not None
+        features = handle._recording.values["<features>"]
+    torch.testing.assert_close(features, model.forward_head(model.forward_features(x), pre_logits=True))

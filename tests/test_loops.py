@@ -1,4 +1,4 @@
-"""Attached forwards in loops of many kinds: checkpoints, several outputs and sizes, threads, interruptions."""
+"""Attached forwards in loops of many kinds: checkpoints, lists of inputs, threads, interruptions."""
 
 from __future__ import annotations
 
@@ -19,52 +19,8 @@ from torch.utils.checkpoint import checkpoint
 import attrreg
 from attrreg.trace import passes
 from tests import oracles
-from tests.models import Batch, SmoothNet, assert_close, gradients, smooth_batch
+from tests.models import Batch, SmoothNet, accumulated, assert_close, gradients, loss_by, smooth_batch
 from tests.test_conditions import CAM, REG
-
-
-class Steps(nn.Module):
-    """Two outputs, of which the second comes a layer later; on larger images there is one more."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.a, self.b, self.c = nn.Conv2d(2, 3, 3, padding=1), *(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
-        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        a = self.a(self.stem(x).tanh()).tanh()
-        b = self.b(a).tanh()
-        b = self.c(b).tanh() if x.shape[-1] > 8 else b
-        return {"a": self.first(a.mean((2, 3))), "b": self.second(b.mean((2, 3)))}
-
-
-@pytest.mark.parametrize("order", ["abab", "baba", "aab"])
-def test_the_automatic_layer_is_that_of_the_output_asked_for(order: str) -> None:
-    model, (x, mask, target) = Steps().double(), smooth_batch()
-    want = {key: CAM(model, x, mask, target, output=key) for key in "ab"}
-    with CAM.attach(model):
-        for key in order:
-            model(x)
-            torch.testing.assert_close(CAM(model, x, mask, target, output=key), want[key])
-
-
-def test_the_automatic_layer_is_that_of_the_images_size() -> None:
-    model, (x, mask, target) = Steps().double(), smooth_batch()
-    large = F.interpolate(x, scale_factor=2)
-    want = [CAM(model, images, mask, target, output="b") for images in (x, large)]
-    with CAM.attach(model):
-        for images, expected in zip((x, large, x, large), want * 2, strict=True):
-            model(images)
-            torch.testing.assert_close(CAM(model, images, mask, target, output="b"), expected)
-
-
-def test_the_automatic_layer_stays_known_where_the_output_is_a_function_written_in_the_loop() -> None:
-    model, (x, mask, target) = Steps().double(), smooth_batch()
-    with CAM.attach(model) as handle:
-        for _ in range(3):
-            model(x)
-            CAM(model, x, mask, target, output=lambda out: out["a"])
-        assert handle.map == "a"
 
 
 class Checkpointed(nn.Module):
@@ -87,15 +43,11 @@ def test_a_checkpointed_part_is_recomputed_as_it_ran(kind: str) -> None:
         torch.manual_seed(0)
         model, (x, mask, target) = Checkpointed().double(), smooth_batch()
         reg: Any = {"plain": REG, "scheduled": attrreg.Scheduled(REG, attrreg.schedules.Every(2)), "auto": CAM}[kind]
-        handle = reg.attach(model.net) if attach else None
-        for _ in range(3):
-            loss = F.cross_entropy(model(x), target) + reg(model.net, x, mask, target)
-            loss.backward()
-        found[attach] = [parameter.grad for parameter in model.parameters()]
-        if handle is not None:
-            handle.remove()
-    for one, other in zip(found[False], found[True], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+        with reg.attach(model.net) if attach else nullcontext():
+            for _ in range(3):
+                (F.cross_entropy(model(x), target) + reg(model.net, x, mask, target)).backward()
+        found[attach] = accumulated(model)
+    assert_close(found[True], found[False], 1e-12)
 
 
 @pytest.mark.parametrize("way", ["unattached", "attached", "evaluate"])
@@ -105,12 +57,7 @@ def test_hooks_on_images_are_shown_the_losss_gradient_once_and_whole(way: str) -
     images.retain_grad()
     seen: list[Tensor] = []
     images.register_hook(seen.append)
-    with REG.attach(model) if way == "attached" else nullcontext():
-        if way == "evaluate":
-            penalty = REG.evaluate(model, images, mask, target)
-            loss = F.cross_entropy(penalty.output, target) + penalty.total
-        else:
-            loss = F.cross_entropy(model(images), target) + REG(model, images, mask, target)
+    loss = loss_by(way, REG, model, (images, mask, target))
     assert not seen and images.grad is None  # of the inner backward
     loss.backward()
     leaf = images.detach().requires_grad_()
@@ -142,20 +89,8 @@ def test_threads_that_train_side_by_side_leave_the_process_as_it_was_and_each_ot
     assert torch.utils.checkpoint._CheckpointFrame is frame and torch.backends.cuda.flash_sdp_enabled() == flash
     for model, twin, data in zip(models, twins, batches, strict=True):
         train(twin, data)
-        found, want = ([parameter.grad for parameter in net.parameters() if parameter.grad is not None] for net in (model, twin))
+        found, want = (accumulated(net) for net in (model, twin))
         assert_close(found, want, 1e-12)
-
-
-@pytest.mark.parametrize("order", ["aabb", "bbaa"])
-def test_functions_of_equal_code_may_pick_different_outputs(order: str) -> None:
-    model, (x, mask, target) = Steps().double(), smooth_batch()
-    want = {key: CAM(model, x, mask, target, output=key) for key in "ab"}
-    for make in (lambda key: lambda out, key=key: out[key], lambda key: lambda out: out[key]):
-        with CAM.attach(model) as handle:
-            for key in order:
-                model(x)
-                torch.testing.assert_close(CAM(model, x, mask, target, output=make(key)), want[key])
-            assert not handle._maps  # which would hold what the functions do
 
 
 @pytest.mark.parametrize("kind", ["scheduled", "auto"])
@@ -165,13 +100,11 @@ def test_several_checkpointed_forwards_before_one_backward(kind: str) -> None:
         torch.manual_seed(0)
         model, (x, mask, target) = Checkpointed().double(), smooth_batch()
         reg: Any = attrreg.Scheduled(REG, attrreg.schedules.Every(2)) if kind == "scheduled" else CAM
-        handle = reg.attach(model.net) if attach else None
         total = torch.zeros((), dtype=torch.float64)
-        for images in (x, 2 * x, 3 * x):
-            total = total + F.cross_entropy(model(images), target) + reg(model.net, images, mask, target)
-        found[attach] = gradients(model, total)
-        if handle is not None:
-            handle.remove()
+        with reg.attach(model.net) if attach else nullcontext():
+            for images in (x, 2 * x, 3 * x):
+                total = total + F.cross_entropy(model(images), target) + reg(model.net, images, mask, target)
+            found[attach] = gradients(model, total)
     assert_close(found[True], found[False], 1e-10)
 
 

@@ -198,18 +198,36 @@ class Halved(baselines.Baseline):
         return x / 2
 
 
-def test_own_baselines() -> None:
+@dataclass(frozen=True, repr=False)
+class Flipped(baselines.Baseline):
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        return x.flip(0)
+
+
+@dataclass(frozen=True, repr=False)
+class FirstOne(baselines.Baseline):
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        return x[:1].expand_as(x)
+
+
+@pytest.mark.parametrize("own", [BatchMean(), baselines.Masked(BatchMean()), Flipped(), FirstOne()])
+def test_own_baselines_that_take_other_images(own: baselines.Baseline) -> None:
     model, (x, mask, target) = Watched(SmoothNet().double()), smooth_batch(4)
-    annotated = torch.tensor([False, True, True, False])
-    for own, seen in ((BatchMean(), [4, 4]), (baselines.Masked(BatchMean()), [4, 4]), (Halved(), [4, 2, 2])):
-        model.seen.clear()
-        regularizer = attrreg.ActivationDifference(fill=own)
-        value = regularizer(model, x, mask, target, annotated=annotated)
-        assert model.seen == seen  # for the last, one that shows that images are apart
-        torch.testing.assert_close(value, regularizer.evaluate(model, x, mask, target, annotated=annotated).total, rtol=1e-12, atol=0)
-    assert attrreg.ActivationDifference(fill=Halved())(model, x, mask, target, fraction=0.5).isfinite()
-    with pytest.raises(ValueError, match=r"fraction cannot be used with .*BatchMean.*makes an image from others of the batch"):
-        attrreg.ActivationDifference(fill=BatchMean())(model, x, mask, target, fraction=0.5)
+    regularizer, annotated = attrreg.ActivationDifference(fill=own), torch.tensor([False, True, True, True])
+    value = regularizer(model, x, mask, target, annotated=annotated)
+    assert model.seen == [4, 4]
+    torch.testing.assert_close(value, regularizer.evaluate(model, x, mask, target, annotated=annotated).total, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match=r"fraction cannot be used with .*(BatchMean|Flipped|FirstOne).*makes an image from others"):
+        regularizer(model, x, mask, target, fraction=0.5)
+
+
+def test_an_own_baseline_of_each_image_by_itself() -> None:
+    model, (x, mask, target) = Watched(SmoothNet().double()), smooth_batch(4)
+    regularizer, annotated = attrreg.ActivationDifference(fill=Halved()), torch.tensor([False, True, True, True])
+    value = regularizer(model, x, mask, target, annotated=annotated)
+    assert model.seen == [4, 3, 3]  # the first shows that images are apart
+    torch.testing.assert_close(value, regularizer.evaluate(model, x, mask, target, annotated=annotated).total, rtol=1e-12, atol=0)
+    assert regularizer(model, x, mask, target, fraction=0.5).isfinite()
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -306,28 +324,6 @@ def test_what_cannot_be_shown_is_no_error() -> None:
     annotated = torch.tensor([True, False, True, True])
     value = TERM(model, x, mask, target, annotated=annotated, output=0)
     torch.testing.assert_close(value, TERM.evaluate(model, x, mask, target, annotated=annotated, output=0).total, rtol=1e-12, atol=0)
-
-
-@dataclass(frozen=True, repr=False)
-class Flipped(baselines.Baseline):
-    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
-        return x.flip(0)
-
-
-@dataclass(frozen=True, repr=False)
-class FirstOne(baselines.Baseline):
-    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
-        return x[:1].expand_as(x)
-
-
-@pytest.mark.parametrize("own", [Flipped(), FirstOne()])
-def test_own_baselines_that_take_some_other_image(own: baselines.Baseline) -> None:
-    model, (x, mask, target) = SmoothNet().double(), smooth_batch(3)
-    regularizer, annotated = attrreg.ActivationDifference(fill=own), torch.tensor([False, True, True])
-    value = regularizer(model, x, mask, target, annotated=annotated)
-    assert value == regularizer.evaluate(model, x, mask, target, annotated=annotated).total
-    with pytest.raises(ValueError, match="fraction cannot be used with"):
-        regularizer(model, x, mask, target, fraction=0.5)
 
 
 def test_draws_are_of_the_cpus_generator_whatever_the_default_device_is() -> None:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import attrreg
-from tests.models import SmoothNet, assert_close, batch, gradients, smooth_batch
+from tests.models import SmoothNet, accumulated, assert_close, batch, gradients, smooth_batch
 from tests.test_held import Prototypes
 
 
@@ -118,7 +118,7 @@ def test_hooks_of_parameters_are_shown_the_whole_gradient_once(way: str) -> None
         reg = attrreg.IntegratedGradients(3, chunk=chunk) if way == "integrated" else attrreg.ExpectedGradients(3, chunk=chunk)
         reg(model, x.double(), mask, target, generator=torch.Generator().manual_seed(0)).backward()
         assert len(seen) == 1 and weight._backward_hooks is not None
-        found.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+        found.append(accumulated(model))
     assert_close(found[1], found[0], 1e-10)
 
 
@@ -130,7 +130,7 @@ def test_weights_that_are_cached() -> None:
         with parametrize.cached():
             loss = F.cross_entropy(model(x.double()), target)
             (loss + attrreg.IntegratedGradients(steps=3, chunk=chunk)(model, x.double(), mask, target)).backward()
-        found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+        found.append(accumulated(model))
         model.zero_grad()
     assert_close(found[1], found[0], 1e-10)
 

@@ -220,26 +220,6 @@ def test_what_the_loop_puts_deep_into_the_output_is_not_the_models() -> None:
     torch.testing.assert_close(value, REG(model, x, mask, target, output=main), rtol=1e-12, atol=0)
 
 
-class Slot:
-    __slots__ = "logits"  # as Python allows
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
-
-
-class InSlot(SmoothNet):
-    def forward(self, x: Tensor) -> Any:
-        return Slot(super().forward(x))
-
-
-def test_a_single_slot_is_looked_into() -> None:
-    model, (x, mask, target) = InSlot().double(), smooth_batch()
-    with REG.attach(model), passes() as counted:
-        model(x).logits.sum().backward()
-        assert REG(model, x, mask, target, output="logits").isfinite()
-    assert counted.forward == 1
-
-
 def test_a_skipped_step_returns_the_models_output() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     scheduled = attrreg.Scheduled(REG, attrreg.schedules.Every(2))

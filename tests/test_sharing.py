@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import weakref
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attrreg
 from attrreg import baselines, scores
 from attrreg.bench.memory import LiveStorage
-from attrreg.graph import nodes
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.trace import Passes, passes
 from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
@@ -139,70 +134,6 @@ def test_the_outer_backward_takes_no_gradient_of_images_that_nobody_asks_for() -
             value.backward()
         assert any(taken) == images.requires_grad
         assert len(taken) == 2
-
-
-def test_a_later_call_finds_the_automatic_layer_known() -> None:
-    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
-    found = []
-    for _ in range(2):
-        value = attrreg.GradCAM()(model, x, mask, target)
-        ours = sum(node.name() == "_ConvolveBackward" for node in nodes(value))
-        found.append((ours, value.detach(), gradients(model, value)))
-    (first, value, want), (second, again, got) = found
-    assert (first, second) == (2, 0)  # what comes before the layer is differentiated once, by PyTorch
-    torch.testing.assert_close(again, value, rtol=1e-13, atol=0)
-    assert_close(got, want, 1e-12)
-
-
-class TwoWays(nn.Module):
-    """The images decide which layer has the map."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bright, self.dark, self.head = nn.Conv2d(2, 4, 3), nn.Conv2d(2, 4, 5), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        way = self.bright if x.mean() > 0 else self.dark
-        logits: Tensor = self.head(way(x).tanh().mean(dim=(2, 3)))
-        return logits
-
-
-@pytest.mark.parametrize("change", [lambda x: -x, lambda x: x[..., :6]], ids=["other way", "other size"])
-def test_the_automatic_layer_is_found_anew_where_another_is_right(change: Callable[[Tensor], Tensor]) -> None:
-    model, (x, _, target) = TwoWays().double(), smooth_batch()
-    x = x.abs()
-    attrreg.GradCAM()(model, x, torch.zeros(8, 8), target)
-    x = change(x)
-    mask = torch.zeros(x.shape[2:])
-    with passes() as counted:
-        value = attrreg.GradCAM()(model, x, mask, target)
-    assert counted.forward == (2 if x.mean() < 0 else 1)  # the layer that was known did not run
-    fresh = copy.deepcopy(model)
-    want = attrreg.GradCAM()(fresh, x, mask, target)
-    torch.testing.assert_close(value, want, rtol=1e-13, atol=0)
-    assert_close(gradients(model, value), gradients(fresh, want), 1e-12)
-
-
-def test_a_remembered_layer_keeps_no_model() -> None:
-    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
-
-    class Own(scores.TargetLogit):
-        owner = model
-
-    attrreg.GradCAM(score=Own())(model, x, mask, target)
-    attrreg.GradCAM()(model, x, mask, target, output=partial(lambda model, output: output, model))
-    watched = weakref.ref(model)
-    del model, Own
-    gc.collect()
-    assert watched() is None
-
-
-def test_the_automatic_layer_is_found_anew_where_it_was_replaced() -> None:
-    model, (x, mask, target) = nn.Sequential(nn.Sequential(nn.Conv2d(2, 4, 3)), nn.Flatten(), nn.Linear(144, 3)).double(), smooth_batch()
-    attrreg.GradCAM()(model, x, mask, target)
-    model[0] = nn.Conv2d(2, 4, 3).double()  # there is no layer "0.0" now
-    value = attrreg.GradCAM()(model, x, mask, target)
-    torch.testing.assert_close(value, attrreg.GradCAM(layer="0")(model, x, mask, target), rtol=1e-13, atol=0)
 
 
 def both_ways(

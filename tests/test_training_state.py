@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import attrreg
 from attrreg import schedules, scores
 from attrreg.trace import passes
-from tests.models import SmoothNet, assert_close, batch, gradients, smooth_batch
+from tests.models import SmoothNet, accumulated, assert_close, batch, gradients, smooth_batch
 
 TERMS = attrreg.InputGradient() + attrreg.GradCAM("body")
 STEPS, STOP = 7, 4
@@ -34,7 +35,7 @@ def test_accumulated_gradients_are_the_mean_over_parts() -> None:
             loss = F.cross_entropy(model(images), target[part]) + TERMS(model, images, mask[part], target[part])
             (loss / 3).backward()
     want = gradients(model, F.cross_entropy(model(x), target) + TERMS(model, x, mask, target))
-    assert_close([parameter.grad for parameter in model.parameters() if parameter.grad is not None], want, 1e-10)
+    assert_close(accumulated(model), want, 1e-10)
 
 
 def test_parts_with_unequal_counts_weigh_images_alike_under_batchmean() -> None:
@@ -72,26 +73,24 @@ def follow(average: nn.Module, model: nn.Module) -> None:
 def test_averaged_weights(build: Any, early: bool) -> None:
     """Made before or while the model has an attachment, the average follows its weights, and records nothing."""
     found = []
-    for regularizer in (TERMS, None):
+    for attached in (True, False):
         torch.manual_seed(0)
         model, (x, mask, target) = SmoothNet(norm=True).double(), smooth_batch()
         average = build(model) if early else None
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        handle = TERMS.attach(model) if regularizer is not None else None
-        average = average or build(model)
-        for _ in range(3):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), target)
-            with torch.no_grad():
-                average(x)  # a validation between the forward and the penalty
-            with passes() as counter:
-                penalty = TERMS(model, x, mask, target)
-            assert counter.forward == (0 if handle is not None else 1)
-            (loss + penalty).backward()
-            optimizer.step()
-            follow(average, model)
-        if handle is not None:
-            handle.remove()
+        with TERMS.attach(model) if attached else nullcontext():
+            average = average or build(model)
+            for _ in range(3):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), target)
+                with torch.no_grad():
+                    average(x)  # a validation between the forward and the penalty
+                with passes() as counter:
+                    penalty = TERMS(model, x, mask, target)
+                assert counter.forward == (0 if attached else 1)
+                (loss + penalty).backward()
+                optimizer.step()
+                follow(average, model)
         found.append([*average.state_dict().values()])
         inner: Any = average.module
         assert not inner.training or build is averaged
@@ -134,13 +133,11 @@ def test_a_compiled_task_loss_beside_a_penalty(attached: bool) -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     want = gradients(model, F.cross_entropy(model(x), target) + TERMS(model, x, mask, target))
     task = torch.compile(lambda images, labels: F.cross_entropy(model(images), labels), backend="aot_eager")
-    handle = TERMS.attach(model) if attached else None
-    for _ in range(2):
-        model.zero_grad()
-        (task(x, target) + TERMS(model, x, mask, target)).backward()
-        assert_close([parameter.grad for parameter in model.parameters() if parameter.grad is not None], want, 1e-10)
-    if handle is not None:
-        handle.remove()
+    with TERMS.attach(model) if attached else nullcontext():
+        for _ in range(2):
+            model.zero_grad()
+            (task(x, target) + TERMS(model, x, mask, target)).backward()
+            assert_close(accumulated(model), want, 1e-10)
 
 
 # Runs that are killed
@@ -181,24 +178,22 @@ class Run:
         self.losses = state["losses"]
 
     def train(self, checkpoint: Path | None, stop: int | None, attached: bool) -> None:
-        handle = self.regularizer.attach(self.model) if attached else None
-        while len(self.losses) < STEPS:
-            x, mask, target = batch(4, channels=2, size=8, classes=3)  # drawn from the default generator
-            self.optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = F.cross_entropy(self.model(x), target)
-                settings: dict[str, Any] = {} if attached else {"fraction": 0.5}
-                loss = loss + self.regularizer(self.model, x, mask, target, generator=self.generator, **settings)
-            self.scaler.scale(loss).backward()
-            if len(self.losses) == stop:
-                os._exit(9)  # in the middle of a step, as a scheduler kills a job: nothing is cleaned up
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.losses.append(float(loss.detach()))
-            if checkpoint is not None:
-                torch.save(self.state(), checkpoint)
-        if handle is not None:
-            handle.remove()
+        with self.regularizer.attach(self.model) if attached else nullcontext():
+            while len(self.losses) < STEPS:
+                x, mask, target = batch(4, channels=2, size=8, classes=3)  # drawn from the default generator
+                self.optimizer.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = F.cross_entropy(self.model(x), target)
+                    settings: dict[str, Any] = {} if attached else {"fraction": 0.5}
+                    loss = loss + self.regularizer(self.model, x, mask, target, generator=self.generator, **settings)
+                self.scaler.scale(loss).backward()
+                if len(self.losses) == stop:
+                    os._exit(9)  # in the middle of a step, as a scheduler kills a job: nothing is cleaned up
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                self.losses.append(float(loss.detach()))
+                if checkpoint is not None:
+                    torch.save(self.state(), checkpoint)
 
 
 def work(checkpoint: Path, stop: int, attached: bool) -> None:

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import attrreg
 from attrreg import baselines
 from attrreg.points import RULES
-from tests.models import FAMILIES, SmoothNet, batch, smooth_batch
+from tests.models import FAMILIES, SmoothNet, batch, smooth_batch, stir
 
 PRECISION = [(torch.float32, 1e-5), (torch.float64, 1e-10)]
 
@@ -27,10 +27,7 @@ def case(request: pytest.FixtureRequest, family: str) -> tuple[nn.Module, Tensor
     dtype, tolerance = request.param
     known = FAMILIES[family]
     model = known.build().eval().to(dtype)
-    # Some heads start at zero, where every map would be zero.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
+    stir(model, 0.01)
     x, _, target = batch(2, size=known.size, classes=4, dtype=dtype)
     return model, x, target, known.layer, tolerance
 

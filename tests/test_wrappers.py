@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,17 +17,16 @@ import attrreg
 from attrreg import engines
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.trace import passes
-from tests.models import DEVICE, SmoothNet, assert_close, gradients, smooth_batch
+from tests.models import DEVICE, SmoothNet, accumulated, assert_close, gradients, loss_by, smooth_batch
 
 TERMS = attrreg.InputGradient() + attrreg.GradCAM("body") + attrreg.ActivationDifference(fill=attrreg.baselines.Zero())
 
 
 @pytest.fixture
-def process_group() -> Iterator[None]:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
+def process_group(tmp_path: Path) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dist.init_process_group("gloo", rank=0, world_size=1)
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
         yield
         dist.destroy_process_group()
 
@@ -70,7 +69,7 @@ def test_compiled_models_are_run_uncompiled(kind: str) -> None:
         loss.backward()
     assert counted.forward == 2
     task = gradients(plain, F.cross_entropy(SmoothNet.forward(plain, x) if kind == "compiled" else model(x), target))
-    assert_close([p.grad for p in plain.parameters() if p.grad is not None], [a + b for a, b in zip(task, want, strict=True)], 1e-10)
+    assert_close(accumulated(plain), [a + b for a, b in zip(task, want, strict=True)], 1e-10)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute")
@@ -105,17 +104,11 @@ def test_distributed_and_data_parallel_wrappers(process_group: None) -> None:
         model = wrapper(plain)
         for way in ("attached", "unattached", "evaluate"):
             plain.zero_grad()
-            if way == "attached":
-                with TERMS.attach(model), passes() as counted:
-                    loss = F.cross_entropy(model(x), target) + TERMS(model, x, mask, target)
-                    loss.backward()
-                assert counted.forward == 1 or DEVICE != "cpu"  # there, DataParallel gives the model a copy of the images
-            elif way == "evaluate":
-                penalty = TERMS.evaluate(model, x, mask, target)
-                (F.cross_entropy(penalty.output, target) + penalty.total).backward()
-            else:
-                (F.cross_entropy(model(x), target) + TERMS(model, x, mask, target)).backward()
-            assert_close([p.grad for p in plain.parameters() if p.grad is not None], want, 1e-10)
+            with passes() as counted:
+                loss_by(way, TERMS, model, (x, mask, target)).backward()
+            if DEVICE == "cpu":  # elsewhere DataParallel gives the model a copy of the images
+                assert counted.forward == (1 if way == "attached" else 2)
+            assert_close(accumulated(plain), want, 1e-10)
 
 
 class TwoInputs(nn.Module):

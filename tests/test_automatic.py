@@ -1,0 +1,304 @@
+"""The layer that `layer="auto"` is for Grad-CAM: found among many, remembered, and found anew where another is right."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+import attrreg
+from attrreg import scores
+from attrreg.graph import nodes
+from attrreg.trace import passes
+from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch, stir
+from tests.test_conditions import CAM
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "layer"),
+    [
+        ("test_vit", {"img_size": 64}, "norm1"),
+        ("test_vit3", {"img_size": 64}, "norm"),  # attention pooling over patches
+        ("test_resnet", {}, "layer4"),
+        ("test_convnext", {}, "stages"),  # not the identity behind them
+        ("test_mambaout", {}, "stages"),  # (N, h, w, C)
+    ],
+)
+def test_the_automatic_layer(name: str, settings: dict[str, Any], layer: str) -> None:
+    model = timm.create_model(name, num_classes=4, **settings).eval()
+    x, mask, target = batch(2, size=64, classes=4)
+    stir(model, 0.02)
+    map = attrreg.GradCAM().attribute(model, x, target)
+    assert map.dim() == 4 and map.shape[1] == 1 and map.shape[2] == map.shape[3] > 1
+    assert float(map.flatten(1).std(dim=1).min()) > 0
+    regularizer = attrreg.GradCAM()
+    with passes() as counted, regularizer.attach(model) as handle:
+        for _ in range(3):
+            model(x)
+            regularizer(model, x, mask, target)
+    assert handle.map is not None and layer in handle.map
+    assert counted.forward == 0 and counted.backward <= 4  # looked for at most once
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "layer"),
+    [
+        ("coat_tiny", {"img_size": 64}, "norm14"),  # four branches; the last maps are read by nobody
+        ("cait_xxs24_224", {"img_size": 64, "depth": 1}, "norm1"),  # class attention: its inside has maps too
+        ("xcit_nano_12_p16_224", {"img_size": 64, "depth": 1}, "norm1"),
+        ("crossvit_tiny_240", {}, "norm1"),
+        ("volo_d1_224", {"img_size": 64}, "norm"),  # head_drop runs twice
+    ],
+)
+def test_the_automatic_layer_of_class_attention(name: str, settings: dict[str, Any], layer: str) -> None:
+    model = timm.create_model(name, num_classes=4, **settings).eval()
+    stir(model, 0.02)
+    x = torch.randn(1, 3, *(model.img_size[0], model.img_size[0]) if "crossvit" in name else (64, 64))
+    target, mask = torch.tensor([1]), torch.ones(x.shape[-2:]).triu()
+    regularizer = attrreg.GradCAM() + attrreg.ActivationDifference()
+    want = regularizer(model, x, mask, target, generator=torch.Generator().manual_seed(0))
+    with regularizer.attach(model) as handle:
+        for _ in range(2):  # the second time by name
+            model(x)
+            got = regularizer(model, x, mask, target, generator=torch.Generator().manual_seed(0))
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
+    assert handle.map is not None and handle.map.rsplit(".", 1)[-1].startswith(layer)
+    assert float(attrreg.GradCAM(handle.map).attribute(model, x, target).std()) > 0
+
+
+def test_a_pool_that_enlarges_is_no_map() -> None:
+    model = torchvision.models.alexnet(num_classes=4).eval()
+    x = torch.randn(1, 3, 64, 64)  # features.12 leaves one position, avgpool makes it 6 x 6
+    with attrreg.GradCAM().attach(model) as handle:
+        model(x)
+        attrreg.GradCAM()(model, x, torch.ones(64, 64), torch.tensor([1]))
+        model(x)
+    assert handle.map == "features.11"
+
+
+class TwoBranches(nn.Module):
+    """As in timm's CrossViT, `num_features` is the width of two branches together, and by chance that of a perceptron's inside."""
+
+    num_features = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(2, 4, 2, stride=2)
+        self.mlp = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Tanh(), nn.Conv2d(8, 4, 1))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        patches = self.patches(x)
+        return self.head(torch.cat((patches, patches + self.mlp(patches)), dim=1).mean(dim=(2, 3)))
+
+
+def test_hidden_features_are_not_the_automatic_layer() -> None:
+    model, (x, mask, target) = TwoBranches().double(), smooth_batch()
+    with attrreg.GradCAM().attach(model) as handle:
+        model(x)
+        attrreg.GradCAM()(model, x, mask, target)
+    assert handle.map == "mlp"
+
+
+def test_frozen_backbone_with_an_automatic_layer() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    for layer in (model.stem, model.body):
+        layer.requires_grad_(False)
+    by_name = gradients(model, attrreg.GradCAM("body")(model, x, mask, target))
+    assert_close(gradients(model, attrreg.GradCAM()(model, x, mask, target)), by_name, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "convnext"])
+def test_the_first_step_takes_one_backward_as_all_others_do(name: str) -> None:
+    model = FAMILIES[name].build().eval()  # swin draws in train mode
+    x, mask, target = batch(2, size=FAMILIES[name].size, classes=4)
+    reg = attrreg.InputGradient() + attrreg.GradCAM()
+    alone = [gradients(model, term(model, x, mask, target)) for term in (attrreg.InputGradient(), attrreg.GradCAM())]
+    for attached in (False, True):
+        fresh = copy.deepcopy(model)
+        with reg.attach(fresh) if attached else nullcontext():
+            for _ in range(2):
+                fresh(x)
+                with passes() as counted:
+                    value = reg(fresh, x, mask, target)
+                assert (counted.forward, counted.backward) == (0 if attached else 1, 1)
+                assert_close(gradients(fresh, value), [a + b for a, b in zip(*alone, strict=True)], 1e-4)
+
+
+# Remembered
+
+
+class Steps(nn.Module):
+    """Two outputs, of which the second comes a layer later; on larger images there is one more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b, self.c = nn.Conv2d(2, 3, 3, padding=1), *(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        a = self.a(self.stem(x).tanh()).tanh()
+        b = self.b(a).tanh()
+        b = self.c(b).tanh() if x.shape[-1] > 8 else b
+        return {"a": self.first(a.mean((2, 3))), "b": self.second(b.mean((2, 3)))}
+
+
+@pytest.mark.parametrize("order", ["abab", "baba", "aab"])
+def test_the_automatic_layer_is_that_of_the_output_asked_for(order: str) -> None:
+    model, (x, mask, target) = Steps().double(), smooth_batch()
+    want = {key: CAM(model, x, mask, target, output=key) for key in "ab"}
+    with CAM.attach(model):
+        for key in order:
+            model(x)
+            torch.testing.assert_close(CAM(model, x, mask, target, output=key), want[key])
+
+
+def test_the_automatic_layer_is_that_of_the_images_size() -> None:
+    model, (x, mask, target) = Steps().double(), smooth_batch()
+    large = F.interpolate(x, scale_factor=2)
+    want = [CAM(model, images, mask, target, output="b") for images in (x, large)]
+    with CAM.attach(model):
+        for images, expected in zip((x, large, x, large), want * 2, strict=True):
+            model(images)
+            torch.testing.assert_close(CAM(model, images, mask, target, output="b"), expected)
+
+
+def test_the_automatic_layer_stays_known_where_the_output_is_a_function_written_in_the_loop() -> None:
+    model, (x, mask, target) = Steps().double(), smooth_batch()
+    with CAM.attach(model) as handle:
+        for _ in range(3):
+            model(x)
+            CAM(model, x, mask, target, output=lambda out: out["a"])
+        assert handle.map == "a"
+
+
+@pytest.mark.parametrize("order", ["aabb", "bbaa"])
+def test_functions_of_equal_code_may_pick_different_outputs(order: str) -> None:
+    model, (x, mask, target) = Steps().double(), smooth_batch()
+    want = {key: CAM(model, x, mask, target, output=key) for key in "ab"}
+    for make in (lambda key: lambda out, key=key: out[key], lambda key: lambda out: out[key]):
+        with CAM.attach(model) as handle:
+            for key in order:
+                model(x)
+                torch.testing.assert_close(CAM(model, x, mask, target, output=make(key)), want[key])
+            assert not handle._maps  # which would hold what the functions do
+
+
+def test_a_later_call_finds_the_automatic_layer_known() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    found = []
+    for _ in range(2):
+        value = attrreg.GradCAM()(model, x, mask, target)
+        ours = sum(node.name() == "_ConvolveBackward" for node in nodes(value))
+        found.append((ours, value.detach(), gradients(model, value)))
+    (first, value, want), (second, again, got) = found
+    assert (first, second) == (2, 0)  # what comes before the layer is differentiated once, by PyTorch
+    torch.testing.assert_close(again, value, rtol=1e-13, atol=0)
+    assert_close(got, want, 1e-12)
+
+
+def test_a_remembered_layer_keeps_no_model() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+
+    class Own(scores.TargetLogit):
+        owner = model
+
+    attrreg.GradCAM(score=Own())(model, x, mask, target)
+    attrreg.GradCAM()(model, x, mask, target, output=partial(lambda model, output: output, model))
+    watched = weakref.ref(model)
+    del model, Own
+    gc.collect()
+    assert watched() is None
+
+
+# Found anew
+
+
+class TwoWays(nn.Module):
+    """The images decide which layer has the map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bright, self.dark, self.head = nn.Conv2d(2, 4, 3), nn.Conv2d(2, 4, 5), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        way = self.bright if x.mean() > 0 else self.dark
+        logits: Tensor = self.head(way(x).tanh().mean(dim=(2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("change", [lambda x: -x, lambda x: x[..., :6]], ids=["other way", "other size"])
+def test_the_automatic_layer_is_found_anew_where_another_is_right(change: Callable[[Tensor], Tensor]) -> None:
+    model, (x, _, target) = TwoWays().double(), smooth_batch()
+    x = x.abs()
+    attrreg.GradCAM()(model, x, torch.zeros(8, 8), target)
+    x = change(x)
+    mask = torch.zeros(x.shape[2:])
+    with passes() as counted:
+        value = attrreg.GradCAM()(model, x, mask, target)
+    assert counted.forward == (2 if x.mean() < 0 else 1)  # the layer that was known did not run
+    fresh = copy.deepcopy(model)
+    want = attrreg.GradCAM()(fresh, x, mask, target)
+    torch.testing.assert_close(value, want, rtol=1e-13, atol=0)
+    assert_close(gradients(model, value), gradients(fresh, want), 1e-12)
+
+
+def test_the_automatic_layer_is_found_anew_where_it_was_replaced() -> None:
+    model, (x, mask, target) = nn.Sequential(nn.Sequential(nn.Conv2d(2, 4, 3)), nn.Flatten(), nn.Linear(144, 3)).double(), smooth_batch()
+    attrreg.GradCAM()(model, x, mask, target)
+    model[0] = nn.Conv2d(2, 4, 3).double()  # there is no layer "0.0" now
+    value = attrreg.GradCAM()(model, x, mask, target)
+    torch.testing.assert_close(value, attrreg.GradCAM(layer="0")(model, x, mask, target), rtol=1e-13, atol=0)
+
+
+class Grown(nn.Module):
+    """Its layers run one by one; there may be more of them later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Tanh())
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.body:
+            x = layer(x)
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("attach", [False, True])
+def test_the_automatic_layer_is_the_last_also_where_layers_were_added(attach: bool) -> None:
+    model, (x, mask, target), cam = Grown().double(), smooth_batch(), attrreg.GradCAM()
+    with cam.attach(model) if attach else nullcontext():
+        model(x)
+        cam(model, x, mask, target)
+        model.body.extend([nn.Conv2d(4, 4, 3).double(), nn.Tanh()])
+        model(x)
+        value = cam(model, x, mask, target)
+    torch.testing.assert_close(value, attrreg.GradCAM("body.5")(model, x, mask, target))
+
+
+def test_the_automatic_layer_is_one_for_all_terms() -> None:
+    model, (x, mask, target) = Grown().double(), smooth_batch()
+    early, late = attrreg.GradCAM(score=scores.RandomProjection("body.2", seed=0)).named("early"), attrreg.GradCAM()
+    for reg in (early + late, late + early):
+        with pytest.raises(ValueError, match=r"layer='auto' is one layer.*early.*Name the layer"):
+            reg(model, x, mask, target)
+    for reg in (early + attrreg.captum.LayerActivation(), attrreg.captum.LayerActivation() + early):
+        with pytest.raises(ValueError, match="layer='auto' is one layer"):
+            reg(model, x, mask, target)
+    early(model, x, mask, target)
+    features = attrreg.GradCAM(score=scores.RandomProjection(seed=0)).named("features")
+    found = (features + late).evaluate(model, x, mask, target).terms["GradCAM"]
+    torch.testing.assert_close(found, late(model, x, mask, target).detach())
