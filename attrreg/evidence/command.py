@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from attrreg.evidence.ledger import Ledger
     from attrreg.evidence.sources import Folder
 
-NEEDED = ("matplotlib", "optuna", "rich", "scipy")
+NEEDED = ("matplotlib", "rich", "scipy")
 OUT = Path("attrreg-evidence.jsonl")
 SPLITS = "train,valid,test"
 
