@@ -183,11 +183,9 @@ def gain_kept(records: Sequence[Record], without: Sequence[Record], whole: Seque
 def varied(plan: Plan, training: Training, name: str, ledger: Ledger) -> dict[str, list[Record]]:
     """A method's row and the variants of it, by words for what is other in them."""
     best = best_of(plan, training, name, "valid", ledger)
-    found: dict[str, list[Record]] = {masks(1): rows(plan, training, name, "valid", ledger)}
-    for words, job in training.variants.of(best).items() if best is not None else ():
-        records = (ledger.records.get(replace(job, seed=seed).name) for seed in plan.seeds)
-        found[words] = [record for record in records if record is not None]
-    return found
+    others = {} if best is None else training.variants.of(best)
+    found = {words: ledger.records_of(replace(job, seed=seed) for seed in plan.seeds) for words, job in others.items()}
+    return {masks(1): rows(plan, training, name, "valid", ledger), **found}
 
 
 def _by_seed(records: Iterable[Record], selection: str, what: str) -> dict[int, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -197,22 +196,16 @@ def _settings(count: int) -> list[tuple[float, float]]:
 
 def best_of(plan: Plan, training: Training, name: str, selection: str, ledger: Ledger) -> Job | None:
     """The settings with the lowest loss on one selection, from what the ledger has; None while trials are missing."""
-    tried = [ledger.records.get(job.name) for job in trials(method(name), training, plan.trials)]
-    known = [record for record in tried if record is not None]
-    return _lowest(known, selection) if len(known) == plan.trials else None
+    tried = ledger.records_of(trials(method(name), training, plan.trials))
+    if len(tried) < plan.trials:
+        return None
+    return min(tried, key=lambda record: float(record.outcomes[selection]["loss"])).job
 
 
 def rows(plan: Plan, training: Training, name: str, selection: str, ledger: Ledger) -> list[Record]:
     """The records of a row of a table: a method's trainings with the settings chosen by one selection, those that there are."""
     best = best_of(plan, training, name, selection, ledger)
-    if best is None:
-        return []
-    found = (ledger.records.get(replace(best, seed=seed, judged=plan.judged).name) for seed in plan.seeds)
-    return [record for record in found if record is not None]
-
-
-def _lowest(tried: Sequence[Record], selection: str) -> Job:
-    return min(tried, key=lambda record: float(record.outcomes[selection]["loss"])).job
+    return [] if best is None else ledger.records_of(replace(best, seed=seed, judged=plan.judged) for seed in plan.seeds)
 
 
 def _rounded(value: float) -> float:
