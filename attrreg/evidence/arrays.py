@@ -69,7 +69,7 @@ def folder(
             )
         like_training, train = train.take(order[:held]), train.take(order[held:])
     if flip:
-        valid, test = (replace(part, images=part.images.flip(-1), masks=part.masks.flip(-1)) for part in (valid, test))
+        valid, test = valid.mirrored(), test.mirrored()
     classes = 1 + max(int(part.labels.max()) for part in (train, like_training, valid, test))
     clean = replace(test, images=ReplaceOutside()(test.images, test.masks))
     return Task(root.name, classes, train, like_training, valid, test, clean)

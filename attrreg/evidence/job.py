@@ -203,7 +203,7 @@ def _accuracy(model: nn.Module, split: Split) -> float:
 
 def _judgements(model: nn.Module, split: Split) -> dict[str, dict[str, float | None]]:
     """Share inside and IoU on a sample of the test, by three attributions of which at most one was trained."""
-    some = split.take(torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:SAMPLE].to(split.labels.device))
+    some = split.sample(SAMPLE)
     window = max(2, some.images.shape[-1] // 7)
     judges: dict[str, metrics.Attribution] = {**JUDGES, "occlusion": metrics.Occlusion(window, window)}
     found: dict[str, dict[str, float | None]] = {}
