@@ -83,7 +83,7 @@ def measure(name: str, penalties: tuple[str, ...], plan: run.Plan) -> Found:
         steps[ways.PLAIN] = found[ways.PLAIN].prepare(case)
         steps |= {f"{penalty}: {way}": found[way].prepare(case) for way in MEASURED[penalty]}
     rounds, warmup = plan.rounds_of(penalties[0])
-    taken = costs(steps, ways.PLAIN, rounds, warmup, lambda part: None)
+    taken = costs(steps, rounds, warmup, lambda part: None)
     return {
         penalty: {ways.PLAIN: taken[ways.PLAIN]} | {way: taken[f"{penalty}: {way}"] for way in MEASURED[penalty]} for penalty in penalties
     }

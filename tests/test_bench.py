@@ -65,7 +65,7 @@ def test_every_way_runs(penalty: str) -> None:
     case = build("test_resnet", batch=2, size=64, device=CPU)
     steps = {strategy.name: strategy.prepare(case) for strategy in strategies.strategies(penalty, case)}
     notes: list[float] = []
-    found = measure.costs(steps, strategies.PLAIN, 2, 1, notes.append)
+    found = measure.costs(steps, 2, 1, notes.append)
     assert notes == [1, 1, 1] and found[strategies.PLAIN].ratio == found[strategies.PLAIN].memory == 1
     ours, today = (found[way].operations for way in (strategies.ATTACHED, strategies.TODAY))
     assert ours <= found[strategies.UNATTACHED].operations <= 1.3 * today
@@ -86,7 +86,7 @@ def test_fast_steps_get_more_rounds(seconds: float, rounds: int, monkeypatch: py
         return 1.0
 
     monkeypatch.setattr(measure, "_timed", timed)
-    measure.costs({"plain": Step(run, case)}, "plain", 2, 1, notes.append, seconds)
+    measure.costs({"plain": Step(run, case)}, 2, 1, notes.append, seconds)
     assert notes[0] == 1 and sum(notes) == pytest.approx(3)
     assert len(notes) == 1 + rounds and len(runs) == 2 * len(notes) + 1  # at both ends of a round, and once for memory
 

@@ -186,7 +186,7 @@ def _costs(case: Case, penalty: str, plan: Plan, note: Note) -> dict[str, Cost]:
     chosen = strategies.strategies(penalty, case)
     rounds, warmup = plan.rounds_of(penalty)
     steps = {strategy.name: strategy.prepare(case) for strategy in chosen}
-    return costs(steps, strategies.PLAIN, rounds, warmup, partial(note, f"{case.name}: {penalty}"), plan.seconds)
+    return costs(steps, rounds, warmup, partial(note, f"{case.name}: {penalty}"), plan.seconds)
 
 
 def _curve(varied: str, plan: Plan, note: Note) -> dict[str, list[tuple[int, Cost]]]:
@@ -197,7 +197,7 @@ def _curve(varied: str, plan: Plan, note: Note) -> dict[str, list[tuple[int, Cos
         case = plan.case(plan.models[0], batch, size)
         chosen = strategies.of_curve(varied, value, case)
         steps = {strategy.name: strategy.prepare(case) for strategy in chosen}
-        found = costs(steps, strategies.PLAIN, CURVE_ROUNDS, 1, partial(note, f"{varied}: {value}"))
+        found = costs(steps, CURVE_ROUNDS, 1, partial(note, f"{varied}: {value}"))
         for name, cost in found.items():
             lines.setdefault(name, []).append((value, cost))
     return lines
