@@ -22,6 +22,7 @@ from attrreg.bench import strategies as ways
 from attrreg.bench.command import bench
 from attrreg.bench.measure import Cost
 from attrreg.bench.run import Record, ratios
+from attrreg.tables import markdown_table
 from benchmarks import check
 from benchmarks.page import ROOT, marks, write_section
 
@@ -55,16 +56,15 @@ def summary(record: Record) -> tuple[str, str, str]:
     columns = (ways.ATTACHED, ways.TODAY, ways.CAPTUM)
     rows = {penalty: (penalty, columns) for penalty in record.plan.penalties}
     rows["the same, `chunk=1`"] = (ways.INTEGRATED_GRADIENTS, (ways.CHUNKED, "", ""))
-    lines = ["| penalty | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    lines = []
     for label, (penalty, names) in rows.items():
         found = [[cost for _, cost in ratios(record, penalty, way)] for way in names]
-        cells = [_medians(costs, len(record.costs)) for costs in found]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        lines.append([label, *(_medians(costs, len(record.costs)) for costs in found)])
     intro = (
         f"Time / peak memory above the parameters of a training step, as multiples of a plain one's: medians over {len(record.costs)} "
         "models. *All three* are the rows above it in one sum."
     )
-    return intro, "\n".join(lines), report.conditions(record)
+    return intro, markdown_table(["penalty", *columns], lines), report.conditions(record)
 
 
 def _medians(costs: list[Cost], models: int) -> str:

@@ -47,7 +47,7 @@ class Result:
     """The outcome for one regularizer on one model.
 
     Attributes:
-        status: "pass", "refused" (an error by attrreg itself), "fail", or "unusable" (the model fails alone).
+        status: "pass", "refused" (an error by attrreg itself) or "fail".
         cause: why not "pass".
         penalty: its value in float32.
         agreement: relative difference between the derivative along a direction and a difference quotient, in float64;

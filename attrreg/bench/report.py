@@ -14,6 +14,7 @@ from attrreg.bench.measure import Cost
 from attrreg.bench.run import Plan, Record, names, ratios
 from attrreg.bench.strategies import ATTACHED, CHUNKED, DETACHED, FLOORS, INTEGRATED_GRADIENTS
 from attrreg.environment import sentence
+from attrreg.tables import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,19 +90,17 @@ def _path(plan: Plan) -> str:
 
 def _table(record: Record, penalty: str) -> str:
     ways, floor = names(record, penalty), FLOORS[penalty]
-    lines = [f"### {penalty}", "", f"By operation count an exact penalty costs {floor:g} plain step{'s' * (floor != 1)} when attached.", ""]
-    lines += ["| model | " + " | ".join(ways) + " |", "|---" * (len(ways) + 1) + "|"]
-    for model, by_penalty in record.costs.items():
-        if penalty not in by_penalty:
-            continue
-        found = [by_penalty[penalty].get(way) for way in ways]
-        lines.append(f"| {model} | " + " | ".join(_cell(cost) for cost in found) + " |")
+    rows = [
+        [model, *(_cell(by_penalty[penalty].get(way)) for way in ways)]
+        for model, by_penalty in record.costs.items()
+        if penalty in by_penalty
+    ]
     columns = [[cost for _, cost in ratios(record, penalty, way)] for way in ways]
-    medians = (
+    medians = [
         f"**{statistics.median(c.ratio for c in column):.2f}** / {statistics.median(c.memory for c in column):.2f}" for column in columns
-    )
-    lines.append("| median | " + " | ".join(medians) + " |")
-    return "\n".join(lines)
+    ]
+    words = f"By operation count an exact penalty costs {floor:g} plain step{'s' * (floor != 1)} when attached."
+    return "\n\n".join([f"### {penalty}", words, markdown_table(["model", *ways], [*rows, ["median", *medians]])])
 
 
 def _cell(cost: Cost | None) -> str:
