@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -152,7 +152,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     record = report.load(out)
     assert list(record.costs) == ["test_resnet"] and record.environment["versions"]["torch"]
-    assert json.loads(json.dumps(record.as_dict())) == json.loads(out.read_text())
+    assert json.loads(json.dumps(asdict(record))) == json.loads(out.read_text())
     assert "attrreg, attached" in out.with_suffix(".md").read_text() and out.with_suffix(".png").stat().st_size > 10_000
     arguments = ["bench", "--no-curves", *arguments, "--penalty", "GradCAM", "--resume"]
     result = CliRunner().invoke(build_app(), arguments)
@@ -222,7 +222,7 @@ def test_promises_are_kept_or_missed(tmp_path: Path) -> None:
     report.save(record_with(2.1, 2.0), tmp_path / "kept.json")
     assert check.main(tmp_path / "kept.json") == 0
     assert check.main(tmp_path / "absent.json") == 2
-    for text in ("[]", "{", "\xff", json.dumps(replace(record_with(2.1, 2.0), costs={}).as_dict())):
+    for text in ("[]", "{", "\xff", json.dumps(asdict(replace(record_with(2.1, 2.0), costs={})))):
         (tmp_path / "broken.json").write_text(text, encoding="latin-1")
         assert check.main(tmp_path / "broken.json") == 2
     report.save(record_with(math.nan, 2.0), tmp_path / "nan.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ def save(record: Record, path: Path) -> None:
     """As JSON; the file is whole at every time, whatever stops the run."""
     path = path.resolve()
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(record.as_dict(), indent=1) + "\n")
+    part.write_text(json.dumps(asdict(record), indent=1) + "\n")
     part.replace(path)
 
 
@@ -37,10 +38,10 @@ def load(path: Path) -> Record:
         ValueError: it is something else.
     """
     try:
-        data = json.loads(path.read_text())
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"it is no record of `attrreg bench` ({error}). Measure all anew, or name another file.") from error
-    return Record.from_dict(data)
+        return Record.from_dict(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"it is no record of `attrreg bench`, or of another version ({what}). Measure anew, or name another file.") from error
 
 
 def summary(record: Record) -> Table:
