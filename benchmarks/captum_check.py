@@ -15,11 +15,11 @@ from typing import Any
 import captum.attr
 import numpy as np
 import torch
-from captum._utils.common import _run_forward
 from captum.attr import Attribution
 from torch import Tensor, nn
 
 import attrreg
+from attrreg.bench.strategies import gradients_with_graph
 from attrreg.captum.bridge import ACCEPTED
 from attrreg.captum.refusals import ABSTRACT
 from attrreg.objectives import SquaredOutside
@@ -181,13 +181,7 @@ def captums(case: Case, model: nn.Module, create_graph: bool = False, x: Tensor 
 def _keep_graph(attribution: Any) -> None:
     for part in (attribution, *vars(attribution).values()):
         if isinstance(part, Attribution) and hasattr(part, "gradient_func"):
-            part.gradient_func = _gradients_with_graph
-
-
-def _gradients_with_graph(forward_fn: Any, inputs: Any, target_ind: Any = None, additional_forward_args: Any = None) -> Any:
-    with torch.enable_grad():
-        outputs = _run_forward(forward_fn, inputs, target_ind, additional_forward_args)
-        return torch.autograd.grad(torch.unbind(outputs), inputs, create_graph=True)
+            part.gradient_func = gradients_with_graph
 
 
 # Ours

@@ -40,8 +40,10 @@ def load(path: Path) -> Record:
     try:
         return Record.from_dict(json.loads(path.read_text()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"it is no record of `attrreg bench`, or of another version ({what}). Measure anew, or name another file.") from error
+        raise ValueError(
+            f"it is no record of `attrreg bench`, or one of another version ({type(error).__name__}: {error}). Measure all anew, or name "
+            "another file."
+        ) from error
 
 
 def summary(record: Record) -> Table:
