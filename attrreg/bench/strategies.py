@@ -92,7 +92,8 @@ def strategies(penalty: str, case: Case) -> list[Strategy]:
 
 def of_curve(varied: str, value: int, case: Case) -> list[Strategy]:
     """What is compared where one number varies: the plain step, today's way and attrreg's."""
-    today, ours = [_input_gradient], REGULARIZERS[INPUT_GRADIENT]
+    ours = REGULARIZERS[INPUT_GRADIENT]
+    today: list[Loss] = [_input_gradient]
     chunked: list[Strategy] = []
     if varied == "steps":
         ours = path = attrreg.IntegratedGradients(steps=value, chunk=None, **WRITTEN)
