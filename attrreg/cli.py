@@ -1,4 +1,4 @@
-"""The command line: `attrreg demo`, `attrreg bench`, `attrreg evidence`. A new command is a typed function and two lines in `build_app`."""
+"""The command line: `attrreg demo`, `attrreg bench`, `attrreg evidence`. A new command is a typed function, listed in `build_app`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ def build_app() -> typer.Typer:
     from attrreg.demo.command import demo
     from attrreg.evidence.command import evidence
 
-    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-    app.callback()(_attrreg)
-    app.command()(demo)
-    app.command()(bench)
-    app.command()(evidence)
+    about = "Attribution regularization for PyTorch."
+    app = typer.Typer(help=about, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    for command in (demo, bench, evidence):
+        app.command()(command)
     return app
 
 
@@ -33,10 +32,6 @@ def main() -> None:
             raise
         raise SystemExit("The attrreg command needs typer. Install with: pip install 'attrreg[demo]'") from None
     app(prog_name="attrreg")
-
-
-def _attrreg() -> None:
-    """Attribution regularization for PyTorch."""
 
 
 if __name__ == "__main__":

@@ -38,20 +38,6 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     }
 
 
-def usable(name: str) -> torch.device:
-    """The device of a name.
-
-    Raises:
-        ValueError: there is none, or none here.
-    """
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"{name!r} cannot be used here ({str(error).splitlines()[0]}).") from None
-    return device
-
-
 def machine(where: Mapping[str, Any]) -> str:
     """The accelerator of an environment, or its CPU."""
     known = [where[key] for key in ("family", "capability") if where.get(key)]  # which the first records do not have

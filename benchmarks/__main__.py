@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 
@@ -22,6 +21,7 @@ from attrreg.bench import strategies as ways
 from attrreg.bench.command import bench
 from attrreg.bench.measure import Cost
 from attrreg.bench.run import Record, ratios
+from attrreg.tables import markdown_table
 from benchmarks import check
 from benchmarks.page import ROOT, marks, write_section
 
@@ -55,16 +55,15 @@ def summary(record: Record) -> tuple[str, str, str]:
     columns = (ways.ATTACHED, ways.TODAY, ways.CAPTUM)
     rows = {penalty: (penalty, columns) for penalty in record.plan.penalties}
     rows["the same, `chunk=1`"] = (ways.INTEGRATED_GRADIENTS, (ways.CHUNKED, "", ""))
-    lines = ["| penalty | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    lines = []
     for label, (penalty, names) in rows.items():
         found = [[cost for _, cost in ratios(record, penalty, way)] for way in names]
-        cells = [_medians(costs, len(record.costs)) for costs in found]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        lines.append([label, *(_medians(costs, len(record.costs)) for costs in found)])
     intro = (
         f"Time / peak memory above the parameters of a training step, as multiples of a plain one's: medians over {len(record.costs)} "
         "models. *All three* are the rows above it in one sum."
     )
-    return intro, "\n".join(lines), report.conditions(record)
+    return intro, markdown_table(["penalty", *columns], lines), report.conditions(record)
 
 
 def _medians(costs: list[Cost], models: int) -> str:
@@ -79,22 +78,25 @@ def main() -> None:
     """Run `attrreg bench` with its own options; without `--out` or `--quick`, for the page."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--section")  # the one option that is not `attrreg bench`'s
-    ours, arguments = parser.parse_known_args()
-    words = [word for argument in arguments for word in argument.split("=", 1)]  # an option and its value, however they were joined
-    given = dict(zip_longest(words, words[1:], fillvalue=""))
-    own = not given.keys() & {"--out", "--help", "--quick"}
+    arguments = parser.parse_known_args()[1]
+    for flag in ("--help", "--quick", "--resume", "--channels-last", "--no-keep-memory"):
+        parser.add_argument(flag, action="store_true")
+    for option, usual in (("--out", ""), ("--model", ""), ("--device", "cpu"), ("--autocast", "")):
+        parser.add_argument(option, default=usual)
+    given = parser.parse_known_args()[0]
+    own = not (given.out or given.help or given.quick)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(bench)
-    kind = "returned" if "--no-keep-memory" in given else ""
-    layout = "channels-last" if "--channels-last" in given else ""
-    by_options = "-".join(filter(None, [given.get("--device", "cpu").split(":")[0], given.get("--autocast", ""), layout, kind]))
-    numbers = check.results(ours.section or by_options)
-    if own and "--model" in given and not (ours.section or kind or "--resume" in given):
+    kind = "returned" if given.no_keep_memory else ""
+    layout = "channels-last" if given.channels_last else ""
+    by_options = "-".join(filter(None, [given.device.split(":")[0], given.autocast, layout, kind]))
+    numbers = check.results(given.section or by_options)
+    if own and given.model and not (given.section or kind or given.resume):
         sys.exit(f"Models of your own would take the place of the nine in docs/{PAGE.name}. Pass --out for a file of your own.")
     if own and marks(numbers.stem, COMMAND)[0] not in PAGE.read_text():  # rather than after an hour
         sys.exit(f"docs/{PAGE.name} has no section {numbers.stem}. Pass --out for a file of your own.")
     numbers.parent.mkdir(exist_ok=True)
-    app(args=[*arguments, *(["--out", str(numbers)] if own else [])], standalone_mode=not own, prog_name="python -m benchmarks")
+    app(args=[*arguments, *(["--out", str(numbers)] if own else [])], standalone_mode=not own, prog_name=COMMAND)
     if own:
         write_page(numbers)
 

@@ -12,6 +12,7 @@ from rich.progress import track
 
 from attrreg.captum.refusals import REFUSED
 from attrreg.environment import environment, sentence
+from attrreg.tables import markdown_table
 from benchmarks.captum_check import STEP, TOLERANCE, Result, cases, check, ours
 from benchmarks.page import ROOT, write_section
 
@@ -26,30 +27,29 @@ def wrong(result: Result) -> bool:
 
 def accepted(results: list[Result]) -> str:
     """The table of what can be trained with."""
-    lines = ["| `captum.attr` | becomes | map | gradient | Captum's own graph | with `create_graph` |", "|---" * 6 + "|"]
+    lines = []
     for result in results:
         value = "own draws" if result.value is None else f"{result.value:.0e}" if result.value else "equal"
         assert result.gradient is not None
-        cells = [f"`{result.case.name}`", f"`{type(ours(result.case)).__name__}`", value, f"{result.gradient:.0e}", *_graphs(result)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        becomes = type(ours(result.case)).__name__
+        lines.append([f"`{result.case.name}`", f"`{becomes}`", value, f"{result.gradient:.0e}", *_graphs(result)])
+    return markdown_table(["`captum.attr`", "becomes", "map", "gradient", "Captum's own graph", "with `create_graph`"], lines)
 
 
 def refused(results: list[Result]) -> str:
     """The table of what cannot, and why."""
-    lines = ["| `captum.attr` | why not | instead | Captum's own graph | with `create_graph` |", "|---" * 5 + "|"]
+    lines = []
     reasons = list(dict.fromkeys(reason for reason, _ in REFUSED.values()))
     last = ""
     for result in sorted(results, key=lambda result: reasons.index(REFUSED[result.case.name][0])):
         reason, way_out = REFUSED[result.case.name]
-        graphs = _graphs(result) if result.case.runs else ["-", "-"]
         why, last = "as above" if reason == last else reason, reason
-        lines.append(f"| `{result.case.name}` | {why} | {way_out.removeprefix('Use ')} | {graphs[0]} | {graphs[1]} |")
-    return "\n".join(lines)
+        lines.append([f"`{result.case.name}`", why, way_out.removeprefix("Use "), *_graphs(result)])
+    return markdown_table(["`captum.attr`", "why not", "instead", "Captum's own graph", "with `create_graph`"], lines)
 
 
 def _graphs(result: Result) -> list[str]:
-    return [_graph(result.captums), _graph(result.mended)]
+    return [_graph(result.captums), _graph(result.mended)] if result.case.runs else ["-", "-"]
 
 
 def _graph(error: float | str | None) -> str:

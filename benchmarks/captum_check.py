@@ -15,11 +15,11 @@ from typing import Any
 import captum.attr
 import numpy as np
 import torch
-from captum._utils.common import _run_forward
 from captum.attr import Attribution
 from torch import Tensor, nn
 
 import attrreg
+from attrreg.bench.strategies import gradients_with_graph
 from attrreg.captum.bridge import ACCEPTED
 from attrreg.captum.refusals import ABSTRACT
 from attrreg.objectives import SquaredOutside
@@ -87,47 +87,53 @@ SEGMENTS = (torch.arange(8).view(8, 1) // 4 * 2 + torch.arange(8) // 4).expand(1
 PATH = {"n_steps": 4, "baselines": OTHERS[:1]}
 NEURON = {"layer": LAYER, "neuron_selector": (1, 2, 2)}
 ABLATION = {"feature_mask": SEGMENTS, "baselines": OTHERS[:1]}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "IntegratedGradients": PATH,
-    "GradientShap": {"baselines": OTHERS},
-    "NoiseTunnel": {"attribution_method": captum.attr.InputXGradient, "nt_type": "smoothgrad_sq", "nt_samples": 2, "stdevs": 0.3},
-    "GuidedGradCam": {"layer": LAYER},
-    "FeatureAblation": ABLATION,
-    "LayerActivation": {"layer": LAYER},
-    "LayerGradientXActivation": {"layer": LAYER},
-    "LayerGradCam": {"layer": LAYER},
-    "InternalInfluence": {"layer": LAYER, **PATH},
-    "LayerConductance": {"layer": LAYER, **PATH},
-    "NeuronGradient": NEURON,
-    "NeuronIntegratedGradients": NEURON | PATH,
-    "NeuronGradientShap": NEURON | {"baselines": OTHERS},
-    "NeuronGuidedBackprop": {"layer": "third", "neuron_selector": (1, 2, 2)},
-    "NeuronDeconvolution": {"layer": "third", "neuron_selector": (1, 2, 2)},
-    "NeuronConductance": NEURON | PATH,
-    "NeuronFeatureAblation": NEURON | ABLATION,
-    "DeepLift": {"baselines": OTHERS[:1]},
-    "DeepLiftShap": {"baselines": OTHERS},
-    "LayerDeepLift": {"layer": LAYER, "baselines": OTHERS[:1]},
-    "LayerDeepLiftShap": {"layer": LAYER, "baselines": OTHERS},
-    "NeuronDeepLift": NEURON | {"baselines": OTHERS[:1]},
-    "NeuronDeepLiftShap": NEURON | {"baselines": OTHERS},
-    "LayerLRP": {"layer": LAYER},
-    "LayerIntegratedGradients": {"layer": LAYER, **PATH},
-    "LayerGradientShap": {"layer": LAYER, "baselines": OTHERS},
-    "Occlusion": {"sliding_window_shapes": (2, 4, 4), "strides": (2, 4, 4)},
-    "FeaturePermutation": {"feature_mask": SEGMENTS},
-    "ShapleyValueSampling": {"feature_mask": SEGMENTS, "n_samples": 2},
-    "ShapleyValues": ABLATION,
-    "Lime": {"feature_mask": SEGMENTS, "n_samples": 5},
-    "KernelShap": {"feature_mask": SEGMENTS, "n_samples": 5},
-    "LayerFeatureAblation": {"layer": LAYER},
-    "LayerFeaturePermutation": {"layer": LAYER},
-}
-RECTIFIED = ("GuidedBackprop", "Deconvolution", "GuidedGradCam", "NeuronGuidedBackprop", "NeuronDeconvolution")
-DRAWING = ("GradientShap", "NeuronGradientShap", "NoiseTunnel", "FeaturePermutation")
-SINGLE = ("ShapleyValues",)
-ELSEWHERE = ("LimeBase", "DataLoaderAttribution", "LLMAttribution", "LLMGradientAttribution", "RemoteLLMAttribution")
-WITHOUT_TARGET = ("LayerActivation", *(name for name in SETTINGS if name.startswith("Neuron") and name != "NeuronConductance"))
+CASES = (
+    Case("IntegratedGradients", PATH),
+    Case("GradientShap", {"baselines": OTHERS}, draws=True),
+    Case(
+        "NoiseTunnel",
+        {"attribution_method": captum.attr.InputXGradient, "nt_type": "smoothgrad_sq", "nt_samples": 2, "stdevs": 0.3},
+        draws=True,
+    ),
+    Case("GuidedBackprop", rectified=True),
+    Case("Deconvolution", rectified=True),
+    Case("GuidedGradCam", {"layer": LAYER}, rectified=True),
+    Case("FeatureAblation", ABLATION),
+    Case("LayerActivation", {"layer": LAYER}),
+    Case("LayerGradientXActivation", {"layer": LAYER}),
+    Case("LayerGradCam", {"layer": LAYER}),
+    Case("InternalInfluence", {"layer": LAYER, **PATH}),
+    Case("LayerConductance", {"layer": LAYER, **PATH}),
+    Case("NeuronGradient", NEURON),
+    Case("NeuronIntegratedGradients", NEURON | PATH),
+    Case("NeuronGradientShap", NEURON | {"baselines": OTHERS}, draws=True),
+    Case("NeuronGuidedBackprop", {"layer": "third", "neuron_selector": (1, 2, 2)}, rectified=True),
+    Case("NeuronDeconvolution", {"layer": "third", "neuron_selector": (1, 2, 2)}, rectified=True),
+    Case("NeuronConductance", NEURON | PATH),
+    Case("NeuronFeatureAblation", NEURON | ABLATION),
+    Case("DeepLift", {"baselines": OTHERS[:1]}),
+    Case("DeepLiftShap", {"baselines": OTHERS}),
+    Case("LayerDeepLift", {"layer": LAYER, "baselines": OTHERS[:1]}),
+    Case("LayerDeepLiftShap", {"layer": LAYER, "baselines": OTHERS}),
+    Case("NeuronDeepLift", NEURON | {"baselines": OTHERS[:1]}),
+    Case("NeuronDeepLiftShap", NEURON | {"baselines": OTHERS}),
+    Case("LayerLRP", {"layer": LAYER}),
+    Case("LayerIntegratedGradients", {"layer": LAYER, **PATH}),
+    Case("LayerGradientShap", {"layer": LAYER, "baselines": OTHERS}),
+    Case("Occlusion", {"sliding_window_shapes": (2, 4, 4), "strides": (2, 4, 4)}),
+    Case("FeaturePermutation", {"feature_mask": SEGMENTS}, draws=True),
+    Case("ShapleyValueSampling", {"feature_mask": SEGMENTS, "n_samples": 2}),
+    Case("ShapleyValues", ABLATION, single=True),
+    Case("Lime", {"feature_mask": SEGMENTS, "n_samples": 5}),
+    Case("KernelShap", {"feature_mask": SEGMENTS, "n_samples": 5}),
+    Case("LayerFeatureAblation", {"layer": LAYER}),
+    Case("LayerFeaturePermutation", {"layer": LAYER}),
+    Case("LimeBase", runs=False),
+    Case("DataLoaderAttribution", runs=False),
+    Case("LLMAttribution", runs=False),
+    Case("LLMGradientAttribution", runs=False),
+    Case("RemoteLLMAttribution", runs=False),
+)
 
 
 def cases() -> list[Case]:
@@ -135,9 +141,8 @@ def cases() -> list[Case]:
     classes = [value for value in vars(captum.attr).values() if isinstance(value, type) and issubclass(value, Attribution)]
     names = [kind.__name__ for kind in classes if kind.__name__ not in ABSTRACT]
     ordered = [*(name for name in ACCEPTED if name in names), *(name for name in names if name not in ACCEPTED)]
-    return [
-        Case(name, SETTINGS.get(name, {}), name in RECTIFIED, name in DRAWING, name in SINGLE, name not in ELSEWHERE) for name in ordered
-    ]
+    known = {case.name: case for case in CASES}
+    return [known.get(name, Case(name)) for name in ordered]
 
 
 def network(case: Case) -> nn.Module:
@@ -162,11 +167,12 @@ def captums(case: Case, model: nn.Module, create_graph: bool = False, x: Tensor 
     if "attribution_method" in settings:
         built = [settings.pop("attribution_method")(model)]
     attribution = getattr(captum.attr, case.name)(*built)
-    if case.name not in WITHOUT_TARGET:
+    parameters = inspect.signature(attribution.attribute).parameters
+    if "target" in parameters or "kwargs" in parameters:  # which are those of what it wraps
         settings["target"] = target
     if create_graph:
         _keep_graph(attribution)
-        if "grad_kwargs" in inspect.signature(attribution.attribute).parameters:
+        if "grad_kwargs" in parameters:
             settings["grad_kwargs"] = {"create_graph": True}
     state = np.random.get_state()
     with torch.random.fork_rng(), warnings.catch_warnings():
@@ -181,13 +187,7 @@ def captums(case: Case, model: nn.Module, create_graph: bool = False, x: Tensor 
 def _keep_graph(attribution: Any) -> None:
     for part in (attribution, *vars(attribution).values()):
         if isinstance(part, Attribution) and hasattr(part, "gradient_func"):
-            part.gradient_func = _gradients_with_graph
-
-
-def _gradients_with_graph(forward_fn: Any, inputs: Any, target_ind: Any = None, additional_forward_args: Any = None) -> Any:
-    with torch.enable_grad():
-        outputs = _run_forward(forward_fn, inputs, target_ind, additional_forward_args)
-        return torch.autograd.grad(torch.unbind(outputs), inputs, create_graph=True)
+            part.gradient_func = gradients_with_graph
 
 
 # Ours

@@ -21,9 +21,11 @@ from torch import nn
 
 from attrreg.bench import report
 from attrreg.bench import strategies as ways
+from attrreg.bench.measure import Cost
 from attrreg.bench.run import Record, ratios
 from benchmarks.page import ROOT
 
+Costs = dict[str, Cost]  # by model
 SEPARATELY = "all three written separately: time"
 
 
@@ -108,10 +110,9 @@ def promises(record: Record) -> Iterator[Promise]:
         (ways.SUM, bounds.together),
     ):
         if penalty in measured:
-            yield _worst(f"{penalty}: time", {m: c.ratio for m, c in ratios(record, penalty, ways.ATTACHED)}, bound)
+            yield _worst(f"{penalty}: time", _times(record, penalty, ways.ATTACHED), bound)
     if ways.SUM in measured:
-        separately = {m: c.ratio for m, c in ratios(record, ways.SUM, ways.TODAY)}
-        yield _least(SEPARATELY, separately, bounds.separately)
+        yield _least(SEPARATELY, _times(record, ways.SUM, ways.TODAY), bounds.separately)
     if ways.INTEGRATED_GRADIENTS in measured:
         yield from _integrated_gradients(record, bounds)
 
@@ -122,12 +123,8 @@ def _input_gradient(record: Record, bounds: Bounds) -> Iterator[Promise]:
     time, memory = {m: c.ratio for m, c in ours.items()}, {m: c.memory for m, c in ours.items()}
     yield Promise(f"{name}: time", statistics.median(time.values()), bounds.median_time, "median")
     yield _worst(f"{name}: time", time, bounds.time)
-    gain = {m: today[m].ratio / c.ratio for m, c in ours.items()}
-    yield _least(f"{name}: times as fast as own forward + create_graph", gain, bounds.gain)
-    depthwise = {m: value for m, value in gain.items() if _has_depthwise(m)}
-    if depthwise:
-        yield _least(f"{name}: the same, with depthwise convolution", depthwise, bounds.gain_depthwise)
-    yield _worst(f"{name}, every 4 steps: time", {m: c.ratio for m, c in ratios(record, name, ways.LAZY)}, bounds.lazy)
+    yield from _gains(name, "own forward + create_graph", ours, today, bounds.gain, bounds.gain_depthwise)
+    yield _worst(f"{name}, every 4 steps: time", _times(record, name, ways.LAZY), bounds.lazy)
     yield Promise(f"{name}: memory", statistics.median(memory.values()), bounds.median_memory, "median")
     yield _worst(f"{name}: memory", memory, bounds.memory)
     relative = {m: c.memory / today[m].memory for m, c in ours.items()}
@@ -138,13 +135,22 @@ def _integrated_gradients(record: Record, bounds: Bounds) -> Iterator[Promise]:
     name = ways.INTEGRATED_GRADIENTS
     ours, chunked = dict(ratios(record, name, ways.ATTACHED)), dict(ratios(record, name, ways.CHUNKED))
     captum = dict(ratios(record, name, ways.CAPTUM))
-    gain = {m: captum[m].ratio / c.ratio for m, c in ours.items()}
-    yield _least(f"{name}: times as fast as Captum's made differentiable", gain, bounds.path)
-    depthwise = {m: value for m, value in gain.items() if _has_depthwise(m)}
-    if depthwise:
-        yield _least(f"{name}: the same, with depthwise convolution", depthwise, bounds.path_depthwise)
+    yield from _gains(name, "Captum's made differentiable", ours, captum, bounds.path, bounds.path_depthwise)
     if chunked:
         yield _worst(f"{name}: chunked, memory of Captum's", {m: c.memory / captum[m].memory for m, c in chunked.items()}, bounds.chunked)
+
+
+def _gains(name: str, than: str, ours: Costs, theirs: Costs, bound: float, with_depthwise: float) -> Iterator[Promise]:
+    """How many times as fast as another way."""
+    gain = {m: theirs[m].ratio / c.ratio for m, c in ours.items()}
+    yield _least(f"{name}: times as fast as {than}", gain, bound)
+    depthwise = {m: value for m, value in gain.items() if _has_depthwise(m)}
+    if depthwise:
+        yield _least(f"{name}: the same, with depthwise convolution", depthwise, with_depthwise)
+
+
+def _times(record: Record, penalty: str, way: str) -> dict[str, float]:
+    return {model: cost.ratio for model, cost in ratios(record, penalty, way)}
 
 
 def _worst(text: str, values: dict[str, float], bound: float) -> Promise:

@@ -15,6 +15,7 @@ import attrreg
 from attrreg.bench.cases import MODELS, Case, build
 from attrreg.engines import DoubleBackward, Engine, FiniteDifference
 from attrreg.environment import environment, sentence
+from attrreg.tables import markdown_table
 from benchmarks.page import ROOT, write_section
 
 PAGE = ROOT / "docs" / "paying_less.md"
@@ -53,16 +54,13 @@ def cosines(name: str, train: bool) -> list[float]:
 
 def main() -> None:
     """Measure and write."""
-    steps = [f"{step:g}" for step in STEPS]
-    lines = [
-        "| model | | " + " | ".join([*(f"train, step {step}" for step in steps), *(f"eval, {step}" for step in steps)]) + " |",
-        "|---" * (2 + 2 * len(STEPS)) + "|",
-    ]
+    head = ["model", "", *(f"train, step {step:g}" for step in STEPS), *(f"eval, {step:g}" for step in STEPS)]
+    rows = []
     for name in track(MODELS, "cosines", console=Console()):
         values = [f"{value:.3f}" for train in (True, False) for value in cosines(name, train)]
-        lines.append(f"| {name} | {KINDS[name]} | " + " | ".join(values) + " |")
+        rows.append([name, KINDS[name], *values])
     note = f"{sentence(environment())}; batches of 8, 64 px, on the CPU."
-    write_section(PAGE, "cosine", "python -m benchmarks.cosine", "\n".join(lines), note)
+    write_section(PAGE, "cosine", "python -m benchmarks.cosine", markdown_table(head, rows), note)
 
 
 if __name__ == "__main__":

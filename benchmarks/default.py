@@ -142,7 +142,7 @@ def run(row: Row) -> dict[str, Any]:
 def _prepared(split: Split, task: Task, size: int) -> Split:
     """Normalised, as usual, and enlarged."""
     std, mean = torch.std_mean(task.train.images)
-    images, masks = ((split.images - mean) / std, split.masks)
+    images, masks = (split.images - mean) / std, split.masks
     if images.shape[-1] != size:
         images = F.interpolate(images, (size, size))
         masks = F.interpolate(masks[:, None].float(), (size, size))[:, 0] > 0

@@ -9,7 +9,6 @@ the full plan.
 
 from __future__ import annotations
 
-import shutil
 import sys
 
 import torch
@@ -22,20 +21,15 @@ from benchmarks.page import ROOT, write_section
 
 RESULTS = ROOT / "benchmarks" / "results" / "evidence.jsonl"
 PAGE = ROOT / "docs" / "evidence.md"
-PICTURE = PAGE.with_suffix(".png")
-CPU = torch.device("cpu")
 COMMAND = "python -m benchmarks.evidence"
 
 
 def write_page() -> None:
-    """Put the tables between the page's marks."""
-    plan, ledger = plans.plan(), Ledger(RESULTS, CPU)
-    if not ledger.records:
-        write_section(PAGE, "tuned", COMMAND, "Nothing was run yet.")
-        return
-    report.plot(plan, ledger, PICTURE)
+    """Put the tables between the page's marks, and the picture beside the page."""
+    plan, ledger, picture = plans.plan(), Ledger(RESULTS, torch.device("cpu")), PAGE.with_suffix(".png")
+    report.plot(plan, ledger, picture)
     tables = report.markdown(plan, ledger).replace(str(RESULTS), str(RESULTS.relative_to(ROOT)))  # as it is called from a clone's root
-    write_section(PAGE, "tuned", COMMAND, tables, f"![test accuracy of each method]({PICTURE.name})")
+    write_section(PAGE, "tuned", COMMAND, tables, f"![test accuracy of each method]({picture.name})")
 
 
 def main() -> None:
@@ -45,9 +39,8 @@ def main() -> None:
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         app.command()(evidence)
         app(args=[*words, "--out", str(RESULTS)], standalone_mode=False, prog_name=COMMAND)
-        RESULTS.with_suffix(".md").unlink(missing_ok=True)
-        if RESULTS.with_suffix(".png").exists():
-            shutil.move(RESULTS.with_suffix(".png"), PICTURE)
+        for suffix in (".md", ".png"):  # which the page has
+            RESULTS.with_suffix(suffix).unlink(missing_ok=True)
     write_page()
 
 

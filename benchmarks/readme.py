@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from attrreg.environment import sentence
+from attrreg.tables import markdown_table
 from benchmarks.page import ROOT, write_section
 
 
-def table(run: dict[str, Any]) -> list[str]:
+def table(run: dict[str, Any]) -> str:
     """The methods as a Markdown table."""
-    lines = ["| trained with | test | test without decoy | attribution outside the mask | step cost |", "|---|---|---|---|---|"]
+    rows = []
     for row in run["methods"]:
         share = f"{row['outside_before']:.0%} → {row['outside_after']:.0%}"
-        lines.append(f"| {row['method']} | {row['test']:.3f} | {row['clean']:.3f} | {share} | {row['cost']:.1f}x |")
-    return lines
+        rows.append([row["method"], f"{row['test']:.3f}", f"{row['clean']:.3f}", share, f"{row['cost']:.1f}x"])
+    return markdown_table(["trained with", "test", "test without decoy", "attribution outside the mask", "step cost"], rows)
 
 
 def section(run: dict[str, Any]) -> list[str]:
@@ -38,7 +39,7 @@ def section(run: dict[str, Any]) -> list[str]:
         "patch misleads as it does in the test: a help that plain training does not get. The images are not normalised."
     )
     note = f"Seed {run['seed']}, {sentence(run['environment'])}; by `attrreg demo`."
-    return [intro, "\n".join(table(run)), note]
+    return [intro, table(run), note]
 
 
 def main(numbers: Path | None) -> None:

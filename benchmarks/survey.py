@@ -18,6 +18,7 @@ from attrreg import keep_memory
 from attrreg.bench import cases, report, run
 from attrreg.bench import strategies as ways
 from attrreg.bench.measure import Cost, costs
+from attrreg.tables import markdown_table
 from benchmarks import check
 from benchmarks.__main__ import PAGE
 from benchmarks.page import write_section
@@ -83,7 +84,7 @@ def measure(name: str, penalties: tuple[str, ...], plan: run.Plan) -> Found:
         steps[ways.PLAIN] = found[ways.PLAIN].prepare(case)
         steps |= {f"{penalty}: {way}": found[way].prepare(case) for way in MEASURED[penalty]}
     rounds, warmup = plan.rounds_of(penalties[0])
-    taken = costs(steps, ways.PLAIN, rounds, warmup, lambda part: None)
+    taken = costs(steps, rounds, warmup, lambda part: None)
     return {
         penalty: {ways.PLAIN: taken[ways.PLAIN]} | {way: taken[f"{penalty}: {way}"] for way in MEASURED[penalty]} for penalty in penalties
     }
@@ -99,10 +100,10 @@ def table(record: run.Record) -> str:
     """A row a model, and their medians."""
     rows = {name: [column(found) for column in COLUMNS.values()] for name, found in record.costs.items()}
     middle = [tuple(statistics.median(part) for part in zip(*cells, strict=True)) for cells in zip(*rows.values(), strict=True)]
-    lines = ["| model | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
+    lines = []
     for name, cells in (rows | {"**median**": middle}).items():
-        lines.append(f"| {name} | " + " | ".join(" / ".join(f"{value:.2f}" for value in cell) for cell in cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, *(" / ".join(f"{value:.2f}" for value in cell) for cell in cells)])
+    return markdown_table(["model", *COLUMNS], lines)
 
 
 def missed(record: run.Record) -> str:

@@ -15,9 +15,10 @@ import multiprocessing
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +28,6 @@ from rich.console import Console
 
 from attrreg.progress import bar
 from benchmarks import zoo_report
-from benchmarks.zoo_check import TOLERANCE
 from benchmarks.zoo_models import Entry, catalog, ranked
 
 FORKS = multiprocessing.get_context("forkserver")  # imports torch, timm and torchvision once for all
@@ -53,30 +53,31 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     with console.status("counting parameters") as status:
         entries = catalog(out / "catalog.jsonl", lambda name: status.update(f"counting parameters: {name}"))
+    run = partial(_run, jobs=jobs, limit=limit, memory=memory, quick=quick)
     if only:
-        for record in _run(_named(entries, only), jobs, limit, memory, quick):
+        for record in run(_named(entries, only)):
             console.print_json(json.dumps(record))
         return
     chosen = ranked(entries, rank)
-    records = _measure(chosen, out / f"results-{rank}{'-quick' if quick else ''}.jsonl", again, jobs, limit, memory, quick, console)
+    records = _measure(chosen, out / f"results-{rank}{'-quick' if quick else ''}.jsonl", again, run, console)
     found = [records[entry.key] for entry in chosen]
     if quick:
         console.print(zoo_report.causes(found), markup=False, highlight=False, soft_wrap=True)
     else:
         report = report or Path("docs") / ("zoo.md" if rank == 1 else f"zoo_{rank}.md")
-        report.write_text(zoo_report.page(found, rank, TOLERANCE))
+        report.write_text(zoo_report.page(found, rank))
         console.print(f"Table: {report}, measured: {out}", highlight=False, soft_wrap=True)
 
 
 def _measure(
-    chosen: list[Entry], file: Path, again: bool, jobs: int, limit: float, memory: float, quick: bool, console: Console
+    chosen: list[Entry], file: Path, again: bool, run: Callable[[list[Entry]], Iterator[Record]], console: Console
 ) -> dict[str, Record]:
     """Check the models that the file does not have yet; returns all records by key."""
     records = _read(file, again)
     todo = sorted((entry for entry in chosen if entry.key not in records), key=lambda entry: entry.params)
     with bar(console, len(chosen)) as advance, file.open("a") as lines:
         advance("models", len(chosen) - len(todo))
-        for record in _run(todo, jobs, limit, memory, quick):
+        for record in run(todo):
             lines.write(json.dumps(record) + "\n")
             lines.flush()
             records[record["key"]] = record

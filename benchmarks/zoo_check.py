@@ -47,7 +47,7 @@ class Result:
     """The outcome for one regularizer on one model.
 
     Attributes:
-        status: "pass", "refused" (an error by attrreg itself), "fail", or "unusable" (the model fails alone).
+        status: "pass", "refused" (an error by attrreg itself) or "fail".
         cause: why not "pass".
         penalty: its value in float32.
         agreement: relative difference between the derivative along a direction and a difference quotient, in float64;
@@ -189,12 +189,8 @@ def _look_inside(result: Result, model: nn.Module, case: Case) -> None:
             raise Failure(f"the map of {result.layer} shows changes elsewhere than the image has them ({right} of 4 quadrants)")
 
 
+@patch.object(Tensor, "float", Tensor.double)  # in parts that would compute in float32
 def _check_float64(result: Result, case: Case) -> None:
-    with patch.object(Tensor, "float", Tensor.double):  # parts that would compute in float32
-        _check_derivatives(result, case)
-
-
-def _check_derivatives(result: Result, case: Case) -> None:
     name = result.regularizer
     value = case.penalty(name)
     gradients = case.gradients(value)

@@ -8,7 +8,8 @@ from typing import Any
 import torchvision
 
 from attrreg.environment import environment
-from benchmarks.zoo_check import CLEAR
+from attrreg.tables import markdown_table
+from benchmarks.zoo_check import CLEAR, TOLERANCE
 
 Record = dict[str, Any]
 KINDS = ("InputGradient", "IntegratedGradients", "ActivationDifference", "GradCAM")
@@ -47,7 +48,7 @@ def status(record: Record, kind: str) -> str:
     return "unusable" if record["size"] is None and record["problem"].startswith("the model") else "fail"
 
 
-def page(records: list[Record], rank: int, tolerance: float) -> str:
+def page(records: list[Record], rank: int) -> str:
     """The page."""
     here = environment()
     introduction = INTRODUCTION.format(
@@ -56,27 +57,26 @@ def page(records: list[Record], rank: int, tolerance: float) -> str:
         **here["versions"],
         **{name: here[name] for name in ("date", "attrreg", "python", "cores")},
         torchvision=torchvision.__version__,
-        tolerance=tolerance,
+        tolerance=TOLERANCE,
     )
     if rank == 1:
         introduction += "\nThe second-smallest of each have [a page of their own](zoo_2.md).\n"
-    table = ["| model | module | M | px | " + " | ".join(KINDS) + " | agreement | layer | map | place |", "|---" * 12 + "|"]
-    table += [_row(record) for record in records]
-    parts = [introduction, summary(records), "## What did not pass", causes(records), "## All models", COLUMNS, "\n".join(table)]
+    head = ["model", "module", "M", "px", *KINDS, "agreement", "layer", "map", "place"]
+    table = markdown_table(head, [_row(record) for record in records])
+    parts = [introduction, summary(records), "## What did not pass", causes(records), "## All models", COLUMNS, table]
     return "\n".join(part + "\n" for part in parts)
 
 
 def summary(records: list[Record]) -> str:
     """A line for each regularizer."""
-    lines = ["| | pass | refused | fails |", "|---|---|---|---|"]
+    lines = []
     for kind in KINDS:
         counts = Counter(status(record, kind) for record in records)
         total = max(1, len(records) - counts["unusable"])
-        shares = (f"{counts[name]} ({100 * counts[name] / total:.1f}%)" for name in ("pass", "refused", "fail"))
-        lines.append(f"| {kind} | " + " | ".join(shares) + " |")
+        lines.append([kind, *(f"{counts[name]} ({100 * counts[name] / total:.1f}%)" for name in ("pass", "refused", "fail"))])
     unusable = [record["key"] for record in records if status(record, KINDS[0]) == "unusable"]
     note = f"\n\nNot counted, because the model alone does not run: {', '.join(unusable)}." if unusable else ""
-    return "\n".join(lines) + note
+    return markdown_table(["", "pass", "refused", "fails"], lines) + note
 
 
 def causes(records: list[Record]) -> str:
@@ -97,12 +97,12 @@ def _result(record: Record, kind: str) -> Record | None:
     return next((result for result in record["results"] if result["regularizer"] == kind), None)
 
 
-def _row(record: Record) -> str:
+def _row(record: Record) -> list[str]:
     words = {"pass": "ok", "refused": "*refused*", "fail": "**fails**", "unusable": "-"}
     results, cam = record["results"], _result(record, "GradCAM") or {"layer": "", "shape": (), "aligned": (-1, 1.0)}
     worst = max((result["agreement"] for result in results if result["agreement"] == result["agreement"]), default=None)
     right, contrast = cam["aligned"]
-    cells = [
+    return [
         f"`{record['key'].removeprefix('timm/')}`",
         record["family"],
         f"{record['params'] / 1e6:.1f}",
@@ -113,4 +113,3 @@ def _row(record: Record) -> str:
         "x".join(map(str, cam["shape"][1:])) or "-",
         f"{right}/4" if right >= 0 and contrast > CLEAR else "?",
     ]
-    return "| " + " | ".join(cells) + " |"

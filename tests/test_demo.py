@@ -40,7 +40,8 @@ def cross() -> Task:
 
 
 def tiny(data: str) -> settings.Settings:
-    return replace(settings.settings(data, fast=True), train=40, epochs=1, batch=20, rounds=1)
+    fast = settings.settings(data, fast=True)
+    return replace(fast, train=40, budget=replace(fast.budget, epochs=1, batch=20), rounds=1)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +205,7 @@ def test_building_a_model_leaves_the_generator() -> None:
 
 
 def test_steps_are_all_reported() -> None:
-    told: list[tuple[str, int]] = []
+    told: list[tuple[str, float]] = []
     chosen = replace(tiny("crosses"), methods=tiny("crosses").methods[:2])
     train.run(chosen, lambda doing, steps: told.append((doing, steps)))
     assert sum(steps for _, steps in told) == train.total_steps(chosen)

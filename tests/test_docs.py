@@ -14,7 +14,7 @@ import pytest
 import attrreg
 import benchmarks.__main__ as benchmarks
 from attrreg.bench import report
-from benchmarks import check, survey
+from benchmarks import check, evidence, survey
 
 pytestmark = pytest.mark.cpu
 
@@ -109,6 +109,14 @@ def test_pages_show_the_records() -> None:
     for section in ("survey", "survey-channels-last"):
         record = report.load(check.results(section))
         assert survey.table(record) in performance and survey.missed(record) in performance, section
+
+
+def test_the_page_of_the_evidence_shows_its_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = tmp_path / evidence.PAGE.name
+    page.write_text(shown := evidence.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(evidence, "PAGE", page)
+    evidence.write_page()
+    assert page.read_text(encoding="utf-8") == shown and page.with_suffix(".png").stat().st_size > 10_000
 
 
 def referenced() -> list[str]:

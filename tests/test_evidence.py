@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("optuna")
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 
@@ -269,15 +268,6 @@ def test_gains_are_seed_by_seed() -> None:
     assert report.gain(plain[:1], found, "valid") == "-0.300 (-)" and report.gain(found[3:], plain, "valid") == "-"
     whole = records({0: 0.7, 1: 0.2, 2: 0.7})  # nothing to be kept with seed 1, nothing known with 7
     assert report.gain_kept(found, plain, whole) == pytest.approx([0.5, 0.5])
-
-
-def test_tuning_leaves_optunas_verbosity_alone() -> None:
-    import optuna
-
-    verbosity = optuna.logging.get_verbosity()
-    study._settings.cache_clear()
-    study.trials(method("plain"), MINE.trainings[0], 3)
-    assert optuna.logging.get_verbosity() == verbosity == optuna.logging.INFO
 
 
 def test_tables_have_the_numbers(done: Path, tmp_path: Path) -> None:

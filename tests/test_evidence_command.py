@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("optuna")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("scipy")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import attrreg
 from attrreg.trace import Trace
 from benchmarks import zoo_report
-from benchmarks.zoo_check import REGULARIZERS, TOLERANCE, Result, alignment, check
+from benchmarks.zoo_check import REGULARIZERS, Result, alignment, check
 from benchmarks.zoo_models import Entry, Subject, build, catalog, ranked
 from tests.models import SmoothNet
 
@@ -138,7 +138,7 @@ def test_the_page() -> None:
     good = {"key": entry.key, **dataclasses.asdict(entry), "size": 64, "problem": "", "results": results}
     broken = {**good, "key": "timm/other", "problem": "not finished in 90 s", "results": []}
     assert zoo_report.passed(good) and not zoo_report.passed(broken)
-    page = zoo_report.page([good, broken], rank=1, tolerance=TOLERANCE)
+    page = zoo_report.page([good, broken], rank=1)
     assert "| GradCAM | 1 (50.0%) | 0 (0.0%) | 1 (50.0%) |" in page
     assert "`timm/other` InputGradient, IntegratedGradients, ActivationDifference, GradCAM fail: not finished in 90 s" in page
 

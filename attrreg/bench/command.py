@@ -1,15 +1,16 @@
-"""The command `attrreg bench`. Light: what needs torch is imported inside."""
+"""The command `attrreg bench`. What takes long to import, or comes with the extra, is imported when it runs."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
-from attrreg.writable import check_out
+import attrreg
+from attrreg.options import check_out, check_packages, usable
 
 NEEDED = ("matplotlib", "rich")
 
@@ -37,33 +38,23 @@ def bench(
     ),
 ) -> None:
     """Measure what each way to train with an attribution penalty costs here, as multiples of a plain training step."""
-    absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if absent:
-        typer.echo(f"attrreg bench needs {', '.join(absent)}. Install with: pip install 'attrreg[bench]'", err=True)
-        raise typer.Exit(1)
+    check_packages("bench", NEEDED)
     check_out(out, ".json", ".md", ".png", "-curves.png")
+    usable(device)
     if not math.isfinite(seconds):
         raise typer.BadParameter(f"{seconds} seconds never end. Give a finite number.", param_hint="--seconds")
+    if autocast not in (None, "bfloat16", "float16"):
+        raise typer.BadParameter(f"there is no autocast in {autocast!r}. Choose bfloat16 or float16.", param_hint="--autocast")
 
     from rich.console import Console
 
     console = Console()
-    with console.status("loading torch"):
-        import torch
-
+    with console.status("loading"):
         from attrreg.bench import cases, report, run, strategies
-        from attrreg.environment import usable
-        from attrreg.memory import keep_memory as keep
         from attrreg.progress import bar
 
-    try:
-        usable(device)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--device") from None
     if threads is not None:
         torch.set_num_threads(threads)
-    if autocast not in (None, "bfloat16", "float16"):
-        raise typer.BadParameter(f"there is no autocast in {autocast!r}. Choose bfloat16 or float16.", param_hint="--autocast")
     unknown = set(penalty or ()) - set(strategies.PENALTIES)
     if unknown:
         raise typer.BadParameter(f"{sorted(unknown)} unknown. Choose from {list(strategies.PENALTIES)}.", param_hint="--penalty")
@@ -78,7 +69,7 @@ def bench(
         curves=curves and not quick,
         device=device,
         autocast=autocast,
-        keep_memory=keep_memory and device == "cpu" and keep(),
+        keep_memory=keep_memory and device == "cpu" and attrreg.keep_memory(),
         channels_last=channels_last,
     )
     record = run.Record.of(plan)

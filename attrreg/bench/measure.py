@@ -31,11 +31,11 @@ class Step:
     """What is timed.
 
     Attributes:
-        run: does the step, `count` times over.
+        run: does the step, `count` times over; what it returns is dropped.
         case: what it runs on, its own copy of the model included.
     """
 
-    run: Callable[[], None]
+    run: Callable[[], object]
     case: Case
     count: int = 1
 
@@ -66,19 +66,17 @@ class Cost:
         return self.high - self.low > 0.1 * self.ratio
 
 
-def costs(
-    steps: Mapping[str, Step], plain: str, rounds: int, warmup: int, note: Callable[[float], None], seconds: float = 0.0
-) -> dict[str, Cost]:
-    """Measure all steps against one of them.
+def costs(steps: Mapping[str, Step], rounds: int, warmup: int, note: Callable[[float], None], seconds: float = 0.0) -> dict[str, Cost]:
+    """Measure all steps against the first, the plain one.
 
     Args:
         steps: by name, the plain one first.
-        plain: the name of the step that the others are compared with.
         rounds: in each, every step runs once; so many at least.
         warmup: rounds before those, not counted.
         note: called after each round with how many of `warmup + rounds` it stands for, the fewer the more there are.
         seconds: where a plain step takes less, there are more rounds, for as long as if it took this: short steps differ more.
     """
+    plain = next(iter(steps))
     times: dict[str, list[float]] = {name: [] for name in steps}
     bases: list[float] = []
     for _ in range(warmup):

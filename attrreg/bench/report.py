@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from attrreg.bench.measure import Cost
 from attrreg.bench.run import Plan, Record, names, ratios
 from attrreg.bench.strategies import ATTACHED, CHUNKED, DETACHED, FLOORS, INTEGRATED_GRADIENTS
 from attrreg.environment import sentence
+from attrreg.tables import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +27,7 @@ def save(record: Record, path: Path) -> None:
     """As JSON; the file is whole at every time, whatever stops the run."""
     path = path.resolve()
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(record.as_dict(), indent=1) + "\n")
+    part.write_text(json.dumps(asdict(record), indent=1) + "\n")
     part.replace(path)
 
 
@@ -36,10 +38,12 @@ def load(path: Path) -> Record:
         ValueError: it is something else.
     """
     try:
-        data = json.loads(path.read_text())
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"it is no record of `attrreg bench` ({error}). Measure all anew, or name another file.") from error
-    return Record.from_dict(data)
+        return Record.from_dict(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"it is no record of `attrreg bench`, or one of another version ({type(error).__name__}: {error}). Measure all anew, or name "
+            "another file."
+        ) from error
 
 
 def summary(record: Record) -> Table:
@@ -89,19 +93,17 @@ def _path(plan: Plan) -> str:
 
 def _table(record: Record, penalty: str) -> str:
     ways, floor = names(record, penalty), FLOORS[penalty]
-    lines = [f"### {penalty}", "", f"By operation count an exact penalty costs {floor:g} plain step{'s' * (floor != 1)} when attached.", ""]
-    lines += ["| model | " + " | ".join(ways) + " |", "|---" * (len(ways) + 1) + "|"]
-    for model, by_penalty in record.costs.items():
-        if penalty not in by_penalty:
-            continue
-        found = [by_penalty[penalty].get(way) for way in ways]
-        lines.append(f"| {model} | " + " | ".join(_cell(cost) for cost in found) + " |")
+    rows = [
+        [model, *(_cell(by_penalty[penalty].get(way)) for way in ways)]
+        for model, by_penalty in record.costs.items()
+        if penalty in by_penalty
+    ]
     columns = [[cost for _, cost in ratios(record, penalty, way)] for way in ways]
-    medians = (
+    medians = [
         f"**{statistics.median(c.ratio for c in column):.2f}** / {statistics.median(c.memory for c in column):.2f}" for column in columns
-    )
-    lines.append("| median | " + " | ".join(medians) + " |")
-    return "\n".join(lines)
+    ]
+    words = f"By operation count an exact penalty costs {floor:g} plain step{'s' * (floor != 1)} when attached."
+    return "\n\n".join([f"### {penalty}", words, markdown_table(["model", *ways], [*rows, ["median", *medians]])])
 
 
 def _cell(cost: Cost | None) -> str:

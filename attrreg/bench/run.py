@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -109,24 +109,9 @@ class Record:
         """Which of a plan's curves are not."""
         return [varied for varied in CURVES if plan.curves and varied not in self.curves]
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Record:
-        """Back from JSON.
-
-        Raises:
-            ValueError: it is something else.
-        """
-        try:
-            return Record._read(data)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError("it is no record of `attrreg bench`, or one of another version. Measure all anew.") from error
-
-    @staticmethod
-    def _read(data: dict[str, Any]) -> Record:
+        """Back from JSON."""
         settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data["plan"].items()}
         measured = {
             model: {penalty: {name: Cost(**cost) for name, cost in found.items()} for penalty, found in by_penalty.items()}
@@ -186,18 +171,19 @@ def _costs(case: Case, penalty: str, plan: Plan, note: Note) -> dict[str, Cost]:
     chosen = strategies.strategies(penalty, case)
     rounds, warmup = plan.rounds_of(penalty)
     steps = {strategy.name: strategy.prepare(case) for strategy in chosen}
-    return costs(steps, strategies.PLAIN, rounds, warmup, partial(note, f"{case.name}: {penalty}"), plan.seconds)
+    return costs(steps, rounds, warmup, partial(note, f"{case.name}: {penalty}"), plan.seconds)
 
 
 def _curve(varied: str, plan: Plan, note: Note) -> dict[str, list[tuple[int, Cost]]]:
     lines: dict[str, list[tuple[int, Cost]]] = {}
     for value in CURVES[varied]:
-        usually = plan.batch_of(strategies.INTEGRATED_GRADIENTS) if varied == "steps" else plan.batch
-        batch, size = (value if varied == name else usual for name, usual in (("batch", usually), ("resolution", plan.size)))
+        usual = plan.batch_of(strategies.INTEGRATED_GRADIENTS) if varied == "steps" else plan.batch
+        batch = value if varied == "batch" else usual
+        size = value if varied == "resolution" else plan.size
         case = plan.case(plan.models[0], batch, size)
         chosen = strategies.of_curve(varied, value, case)
         steps = {strategy.name: strategy.prepare(case) for strategy in chosen}
-        found = costs(steps, strategies.PLAIN, CURVE_ROUNDS, 1, partial(note, f"{varied}: {value}"))
+        found = costs(steps, CURVE_ROUNDS, 1, partial(note, f"{varied}: {value}"))
         for name, cost in found.items():
             lines.setdefault(name, []).append((value, cost))
     return lines

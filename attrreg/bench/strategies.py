@@ -81,44 +81,37 @@ class Strategy:
 
 def strategies(penalty: str, case: Case) -> list[Strategy]:
     """All ways to train with one of the penalties, the plain step first."""
-    lazy = Scheduled(REGULARIZERS[penalty], Every(4))
-    moved = REGULARIZERS[penalty].using(FiniteDifference())
-    others = [Strategy(LAZY, _with(lazy), lazy, count=4), Strategy(MOVED, _with(moved), moved)] if penalty == INPUT_GRADIENT else []
-    return [_plain(), *TODAYS[penalty](case), *_ours(REGULARIZERS[penalty]), *others]
+    ours = REGULARIZERS[penalty]
+    found = [_plain(), *TODAYS[penalty](case), Strategy(UNATTACHED, _with(ours)), _attached(ATTACHED, ours)]
+    if isinstance(ours, attrreg.IntegratedGradients):
+        found.append(_attached(CHUNKED, replace(ours, chunk=1)))
+    if penalty == INPUT_GRADIENT:
+        found += [_attached(LAZY, Scheduled(ours, Every(4)), count=4), _attached(MOVED, ours.using(FiniteDifference()))]
+    return found
+
+
+def of_curve(varied: str, value: int, case: Case) -> list[Strategy]:
+    """What is compared where one number varies: the plain step, today's way and attrreg's."""
+    ours = REGULARIZERS[INPUT_GRADIENT]
+    today: list[Loss] = [_input_gradient]
+    chunked: list[Strategy] = []
+    if varied == "steps":
+        ours = path = attrreg.IntegratedGradients(steps=value, chunk=None, **WRITTEN)
+        today = [_integrated_gradients(value)]
+        chunked = [_attached(CHUNKED, replace(path, chunk=1))]
+    elif varied == "terms":
+        today = [_input_gradient, _grad_cam(_layer(case)), _activation_difference, _input_gradient][:value]
+        terms = [*(REGULARIZERS[name] for name in (INPUT_GRADIENT, GRAD_CAM, ACTIVATION_DIFFERENCE)), attrreg.InputXGradient(**WRITTEN)]
+        ours = sum(terms[1:value], start=1.0 * terms[0])
+    return [_plain(), Strategy(TODAY, _added(*today)), _attached(ATTACHED, ours), *chunked]
 
 
 def _plain() -> Strategy:
     return Strategy(PLAIN, lambda case: _cross_entropy(case, case.model(case.x)))
 
 
-def of_curve(varied: str, value: int, case: Case) -> list[Strategy]:
-    """What is compared where one number varies: the plain step, today's way and attrreg's."""
-    plain = _plain()
-    if varied == "steps":
-        whole = attrreg.IntegratedGradients(steps=value, chunk=None, **WRITTEN)
-        chunked = replace(whole, chunk=1)
-        today = _added(_integrated_gradients(value))
-        return [plain, Strategy(TODAY, today), Strategy(ATTACHED, _with(whole), whole), Strategy(CHUNKED, _with(chunked), chunked)]
-    if varied == "terms":
-        layer = _layer(case)
-        written = [_input_gradient, _grad_cam(layer), _activation_difference, _input_gradient][:value]
-        ours = [REGULARIZERS[name] for name in (INPUT_GRADIENT, GRAD_CAM, ACTIVATION_DIFFERENCE)]
-        terms = [*ours, attrreg.InputXGradient(**WRITTEN)][:value]
-        regularizer = sum(terms[1:], start=1.0 * terms[0])
-        return [plain, Strategy(TODAY, _added(*written)), Strategy(ATTACHED, _with(regularizer), regularizer)]
-    return [
-        plain,
-        Strategy(TODAY, _added(_input_gradient)),
-        Strategy(ATTACHED, _with(REGULARIZERS[INPUT_GRADIENT]), REGULARIZERS[INPUT_GRADIENT]),
-    ]
-
-
-def _ours(regularizer: AttributionRegularizer) -> list[Strategy]:
-    found = [Strategy(UNATTACHED, _with(regularizer)), Strategy(ATTACHED, _with(regularizer), regularizer)]
-    if isinstance(regularizer, attrreg.IntegratedGradients):
-        chunked = replace(regularizer, chunk=1)
-        found.append(Strategy(CHUNKED, _with(chunked), chunked))
-    return found
+def _attached(name: str, regularizer: AttributionRegularizer | Scheduled, count: int = 1) -> Strategy:
+    return Strategy(name, _with(regularizer), regularizer, count)
 
 
 def _with(regularizer: AttributionRegularizer | Scheduled) -> Loss:
@@ -196,7 +189,7 @@ def _contrast(case: Case) -> Tensor:
     return _cross_entropy(case, logits) + (gradient * ~case.mask[:, None]).abs().sum()
 
 
-def _gradients(forward_fn: Any, inputs: Any, target_ind: Any = None, additional_forward_args: Any = None) -> Any:
+def gradients_with_graph(forward_fn: Any, inputs: Any, target_ind: Any = None, additional_forward_args: Any = None) -> Any:
     """Captum's `gradient_func`, with `create_graph`."""
     with torch.enable_grad():
         outputs = _run_forward(forward_fn, inputs, target_ind, additional_forward_args)
@@ -206,7 +199,7 @@ def _gradients(forward_fn: Any, inputs: Any, target_ind: Any = None, additional_
 def _captum(method: Any, **settings: Any) -> Loss:
     def penalty(case: Case) -> Tensor:
         attribution = method(case.model)
-        attribution.gradient_func = _gradients
+        attribution.gradient_func = gradients_with_graph
         with _workaround(case.model):
             return _outside(attribution.attribute(case.x.clone().requires_grad_(), target=case.y, **settings), case.mask)
 

@@ -1,15 +1,15 @@
-"""The command `attrreg demo`. Light: what needs torch is imported inside."""
+"""The command `attrreg demo`. What takes long to import, or comes with the extra, is imported when it runs."""
 
 from __future__ import annotations
 
 import enum
-import importlib.util
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
-from attrreg.writable import check_out
+from attrreg.options import check_out, check_packages, usable
 
 NEEDED = ("matplotlib", "mlxtend", "rich")
 
@@ -30,27 +30,17 @@ def demo(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads. More are faster on an idle machine, much slower on a busy one.")] = 1,
 ) -> None:
     """Train a small model on a task with a shortcut: plainly, and with each kind of regularizer; compare them."""
-    absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if absent:
-        typer.echo(f"attrreg demo needs {', '.join(absent)}. Install with: pip install 'attrreg[demo]'", err=True)
-        raise typer.Exit(1)
+    check_packages("demo", NEEDED)
     check_out(out, ".png", ".json")
+    target = usable(device)
+    # Several threads wait for each other after every operator: 1.7 times as fast on two idle cores, but up to 50 times
+    # as slow when another process uses one of them.
+    torch.set_num_threads(threads)
 
     from rich.console import Console
 
     console = Console()
-    with console.status("loading torch"):
-        import torch
-
-        from attrreg.environment import usable
-
-        try:
-            target = usable(device)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--device") from None
-        # Several threads wait for each other after every operator: 1.7 times as fast on two idle cores, but up to 50 times
-        # as slow when another process uses one of them.
-        torch.set_num_threads(threads)
+    with console.status("loading"):
         from attrreg.demo import report, train
         from attrreg.demo.settings import settings
         from attrreg.progress import bar

@@ -63,8 +63,8 @@ def notes(run: train.Run) -> str:
         "Outside mask: share of |d target logit / d image| outside the mask on the test, with the initial weights and after training. Own "
         "penalty: what the method penalises, in its own model as a share of the same in the plain model.",
         f"Step cost: median over {setting.rounds} interleaved rounds of the time of a training step, in plain steps.",
-        f"Every method has the same initial weights and {setting.steps} steps of {setting.batch} images. One seed ({setting.seed}); better "
-        "and worse mean a difference of more than three standard errors of the test.",
+        f"Every method has the same initial weights and {setting.steps} steps of {setting.budget.batch} images. One seed ({setting.seed}); "
+        "better and worse mean a difference of more than three standard errors of the test.",
         f"Plain training is {_fooled(plain.test, plain.clean, count)}.",
     ]
     for verdict, says in SENTENCES.items():
@@ -89,7 +89,7 @@ def save_json(run: train.Run, path: Path) -> None:
         "train_images": setting.train,
         "test_images": len(run.task.test),
         "steps": setting.steps,
-        "batch": setting.batch,
+        "batch": setting.budget.batch,
         "device": str(setting.device),
         "environment": environment(setting.device),
         "methods": methods,

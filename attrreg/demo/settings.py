@@ -24,9 +24,7 @@ class Settings:
         data: "decoy-mnist" or "crosses".
         methods: The ways of training; the first is the plain one that the others are compared with.
         train: Number of training images.
-        epochs: Passes over them, the same for every method, as are the next two.
-        batch: Images a step.
-        rate: Peak learning rate of Adam under a one-cycle schedule.
+        budget: How long and how fast every method is trained.
         rounds: Rounds in which the costs of a step are measured.
         seed: Of the data, the initial weights, the order of the images and the regularizers' draws.
         device: Where to train.
@@ -35,17 +33,10 @@ class Settings:
     data: str
     methods: tuple[Method, ...]
     train: int
-    epochs: int
-    batch: int
-    rate: float
+    budget: Budget
     rounds: int = 15
     seed: int = 0
     device: torch.device = torch.device("cpu")
-
-    @property
-    def budget(self) -> Budget:
-        """What a method may spend."""
-        return Budget(self.epochs, self.batch, self.rate)
 
     @property
     def steps(self) -> int:
@@ -85,12 +76,12 @@ def path_term(score: Score) -> IntegratedGradients:
 _DECOY = _methods(path_term(Contrast()), weight=0.3)
 _CROSSES = _methods(path_term(RandomProjection()), weight=10.0)
 _DEFAULT = {
-    "decoy-mnist": Settings("decoy-mnist", _DECOY, train=3000, epochs=3, batch=32, rate=1e-2),
-    "crosses": Settings("crosses", _CROSSES, train=500, epochs=20, batch=32, rate=2e-3),
+    "decoy-mnist": Settings("decoy-mnist", _DECOY, 3000, Budget(epochs=3, batch=32, rate=1e-2)),
+    "crosses": Settings("crosses", _CROSSES, 500, Budget(epochs=20, batch=32, rate=2e-3)),
 }
 _FAST = {
-    "decoy-mnist": replace(_DEFAULT["decoy-mnist"], train=1000, epochs=2, rounds=5),
-    "crosses": replace(_DEFAULT["crosses"], epochs=5, rounds=5),
+    "decoy-mnist": replace(_DEFAULT["decoy-mnist"], train=1000, budget=Budget(epochs=2, batch=32, rate=1e-2), rounds=5),
+    "crosses": replace(_DEFAULT["crosses"], budget=Budget(epochs=5, batch=32, rate=2e-3), rounds=5),
 }
 DATA = tuple(_DEFAULT)
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from attrreg import AttributionRegularizer, InputGradient
+from attrreg import InputGradient
+from attrreg.bench import measure
+from attrreg.bench.cases import Case
 from attrreg.demo.settings import Settings
 from attrreg.evidence.data import Split, Task
 from attrreg.evidence.methods import Method
@@ -65,7 +66,7 @@ class Run:
     results: tuple[Result, ...]
 
 
-Progress = Callable[[str, int], None]
+Progress = Callable[[str, float], None]
 
 
 def run(settings: Settings, progress: Progress = lambda doing, steps: None) -> Run:
@@ -106,44 +107,33 @@ def share_outside(model: nn.Module, data: Split) -> float:
 
     Images without any attribution are left out.
     """
-    some = sample(data)
+    some = data.sample(SAMPLE)
     return 1 - share_inside(attribution(model, some), some.masks).nanmean().item()
 
 
-def penalty(model: nn.Module, regularizer: AttributionRegularizer, data: Split) -> float:
-    """A regularizer's value on a sample of images."""
-    some, draws = sample(data), torch.Generator().manual_seed(0)
-    return float(regularizer(model, some.images, some.masks, target=some.labels, generator=draws).detach())
-
-
-def sample(data: Split) -> Split:
-    """At most `SAMPLE` images, drawn once and for all."""
-    index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:SAMPLE]
-    return data.take(index.to(data.labels.device))
+def penalised(method: Method, model: nn.Module, data: Split) -> float | None:
+    """What a method penalises, without its weight, on a sample of images; None if it penalises nothing."""
+    if method.regularizer is None:
+        return None
+    some, draws = data.sample(SAMPLE), torch.Generator().manual_seed(0)
+    return float(method.regularizer(model, some.images, some.masks, target=some.labels, generator=draws).detach())
 
 
 def step_costs(initial: nn.Module, data: Split, settings: Settings, progress: Progress) -> list[float]:
-    """Time of a step of each method as a multiple of a plain one.
-
-    All methods take turns on the same batch, and each time is divided by that of the plain step of the same round, so
-    that a change in the machine's load hits both. Median over rounds, after some that are thrown away.
-    """
-    batch = data.take(torch.arange(settings.batch, device=settings.device))
+    """Time of a step of each method, optimizer included, as a multiple of a plain one: as `attrreg bench` measures it, on one batch."""
+    batch = data.take(torch.arange(settings.budget.batch, device=settings.device))
     draws = torch.Generator().manual_seed(settings.seed)
-    models = [copy.deepcopy(initial).train() for _ in settings.methods]
-    optimizers = [torch.optim.Adam(model.parameters(), settings.rate) for model in models]
-    rounds = []
-    for _ in range(WARMUP_ROUNDS + settings.rounds):
-        times = []
-        for method, model, optimizer in zip(settings.methods, models, optimizers, strict=True):
-            _finish(settings.device)
-            start = time.perf_counter()
-            step(model, optimizer, batch, method.term, draws)
-            _finish(settings.device)
-            times.append(time.perf_counter() - start)
-            progress("measuring the cost of a step", 1)
-        rounds.append([taken / times[0] for taken in times])
-    return [statistics.median(ratios) for ratios in zip(*rounds[WARMUP_ROUNDS:], strict=True)]
+    steps = {}
+    for method in settings.methods:
+        model = copy.deepcopy(initial).train()
+        optimizer = torch.optim.Adam(model.parameters(), settings.budget.rate)
+        run = partial(step, model, optimizer, batch, method.term, draws)
+        steps[method.name] = measure.Step(run, Case(method.name, model, batch.images, batch.labels, batch.masks))
+
+    def note(rounds: float) -> None:
+        progress("measuring the cost of a step", rounds * len(steps))
+
+    return [cost.ratio for cost in measure.costs(steps, settings.rounds, WARMUP_ROUNDS, note).values()]
 
 
 def compared(share: float, plain: float, count: int) -> str:
@@ -167,17 +157,8 @@ def _results(settings: Settings, task: Task, initial: nn.Module, models: list[nn
             clean=accuracy(predict(model, task.clean_test.images), task.clean_test.labels),
             outside_before=before,
             outside_after=share_outside(model, task.test),
-            own_plain=_own(method, models[0], task.test),
-            own_after=_own(method, model, task.test),
+            own_plain=penalised(method, models[0], task.test),
+            own_after=penalised(method, model, task.test),
             cost=cost,
             verdict=None if model is models[0] else compared(test, plain, len(task.test)),
         )
-
-
-def _own(method: Method, model: nn.Module, data: Split) -> float | None:
-    return None if method.regularizer is None else penalty(model, method.regularizer, data)
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -52,7 +52,7 @@ def folder(
     """
     root, generator = Path(root), Generator().manual_seed(seed)
     names = (*splits, similar) if similar is not None else splits
-    train, valid, test, *others = _alike(root, {name: _split(root, name, dilation) for name in names}, names)
+    train, valid, test, *others = _splits(root, names, dilation)
     if sizes is not None:
         parts = zip((train, valid, test), splits, sizes, strict=True)
         train, valid, test = (_some(part, f"{root}: {name}", size, generator) for part, name, size in parts)
@@ -69,7 +69,7 @@ def folder(
             )
         like_training, train = train.take(order[:held]), train.take(order[held:])
     if flip:
-        valid, test = (replace(part, images=part.images.flip(-1), masks=part.masks.flip(-1)) for part in (valid, test))
+        valid, test = valid.mirrored(), test.mirrored()
     classes = 1 + max(int(part.labels.max()) for part in (train, like_training, valid, test))
     clean = replace(test, images=ReplaceOutside()(test.images, test.masks))
     return Task(root.name, classes, train, like_training, valid, test, clean)
@@ -95,8 +95,9 @@ def _some(split: Split, name: str, size: int, generator: Generator) -> Split:
     return split.take(index[torch.randperm(len(index), generator=generator)])
 
 
-def _alike(root: Path, found: dict[str, Split], names: Sequence[str]) -> list[Split]:
+def _splits(root: Path, names: Sequence[str], dilation: int) -> list[Split]:
     """The splits, scaled alike, whose images and classes are those of one task."""
+    found = {name: _split(root, name, dilation) for name in names}  # one may be named twice
     parts = [found[name] for name in names]
     for name, part in found.items():
         if part.images.shape[1:] != parts[0].images.shape[1:]:

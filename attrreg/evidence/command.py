@@ -1,8 +1,7 @@
-"""The command `attrreg evidence`. Light: what needs torch is imported inside."""
+"""The command `attrreg evidence`. What takes long to import, or comes with the extra, is imported when it runs."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attrreg.writable import check_out
+from attrreg.options import check_out, check_packages, usable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,9 +17,8 @@ if TYPE_CHECKING:
     from attrreg.evidence.job import Record
     from attrreg.evidence.ledger import Ledger
     from attrreg.evidence.sources import Folder
-    from attrreg.evidence.study import Plan
 
-NEEDED = ("matplotlib", "optuna", "rich", "scipy")
+NEEDED = ("matplotlib", "rich", "scipy")
 OUT = Path("attrreg-evidence.jsonl")
 SPLITS = "train,valid,test"
 
@@ -45,25 +43,23 @@ def evidence(
     jobs: Annotated[int | None, typer.Option(min=1, help="Trainings at a time, on one CPU thread each. Default: one a core.")] = None,
 ) -> None:
     """Compare ways to train on tasks with a shortcut, published ones or your own, with equal tuning for each."""
-    absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if absent:
-        typer.echo(f"attrreg evidence needs {', '.join(absent)}. Install with: pip install 'attrreg[evidence]'", err=True)
-        raise typer.Exit(1)
+    check_packages("evidence", NEEDED)
     check_out(out, ".jsonl", ".md", ".png")
-    own_options = {"--splits": splits != SPLITS, "--sizes": sizes, "--similar": similar, "--flip": flip, "--dilation": dilation}
-    if folder is None and any(own_options.values()):
-        given = next(name for name, value in own_options.items() if value)
-        raise typer.BadParameter("it is of --folder, which is missing. Pass both, or neither.", param_hint=given)
+    target = usable(device)
+    of_folder = {"--splits": splits != SPLITS, "--sizes": sizes, "--similar": similar, "--flip": flip, "--dilation": dilation}
+    given = [option for option, value in of_folder.items() if value]
+    if folder is None and given:
+        raise typer.BadParameter("it is of --folder, which is missing. Pass both, or neither.", param_hint=given[0])
     if folder is not None and data:
         raise typer.BadParameter("it takes the place of --data. Pass one of them.", param_hint="--folder")
     if packages is not None:
         os.environ["ATTRREG_PACKAGES"] = str(packages)
 
     from rich.console import Console
+    from rich.markdown import Markdown
 
     console = Console()
-    with console.status("loading torch"):
-        from attrreg.environment import usable
+    with console.status("loading"):
         from attrreg.evidence import plans, report, study
         from attrreg.evidence.ledger import Failed, Ledger, cores
         from attrreg.progress import bar
@@ -71,7 +67,7 @@ def evidence(
     try:
         own = None if folder is None else _folder(folder, splits, similar, sizes, flip, dilation)
         plan = plans.plan(data, method, own, trials, seeds, epochs, quick)
-        ledger = Ledger(out, usable(device), workers=cores() if jobs is None else jobs)
+        ledger = Ledger(out, target, workers=cores() if jobs is None else jobs)
         if own is not None:
             own.task(0)
     except (ValueError, RuntimeError, OSError) as error:
@@ -79,23 +75,23 @@ def evidence(
     if rerun is not None:
         _again(rerun, ledger, console)
         return
+    failed = None
     with bar(console, plan.epochs()) as advance:
         ledger.advance = advance
-        failed = None
         try:
             missing = study.carry_out(plan, ledger)
         except Failed as error:  # raised when what is done is written
             failed, missing = error, error.missing
     for kind, how in missing.items():
         console.print(f"{kind} was left out. {how}", highlight=False, style="yellow", soft_wrap=True)
-    if not report.begun(plan, ledger):
+    tables = report.markdown(plan, ledger)
+    if not tables:
         console.print("There is nothing to show.")
         raise failed or typer.Exit(1)
-    write(plan, ledger, out)
+    out.with_suffix(".md").write_text(tables + "\n")
+    report.plot(plan, ledger, out.with_suffix(".png"))
     console.print(f"Written: {out}, .md and .png beside it", highlight=False, soft_wrap=True)
-    from rich.markdown import Markdown
-
-    console.print(Markdown(report.markdown(plan, ledger)))
+    console.print(Markdown(tables))
     if failed is not None:
         raise failed
 
@@ -113,14 +109,6 @@ def _folder(root: Path, splits: str, similar: str, sizes: str, flip: bool, dilat
         raise ValueError(f"--sizes must be three numbers of images, got {sizes!r}. Write 500,128,128.") from None
     where, contents = str(root.resolve()), arrays.digest(root)
     return Folder(where, names[0], names[1], names[2], similar or None, flip=flip, sizes=counts, dilation=dilation, contents=contents)
-
-
-def write(plan: Plan, ledger: Ledger, out: Path) -> None:
-    """The tables and the picture, beside the results."""
-    from attrreg.evidence import report
-
-    out.with_suffix(".md").write_text(report.markdown(plan, ledger) + "\n")
-    report.plot(plan, ledger, out.with_suffix(".png"))
 
 
 def _again(what: str, ledger: Ledger, console: Console) -> None:

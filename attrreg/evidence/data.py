@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -37,15 +38,25 @@ class Split:
 
     def take(self, index: Tensor) -> Split:
         """The images at `index`, in that order."""
-        annotated = None if self.annotated is None else self.annotated[index]
-        groups = None if self.groups is None else self.groups[index]
-        return Split(self.images[index], self.labels[index], self.masks[index], annotated, groups)
+        return self._each(lambda values: values[index])
 
     def to(self, device: torch.device) -> Split:
         """The same split on another device."""
-        annotated = None if self.annotated is None else self.annotated.to(device)
-        groups = None if self.groups is None else self.groups.to(device)
-        return Split(self.images.to(device), self.labels.to(device), self.masks.to(device), annotated, groups)
+        return self._each(lambda values: values.to(device))
+
+    def sample(self, count: int) -> Split:
+        """At most so many of the images, drawn once and for all."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+        return self.take(order[:count].to(self.labels.device))
+
+    def mirrored(self) -> Split:
+        """Images and masks sidewards."""
+        return replace(self, images=self.images.flip(-1), masks=self.masks.flip(-1))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Split:
+        """All that there is of each image, changed alike."""
+        known = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(values) for name, values in known.items() if values is not None})
 
 
 @dataclass(frozen=True)

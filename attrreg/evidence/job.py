@@ -138,23 +138,8 @@ def _task(source: Source, seed: int) -> Task:
 def _run(job: Job, device: torch.device, note: Note, tested: bool) -> Record:
     start = time.perf_counter()
     task = _task(job.source, job.seed).to(device)
-    data = annotate(task.train, job.annotated, job.quality, job.seed)
     model = job.source.model(task, job.seed).to(device)
-    budget = Budget(job.epochs, job.batch, job.rate)
-    each = len(data) // job.batch
-    if not each:
-        raise ValueError(f"batch={job.batch} is larger than the {len(data)} training images. Choose a smaller one.")
-    best: dict[str, tuple[float, int, dict[str, Tensor]]] = {}
-    for count, _ in enumerate(train(model, data, job.train_with(), budget, job.seed), start=1):
-        if count % each == 0:
-            model.eval()
-            for name in SELECTIONS if count // each >= job.epochs / IDLE else ():
-                loss = _loss(model, getattr(task, name))
-                if name not in best or loss < best[name][0]:
-                    best[name] = loss, count // each, copy.deepcopy(model.state_dict())
-            model.train()
-            note(1)
-    model.eval()
+    best = _train(job, model, task, note)
     outcomes: dict[str, dict[str, Any]] = {}
     measured: dict[int, dict[str, Any]] = {}  # where both splits chose one epoch, it is measured once
     for name in SELECTIONS:
@@ -166,6 +151,29 @@ def _run(job: Job, device: torch.device, note: Note, tested: bool) -> Record:
     if tested and job.judged and all(bool(value.isfinite().all()) for value in model.state_dict().values()):
         outcomes["valid"]["maps"] = _judgements(model, task.test)  # the last of SELECTIONS, whose weights the model has
     return Record(job, outcomes, round(time.perf_counter() - start, 1), environment(device))
+
+
+def _train(job: Job, model: nn.Module, task: Task, note: Note) -> dict[str, tuple[float, int, dict[str, Tensor]]]:
+    """Train, and give what was best on each validation split: the loss, the epoch, the weights. The model is left in eval mode."""
+    data = annotate(task.train, job.annotated, job.quality, job.seed)
+    each = len(data) // job.batch
+    if not each:
+        raise ValueError(f"batch={job.batch} is larger than the {len(data)} training images. Choose a smaller one.")
+    best: dict[str, tuple[float, int, dict[str, Tensor]]] = {}
+    for count, _ in enumerate(train(model, data, job.train_with(), Budget(job.epochs, job.batch, job.rate), job.seed), start=1):
+        epoch, left = divmod(count, each)
+        if left:
+            continue
+        if epoch >= job.epochs / IDLE:
+            model.eval()
+            for name in SELECTIONS:
+                loss = _loss(model, getattr(task, name))
+                if name not in best or loss < best[name][0]:
+                    best[name] = loss, epoch, copy.deepcopy(model.state_dict())
+            model.train()
+        note(1)
+    model.eval()
+    return best
 
 
 @contextmanager
@@ -203,7 +211,7 @@ def _accuracy(model: nn.Module, split: Split) -> float:
 
 def _judgements(model: nn.Module, split: Split) -> dict[str, dict[str, float | None]]:
     """Share inside and IoU on a sample of the test, by three attributions of which at most one was trained."""
-    some = split.take(torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:SAMPLE].to(split.labels.device))
+    some = split.sample(SAMPLE)
     window = max(2, some.images.shape[-1] // 7)
     judges: dict[str, metrics.Attribution] = {**JUDGES, "occlusion": metrics.Occlusion(window, window)}
     found: dict[str, dict[str, float | None]] = {}

@@ -105,6 +105,11 @@ class Ledger:
         self.workers = workers
         self.records = load(path, kinds)
 
+    def records_of(self, jobs: Iterable[Job]) -> list[Record]:
+        """The records of jobs, those that there are."""
+        found = (self.records.get(job.name) for job in jobs)
+        return [record for record in found if record is not None]
+
     def run(self, wanted: Iterable[Job], tested: bool = True) -> None:
         """Train those jobs that the file has no record of. One that fails does not stop the others. For `tested` see `job.run`.
 

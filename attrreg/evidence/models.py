@@ -59,11 +59,11 @@ def pretrained_mobilenet(classes: int, seed: int) -> nn.Module:
         # timm draws a head's first weights up to 1/sqrt(classes), however many features there are: of two classes and 1,280 features the
         # softmax would be saturated before training, and what is learnt, and any penalty on it, would show that and not the method.
         model.reset_classifier(classes)  # type: ignore[operator]  # torch's own head
-    counters = "num_batches_tracked"
-    wanted = [name for name in model.state_dict() if not name.endswith(counters) and not name.startswith("classifier")]
-    found = [value for name, value in given.items() if not name.endswith(counters) and not name.startswith("classifier")]
-    state = dict(zip(wanted, found, strict=True))
-    missing = model.load_state_dict(state, strict=False).missing_keys
-    unexpected = [name for name in missing if not name.endswith(counters) and not name.startswith("classifier")]
-    assert not unexpected, unexpected
+
+    def shared(name: str) -> bool:
+        return not name.endswith("num_batches_tracked") and not name.startswith("classifier")
+
+    names = [name for name in model.state_dict() if shared(name)]
+    tensors = [value for name, value in given.items() if shared(name)]
+    model.load_state_dict(dict(zip(names, tensors, strict=True)), strict=False)
     return model

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 FOLDER = "ATTRREG_PACKAGES"  # where `dpkg -x` put packages that are not installed
@@ -37,9 +36,8 @@ def python(package: str, module: str, options: str = "") -> Any:
         Missing: it is not installed.
     """
     try:
-        found: ModuleType = importlib.import_module(module)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
             raise
         raise Missing(f"The package {package} is not here. Install it with `pip install {options}{package}`.") from None
-    return found

