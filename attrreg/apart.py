@@ -55,7 +55,7 @@ def images_apart(call: Call) -> bool:
     model = call.model
     if any(map(couples, call.modules)):
         return False
-    if next(sharded(model), None) is not None:  # other ranks may not run the pass that shows it, which would wait for them
+    if sharded(model):  # other ranks may not run the pass that shows it, which would wait for them
         return False
     kind = tuple(modes(model))
     if count := _SHOWN.due(model, kind):

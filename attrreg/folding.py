@@ -68,7 +68,7 @@ class PathGradients:
         self._modes = modes(model)
         self._coupled = any(map(couples, modules(model)))
         plain = runner.call.inputs is None and dense(runner.call.x)  # draws go in memory's order
-        if next(sharded(model), None) is not None:  # FSDP2: each pass waits for all ranks, so all have as many, whatever their images
+        if sharded(model):  # FSDP2: each pass waits for all ranks, so all have as many, whatever their images
             plain = False
         if isinstance(head := runner.call.output, nn.Module):  # which our operators do not see
             plain = plain and _separable(head, ours=False)

@@ -182,7 +182,7 @@ class Runner:
     ) -> tuple[Tensor | None, ...]:
         """Gradients through float16, which has no room for small ones: of the scaled score, unscaled in float32."""
         # Under FSDP2 a backward gathers weights, so that a rank must not run one more than others do.
-        for attempt in (scale,) if next(sharded(self.call.model), None) is not None else (scale, scale * 2.0**-8, scale * 2.0**-16):
+        for attempt in (scale,) if sharded(self.call.model) else (scale, scale * 2.0**-8, scale * 2.0**-16):
             grads = self._gradients(recording, total * attempt, inputs, create_graph)
             found = tuple(None if grad is None else grad.to(penalty_dtype(grad.dtype)) / attempt for grad in grads)
             if all(grad is None or bool(grad.detach().isfinite().all()) for grad in found):

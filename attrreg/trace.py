@@ -100,7 +100,7 @@ class Trace:
         model, at, output = self.call.model, self._seen(at), self.call.output
         head = getattr(output, "__code__", type(output)) if callable(output) else output  # not itself, which may hold the model
         kind = site, self.call.x.shape[1:], model.training, head
-        if next(sharded(model), None) is not None or synchronises(model):  # a forward that other ranks do not run would wait for them
+        if sharded(model) or synchronises(model):  # a forward that other ranks do not run would wait for them
             return True
         images = self.call.x.detach(), self._recordings[at].x.detach()
         if _SEEING.found(model, kind) or torch.equal(*images):
