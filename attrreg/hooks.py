@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from attrreg.graph import LEAF
 from attrreg.ops import Phase, checkpoints_recompute_inside, operators
@@ -60,6 +59,7 @@ class Tap:
         self._extra = extra
         self._map = map
         self._sites = sites
+        self._taken = frozenset(site for site, gradient in sites.items() if gradient)
         self._own = own
         self._twice = twice
         self._moves = moves
@@ -74,8 +74,7 @@ class Tap:
         self._runs: Counter[str] = Counter()
         self._output: Any = None
         self._written = 0
-        self._hooks: list[RemovableHandle] = []
-        self._operators = ExitStack()
+        self._exits = ExitStack()
         self._begin: Callable[[], None] = lambda: None
         self._phase = Phase(places=places)
 
@@ -89,16 +88,15 @@ class Tap:
         self._phase.draws = Draws(x.shape[0] // places, places, self._rng)
         try:
             self._register()
-            self._operators.enter_context(checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra, self._leaves)))
-            taken = {site for site, gradient in self._sites.items() if gradient}
+            self._exits.enter_context(checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra, self._leaves)))
             if self._twice:  # else the model computes as it does by itself
                 # What comes before the first of them is differentiated once.
-                at_once = INPUT in taken or (SPATIAL in taken and self._map is None)
-                self._begin = self._operators.enter_context(operators(self._model, self._phase, bool(taken), at_once))
+                at_once = INPUT in self._taken or (SPATIAL in self._taken and self._map is None)
+                self._begin = self._exits.enter_context(operators(self._model, self._phase, bool(self._taken), at_once))
         except BaseException:
             self.close()
             raise
-        differentiated = self._sites.get(INPUT, False)
+        differentiated = INPUT in self._taken
         # Not x itself, whose hooks and `.grad` are for the gradient of the loss.
         self._values[INPUT] = (x.view_as(x) if x.requires_grad else self._differentiable(x)) if differentiated else x
         # A copy, because a model may work on its input in place: that would change the caller's images, fail on a leaf, and
@@ -106,11 +104,9 @@ class Tap:
         return self._values[INPUT].clone() if differentiated or self._own else x
 
     def close(self) -> None:
-        """Take the hooks away; safe to call twice."""
-        self._operators.close()
+        """Take hooks and operators away; safe to call twice."""
+        self._exits.close()
         self._phase.running = False
-        while self._hooks:
-            self._hooks.pop().remove()
 
     def recording(self, output: Any, *called: Any) -> Recording:
         """What was recorded, for a forward that returned `output`; of the loop's own, see `Conditions` for the rest."""
@@ -136,7 +132,7 @@ class Tap:
             version=self._version,
             requires_grad=self._requires_grad,
             values=self._values,
-            taken=frozenset(site for site, gradient in self._sites.items() if gradient),
+            taken=self._taken,
             problems=self._problems,
             maps=maps,
             features=tuple(reversed(self._features) if len(self._heads) > 1 else self._features),
@@ -158,25 +154,25 @@ class Tap:
         if self._rule is not None:
             for module in modules(self._model):
                 if isinstance(module, nn.ReLU):
-                    self._hooks += self._replace_relu(module, self._rule)
+                    self._replace_relu(module, self._rule)
         if self._own:
-            self._hooks.append(self._model.register_forward_hook(self._take_output))
+            self._exits.enter_context(self._model.register_forward_hook(self._take_output))
         # A copy goes on from a layer that is named: the last map is that copy.
         for site in sorted(self._sites, key=lambda site: site == SPATIAL):
             if site == FEATURES:
                 self._heads = _classifiers(self._model)
                 projections = [module for module in modules(self._model) if isinstance(module, PROJECTIONS)]  # of which the last counts
                 for module in self._heads or projections:
-                    self._hooks.append(module.register_forward_hook(self._take_features))
+                    self._exits.enter_context(module.register_forward_hook(self._take_features))
             elif site == SPATIAL:
                 if self._map is not None and not self._is_there(self._map):
                     self._map = None
                 known = None if self._map is None else [(self._map, self._model.get_submodule(self._map))]
                 for name, module in known or self._model.named_modules():
                     if name and _reachable(module):
-                        self._hooks.append(module.register_forward_hook(self._take_map(name)))
+                        self._exits.enter_context(module.register_forward_hook(self._take_map(name)))
             elif site not in SPECIAL and self._is_there(site):
-                self._hooks.append(self._model.get_submodule(site).register_forward_hook(self._take(site)))
+                self._exits.enter_context(self._model.get_submodule(site).register_forward_hook(self._take(site)))
 
     def _is_there(self, site: str) -> bool:
         """Whether the model has a layer still; if not, that is for a penalty to say, and not for the loop's forward."""
@@ -186,7 +182,7 @@ class Tap:
             self._problems[site] = str(error)
         return site not in self._problems
 
-    def _replace_relu(self, module: nn.ReLU, rule: Rule) -> list[RemovableHandle]:
+    def _replace_relu(self, module: nn.ReLU, rule: Rule) -> None:
         entered: list[Tensor] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
@@ -197,7 +193,8 @@ class Tap:
             self._rectified += 1
             return rectify(entered.pop(), rule, self._phase)
 
-        return [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+        self._exits.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._exits.enter_context(module.register_forward_hook(after))
 
     def _take(self, site: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
@@ -275,14 +272,11 @@ def _recomputing(model: nn.Module, phase: Phase, extra: bool, leaves: list[nn.Mo
 
     @contextmanager
     def recomputing() -> Iterator[None]:
-        handles = [module.register_forward_hook(leaf) for module in leaves]
-        try:
-            # BatchNorm counts a recomputation as a batch. In the backward of the loop's own forward that is PyTorch's way.
-            with own_buffers(model) if extra or phase.inner else nullcontext():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        # BatchNorm counts a recomputation as a batch. In the backward of the loop's own forward that is PyTorch's way.
+        with ExitStack() as hooks, own_buffers(model) if extra or phase.inner else nullcontext():
+            for module in leaves:
+                hooks.enter_context(module.register_forward_hook(leaf))
+            yield
 
     return recomputing
 
@@ -294,12 +288,11 @@ def observed(model: nn.Module, see: Callable[[str, nn.Module, Any], None]) -> It
     def watch(name: str) -> Any:
         return lambda module, args, output: see(name, module, output)
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name and _reachable(module)]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name and _reachable(module):
+                hooks.enter_context(module.register_forward_hook(watch(name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _reachable(module: nn.Module) -> bool:
