@@ -49,11 +49,12 @@ def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
     needs = list(needs)
     scores = [need.score for need in needs if not isinstance(need, Value)]
     if fraction < 1:
-        _check_parts(call, needs, scores)
+        if remedy := _needs_all(call, needs, scores):
+            raise ValueError(f"fraction cannot be used with {remedy} leave fraction out.")
     else:
         whole = annotation.count == annotation.batch or attached(call.model) is not None
-        drawn = any(need.at.draws or _by_row(need.at) for need in needs) or any(score.by_place or score.draws for score in scores)
-        if whole or drawn or any(_mixes(need.at, call) for need in needs) or not images_apart(call):
+        drawn = any(need.at.draws for need in needs) or any(score.draws for score in scores)
+        if whole or drawn or _needs_all(call, needs, scores) or not images_apart(call):
             return call
     indices = annotation.annotated.nonzero().squeeze(1)
     if fraction < 1:
@@ -64,21 +65,19 @@ def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
     return replace(call, x=call.x[indices], annotation=annotation.part(indices), target=target)
 
 
-def _check_parts(call: Call, needs: Sequence[Need], scores: Sequence[Score]) -> None:
-    """Check that a part of the batch is what it is in the whole, in expectation."""
-    remedy = ""
+def _needs_all(call: Call, needs: Sequence[Need], scores: Sequence[Score]) -> str:
+    """What is another thing for a part of the batch, also in expectation, and what to do; empty: nothing."""
     if any(_of_batch(need.at) for need in needs):
-        remedy = (
+        return (
             "baselines.OtherImage, which would draw from the images that fraction left alone. Give it images: baselines.OneOf(images), or"
         )
-    elif any(_by_row(need.at) for need in needs):
-        remedy = "a baseline that holds one image a sample. Give one image for all, or"
-    elif any(score.by_place and not score.draws for score in scores):
-        remedy = "a score whose seed goes by the places of images in the batch. Let it draw anew, or"
-    elif mixing := next((need.at for need in needs if _mixes(need.at, call)), None):
-        remedy = f"{mixing!r}, which makes an image from others of the batch, or draws without draws = True. Mend that, or"
-    if remedy:
-        raise ValueError(f"fraction cannot be used with {remedy} leave fraction out.")
+    if any(_by_row(need.at) for need in needs):
+        return "a baseline that holds one image a sample. Give one image for all, or"
+    if any(score.by_place and not score.draws for score in scores):
+        return "a score whose seed goes by the places of images in the batch. Let it draw anew, or"
+    if mixing := next((need.at for need in needs if _mixes(need.at, call)), None):
+        return f"{mixing!r}, which makes an image from others of the batch, or draws without draws = True. Mend that, or"
+    return ""
 
 
 def _by_row(part: object) -> bool:
