@@ -76,7 +76,7 @@ class Conditions:
         """Whether a call would meet the same."""
         objects, numbers, settings = _state(call.model)
         same = numbers == self._numbers and len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
-        return same and self._set(call.model, settings) and _as_then(self._tensors) and self._called_with(call)
+        return same and self._settings_hold(call.model, settings) and _as_then(self._tensors) and self._called_with(call)
 
     def whole(self, output: Any) -> bool:
         """Whether what the model returned still has its tensors, and none was written to."""
@@ -87,8 +87,8 @@ class Conditions:
         own = [then for then in self._output if then[0] is logits]
         return _as_then(own or self._output)
 
-    def _set(self, model: nn.Module, now: list[tuple[object, ...]]) -> bool:
-        """Whether modules have the settings that they had: values that say how to compute, and not the tensors that some keep."""
+    def _settings_hold(self, model: nn.Module, now: list[tuple[object, ...]]) -> bool:
+        """Whether modules still say how to compute by the same values; the tensors that some keep do not count."""
         if all(map(is_, chain(*self._settings), chain(*now))) and list(map(len, now)) == list(map(len, self._settings)):  # quick, as usual
             return True
         pairs = zip(modules(model), self._settings, now, strict=True)
@@ -167,10 +167,6 @@ class Recording:
         """Whether a loop may get what its own forward returned once more: it has changed nothing there."""
         return self.conditions is not None and self.conditions.whole(self.returned)
 
-    def has_other_map(self, sites: Mapping[str, bool], asked: Any) -> bool:
-        """Whether a call reads the layer for `layer="auto"`, and the one that was recorded is that of another question."""
-        return SPATIAL in sites and self.conditions is not None and self.conditions.asked not in (None, asked)
-
     def serves(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any, alone: bool) -> bool:
         """Whether this is the pass that a call would run itself; for the arguments see `Attachment.take`."""
         if (twice and not self.twice) or self.x is not call.x:
@@ -181,7 +177,7 @@ class Recording:
             return False
         if not alone and (self.conditions.moved or self.autocast != autocast_type(call.x.device)):  # the other passes would differ
             return False
-        if self.has_other_map(sites, asked):
+        if SPATIAL in sites and self.conditions.asked not in (None, asked):  # the one layer that was recorded answers another question
             return False
         for site, differentiated in sites.items():
             found = site == OUTPUT or site in self.values or (site == SPATIAL and self.maps)

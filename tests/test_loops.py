@@ -146,16 +146,28 @@ def test_threads_that_train_side_by_side_leave_the_process_as_it_was_and_each_ot
         assert_close(found, want, 1e-12)
 
 
+PICKED = ""
+
+
+def by_a_global(key: str) -> Any:
+    global PICKED
+    PICKED = key
+    return lambda out: [out[PICKED] for _ in range(1)][0]
+
+
 @pytest.mark.parametrize("order", ["aabb", "bbaa"])
-def test_functions_of_equal_code_may_pick_different_outputs(order: str) -> None:
+@pytest.mark.parametrize("make", [lambda key: lambda out, key=key: out[key], lambda key: lambda out: out[key], by_a_global])
+def test_functions_of_equal_code_may_pick_different_outputs(make: Any, order: str) -> None:
     model, (x, mask, target) = Steps().double(), smooth_batch()
-    want = {key: CAM(model, x, mask, target, output=key) for key in "ab"}
-    for make in (lambda key: lambda out, key=key: out[key], lambda key: lambda out: out[key]):
-        with CAM.attach(model) as handle:
-            for key in order:
-                model(x)
-                torch.testing.assert_close(CAM(model, x, mask, target, output=make(key)), want[key])
-            assert not handle._maps  # which would hold what the functions do
+    fresh = copy.deepcopy(model)
+    want = {key: CAM(fresh, x, mask, target, output=key) for key in "ab"}
+    for handle in (CAM.attach(model), None):
+        for key in order:
+            model(x)
+            torch.testing.assert_close(CAM(model, x, mask, target, output=make(key)), want[key])
+        if handle is not None:
+            assert handle.map is None
+            handle.remove()
 
 
 @pytest.mark.parametrize("kind", ["scheduled", "auto"])
