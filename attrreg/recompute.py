@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.utils import parametrize
 
+from attrreg.folding import PathGradients
 from attrreg.graph import trainable_leaves
 from attrreg.ops.phase import once_differentiable
 from attrreg.points import Stop
@@ -18,26 +19,8 @@ from attrreg.state import Moment, moment_of, own_buffers
 from attrreg.walk import attributes, modes
 
 
-class Gradients(Protocol):
-    """Gradients at places of a path."""
-
-    @property
-    def drew(self) -> bool:
-        """Whether a score drew random numbers that it had not declared."""
-
-    @property
-    def reached(self) -> Mapping[int, Tensor]:
-        """The trainable leaves that scores were computed from so far, by id."""
-
-    def room(self, pending: int) -> int:
-        """How many of the places that are left may come as one batch."""
-
-    def __call__(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]]:
-        """For each place, one gradient a score, of the shape of its images."""
-
-
 def along(
-    stops: Sequence[Stop], model: nn.Module, x: Tensor, gradients: Gradients, chunk: int | None, differentiable: bool
+    stops: Sequence[Stop], model: nn.Module, x: Tensor, gradients: PathGradients, chunk: int | None, differentiable: bool
 ) -> list[Tensor]:
     """Sum weighted gradients over the places of a path, for each score.
 
@@ -56,7 +39,7 @@ def along(
             "drawn(seed), or pass chunk=None."
         )
     leaves, known = list(trainable_leaves(*first)), set(gradients.reached)
-    values = [value.detach() for value in first]
+    values = [value.detach() for value in first]  # from which the first chunk goes on
     del first  # and its graph with it
     total: list[Tensor] = []
     moment = moment_of(model)
@@ -64,15 +47,16 @@ def along(
         part = stops[start : start + chunk]
         rest = part[1:] if start == 0 else part
         if rest:
-            values = _added(values if start == 0 else [], _summed(rest, images, gradients, False))
+            values = _added(values, _summed(rest, images, gradients, False))
         # At other places the model may compute with others, as sparse experts do.
         more = [leaf for key, leaf in gradients.reached.items() if key not in known]
         step = _Step(part, gradients, model, moment, x.device.type)
         total = _added(total, list(_Recomputed.apply(step, values, x, *leaves, *more)))
+        values = []
     return total
 
 
-def _summed(stops: Sequence[Stop], x: Tensor, gradients: Gradients, create_graph: bool) -> list[Tensor]:
+def _summed(stops: Sequence[Stop], x: Tensor, gradients: PathGradients, create_graph: bool) -> list[Tensor]:
     total: list[Tensor] = []
     pending = list(stops)
     while pending:
@@ -91,7 +75,7 @@ def _added(total: list[Tensor], terms: list[Tensor]) -> list[Tensor]:
 class _Step:
     """The sum over a part of the path, to be run again under the conditions of its first run."""
 
-    def __init__(self, stops: Sequence[Stop], gradients: Gradients, model: nn.Module, moment: Moment, device_type: str) -> None:
+    def __init__(self, stops: Sequence[Stop], gradients: PathGradients, model: nn.Module, moment: Moment, device_type: str) -> None:
         self._stops = stops
         self._gradients = gradients
         self._model = model

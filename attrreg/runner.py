@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from attrreg import automatic, sites
 from attrreg.attach import suspended
 from attrreg.call import DETACHED, Call
-from attrreg.counting import Passes
+from attrreg.counting import counters
 from attrreg.distributed import sharded
 from attrreg.graph import checkpoints_reentrant, nodes
 from attrreg.hooks import Tap
@@ -49,18 +50,20 @@ class Runner:
         drew: a score of the user's drew random numbers.
     """
 
-    def __init__(self, call: Call, counters: Sequence[Passes], twice: bool = True, places: int = 1) -> None:
+    def __init__(self, call: Call, twice: bool) -> None:
         self.call = call
         self.twice = twice
-        self.places = places
+        self.places = 1
         self.map = ""
         self.drew = False
-        self._counters = counters
+        self._counters = counters()
 
     def repeated(self, images: Tensor, times: int) -> Runner:
         """A runner for a batch that has each image so many times, side by side, and that counts for the same blocks."""
         target = None if self.call.target is None else self.call.target.repeat_interleave(times, dim=0)
-        return Runner(replace(self.call, x=images, target=target), self._counters, self.twice, times)
+        runner = copy(self)
+        runner.call, runner.places = replace(self.call, x=images, target=target), times
+        return runner
 
     def forward(
         self,
@@ -153,16 +156,14 @@ class Runner:
 
     def spread(self, recording: Recording, total: Tensor) -> Tensor | None:
         """The gradient of a part of the scores, with respect to all images, to show which they depend on; None: on none."""
-        for counter in self._counters:
-            counter.checks += 1
-        return self._run_backward(recording, total, [self.at(recording, sites.INPUT)], create_graph=False)[0]
+        return self._gradients(recording, total, [self.at(recording, sites.INPUT)], create_graph=False, check=True)[0]
 
-    def _gradients(self, recording: Recording, total: Tensor, inputs: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
+    def _gradients(
+        self, recording: Recording, total: Tensor, inputs: list[Tensor], create_graph: bool, check: bool = False
+    ) -> tuple[Tensor | None, ...]:
         for counter in self._counters:
-            counter.backward += 1
-        return self._run_backward(recording, total, inputs, create_graph)
-
-    def _run_backward(self, recording: Recording, total: Tensor, inputs: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
+            counter.backward += not check
+            counter.checks += check
         # If the loop checkpoints the model itself, this backward runs it again, which must not move its buffers.
         apart = own_buffers(self.call.model) if recording.conditions is not None and recording.framed else nullcontext()
         if not total.requires_grad:
