@@ -40,6 +40,7 @@ class PathGradients:
     A chunked path's backward keeps this object, so it holds nothing that passes computed.
 
     Attributes:
+        call: what the runner runs.
         reached: the trainable leaves that scores were computed from so far, by id.
 
     Args:
@@ -53,13 +54,14 @@ class PathGradients:
     def __init__(
         self, runner: Runner, wanted: dict[str, bool], scores: list[Score], replay: Rng, differences: Differences | None = None
     ) -> None:
+        self.call = runner.call
         self._runner = runner
         self._wanted = wanted
         self._scores = scores
         self._replay = replay
         self._differences = differences
-        self._modes = tuple(modes(runner.call.model))
-        self._coupled = any(map(couples, modules(runner.call.model)))
+        self._modes = tuple(modes(self.call.model))
+        self._coupled = any(map(couples, modules(self.call.model)))
         self._separable = self._may_share()
         self.reached: dict[int, Tensor] = {}
         self._once: tuple[Rng, list[torch.Size]] | None = None  # where a pass over the images alone ends, and what it drew
@@ -71,7 +73,7 @@ class PathGradients:
 
     def _may_share(self) -> bool:
         """Whether places may share a batch, as far as can be told before."""
-        call = self._runner.call
+        call = self.call
         if self._differences is not None or call.inputs is not None or not dense(call.x):  # draws go in memory's order
             return False
         if sharded(call.model):  # FSDP2: each pass waits for all ranks, so all have as many, whatever their images
@@ -84,7 +86,7 @@ class PathGradients:
         """How many of the places that are left may come as one batch: as many in each, rather than a small rest."""
         if not self._separable:
             return 1
-        x = self._runner.call.x
+        x = self.call.x
         batches = math.ceil(pending / max(1, budget(x.device) // x.numel()))
         return math.ceil(pending / batches)
 
@@ -98,7 +100,7 @@ class PathGradients:
             if together is not None:
                 return together
             self._separable = False
-            shown(self._runner.call.model, "places", self._modes).found = False
+            shown(self.call.model, "places", self._modes).found = False
         return [self._alone(image, create_graph) for image in images]
 
     def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:
@@ -113,7 +115,7 @@ class PathGradients:
 
     def _pass(self, images: Tensor, check: bool = False) -> Recording:
         """A place alone."""
-        with isolated(self._runner.call.model, self._replay):
+        with isolated(self.call.model, self._replay):
             return self._runner.forward(images, self._wanted, check=check)
 
     def _note(self, runner: Runner, recording: Recording, create_graph: bool) -> None:
@@ -124,7 +126,7 @@ class PathGradients:
     def _together(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]] | None:
         places = len(images)
         # The places of an image lie side by side, so that batch normalisation can see them as channels. Stacked, they lose their layout.
-        batch = torch.stack(list(images), dim=1).flatten(0, 1).contiguous(memory_format=layout(self._runner.call.x))
+        batch = torch.stack(list(images), dim=1).flatten(0, 1).contiguous(memory_format=layout(self.call.x))
         runner = self._runner.repeated(batch.detach(), places)
         with isolated(runner.call.model, self._replay):
             recording = runner.forward(batch, self._wanted)
@@ -166,7 +168,7 @@ class PathGradients:
         if draws.state.same(self._replay):
             return True
         if self._once is None:
-            with torch.no_grad(), isolated(self._runner.call.model, self._replay):
+            with torch.no_grad(), isolated(self.call.model, self._replay):
                 recording = self._runner.forward(images.detach(), self._wanted)  # where gradients are taken, operators take note
                 self._once = Rng.of(images.device), recording.draws.shapes
         state, shapes = self._once

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 from torch.nn.utils import parametrize
 
@@ -19,15 +20,14 @@ from attrreg.state import Moment, moment_of, own_buffers
 from attrreg.walk import attributes, modes
 
 
-def along(
-    stops: Sequence[Stop], model: nn.Module, x: Tensor, gradients: PathGradients, chunk: int | None, differentiable: bool
-) -> list[Tensor]:
+def along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None, differentiable: bool) -> list[Tensor]:
     """Sum weighted gradients over the places of a path, for each score.
 
     With all graphs held (`chunk=None`, or no more places than `chunk`) this is one forward and backward a batch of places. Otherwise
     the gradients of each chunk are computed without a graph, and once more with one when the penalty is
     differentiated; memory is then that of one chunk, and a place costs one forward and one inner backward more.
     """
+    x = gradients.call.x
     if not differentiable or chunk is None or len(stops) <= chunk:
         return _summed(stops, x, gradients, differentiable)
     images = x.detach()
@@ -42,7 +42,7 @@ def along(
     values = [value.detach() for value in first]  # from which the first chunk goes on
     del first  # and its graph with it
     total: list[Tensor] = []
-    moment = moment_of(model)
+    moment = moment_of(gradients.call.model)
     for start in range(0, len(stops), chunk):
         part = stops[start : start + chunk]
         rest = part[1:] if start == 0 else part
@@ -50,7 +50,7 @@ def along(
             values = _added(values, _summed(rest, images, gradients, False))
         # At other places the model may compute with others, as sparse experts do.
         more = [leaf for key, leaf in gradients.reached.items() if key not in known]
-        step = _Step(part, gradients, model, moment, x.device.type)
+        step = _Step(part, gradients, moment)
         total = _added(total, list(_Recomputed.apply(step, values, x, *leaves, *more)))
         values = []
     return total
@@ -75,17 +75,14 @@ def _added(total: list[Tensor], terms: list[Tensor]) -> list[Tensor]:
 class _Step:
     """The sum over a part of the path, to be run again under the conditions of its first run."""
 
-    def __init__(self, stops: Sequence[Stop], gradients: PathGradients, model: nn.Module, moment: Moment, device_type: str) -> None:
+    def __init__(self, stops: Sequence[Stop], gradients: PathGradients, moment: Moment) -> None:
         self._stops = stops
         self._gradients = gradients
-        self._model = model
+        self._model = gradients.call.model
         self._moment = moment
-        self._modes = modes(model)
-        self._autocast: dict[str, Any] = {
-            "device_type": device_type,
-            "enabled": torch.is_autocast_enabled(device_type),
-            "dtype": torch.get_autocast_dtype(device_type),
-        }
+        self._modes = modes(self._model)
+        kind = gradients.call.x.device.type
+        self._autocast = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         if modes(self._model) != self._modes:
@@ -93,7 +90,7 @@ class _Step:
                 "The model changed between train and eval mode between the penalty and its backward, where chunked path methods "
                 "recompute. Call backward first, or pass chunk=None."
             )
-        with torch.enable_grad(), torch.autocast(**self._autocast), own_buffers(self._model, self._moment):
+        with torch.enable_grad(), self._autocast(), own_buffers(self._model, self._moment):
             return _summed(self._stops, x, self._gradients, True)
 
     def meets_others(self, leaves: Sequence[Tensor]) -> bool:

@@ -72,17 +72,22 @@ class Conditions:
         """Whether the forward changed what the next one will compute with, as spectral normalisation's does."""
         return any(map(bool, self._moved))
 
-    def hold(self, call: Call) -> bool:
+    def same_for(self, call: Call) -> bool:
         """Whether a call would meet the same."""
         objects, numbers, settings = _state(call.model)
         same = numbers == self._numbers and len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
         return same and self._settings_hold(call.model, settings) and _as_then(self._tensors) and self._called_with(call)
 
-    def whole(self, output: Any) -> bool:
-        """Whether what the model returned still has its tensors, and none was written to."""
-        return self.holds(output) and _as_then(self._output)
+    def still_in(self, output: Any) -> bool:
+        """Whether the tensors that the model returned are in its output still; deep in an object, the loop may have put others."""
+        held = iter(parts(output))  # among others: an object may compute some as it is asked for them
+        return all(any(tensor is part for part in held) for tensor, _, _ in self._output)
 
-    def logits_hold(self, logits: Tensor) -> bool:
+    def unchanged(self, output: Any) -> bool:
+        """Whether what the model returned still has its tensors, and none was written to."""
+        return self.still_in(output) and _as_then(self._output)
+
+    def logits_unchanged(self, logits: Tensor) -> bool:
         """Whether the loop left the logits as they were, or all that the model returned if they are made of that."""
         own = [then for then in self._output if then[0] is logits]
         return _as_then(own or self._output)
@@ -93,11 +98,6 @@ class Conditions:
             return True
         pairs = zip(modules(model), self._settings, now, strict=True)
         return all(_counts(module) or _plain(then) == _plain(values) for module, then, values in pairs)
-
-    def holds(self, output: Any) -> bool:
-        """Whether what the model returned still has its tensors; deep in an object, the loop may have put others."""
-        held = iter(parts(output))  # among others: an object may compute some as it is asked for them
-        return all(any(tensor is part for part in held) for tensor, _, _ in self._output)
 
     def _called_with(self, call: Call) -> bool:
         inputs = (call.x,) if call.inputs is None else call.inputs
@@ -165,7 +165,7 @@ class Recording:
     @property
     def can_be_returned(self) -> bool:
         """Whether a loop may get what its own forward returned once more: it has changed nothing there."""
-        return self.conditions is not None and self.conditions.whole(self.returned)
+        return self.conditions is not None and self.conditions.unchanged(self.returned)
 
     def serves(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any, alone: bool) -> bool:
         """Whether this is the pass that a call would run itself; for the arguments see `Attachment.take`."""
@@ -173,7 +173,7 @@ class Recording:
             return False
         if (self.version, self.requires_grad) != (call.x._version, call.x.requires_grad):
             return False
-        if self.conditions is None or not self.conditions.hold(call):
+        if self.conditions is None or not self.conditions.same_for(call):
             return False
         if not alone and (self.conditions.moved or self.autocast != autocast_type(call.x.device)):  # the other passes would differ
             return False
@@ -184,7 +184,7 @@ class Recording:
             if site not in self.problems and (not found or (differentiated and site not in self.taken and INPUT not in self.taken)):
                 return False
         if OUTPUT in sites:
-            if not self.conditions.holds(self.output) or not self.conditions.logits_hold(logits := call.logits(self.output)):
+            if not self.conditions.still_in(self.output) or not self.conditions.logits_unchanged(logits := call.logits(self.output)):
                 return False
             self.values[OUTPUT] = logits
         return True

@@ -295,6 +295,6 @@ class Trace:
             stops = path.stops(x, mask, self._generator(seed))
         gradients = PathGradients(self._runner, wanted, concrete, replay, self._differences)
         chunk = path.chunk if self._differences is None else None  # leaves are moved by in passes of their own: nothing is computed again
-        sums = dict(zip(concrete, along(stops, self.call.model, self.call.x, gradients, chunk, self._differentiable), strict=True))
+        sums = dict(zip(concrete, along(stops, gradients, chunk, self._differentiable), strict=True))
         for need in needs:
             self._grads[need.site, need.score, path] = sums[self._concrete(need.score)]
