@@ -14,18 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attrreg.features import Head, Heads
 from attrreg.graph import LEAF
 from attrreg.ops import Phase, checkpoints_recompute_inside, operators
 from attrreg.ops.draws import Draws
 from attrreg.ops.rectify import Rule, rectify
-from attrreg.recording import Conditions, Head, Recording, kept, version
+from attrreg.recording import Conditions, Recording, kept, version
 from attrreg.sites import FEATURES, INPUT, SPATIAL, SPECIAL, check_layer, varies
 from attrreg.state import Rng, autocast_type, own_buffers
 from attrreg.walk import modules
 
 MAPS = 128  # how many of the last maps are kept for layer="auto": more than the last block of any timm model has
-HEADS = 4  # how many of the last layers are kept that may be a head and have large outputs; of those with vectors, all are
-PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Tap:
@@ -68,8 +67,7 @@ class Tap:
         self._values: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
         self._maps: deque[tuple[str, Tensor]] = deque(maxlen=MAPS)
-        self._features: list[Head] = []
-        self._heads: list[nn.Module] = []
+        self._heads: Heads | None = None
         self._leaves: list[nn.Module] = []
         self._runs: Counter[str] = Counter()
         self._output: Any = None
@@ -122,11 +120,14 @@ class Tap:
             self._problems[SPATIAL] = "every layer with a map ran more than once in one forward. Let the model run once on each image."
         if self._map is not None and maps:
             self._values[SPATIAL] = maps[-1][1]
+        features: tuple[Head, ...] = ()
+        if self._heads is not None and self._heads.entered is not None:
+            self._values[FEATURES], features = self._heads.entered, self._heads.found()
         # Scores are taken inside DDP's wrapper: under static_graph, a backward through that makes it believe the step's is done.
         inner = output if self._output is None else self._output
         recorded = [*self._values.values(), *(value for _, value in maps)]
-        if len(self._features) > 1:  # what left tells them apart
-            recorded += [head.entered for head in self._features]
+        if len(features) > 1:  # of which the logits tell one
+            recorded += [head.entered for head in features]
         return Recording(
             x=self._x,
             version=self._version,
@@ -135,7 +136,7 @@ class Tap:
             taken=self._taken,
             problems=self._problems,
             maps=maps,
-            features=tuple(reversed(self._features) if len(self._heads) > 1 else self._features),
+            features=features,
             output=kept(inner) if called else inner,
             returned=output,
             rng=self._rng,
@@ -160,10 +161,9 @@ class Tap:
         # A copy goes on from a layer that is named: the last map is that copy.
         for site in sorted(self._sites, key=lambda site: site == SPATIAL):
             if site == FEATURES:
-                self._heads = _classifiers(self._model)
-                projections = [module for module in modules(self._model) if isinstance(module, PROJECTIONS)]  # of which the last counts
-                for module in self._heads or projections:
-                    self._exits.enter_context(module.register_forward_hook(self._take_features))
+                self._heads = Heads(self._model)
+                for module in self._heads.layers:
+                    self._exits.enter_context(module.register_forward_hook(self._heads.take))
             elif site == SPATIAL:
                 if self._map is not None and not self._is_there(self._map):
                     self._map = None
@@ -232,16 +232,6 @@ class Tap:
         setattr(leaf, LEAF, self._phase)
         return leaf
 
-    def _take_features(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if args and isinstance(args[0], Tensor):
-            if len(self._heads) < 2 or FEATURES not in self._values:
-                self._values[FEATURES] = args[0]  # the last one stays, but of heads that the model names, the first
-            if isinstance(output, Tensor):
-                large = [head for head in self._features if head.left.dim() > 2]
-                if output.dim() > 2 and len(large) == HEADS:
-                    self._features = [head for head in self._features if head is not large[0]]
-                self._features.append(Head(args[0], output, output.grad_fn))
-
     def _take_map(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
             self._runs[name] += 1
@@ -298,15 +288,3 @@ def observed(model: nn.Module, see: Callable[[str, nn.Module, Any], None]) -> It
 def _reachable(module: nn.Module) -> bool:
     """Whether it takes hooks: TorchScript's do not."""
     return not isinstance(module, torch.jit.ScriptModule)
-
-
-def _classifiers(model: nn.Module) -> list[nn.Module]:
-    """Where the features enter, if the model names it as timm's do; the first is its main one."""
-    classifier = getattr(model, "get_classifier", None)
-    try:
-        named = classifier() if callable(classifier) else None
-    except TypeError:  # one of the user's own, which takes arguments
-        named = None
-    heads = named if isinstance(named, (tuple, list)) else [named]
-    found: list[nn.Module] = [head for head in heads if isinstance(head, PROJECTIONS)]
-    return found if len(found) == len(heads) else []

@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves, tree_map
 
 from attrreg.call import Call
+from attrreg.features import Head
 from attrreg.ops import Phase
 from attrreg.ops.draws import Draws
 from attrreg.sites import INPUT, OUTPUT, SPATIAL
@@ -103,14 +104,6 @@ class Conditions:
         inputs = (call.x,) if call.inputs is None else call.inputs
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
         return _same(_bound(call.model, args, kwargs), _bound(call.model, *self._arguments))
-
-
-class Head(NamedTuple):
-    """A layer that may be the classifier: what entered it, what left it, and that tensor's node, as a loop may write into it."""
-
-    entered: Tensor
-    left: Tensor
-    node: Any
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from attrreg.attach import suspended
 from attrreg.call import DETACHED, Call
 from attrreg.counting import counters
 from attrreg.distributed import sharded
-from attrreg.graph import checkpoints_reentrant, nodes
+from attrreg.features import entering
+from attrreg.graph import checkpoints_reentrant
 from attrreg.hooks import Tap
 from attrreg.masks import penalty_dtype
 from attrreg.ops.rectify import Rule
@@ -236,19 +237,11 @@ class Runner:
             if site == sites.FEATURES:
                 missing = "The model has no linear or convolutional layer, whose input would be the features. Name a layer."
             raise ValueError(recording.problems.get(site, missing))
-        return self._features(recording) if site == sites.FEATURES else recording.values[site]
-
-    def _features(self, recording: Recording) -> Tensor:
-        """What enters the last layer that could be a classifier and that the logits come from: an auxiliary head may run after it."""
-        if len(recording.features) > 1 and (self.call.output is not None or isinstance(recording.output, Tensor)):
-            logits = self.at(recording, sites.OUTPUT)
-            for head in reversed(recording.features):
-                if head.left is logits or (head.node is not None and any(node is head.node for node in nodes(logits))):
-                    entered: Tensor = head.entered
-                    return entered
-            if logits.grad_fn is not None and any(head.node is not None for head in recording.features):
-                raise ValueError("The logits come from none of the layers that features are looked for in. Name the layer of the features.")
-        return recording.values[sites.FEATURES]
+        found = None
+        told = self.call.output is not None or isinstance(recording.output, Tensor)  # what the logits are
+        if site == sites.FEATURES and len(recording.features) > 1 and told:
+            found = entering(recording.features, self.at(recording, sites.OUTPUT))
+        return recording.values[site] if found is None else found
 
 
 def _runs_own(score: Score) -> bool:
