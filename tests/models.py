@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+
+from attrreg.regularizer import AttributionRegularizer
 
 DEVICE = torch.get_default_device().type  # of what tests make; see conftest
 
@@ -120,3 +123,16 @@ def assert_close(got: list[Tensor], want: list[Tensor], tolerance: float) -> Non
         assert one.shape == other.shape
         bound = max(tolerance * float(other.abs().max()), min(tolerance, 1e-6) * scale)
         assert float((one - other).abs().max()) <= bound
+
+
+WAYS = ("unattached", "attached", "evaluate")
+
+
+def logits_and_penalty(way: str, regularizer: AttributionRegularizer, model: nn.Module, data: Batch) -> tuple[Tensor, Tensor]:
+    """What a loop makes its loss of, in one of the ways to call a regularizer."""
+    x, mask, target = data
+    if way == "evaluate":
+        penalty = regularizer.evaluate(model, x, mask, target)
+        return penalty.output, penalty.total
+    with regularizer.attach(model) if way == "attached" else nullcontext():
+        return model(x), regularizer(model, x, mask, target)

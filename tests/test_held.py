@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import attrreg
 from attrreg import baselines
 from attrreg.trace import passes
-from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
+from tests.models import FAMILIES, WAYS, SmoothNet, assert_close, batch, gradients, logits_and_penalty, smooth_batch
 
 ZERO = baselines.Zero()
 
@@ -36,7 +36,7 @@ class Prototypes(SmoothNet):
     "regularizer",
     [attrreg.InputGradient(), attrreg.ActivationDifference("body", ZERO) + attrreg.GradCAM("body"), attrreg.IntegratedGradients(3)],
 )
-@pytest.mark.parametrize("way", ["unattached", "attached", "evaluate"])
+@pytest.mark.parametrize("way", WAYS)
 def test_graphs_of_buffers_lead_on(regularizer: attrreg.AttributionRegularizer, way: str) -> None:
     model, (x, mask, target) = Prototypes().double(), smooth_batch()
     maker, codes = nn.Linear(4, 6).double(), torch.randn(3, 4, dtype=torch.float64)
@@ -50,14 +50,8 @@ def test_graphs_of_buffers_lead_on(regularizer: attrreg.AttributionRegularizer, 
     made.load_state_dict(model.state_dict())
     want = gradients(nn.ModuleList([made, maker]), F.cross_entropy(made(x), target) + regularizer(made, x, mask, target))
     model.prototypes = maker(codes)
-    if way == "evaluate":
-        penalty = regularizer.evaluate(model, x, mask, target)
-        loss = F.cross_entropy(penalty.output, target) + penalty.total
-    elif way == "attached":
-        with regularizer.attach(model):
-            loss = F.cross_entropy(model(x), target) + regularizer(model, x, mask, target)
-    else:
-        loss = F.cross_entropy(model(x), target) + regularizer(model, x, mask, target)
+    logits, penalty = logits_and_penalty(way, regularizer, model, (x, mask, target))
+    loss = F.cross_entropy(logits, target) + penalty
     assert_close(gradients(nn.ModuleList([model, maker]), loss), want, 1e-9)
 
 

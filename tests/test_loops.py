@@ -6,7 +6,7 @@ import copy
 import gc
 import threading
 import weakref
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import attrreg
 from attrreg.trace import passes
 from tests import oracles
-from tests.models import Batch, SmoothNet, assert_close, gradients, smooth_batch
+from tests.models import WAYS, Batch, SmoothNet, assert_close, gradients, logits_and_penalty, smooth_batch
 from tests.test_conditions import CAM, REG
 
 
@@ -98,19 +98,15 @@ def test_a_checkpointed_part_is_recomputed_as_it_ran(kind: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("way", ["unattached", "attached", "evaluate"])
+@pytest.mark.parametrize("way", WAYS)
 def test_hooks_on_images_are_shown_the_losss_gradient_once_and_whole(way: str) -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     images = x.clone().requires_grad_() * 2
     images.retain_grad()
     seen: list[Tensor] = []
     images.register_hook(seen.append)
-    with REG.attach(model) if way == "attached" else nullcontext():
-        if way == "evaluate":
-            penalty = REG.evaluate(model, images, mask, target)
-            loss = F.cross_entropy(penalty.output, target) + penalty.total
-        else:
-            loss = F.cross_entropy(model(images), target) + REG(model, images, mask, target)
+    logits, penalty = logits_and_penalty(way, REG, model, (images, mask, target))
+    loss = F.cross_entropy(logits, target) + penalty
     assert not seen and images.grad is None  # of the inner backward
     loss.backward()
     leaf = images.detach().requires_grad_()

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import attrreg
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.trace import passes
-from tests.models import SmoothNet, assert_close, batch, gradients, smooth_batch
+from tests.models import WAYS, SmoothNet, assert_close, batch, gradients, logits_and_penalty, smooth_batch
 from tests.test_side_effects import assert_same, snapshot
 
 ZERO = attrreg.baselines.Zero()
@@ -306,7 +306,7 @@ class Normalised(nn.Module):
         return self.head(checkpoint(self._block, self.stem(x), use_reentrant=False).mean(dim=(2, 3)))
 
 
-@pytest.mark.parametrize("way", ["attached", "unattached", "evaluate"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "regularizer",
     [
@@ -325,15 +325,7 @@ def test_checkpoints_recompute_without_moving_statistics(regularizer: Any, way: 
     F.cross_entropy(plain(x), target).backward()  # counts its own recomputation: PyTorch's way
     torch.manual_seed(0)
     model = Normalised().double()
-    if way == "evaluate":
-        penalty = regularizer.evaluate(model, x, mask, target)
-        logits, value = penalty.output, penalty.total
-    elif way == "attached":
-        with regularizer.attach(model):
-            logits = model(x)
-            value = regularizer(model, x, mask, target)
-    else:
-        logits, value = model(x), regularizer(model, x, mask, target)
+    logits, value = logits_and_penalty(way, regularizer, model, (x, mask, target))
     (F.cross_entropy(logits, target) + value).backward()
     for (name, buffer), other in zip(model.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(buffer, other, msg=name)

@@ -22,7 +22,7 @@ from attrreg.bench.memory import LiveStorage
 from attrreg.graph import nodes
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.trace import Passes, passes
-from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
+from tests.models import FAMILIES, WAYS, SmoothNet, assert_close, batch, gradients, logits_and_penalty, smooth_batch
 
 FOUR = attrreg.InputGradient() + attrreg.InputXGradient() + attrreg.GradCAM(layer="body") + attrreg.ActivationDifference()
 
@@ -208,18 +208,10 @@ def test_the_automatic_layer_is_found_anew_where_it_was_replaced() -> None:
 def both_ways(
     model: nn.Module, regularizer: AttributionRegularizer, data: tuple[Tensor, Tensor, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    x, mask, target = data
     results: dict[str, tuple[Tensor, Tensor]] = {}
-    torch.manual_seed(7)
-    logits = model(x)
-    results["unattached"] = logits, regularizer(model, x, mask, target)
-    torch.manual_seed(7)
-    with regularizer.attach(model):
-        logits = model(x)
-        results["attached"] = logits, regularizer(model, x, mask, target)
-    torch.manual_seed(7)
-    penalty = regularizer.evaluate(model, x, mask, target)
-    results["evaluate"] = penalty.output, penalty.total
+    for way in WAYS:
+        torch.manual_seed(7)
+        results[way] = logits_and_penalty(way, regularizer, model, data)
     return results
 
 
