@@ -157,22 +157,25 @@ class Tap:
                 if isinstance(module, nn.ReLU):
                     self._replace_relu(module, self._rule)
         if self._own:
-            self._exits.enter_context(self._model.register_forward_hook(self._take_output))
+            self._hook(self._model, self._take_output)
         # A copy goes on from a layer that is named: the last map is that copy.
         for site in sorted(self._sites, key=lambda site: site == SPATIAL):
             if site == FEATURES:
                 self._heads = Heads(self._model)
                 for module in self._heads.layers:
-                    self._exits.enter_context(module.register_forward_hook(self._heads.take))
+                    self._hook(module, self._heads.take)
             elif site == SPATIAL:
                 if self._map is not None and not self._is_there(self._map):
                     self._map = None
                 known = None if self._map is None else [(self._map, self._model.get_submodule(self._map))]
                 for name, module in known or self._model.named_modules():
                     if name and _reachable(module):
-                        self._exits.enter_context(module.register_forward_hook(self._take_map(name)))
+                        self._hook(module, self._take_map(name))
             elif site not in SPECIAL and self._is_there(site):
-                self._exits.enter_context(self._model.get_submodule(site).register_forward_hook(self._take(site)))
+                self._hook(self._model.get_submodule(site), self._take(site))
+
+    def _hook(self, module: nn.Module, hook: Any) -> None:
+        self._exits.enter_context(module.register_forward_hook(hook))
 
     def _is_there(self, site: str) -> bool:
         """Whether the model has a layer still; if not, that is for a penalty to say, and not for the loop's forward."""
@@ -194,26 +197,17 @@ class Tap:
             return rectify(entered.pop(), rule, self._phase)
 
         self._exits.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
-        self._exits.enter_context(module.register_forward_hook(after))
+        self._hook(module, after)
 
     def _take(self, site: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
-            if not isinstance(output, Tensor) or not output.is_floating_point():
-                kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
-                self._problems[site] = f"layer {site!r} returned {kind}, not a floating-point tensor. Name a layer inside it."
-                return None
-            if site in self._values:
-                self._problems[site] = f"layer {site!r} ran more than once in one forward. Name a layer that runs once."
-                return None
-            if self._sites[site] and not torch.is_grad_enabled():
-                self._problems[site] = (
-                    f"layer {site!r} ran under no_grad, or in a block checkpointed with use_reentrant=True, so no gradient can be taken "
-                    "there. Name a later layer, or use torch.utils.checkpoint with use_reentrant=False."
-                )
+            if problem := self._unfit(site, output):
+                self._problems[site] = problem
                 return None
             if site in self._moves:
                 output = output + self._moves[site].to(output.dtype)
-            self._values[site] = value = self._differentiable(output, module) if self._sites[site] else output
+            value: Tensor = self._differentiable(output, module) if self._sites[site] else output
+            self._values[site] = value
             if self._sites[site]:
                 self._begin()
             # A copy goes on, because what follows may work in place, and an in-place ReLU would silently turn what was
@@ -221,6 +215,20 @@ class Tap:
             return value.clone()
 
         return hook
+
+    def _unfit(self, site: str, output: Any) -> str:
+        """Why what a layer gave cannot be recorded; empty: it can."""
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
+            return f"layer {site!r} returned {kind}, not a floating-point tensor. Name a layer inside it."
+        if site in self._values:
+            return f"layer {site!r} ran more than once in one forward. Name a layer that runs once."
+        if self._sites[site] and not torch.is_grad_enabled():
+            return (
+                f"layer {site!r} ran under no_grad, or in a block checkpointed with use_reentrant=True, so no gradient can be taken "
+                "there. Name a later layer, or use torch.utils.checkpoint with use_reentrant=False."
+            )
+        return ""
 
     def _differentiable(self, value: Tensor, module: nn.Module | None = None) -> Tensor:
         """The tensor itself, if a graph leads to it; else a leaf in its place, marked as one that nobody can train; `module`: gave it."""
