@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from attrreg.runner import Runner
 
 NamedMap = tuple[str, Tensor]
-Question = tuple[Hashable, Hashable, str]  # what the layer depends on, besides the model: `kind`, `picked_by` and the site of the score
+
+
+class Question(NamedTuple):
+    """What the layer depends on, besides the model: `kind`, `picked_by`, and what the score reads."""
+
+    kind: Hashable
+    picked_by: Hashable
+    site: str
+
 
 # What it was in a model, by kind and question: from there on alone, layers must be differentiable twice.
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, dict[Question, str]]] = WeakKeyDictionary()
@@ -46,21 +54,21 @@ def picked_by(output: Any) -> Hashable:
 
 def asked(call: Call, score: Score | None) -> Question:
     """The question of a call; None: no score is differentiated there."""
-    return kind(call.x, call.model), picked_by(call.output), sites.OUTPUT if score is None else score.site
+    return Question(kind(call.x, call.model), picked_by(call.output), sites.OUTPUT if score is None else score.site)
 
 
 def known(call: Call, question: Question | None) -> str | None:
     """The layer for earlier calls alike; None: to be found."""
-    if question is None or question[1] is ...:
+    if question is None or question.picked_by is ...:
         return None
-    name = _KNOWN.get(call.model, {}).get(question[0], {}).get(question)
+    name = _KNOWN.get(call.model, {}).get(question.kind, {}).get(question)
     return name if name is not None and name in dict(call.model.named_modules()) else None
 
 
 def only(model: nn.Module, kind: Hashable) -> tuple[Question, str] | None:
     """The one question that was asked of forwards of a kind, and the layer; None: there was none, or another one, too."""
     found = list(_KNOWN.get(model, {}).get(kind, {}).items())
-    return found[0] if len(found) == 1 and found[0][0][1] is not ... else None
+    return found[0] if len(found) == 1 and found[0][0].picked_by is not ... else None
 
 
 def candidates(runner: Runner, recording: Recording, total: Tensor) -> list[NamedMap]:
@@ -116,7 +124,7 @@ def choose(call: Call, score: Score | None, maps: list[NamedMap], grads: Sequenc
             )
         return len(maps) - 1
     question = asked(call, score)
-    _KNOWN.setdefault(call.model, {}).setdefault(question[0], {})[question] = maps[decided[-1]][0]
+    _KNOWN.setdefault(call.model, {}).setdefault(question.kind, {})[question] = maps[decided[-1]][0]
     return decided[-1]
 
 
