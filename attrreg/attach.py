@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from attrreg import automatic
 from attrreg.call import Call
 from attrreg.hooks import Tap
-from attrreg.recording import Recording, keep_buffers, parts
+from attrreg.recording import Called, Recording, image_state, keep_buffers, parts
 from attrreg.walk import modules
 from attrreg.wrappers import compiled, compiling, unwrap
 
@@ -47,7 +47,7 @@ class Attachment:
         self._tap: Tap | None = None
         self._recording: Recording | None = None
         self._kind: Hashable = None  # of the last forward
-        self._called: tuple[Any, ...] = ()
+        self._called: Called | None = None
         self._ran: dict[int, tuple[dict[str, bool], str | None]] = {}
         self.suspended = False
         self._watches: list[RemovableHandle] = []
@@ -123,7 +123,7 @@ class Attachment:
 
     def _discard(self) -> None:
         self._forget()
-        self._called = ()
+        self._called = None
         if self._tap is not None:
             self._tap.close()
             self._tap = None
@@ -146,7 +146,8 @@ class Attachment:
             sites = self._sites if self._due() else {}  # of a skipped step the output alone, for `Scheduled.evaluate`
             self._kind = automatic.kind(x, model)
             asked, map = automatic.only(model, self._kind) or (None, None)
-            self._called = args, kwargs, asked, None if self._alone else keep_buffers(model)
+            framed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+            self._called = Called(args, kwargs, image_state(x), framed, asked, None if self._alone else keep_buffers(model))
             self._ran = dict([*self._ran.items(), (image, (sites, map))][-FORWARDS:])
             hooks[own] = hooks.pop(own)  # the last, as others may change what the model returns
         sites, map = self._ran.get(image, next(reversed(self._ran.values()), ({}, None)))  # a recomputed image is another one
@@ -159,10 +160,10 @@ class Attachment:
             return
         tap, self._tap = self._tap, None
         tap.close()
-        called, self._called = self._called, ()
+        called, self._called = self._called, None
         if output is None or _recomputed():  # the forward raised, or repeats one
             return
-        self._recording = tap.recording(output, *called)
+        self._recording = tap.recording(output, called)
         owner = weakref.ref(self)  # the output that is watched is part of the recording
 
         def forget(gradient: Tensor) -> None:

@@ -19,7 +19,7 @@ from attrreg.graph import LEAF
 from attrreg.ops import Phase, checkpoints_recompute_inside, operators
 from attrreg.ops.draws import Draws
 from attrreg.ops.rectify import Rule, rectify
-from attrreg.recording import Conditions, Recording, kept, version
+from attrreg.recording import Called, Conditions, Recording, kept
 from attrreg.sites import FEATURES, INPUT, SPATIAL, SPECIAL, check_layer, varies
 from attrreg.state import Rng, autocast_type, own_buffers
 from attrreg.walk import modules
@@ -78,9 +78,7 @@ class Tap:
 
     def open(self, x: Tensor) -> Tensor:
         """Put the hooks in place, for a forward on `x`; returns the tensor to call the model with."""
-        self._x, self._version, self._requires_grad = x, version(x), x.requires_grad
-        self._rng, self._autocast = Rng.of(x.device), autocast_type(x.device)
-        self._framed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        self._x, self._rng, self._autocast = x, Rng.of(x.device), autocast_type(x.device)
         places, self._phase.rows = self._phase.places, x.shape[0]
         self._phase.running = True
         self._phase.draws = Draws(x.shape[0] // places, places, self._rng)
@@ -106,8 +104,8 @@ class Tap:
         self._exits.close()
         self._phase.running = False
 
-    def recording(self, output: Any, *called: Any) -> Recording:
-        """What was recorded, for a forward that returned `output`; of the loop's own, see `Conditions` for the rest."""
+    def recording(self, output: Any, called: Called | None = None) -> Recording:
+        """What was recorded, for a forward that returned `output`; `called`: of the loop's own."""
         if self._rule is not None and not self._rectified:
             raise ValueError(
                 "No nn.ReLU layer ran in the forward, so a rule for gradients through them changes nothing. Use InputGradient, or write "
@@ -130,21 +128,18 @@ class Tap:
             recorded += [head.entered for head in features]
         return Recording(
             x=self._x,
-            version=self._version,
-            requires_grad=self._requires_grad,
             values=self._values,
             taken=self._taken,
             problems=self._problems,
             maps=maps,
             features=features,
-            output=kept(inner) if called else inner,
+            output=inner if called is None else kept(inner),
             returned=output,
             rng=self._rng,
-            conditions=Conditions(self._model, inner, recorded, *called) if called else None,
+            conditions=None if called is None else Conditions(self._model, inner, recorded, called),
             phase=self._phase,
             twice=self._twice,
             autocast=self._autocast,
-            framed=self._framed,
         )
 
     def _take_output(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,25 @@ Kept = tuple[Tensor, int, Tensor | None]  # a buffer, its version and its value
 Version = tuple[Tensor, int, Any]  # a tensor, how often it was written to, and its node in the graph
 
 
+class Called(NamedTuple):
+    """How the loop called the model, as it was before the forward.
+
+    Attributes:
+        args, kwargs: the arguments.
+        images: how often the images were written to, and whether they require a gradient.
+        framed: hooks on saved tensors were in force: the loop may checkpoint the whole model.
+        asked: what was asked of the layer for `layer="auto"`, where that one layer is recorded; None: all are.
+        buffers: what `keep_buffers` gave; None: nobody asks.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    images: tuple[int, bool]
+    framed: bool
+    asked: Any
+    buffers: list[Kept] | None
+
+
 class Conditions:
     """What the loop's own forward depended on and left, to tell whether all of it is the same still.
 
@@ -43,30 +62,20 @@ class Conditions:
         model: the model, after the forward.
         output: what it returned.
         recorded: what was recorded of it.
-        args, kwargs: what it was called with.
-        asked: what was asked of the layer for `layer="auto"`, where that one layer was recorded; None: all were.
-        before: what `keep_buffers` gave before the forward; None: nobody asked.
+        called: how it was called.
 
     Attributes:
-        asked: see above.
+        asked, framed: see `Called`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        output: Any,
-        recorded: list[Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        asked: Any,
-        before: list[Kept] | None,
-    ) -> None:
+    def __init__(self, model: nn.Module, output: Any, recorded: list[Tensor], called: Called) -> None:
         self._objects, self._numbers, self._settings = _state(model)
-        self._arguments = tree_map(lambda leaf: leaf, (args, kwargs))  # in containers of our own
-        self._tensors = _versions([*parts((args, kwargs)), *recorded])
+        self._arguments = tree_map(lambda leaf: leaf, (called.args, called.kwargs))  # in containers of our own
+        self._images = called.images
+        self._tensors = _versions([*parts((called.args, called.kwargs)), *recorded])
         self._output = _versions(parts(output))
-        self.asked = asked
-        self._moved = [True] if before is None else _differences(buffers_read(model), before)
+        self.asked, self.framed = called.asked, called.framed
+        self._moved = [True] if called.buffers is None else _differences(buffers_read(model), called.buffers)
 
     @property
     def moved(self) -> bool:
@@ -75,6 +84,8 @@ class Conditions:
 
     def same_for(self, call: Call) -> bool:
         """Whether a call would meet the same."""
+        if self._images != image_state(call.x):
+            return False
         objects, numbers, settings = _state(call.model)
         same = numbers == self._numbers and len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
         return same and self._settings_hold(call.model, settings) and _as_then(self._tensors) and self._called_with(call)
@@ -111,7 +122,7 @@ class Recording:
     """What one forward computed.
 
     Attributes:
-        x: the tensor that the model was called with; `version` and `requires_grad` as they were then.
+        x: the tensor that the model was called with.
         twice: whether it can be differentiated twice.
         values: at each recorded site, the tensor, with its graph.
         taken: the sites at which a gradient was to be taken: operators can be differentiated twice from there on.
@@ -124,12 +135,9 @@ class Recording:
         conditions: of the loop's own forward; None for a pass of our own.
         phase: shared with the operators of the forward, to be told what a backward is for.
         autocast: what autocast computed in; None: it was off.
-        framed: hooks on saved tensors were in force around it: the loop may checkpoint the whole model.
     """
 
     x: Tensor
-    version: int
-    requires_grad: bool
     values: dict[str, Tensor]
     taken: frozenset[str]
     problems: Mapping[str, str]
@@ -142,7 +150,6 @@ class Recording:
     phase: Phase
     twice: bool
     autocast: torch.dtype | None
-    framed: bool
 
     @property
     def draws(self) -> Draws:
@@ -163,8 +170,6 @@ class Recording:
     def serves(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any, alone: bool) -> bool:
         """Whether this is the pass that a call would run itself; for the arguments see `Attachment.take`."""
         if (twice and not self.twice) or self.x is not call.x:
-            return False
-        if (self.version, self.requires_grad) != (call.x._version, call.x.requires_grad):
             return False
         if self.conditions is None or not self.conditions.same_for(call):
             return False
@@ -287,6 +292,11 @@ def _state(model: nn.Module) -> tuple[list[object], list[int], list[tuple[object
 def version(tensor: Tensor) -> int:
     """How often a tensor was written to, as far as PyTorch counts."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def image_state(x: Tensor) -> tuple[int, bool]:
+    """How often images were written to, and whether they require a gradient."""
+    return version(x), x.requires_grad
 
 
 def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:

@@ -166,7 +166,8 @@ class Runner:
             counter.backward += not check
             counter.checks += check
         # If the loop checkpoints the model itself, this backward runs it again, which must not move its buffers.
-        apart = own_buffers(self.call.model) if recording.conditions is not None and recording.framed else nullcontext()
+        recomputes = recording.conditions is not None and recording.conditions.framed
+        apart = own_buffers(self.call.model) if recomputes else nullcontext()
         if not total.requires_grad:
             raise RuntimeError("The score has no gradient: it detaches what it reads, or gives a constant. Let gradients through it.")
         try:
