@@ -24,14 +24,8 @@ from attrreg.state import Rng, autocast_type
 from attrreg.walk import modules
 
 PLAIN = (bool, int, float, str)
-TYPES = (
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.bool,
-    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COMPARED = (*FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # buffers of these types are
 Kept = tuple[Tensor, int, Tensor | None]  # a buffer, its version and its value
 Version = tuple[Tensor, int, Any]  # a tensor, how often it was written to, and its node in the graph
 
@@ -241,9 +235,8 @@ def keep_buffers(model: nn.Module) -> list[Kept]:
 
 def _compares(buffer: Tensor) -> bool:
     """Whether it has values that can be compared."""
-    return (
-        type(buffer) is Tensor and buffer.layout == torch.strided and not buffer.is_nested and buffer.dtype in TYPES and not buffer.is_meta
-    )
+    plain = type(buffer) is Tensor and buffer.layout == torch.strided and not buffer.is_nested and not buffer.is_meta
+    return plain and buffer.dtype in COMPARED
 
 
 def _adds_up(module: nn.Module) -> bool:
