@@ -84,9 +84,7 @@ class Attachment:
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return _inert, ()
 
-    def take(
-        self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any, alone: bool, returned: bool = False
-    ) -> Recording | None:
+    def take(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any, alone: bool, returned: bool = False) -> Recording | None:
         """The recorded pass, if it is the one a call needs. It is given out once: its graph may be freed after.
 
         Args:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from attrreg import sites
-from attrreg.call import Call
+from attrreg.call import Call, Select
 from attrreg.graph import bypassed, which_are_read
 from attrreg.recording import Recording
 from attrreg.scores import Score
@@ -41,7 +41,7 @@ def kind(x: Tensor, model: nn.Module) -> Hashable:
     return x.shape[1:], model.training, len(modules(model))
 
 
-def picked_by(output: Any) -> Hashable:
+def picked_by(output: Select) -> Hashable:
     """How `output=` picks the logits, as it can be remembered: a function of its argument alone by its code; `...`: may hold the model."""
     if not callable(output):
         return output

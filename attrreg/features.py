@@ -62,7 +62,8 @@ def entering(heads: Sequence[Head], logits: Tensor) -> Tensor | None:
     """
     for head in reversed(heads):
         if head.left is logits or (head.node is not None and any(node is head.node for node in nodes(logits))):
-            return head.entered
+            entered: Tensor = head.entered
+            return entered
     if logits.grad_fn is not None and any(head.node is not None for head in heads):
         raise ValueError("The logits come from none of the layers that features are looked for in. Name the layer of the features.")
     return None

@@ -148,7 +148,7 @@ PICKED = ""
 def by_a_global(key: str) -> Any:
     global PICKED
     PICKED = key
-    return lambda out: [out[PICKED] for _ in range(1)][0]
+    return lambda out: next(out[PICKED] for _ in range(1))
 
 
 @pytest.mark.parametrize("order", ["aabb", "bbaa"])
