@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from attrreg.call import Call
-from attrreg.counting import counters
 from attrreg.distributed import sharded
 from attrreg.recording import parts
 from attrreg.runner import Runner
@@ -19,35 +19,33 @@ from attrreg.state import autocast_type, isolated
 from attrreg.walk import modes
 
 
+@dataclass
 class Shown:
-    """What passes have shown of models, by kinds of calls, so that not each has to show it.
+    """What passes have shown of a model, so that not each call has to show it.
 
-    It is shown again at the second, fourth, eighth ... call: what starts at zero, as the gate of a branch, shows nothing at first.
+    Attributes:
+        calls: how many there were.
+        found: what was shown last; None: nothing.
     """
 
-    def __init__(self) -> None:
-        # How many calls there were, and what was shown last.
-        self._kinds: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[int, bool | None]]] = WeakKeyDictionary()
+    calls: int = 0
+    found: bool | None = None
 
-    def due(self, model: nn.Module, kind: Hashable) -> int:
-        """Which call of a kind this is, if it has to show; else 0."""
-        kinds = self._kinds.setdefault(model, {})
-        calls, found = kinds.get(kind, (0, None))
-        calls += 1
-        kinds[kind] = calls, found
-        return calls if found is None or calls & (calls - 1) == 0 else 0
+    def due(self) -> int:
+        """Which call this is, if it has to show; else 0.
 
-    def found(self, model: nn.Module, kind: Hashable) -> bool | None:
-        """What was shown last; None: nothing."""
-        return self._kinds.get(model, {}).get(kind, (0, None))[1]
-
-    def keep(self, model: nn.Module, kind: Hashable, found: bool) -> None:
-        """What a call has shown."""
-        kinds = self._kinds.setdefault(model, {})
-        kinds[kind] = kinds.get(kind, (0, None))[0], found
+        It is shown again at the second, fourth, eighth ... call: what starts at zero, as the gate of a branch, shows nothing at first.
+        """
+        self.calls += 1
+        return self.calls if self.found is None or self.calls & (self.calls - 1) == 0 else 0
 
 
-_SHOWN = Shown()
+_SHOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Shown]] = WeakKeyDictionary()
+
+
+def shown(model: nn.Module, *kind: Hashable) -> Shown:
+    """What was shown of a model, by what it is and in which kind of calls."""
+    return _SHOWN.setdefault(model, {}).setdefault(kind, Shown())
 
 
 def images_apart(call: Call) -> bool:
@@ -55,10 +53,10 @@ def images_apart(call: Call) -> bool:
     model = call.model
     if any(map(couples, call.modules)):
         return False
-    if next(sharded(model), None) is not None:  # other ranks may not run the pass that shows it, which would wait for them
+    if sharded(model):  # other ranks may not run the pass that shows it, which would wait for them
         return False
-    kind = tuple(modes(model))
-    if count := _SHOWN.due(model, kind):
+    apart = shown(model, "images", tuple(modes(model)))
+    if count := apart.due():
         # Others each time: only some images may meet, as pairs.
         order = torch.randperm(len(call.x), generator=torch.Generator().manual_seed(count), device="cpu")
         chosen = torch.zeros_like(order, dtype=torch.bool)
@@ -69,13 +67,13 @@ def images_apart(call: Call) -> bool:
             gradient = None
         if gradient is not None and not bool(gradient[chosen].any()):  # a head that starts at zero shows nothing yet
             return False
-        _SHOWN.keep(model, kind, gradient is not None and not bool(gradient[~chosen].any()))
-    return bool(_SHOWN.found(model, kind))
+        apart.found = gradient is not None and not bool(gradient[~chosen].any())
+    return bool(apart.found)
 
 
 def _spread(call: Call, chosen: Tensor) -> Tensor | None:
     """The gradient of what a model gives for some images, with respect to all; None: it has none."""
-    runner = Runner(call, counters(), twice=False)
+    runner = Runner(call, twice=False)
     with isolated(call.model, device=call.x.device):
         recording = runner.forward(call.x.detach(), {INPUT: True}, check=True)
         given = parts(recording.output) if call.output is None else [*parts(recording.output), call.logits(recording.output)]
@@ -113,4 +111,5 @@ def couples(module: nn.Module) -> bool:
         return True
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return module.training or module.running_mean is None
-    return module.training and any(name.startswith("running_") for name in module._buffers.keys())  # noqa: SIM118  (TorchScript's); such as timm's EvoNorm
+    # Such as timm's EvoNorm. TorchScript's buffers have `keys` alone.
+    return module.training and any(name.startswith("running_") for name in module._buffers.keys())  # noqa: SIM118

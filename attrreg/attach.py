@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
+from attrreg import automatic
 from attrreg.call import Call
 from attrreg.hooks import Tap
-from attrreg.recording import Recording, keep_buffers, parts
+from attrreg.recording import Called, Recording, image_state, keep_buffers, parts
 from attrreg.walk import modules
 from attrreg.wrappers import compiled, compiling, unwrap
 
@@ -45,8 +46,8 @@ class Attachment:
         self._alone = alone
         self._tap: Tap | None = None
         self._recording: Recording | None = None
-        self._maps: dict[Any, tuple[Any, str] | None] = {}
-        self._called: tuple[Any, ...] = ()
+        self._kind: Hashable = None  # of the last forward
+        self._called: Called | None = None
         self._ran: dict[int, tuple[dict[str, bool], str | None]] = {}
         self.suspended = False
         self._watches: list[RemovableHandle] = []
@@ -83,7 +84,7 @@ class Attachment:
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return _inert, ()
 
-    def take(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any, alone: bool) -> Recording | None:
+    def take(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any, alone: bool, returned: bool = False) -> Recording | None:
         """The recorded pass, if it is the one a call needs. It is given out once: its graph may be freed after.
 
         Args:
@@ -92,29 +93,20 @@ class Attachment:
             twice: it differentiates gradients.
             asked: of the layer for `layer="auto"`: `automatic.asked`; None: nothing.
             alone: it runs no other pass, which would have to start from the same buffers.
+            returned: it gives back what the model returned.
         """
         recording = self._recording
-        if recording is None:
+        if recording is None or not recording.serves(call, sites, twice, asked, alone):
             return None
-        if recording.has_other_map(sites, asked):
-            self._maps[_kind(call.x, call.model)] = None  # there are several answers
-        if not recording.serves(call, sites, twice, asked, alone):
+        if returned and not recording.can_be_returned:
             return None
         self._forget()
         return recording
 
-    def found_map(self, asked: Any, name: str, call: Call) -> None:
-        """Say which layer `layer="auto"` turned out to be, so that later forwards alike record that one alone."""
-        if any(map(callable, asked)):  # which may hold anything, and for ever
-            return
-        kind = _kind(call.x, call.model)
-        known = self._maps.get(kind, (asked, name))
-        self._maps[kind] = (asked, name) if known is not None and known[0] == asked else None
-
     @property
     def map(self) -> str | None:
-        """The layer that `layer="auto"` turned out to be for images of the last size that was new; None: that is not known."""
-        known = next(reversed(self._maps.values()), None)
+        """The layer that `layer="auto"` turned out to be for forwards like the last; None: that is not known, or there were several."""
+        known = automatic.only(self._model, self._kind)
         return None if known is None else known[1]
 
     @property
@@ -129,7 +121,7 @@ class Attachment:
 
     def _discard(self) -> None:
         self._forget()
-        self._called = ()
+        self._called = None
         if self._tap is not None:
             self._tap.close()
             self._tap = None
@@ -146,16 +138,19 @@ class Attachment:
         hooks, own = model._forward_hooks, self._hooks[1].id
         if not torch.is_grad_enabled() or images is None or own not in hooks:  # somebody may have cleared all hooks
             return None
-        image = images[1].untyped_storage()._cdata
+        place, x = images
+        image = x.untyped_storage()._cdata
         if not again:
             sites = self._sites if self._due() else {}  # of a skipped step the output alone, for `Scheduled.evaluate`
-            asked, map = self._maps.get(_kind(images[1], model)) or (None, None)
-            self._called = args, kwargs, asked, None if self._alone else keep_buffers(model)
+            self._kind = automatic.kind(x, model)
+            asked, map = automatic.only(model, self._kind) or (None, None)
+            framed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+            self._called = Called(args, kwargs, image_state(x), framed, asked, None if self._alone else keep_buffers(model))
             self._ran = dict([*self._ran.items(), (image, (sites, map))][-FORWARDS:])
             hooks[own] = hooks.pop(own)  # the last, as others may change what the model returns
         sites, map = self._ran.get(image, next(reversed(self._ran.values()), ({}, None)))  # a recomputed image is another one
         self._tap = Tap(model, sites, own=False, map=map, twice=self._twice)
-        arguments[images[0]] = self._tap.open(images[1])
+        arguments[place] = self._tap.open(x)
         return tuple(arguments[i] for i in range(len(args))), {name: arguments[name] for name in kwargs}
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -163,25 +158,18 @@ class Attachment:
             return
         tap, self._tap = self._tap, None
         tap.close()
-        called, self._called = self._called, ()
+        called, self._called = self._called, None
         if output is None or _recomputed():  # the forward raised, or repeats one
             return
-        self._recording = tap.recording(output, *called)
-        for leaf in (part for part in parts(output) if part.requires_grad):
-            # A backward that reaches the output frees the graph: from then on a call must run its own forward.
-            self._watches.append(leaf.register_hook(_Forget(self)))
+        self._recording = tap.recording(output, called)
+        owner = weakref.ref(self)  # the output that is watched is part of the recording
 
+        def forget(gradient: Tensor) -> None:
+            if (attachment := owner()) is not None:
+                attachment._recording = None
 
-class _Forget:
-    """Drops a recording; holds its owner weakly, because the output that it watches is part of the recording."""
-
-    def __init__(self, owner: Attachment) -> None:
-        self._owner = weakref.ref(owner)
-
-    def __call__(self, gradient: Tensor) -> None:
-        owner = self._owner()
-        if owner is not None:
-            owner._recording = None
+        # A backward that reaches the output frees the graph: from then on a call must run its own forward.
+        self._watches = [part.register_hook(forget) for part in parts(output) if part.requires_grad]
 
 
 def attached(model: nn.Module) -> Attachment | None:
@@ -196,8 +184,8 @@ def attached(model: nn.Module) -> Attachment | None:
 def recorded_output(call: Call) -> tuple[Any] | None:
     """What the loop's own forward returned, if it was the one of a call and recorded."""
     attachment = attached(call.model)
-    recording = attachment.take(call, {}, twice=False, asked=None, alone=True) if attachment is not None else None
-    return (recording.returned,) if recording is not None and recording.can_be_returned else None
+    recording = None if attachment is None else attachment.take(call, {}, twice=False, asked=None, alone=True, returned=True)
+    return None if recording is None else (recording.returned,)
 
 
 def _recomputed() -> bool:
@@ -210,16 +198,10 @@ def _transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or torch._C._is_tracing()
 
 
-def _kind(x: Tensor, model: nn.Module) -> Any:
-    """Forwards for which `layer="auto"` is one layer, as far as a forward knows."""
-    return x.shape[1:], model.training, len(modules(model))
-
-
 def _inert() -> Attachment:
-    copy = object.__new__(Attachment)
-    copy._hooks, copy._watches, copy._tap, copy._recording, copy.suspended = [], [], None, None, True
-    copy._called, copy._maps, copy._ran = (), {}, {}
-    return copy
+    handle = Attachment(nn.Module(), {})
+    handle.remove()
+    return handle
 
 
 @contextmanager

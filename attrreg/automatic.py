@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Sequence
+from types import CodeType, FunctionType
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from attrreg import sites
-from attrreg.attach import attached
-from attrreg.call import Call
+from attrreg.call import Call, Select
 from attrreg.graph import bypassed, which_are_read
 from attrreg.recording import Recording
 from attrreg.scores import Score
@@ -23,24 +22,53 @@ if TYPE_CHECKING:
 
 NamedMap = tuple[str, Tensor]
 
-# What it was last in a model, and for what: from there on alone, layers must be differentiable twice.
-_KNOWN: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
+
+class Question(NamedTuple):
+    """What the layer depends on, besides the model: `kind`, `picked_by`, and what the score reads."""
+
+    kind: Hashable
+    picked_by: Hashable
+    site: str
 
 
-def known(call: Call, asked: Any) -> str | None:
-    """The layer for the last call alike; None: to be found."""
-    last, name = _KNOWN.get(call.model, ((), ""))
-    return name if last == asked and name in dict(call.model.named_modules()) else None
+# What it was in a model, by kind and question: from there on alone, layers must be differentiable twice.
+_KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, dict[Question, str]]] = WeakKeyDictionary()
 
 
-def asked(call: Call, score: Score | None) -> tuple[Any, ...]:
-    """What the layer depends on, besides the model; None: no score is differentiated there."""
-    output: Any = call.output
-    if isinstance(output, FunctionType) and not (output.__closure__ or output.__defaults__ or output.__kwdefaults__):
-        names = set(output.__code__.co_names)
-        output = output if names & output.__globals__.keys() else output.__code__  # which stays, where it is written in the loop
+def kind(x: Tensor, model: nn.Module) -> Hashable:
+    """Forwards in which it is one layer, as far as a forward knows."""
     # As many modules: behind a layer that was the last, there may be others since.
-    return call.x.shape[1:], call.model.training, len(modules(call.model)), output, sites.OUTPUT if score is None else score.site
+    return x.shape[1:], model.training, len(modules(model))
+
+
+def picked_by(output: Select) -> Hashable:
+    """How `output=` picks the logits, as it can be remembered: a function of its argument alone by its code; `...`: may hold the model."""
+    if not callable(output):
+        return output
+    if not isinstance(output, FunctionType) or output.__closure__ or output.__defaults__ or output.__kwdefaults__:
+        return ...
+    code = output.__code__  # which stays, where it is written in the loop
+    inside = any(isinstance(constant, CodeType) for constant in code.co_consts)
+    return ... if inside or set(code.co_names) & output.__globals__.keys() else code
+
+
+def asked(call: Call, score: Score | None) -> Question:
+    """The question of a call; None: no score is differentiated there."""
+    return Question(kind(call.x, call.model), picked_by(call.output), sites.OUTPUT if score is None else score.site)
+
+
+def known(call: Call, question: Question | None) -> str | None:
+    """The layer for earlier calls alike; None: to be found."""
+    if question is None or question.picked_by is ...:
+        return None
+    name = _KNOWN.get(call.model, {}).get(question.kind, {}).get(question)
+    return name if name is not None and name in dict(call.model.named_modules()) else None
+
+
+def only(model: nn.Module, kind: Hashable) -> tuple[Question, str] | None:
+    """The one question that was asked of forwards of a kind, and the layer; None: there was none, or another one, too."""
+    found = list(_KNOWN.get(model, {}).get(kind, {}).items())
+    return found[0] if len(found) == 1 and found[0][0].picked_by is not ... else None
 
 
 def candidates(runner: Runner, recording: Recording, total: Tensor) -> list[NamedMap]:
@@ -95,12 +123,8 @@ def choose(call: Call, score: Score | None, maps: list[NamedMap], grads: Sequenc
                 "attrreg.layers(model, x)."
             )
         return len(maps) - 1
-    name = maps[decided[-1]][0]
-    if not callable(call.output):  # which may hold the model, and keep it for ever
-        _KNOWN[call.model] = asked(call, score), name
-    attachment = attached(call.model)
-    if attachment is not None:
-        attachment.found_map(asked(call, score), name, call)
+    question = asked(call, score)
+    _KNOWN.setdefault(call.model, {}).setdefault(question.kind, {})[question] = maps[decided[-1]][0]
     return decided[-1]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attrreg import sites
-from attrreg.engines import Engine, FiniteDifference
+from attrreg.engines import FiniteDifference
 from attrreg.graph import trainable_leaves
 from attrreg.recording import Recording
 from attrreg.runner import Runner
@@ -47,26 +47,27 @@ class Differences:
         engine: how far to move.
     """
 
-    def __init__(self, runner: Runner, engine: Engine) -> None:
-        self.runner = runner
+    def __init__(self, runner: Runner, engine: FiniteDifference) -> None:
+        self._runner = runner
         self._engine = engine
         self._taken: list[Taken] = []
 
-    def leaves(self, recording: Recording, score: Score, wanted: list[str], found: list[Tensor], replay: Rng) -> list[Tensor]:
-        """The gradients found at the wanted sites, as leaves to be moved by.
+    def leaves(self, recording: Recording, score: Score, wanted: list[str], replay: Rng) -> list[Tensor]:
+        """The gradients at the wanted sites, as leaves to be moved by.
 
         Raises:
             RuntimeError: nothing behind the score can be trained.
         """
+        found = self._runner.backward(recording, score, wanted, create_graph=False)
         # Passes that move have no graph then, and would be refused as those of a model that detaches.
-        value, x = self.runner.at(recording, score.site), self.runner.call.x
-        if score.site == sites.OUTPUT and not x.requires_grad and not any(True for _ in trainable_leaves(value)):
+        value, x = self._runner.at(recording, score.site), self._runner.call.x
+        if score.site == sites.OUTPUT and not x.requires_grad and next(trainable_leaves(value), None) is None:
             raise _no_path(score)
-        names = [self.runner.map if site == sites.SPATIAL else site for site in wanted]
+        names = [self._runner.map if site == sites.SPATIAL else site for site in wanted]
         # The automatic layer may be asked for by its name too. Moved is one layer once, by what both terms make of its gradient.
         leaves = {name: gradient.detach().requires_grad_() for name, gradient in zip(names, found, strict=True)}
-        places = {name: self.runner.at(recording, site).detach() for name, site in zip(names, wanted, strict=True)}
-        self._taken.append(Taken(recording.x, self.runner.chosen(recording, score), places, list(leaves.values()), replay))
+        places = {name: self._runner.at(recording, site).detach() for name, site in zip(names, wanted, strict=True)}
+        self._taken.append(Taken(recording.x, self._runner.chosen(recording, score), places, list(leaves.values()), replay))
         return [leaves[name] for name in names]
 
     def differentiated(self, total: Tensor) -> Tensor:
@@ -77,20 +78,19 @@ class Differences:
         """
         if not self._taken:
             return total
-        assert isinstance(self._engine, FiniteDifference)
         leaves = [leaf for taken in self._taken for leaf in taken.leaves]
         found = iter(torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True, materialize_grads=True))
         for taken in self._taken:
-            slope = self._slope(taken, [next(found) for _ in taken.leaves], self._engine)
-            if not any(leaf is not self.runner.call.x for leaf in trainable_leaves(slope)):
+            slope = self._slope(taken, [next(found) for _ in taken.leaves])
+            if not any(leaf is not self._runner.call.x for leaf in trainable_leaves(slope)):
                 raise _no_path(taken.score)
             total = total + (slope - slope.detach())
         return total
 
-    def _slope(self, taken: Taken, directions: list[Tensor], engine: FiniteDifference) -> Tensor:
+    def _slope(self, taken: Taken, directions: list[Tensor]) -> Tensor:
         """The derivative of a score along a direction of its sites, by a difference."""
         places = list(taken.places.values())
-        scale = engine.scale(places, directions)
+        scale = self._engine.scale(places, directions)
         moves = {name: scale * way for name, way in zip(taken.places, directions, strict=True)}
         there, back = (self._moved_score(taken, {name: sign * move for name, move in moves.items()}) for sign in (1, -1))
         return (there - back) / (2 * torch.where(scale > 0, scale, torch.ones_like(scale)))
@@ -99,44 +99,6 @@ class Differences:
         layers = {name: move for name, move in moves.items() if name != sites.INPUT}
         image = taken.image + moves[sites.INPUT].to(taken.image.dtype) if sites.INPUT in moves else taken.image
         wanted = dict.fromkeys([sites.INPUT, taken.score.site, *layers], False)
-        with isolated(self.runner.call.model, taken.replay), full_precision(image.device):
-            recording = self.runner.forward(image, wanted, moves=layers)
-            return self.runner.scores(recording, taken.score).sum()
-
-
-@dataclass(frozen=True)
-class PathLeaves:
-    """Gradients at the places of a path, as leaves, one place at a time; see `recompute.Gradients`."""
-
-    differences: Differences
-    wanted: dict[str, bool]
-    scores: list[Score]
-    replay: Rng
-
-    @property
-    def drew(self) -> bool:
-        """Nothing is computed again."""
-        return False
-
-    @property
-    def reached(self) -> Mapping[int, Tensor]:
-        """Not asked for: nothing is computed again."""
-        return {}
-
-    def room(self, pending: int) -> int:
-        """One."""
-        return 1
-
-    def __call__(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]]:
-        """For each place, one leaf a score."""
-        return [self._leaves(image) for image in images]
-
-    def _leaves(self, image: Tensor) -> list[Tensor]:
-        runner = self.differences.runner
-        with isolated(runner.call.model, self.replay):
-            recording = runner.forward(image, self.wanted)
-        return [self._leaf(recording, score) for score in self.scores]
-
-    def _leaf(self, recording: Recording, score: Score) -> Tensor:
-        found = self.differences.runner.backward(recording, score, [sites.INPUT], create_graph=False)
-        return self.differences.leaves(recording, score, [sites.INPUT], found, self.replay)[0]
+        with isolated(self._runner.call.model, taken.replay), full_precision(image.device):
+            recording = self._runner.forward(image, wanted, moves=layers)
+            return self._runner.scores(recording, taken.score).sum()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Union
 
@@ -113,7 +113,7 @@ def prepare_backward(entry: nn.Module, total: Tensor, twice: bool) -> None:
         total: the penalty.
         twice: its backward differentiates gradients.
     """
-    shards = list(sharded(entry)) if twice else []
+    shards = sharded(entry) if twice else []
     if shards:
         total.register_hook(lambda gradient: _hold(shards))
     wrapper = data_parallel(entry) if several() else None
@@ -126,20 +126,28 @@ def prepare_backward(entry: nn.Module, total: Tensor, twice: bool) -> None:
         total.register_hook(lambda gradient: _watch(wrapper, node, delayed))
 
 
+def _when_over(call: Callable[[], None]) -> None:
+    """Call when the running backward ends, after the callbacks of a wrapper, which still reduce gradients: so it is queued twice."""
+    engine = Variable._execution_engine
+    engine.queue_callback(lambda: engine.queue_callback(call))
+
+
 # FSDP2
 
 
-def sharded(model: nn.Module) -> Iterator[nn.Module]:
+def sharded(model: nn.Module) -> list[nn.Module]:
     """The modules of a model under FSDP2's `fully_shard`."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported here: a third of a second, for nothing where nobody did
-    kind = getattr(fsdp, "FSDPModule", None)
-    return iter(()) if kind is None else (module for module in modules(model) if isinstance(module, kind))
+    return _of_fsdp(model, "FSDPModule")
+
+
+def _of_fsdp(model: nn.Module, kind: str) -> list[nn.Module]:
+    """The modules of a kind of FSDP's, which is not imported here: a third of a second, for nothing where nobody did."""
+    found = getattr(sys.modules.get("torch.distributed.fsdp"), kind, None)
+    return [] if found is None else [module for module in modules(model) if isinstance(module, found)]
 
 
 def _refuse_flattened(model: nn.Module) -> None:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(fsdp, "FullyShardedDataParallel", None)
-    if kind is not None and any(isinstance(module, kind) for module in modules(model)):
+    if _of_fsdp(model, "FullyShardedDataParallel"):
         raise TypeError(
             "The model is in FullyShardedDataParallel (FSDP1), which flattens parameters, so that gradients of gradients do not reach "
             "them. Use torch.distributed.fsdp.fully_shard (FSDP2) or DistributedDataParallel."
@@ -170,8 +178,7 @@ def _hold(shards: list[nn.Module]) -> None:
             group.reshard_after_backward = True
             module.reshard()
 
-    # Queued again when the backward ends, so that it comes after FSDP2's own callback, which still reduces gradients.
-    Variable._execution_engine.queue_callback(lambda: Variable._execution_engine.queue_callback(release))
+    _when_over(release)
 
 
 # DDP
@@ -207,4 +214,4 @@ def _watch(wrapper: DistributedDataParallel, node: Any, delayed: bool) -> None:
                 "add the penalty to the loss of its output, and call backward once, on the sum."
             )
 
-    Variable._execution_engine.queue_callback(lambda: Variable._execution_engine.queue_callback(check))
+    _when_over(check)

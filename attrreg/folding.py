@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from attrreg import sites
-from attrreg.apart import Shown, close, couples, difference
+from attrreg.apart import close, couples, difference, shown
+from attrreg.differences import Differences
 from attrreg.distributed import sharded
 from attrreg.graph import trainable_leaves
 from attrreg.ops.channels import dense, layout
@@ -25,18 +25,8 @@ from attrreg.scores import Score
 from attrreg.state import Rng, isolated
 from attrreg.walk import modes, modules
 
-SHAPES = (
-    RuntimeError,
-    ValueError,
-    AssertionError,
-    LookupError,
-    TypeError,
-    AttributeError,
-)  # what may be raised at another number of images
-
-# Models in which a pass turned out not to be shareable, in these modes: not to be tried in vain at every step.
-_REFUSED: WeakKeyDictionary[nn.Module, list[bool]] = WeakKeyDictionary()
-_SHOWN = Shown()  # in which it turned out to be, in which modes and with how many images and places
+# What may be raised at another number of images.
+SHAPES = (RuntimeError, ValueError, AssertionError, LookupError, TypeError, AttributeError)
 
 
 class PathGradients:
@@ -45,34 +35,34 @@ class PathGradients:
     Places share a batch if each can have the draws of the clean pass (`ops.draws` knows dropout and stochastic depth) and if images
     meet in nothing but batch normalisation of the whole batch, which our operator does place by place. Modules tell whether that is to
     be expected, the pass whether it was so, now and then by a forward and a backward more; if not, it is thrown away, and each place runs
-    alone.
+    alone. What passes have shown is remembered for the model and its modes.
 
     A chunked path's backward keeps this object, so it holds nothing that passes computed.
 
     Attributes:
-        reached: the trainable leaves that scores were computed from, by id.
+        call: what the runner runs.
+        reached: the trainable leaves that scores were computed from so far, by id.
 
     Args:
         runner: runs the passes.
         wanted: the sites to record.
         scores: what is differentiated.
         replay: from where each pass draws.
+        differences: takes the gradients as leaves, to be moved by; None: they come with their graph.
     """
 
-    def __init__(self, runner: Runner, wanted: dict[str, bool], scores: list[Score], replay: Rng) -> None:
+    def __init__(
+        self, runner: Runner, wanted: dict[str, bool], scores: list[Score], replay: Rng, differences: Differences | None = None
+    ) -> None:
+        self.call = runner.call
         self._runner = runner
         self._wanted = wanted
         self._scores = scores
         self._replay = replay
-        model = runner.call.model
-        self._modes = modes(model)
-        self._coupled = any(map(couples, modules(model)))
-        plain = runner.call.inputs is None and dense(runner.call.x)  # draws go in memory's order
-        if next(sharded(model), None) is not None:  # FSDP2: each pass waits for all ranks, so all have as many, whatever their images
-            plain = False
-        if isinstance(head := runner.call.output, nn.Module):  # which our operators do not see
-            plain = plain and _separable(head, ours=False)
-        self._separable = plain and _REFUSED.get(model) != self._modes and _separable(model, runner.twice)
+        self._differences = differences
+        self._modes = tuple(modes(self.call.model))
+        self._coupled = any(map(couples, modules(self.call.model)))
+        self._separable = self._may_share()
         self.reached: dict[int, Tensor] = {}
         self._once: tuple[Rng, list[torch.Size]] | None = None  # where a pass over the images alone ends, and what it drew
 
@@ -81,11 +71,22 @@ class PathGradients:
         """Whether a score drew random numbers that it had not declared."""
         return self._runner.drew
 
+    def _may_share(self) -> bool:
+        """Whether places may share a batch, as far as can be told before."""
+        call = self.call
+        if self._differences is not None or call.inputs is not None or not dense(call.x):  # draws go in memory's order
+            return False
+        if sharded(call.model):  # FSDP2: each pass waits for all ranks, so all have as many, whatever their images
+            return False
+        if isinstance(call.output, nn.Module) and not _separable(call.output, ours=False):  # which our operators do not see
+            return False
+        return shown(call.model, "places", self._modes).found is not False and _separable(call.model, self._runner.twice)
+
     def room(self, pending: int) -> int:
         """How many of the places that are left may come as one batch: as many in each, rather than a small rest."""
         if not self._separable:
             return 1
-        x = self._runner.call.x
+        x = self.call.x
         batches = math.ceil(pending / max(1, budget(x.device) // x.numel()))
         return math.ceil(pending / batches)
 
@@ -99,17 +100,22 @@ class PathGradients:
             if together is not None:
                 return together
             self._separable = False
-            _REFUSED[self._runner.call.model] = self._modes
+            shown(self.call.model, "places", self._modes).found = False
         return [self._alone(image, create_graph) for image in images]
 
     def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:
         recording = self._pass(images)
         self._note(self._runner, recording, create_graph)
-        return [self._runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
+        return [self._gradient(recording, score, create_graph) for score in self._scores]
+
+    def _gradient(self, recording: Recording, score: Score, create_graph: bool) -> Tensor:
+        if self._differences is not None:
+            return self._differences.leaves(recording, score, [sites.INPUT], self._replay)[0]
+        return self._runner.backward(recording, score, [sites.INPUT], create_graph)[0]
 
     def _pass(self, images: Tensor, check: bool = False) -> Recording:
         """A place alone."""
-        with isolated(self._runner.call.model, self._replay):
+        with isolated(self.call.model, self._replay):
             return self._runner.forward(images, self._wanted, check=check)
 
     def _note(self, runner: Runner, recording: Recording, create_graph: bool) -> None:
@@ -120,7 +126,7 @@ class PathGradients:
     def _together(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]] | None:
         places = len(images)
         # The places of an image lie side by side, so that batch normalisation can see them as channels. Stacked, they lose their layout.
-        batch = torch.stack(list(images), dim=1).flatten(0, 1).contiguous(memory_format=layout(self._runner.call.x))
+        batch = torch.stack(list(images), dim=1).flatten(0, 1).contiguous(memory_format=layout(self.call.x))
         runner = self._runner.repeated(batch.detach(), places)
         with isolated(runner.call.model, self._replay):
             recording = runner.forward(batch, self._wanted)
@@ -136,8 +142,8 @@ class PathGradients:
 
     def _apart(self, runner: Runner, recording: Recording, last: Tensor) -> bool:
         """Whether the last place, the most unlike a baseline, gets what it gets alone, and its scores depend on no other."""
-        model, kind = runner.call.model, (tuple(self._modes), len(last), runner.places)
-        if not _SHOWN.due(model, kind):
+        apart = shown(runner.call.model, "places", self._modes, len(last), runner.places)
+        if not apart.due():
             return True
         alone, shows = self._pass(last.detach(), check=True), True
         for score in self._scores:
@@ -154,7 +160,7 @@ class PathGradients:
             elif bool(gradient.unflatten(0, (-1, runner.places))[:, :-1].any()):
                 return False
         if shows:
-            _SHOWN.keep(model, kind, True)
+            apart.found = True
         return True
 
     def _as_alone(self, draws: Draws, images: Tensor) -> bool:
@@ -162,7 +168,7 @@ class PathGradients:
         if draws.state.same(self._replay):
             return True
         if self._once is None:
-            with torch.no_grad(), isolated(self._runner.call.model, self._replay):
+            with torch.no_grad(), isolated(self.call.model, self._replay):
                 recording = self._runner.forward(images.detach(), self._wanted)  # where gradients are taken, operators take note
                 self._once = Rng.of(images.device), recording.draws.shapes
         state, shapes = self._once

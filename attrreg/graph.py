@@ -11,9 +11,9 @@ from torch import Tensor
 LEAF = "_attrreg_leaf"  # marks tensors that we made to be differentiated: its value is the phase of the pass
 
 
-def nodes(*values: Tensor) -> Iterator[Any]:
-    """The nodes that values were computed by, each once, the nearest first."""
-    pending, seen = deque(value.grad_fn for value in values), set()
+def nodes(*values: Tensor, around: Any = None) -> Iterator[Any]:
+    """The nodes that values were computed by, each once, the nearest first; `around`: by no way through that node."""
+    pending, seen = deque(value.grad_fn for value in values), {around}
     while pending:
         node = pending.popleft()
         if node is None or node in seen:
@@ -52,13 +52,4 @@ def checkpoints_reentrant(total: Tensor) -> bool:
 
 def bypassed(total: Tensor, value: Tensor, earlier: Tensor) -> bool:
     """Whether a total reads an earlier value by a way around a later one, as by the shortcut around a residual branch."""
-    pending, seen = deque([total.grad_fn]), {value.grad_fn}
-    while pending:
-        node = pending.popleft()
-        if node is None or node in seen:
-            continue
-        if node is earlier.grad_fn:
-            return True
-        seen.add(node)
-        pending.extend(parent for parent, _ in node.next_functions)
-    return False
+    return any(node is earlier.grad_fn for node in nodes(total, around=value.grad_fn))

@@ -13,20 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from attrreg.features import Head, Heads
 from attrreg.graph import LEAF
 from attrreg.ops import Phase, checkpoints_recompute_inside, operators
 from attrreg.ops.draws import Draws
 from attrreg.ops.rectify import Rule, rectify
-from attrreg.recording import Conditions, Head, Recording, kept, version
+from attrreg.recording import Called, Conditions, Recording, kept
 from attrreg.sites import FEATURES, INPUT, SPATIAL, SPECIAL, check_layer, varies
 from attrreg.state import Rng, autocast_type, own_buffers
 from attrreg.walk import modules
 
 MAPS = 128  # how many of the last maps are kept for layer="auto": more than the last block of any timm model has
-HEADS = 4  # how many of the last layers are kept that may be a head and have large outputs; of those with vectors, all are
-PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Tap:
@@ -60,6 +58,7 @@ class Tap:
         self._extra = extra
         self._map = map
         self._sites = sites
+        self._taken = frozenset(site for site, gradient in sites.items() if gradient)
         self._own = own
         self._twice = twice
         self._moves = moves
@@ -68,37 +67,32 @@ class Tap:
         self._values: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
         self._maps: deque[tuple[str, Tensor]] = deque(maxlen=MAPS)
-        self._features: list[Head] = []
-        self._heads: list[nn.Module] = []
+        self._heads: Heads | None = None
         self._leaves: list[nn.Module] = []
         self._runs: Counter[str] = Counter()
         self._output: Any = None
         self._written = 0
-        self._hooks: list[RemovableHandle] = []
-        self._operators = ExitStack()
+        self._exits = ExitStack()
         self._begin: Callable[[], None] = lambda: None
         self._phase = Phase(places=places)
 
     def open(self, x: Tensor) -> Tensor:
         """Put the hooks in place, for a forward on `x`; returns the tensor to call the model with."""
-        self._x, self._version, self._requires_grad = x, version(x), x.requires_grad
-        self._rng, self._autocast = Rng.of(x.device), autocast_type(x.device)
-        self._framed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        self._x, self._rng, self._autocast = x, Rng.of(x.device), autocast_type(x.device)
         places, self._phase.rows = self._phase.places, x.shape[0]
         self._phase.running = True
         self._phase.draws = Draws(x.shape[0] // places, places, self._rng)
         try:
             self._register()
-            self._operators.enter_context(checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra, self._leaves)))
-            taken = {site for site, gradient in self._sites.items() if gradient}
+            self._exits.enter_context(checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra, self._leaves)))
             if self._twice:  # else the model computes as it does by itself
                 # What comes before the first of them is differentiated once.
-                at_once = INPUT in taken or (SPATIAL in taken and self._map is None)
-                self._begin = self._operators.enter_context(operators(self._model, self._phase, bool(taken), at_once))
+                at_once = INPUT in self._taken or (SPATIAL in self._taken and self._map is None)
+                self._begin = self._exits.enter_context(operators(self._model, self._phase, bool(self._taken), at_once))
         except BaseException:
             self.close()
             raise
-        differentiated = self._sites.get(INPUT, False)
+        differentiated = INPUT in self._taken
         # Not x itself, whose hooks and `.grad` are for the gradient of the loss.
         self._values[INPUT] = (x.view_as(x) if x.requires_grad else self._differentiable(x)) if differentiated else x
         # A copy, because a model may work on its input in place: that would change the caller's images, fail on a leaf, and
@@ -106,14 +100,12 @@ class Tap:
         return self._values[INPUT].clone() if differentiated or self._own else x
 
     def close(self) -> None:
-        """Take the hooks away; safe to call twice."""
-        self._operators.close()
+        """Take hooks and operators away; safe to call twice."""
+        self._exits.close()
         self._phase.running = False
-        while self._hooks:
-            self._hooks.pop().remove()
 
-    def recording(self, output: Any, *called: Any) -> Recording:
-        """What was recorded, for a forward that returned `output`; of the loop's own, see `Conditions` for the rest."""
+    def recording(self, output: Any, called: Called | None = None) -> Recording:
+        """What was recorded, for a forward that returned `output`; `called`: of the loop's own."""
         if self._rule is not None and not self._rectified:
             raise ValueError(
                 "No nn.ReLU layer ran in the forward, so a rule for gradients through them changes nothing. Use InputGradient, or write "
@@ -126,28 +118,28 @@ class Tap:
             self._problems[SPATIAL] = "every layer with a map ran more than once in one forward. Let the model run once on each image."
         if self._map is not None and maps:
             self._values[SPATIAL] = maps[-1][1]
+        features: tuple[Head, ...] = ()
+        if self._heads is not None and self._heads.entered is not None:
+            self._values[FEATURES], features = self._heads.entered, self._heads.found()
         # Scores are taken inside DDP's wrapper: under static_graph, a backward through that makes it believe the step's is done.
         inner = output if self._output is None else self._output
         recorded = [*self._values.values(), *(value for _, value in maps)]
-        if len(self._features) > 1:  # what left tells them apart
-            recorded += [head.entered for head in self._features]
+        if len(features) > 1:  # of which the logits tell one
+            recorded += [head.entered for head in features]
         return Recording(
             x=self._x,
-            version=self._version,
-            requires_grad=self._requires_grad,
             values=self._values,
-            taken=frozenset(site for site, gradient in self._sites.items() if gradient),
+            taken=self._taken,
             problems=self._problems,
             maps=maps,
-            features=tuple(reversed(self._features) if len(self._heads) > 1 else self._features),
-            output=kept(inner) if called else inner,
+            features=features,
+            output=inner if called is None else kept(inner),
             returned=output,
             rng=self._rng,
-            conditions=Conditions(self._model, inner, recorded, *called) if called else None,
+            conditions=None if called is None else Conditions(self._model, inner, recorded, called),
             phase=self._phase,
             twice=self._twice,
             autocast=self._autocast,
-            framed=self._framed,
         )
 
     def _take_output(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -158,25 +150,27 @@ class Tap:
         if self._rule is not None:
             for module in modules(self._model):
                 if isinstance(module, nn.ReLU):
-                    self._hooks += self._replace_relu(module, self._rule)
+                    self._replace_relu(module, self._rule)
         if self._own:
-            self._hooks.append(self._model.register_forward_hook(self._take_output))
+            self._hook(self._model, self._take_output)
         # A copy goes on from a layer that is named: the last map is that copy.
         for site in sorted(self._sites, key=lambda site: site == SPATIAL):
             if site == FEATURES:
-                self._heads = _classifiers(self._model)
-                projections = [module for module in modules(self._model) if isinstance(module, PROJECTIONS)]  # of which the last counts
-                for module in self._heads or projections:
-                    self._hooks.append(module.register_forward_hook(self._take_features))
+                self._heads = Heads(self._model)
+                for module in self._heads.layers:
+                    self._hook(module, self._heads.take)
             elif site == SPATIAL:
                 if self._map is not None and not self._is_there(self._map):
                     self._map = None
                 known = None if self._map is None else [(self._map, self._model.get_submodule(self._map))]
                 for name, module in known or self._model.named_modules():
                     if name and _reachable(module):
-                        self._hooks.append(module.register_forward_hook(self._take_map(name)))
+                        self._hook(module, self._take_map(name))
             elif site not in SPECIAL and self._is_there(site):
-                self._hooks.append(self._model.get_submodule(site).register_forward_hook(self._take(site)))
+                self._hook(self._model.get_submodule(site), self._take(site))
+
+    def _hook(self, module: nn.Module, hook: Any) -> None:
+        self._exits.enter_context(module.register_forward_hook(hook))
 
     def _is_there(self, site: str) -> bool:
         """Whether the model has a layer still; if not, that is for a penalty to say, and not for the loop's forward."""
@@ -186,7 +180,7 @@ class Tap:
             self._problems[site] = str(error)
         return site not in self._problems
 
-    def _replace_relu(self, module: nn.ReLU, rule: Rule) -> list[RemovableHandle]:
+    def _replace_relu(self, module: nn.ReLU, rule: Rule) -> None:
         entered: list[Tensor] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
@@ -197,26 +191,18 @@ class Tap:
             self._rectified += 1
             return rectify(entered.pop(), rule, self._phase)
 
-        return [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+        self._exits.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._hook(module, after)
 
     def _take(self, site: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
-            if not isinstance(output, Tensor) or not output.is_floating_point():
-                kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
-                self._problems[site] = f"layer {site!r} returned {kind}, not a floating-point tensor. Name a layer inside it."
-                return None
-            if site in self._values:
-                self._problems[site] = f"layer {site!r} ran more than once in one forward. Name a layer that runs once."
-                return None
-            if self._sites[site] and not torch.is_grad_enabled():
-                self._problems[site] = (
-                    f"layer {site!r} ran under no_grad, or in a block checkpointed with use_reentrant=True, so no gradient can be taken "
-                    "there. Name a later layer, or use torch.utils.checkpoint with use_reentrant=False."
-                )
+            if problem := self._unfit(site, output):
+                self._problems[site] = problem
                 return None
             if site in self._moves:
                 output = output + self._moves[site].to(output.dtype)
-            self._values[site] = value = self._differentiable(output, module) if self._sites[site] else output
+            value: Tensor = self._differentiable(output, module) if self._sites[site] else output
+            self._values[site] = value
             if self._sites[site]:
                 self._begin()
             # A copy goes on, because what follows may work in place, and an in-place ReLU would silently turn what was
@@ -224,6 +210,20 @@ class Tap:
             return value.clone()
 
         return hook
+
+    def _unfit(self, site: str, output: Any) -> str:
+        """Why what a layer gave cannot be recorded; empty: it can."""
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
+            return f"layer {site!r} returned {kind}, not a floating-point tensor. Name a layer inside it."
+        if site in self._values:
+            return f"layer {site!r} ran more than once in one forward. Name a layer that runs once."
+        if self._sites[site] and not torch.is_grad_enabled():
+            return (
+                f"layer {site!r} ran under no_grad, or in a block checkpointed with use_reentrant=True, so no gradient can be taken "
+                "there. Name a later layer, or use torch.utils.checkpoint with use_reentrant=False."
+            )
+        return ""
 
     def _differentiable(self, value: Tensor, module: nn.Module | None = None) -> Tensor:
         """The tensor itself, if a graph leads to it; else a leaf in its place, marked as one that nobody can train; `module`: gave it."""
@@ -234,16 +234,6 @@ class Tap:
         leaf = (value.clone() if value.is_inference() else value.detach()).requires_grad_()
         setattr(leaf, LEAF, self._phase)
         return leaf
-
-    def _take_features(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if args and isinstance(args[0], Tensor):
-            if len(self._heads) < 2 or FEATURES not in self._values:
-                self._values[FEATURES] = args[0]  # the last one stays, but of heads that the model names, the first
-            if isinstance(output, Tensor):
-                large = [head for head in self._features if head.left.dim() > 2]
-                if output.dim() > 2 and len(large) == HEADS:
-                    self._features = [head for head in self._features if head is not large[0]]
-                self._features.append(Head(args[0], output, output.grad_fn))
 
     def _take_map(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
@@ -275,14 +265,11 @@ def _recomputing(model: nn.Module, phase: Phase, extra: bool, leaves: list[nn.Mo
 
     @contextmanager
     def recomputing() -> Iterator[None]:
-        handles = [module.register_forward_hook(leaf) for module in leaves]
-        try:
-            # BatchNorm counts a recomputation as a batch. In the backward of the loop's own forward that is PyTorch's way.
-            with own_buffers(model) if extra or phase.inner else nullcontext():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        # BatchNorm counts a recomputation as a batch. In the backward of the loop's own forward that is PyTorch's way.
+        with ExitStack() as hooks, own_buffers(model) if extra or phase.inner else nullcontext():
+            for module in leaves:
+                hooks.enter_context(module.register_forward_hook(leaf))
+            yield
 
     return recomputing
 
@@ -294,26 +281,13 @@ def observed(model: nn.Module, see: Callable[[str, nn.Module, Any], None]) -> It
     def watch(name: str) -> Any:
         return lambda module, args, output: see(name, module, output)
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name and _reachable(module)]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name and _reachable(module):
+                hooks.enter_context(module.register_forward_hook(watch(name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _reachable(module: nn.Module) -> bool:
     """Whether it takes hooks: TorchScript's do not."""
     return not isinstance(module, torch.jit.ScriptModule)
-
-
-def _classifiers(model: nn.Module) -> list[nn.Module]:
-    """Where the features enter, if the model names it as timm's do; the first is its main one."""
-    classifier = getattr(model, "get_classifier", None)
-    try:
-        named = classifier() if callable(classifier) else None
-    except TypeError:  # one of the user's own, which takes arguments
-        named = None
-    heads = named if isinstance(named, (tuple, list)) else [named]
-    found: list[nn.Module] = [head for head in heads if isinstance(head, PROJECTIONS)]
-    return found if len(found) == len(heads) else []

@@ -49,11 +49,12 @@ def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
     needs = list(needs)
     scores = [need.score for need in needs if not isinstance(need, Value)]
     if fraction < 1:
-        _check_parts(call, needs, scores)
+        if remedy := _needs_all(call, needs, scores):
+            raise ValueError(f"fraction cannot be used with {remedy} leave fraction out.")
     else:
         whole = annotation.count == annotation.batch or attached(call.model) is not None
-        drawn = any(need.at.draws or _by_row(need.at) for need in needs) or any(score.by_place or score.draws for score in scores)
-        if whole or drawn or any(_mixes(need.at, call) for need in needs) or not images_apart(call):
+        drawn = any(need.at.draws for need in needs) or any(score.draws for score in scores)
+        if whole or drawn or _needs_all(call, needs, scores) or not images_apart(call):
             return call
     indices = annotation.annotated.nonzero().squeeze(1)
     if fraction < 1:
@@ -64,39 +65,24 @@ def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
     return replace(call, x=call.x[indices], annotation=annotation.part(indices), target=target)
 
 
-def _check_parts(call: Call, needs: Sequence[Need], scores: Sequence[Score]) -> None:
-    """Check that a part of the batch is what it is in the whole, in expectation."""
-    remedy = ""
-    if any(_of_batch(need.at) for need in needs):
-        remedy = (
+def _needs_all(call: Call, needs: Sequence[Need], scores: Sequence[Score]) -> str:
+    """What is another thing for a part of the batch, also in expectation, and what to do; empty: nothing."""
+    made = [part for point in dict.fromkeys(need.at for need in needs) for part in made_of(point)]
+    if any(isinstance(part, OtherImage) for part in made):
+        return (
             "baselines.OtherImage, which would draw from the images that fraction left alone. Give it images: baselines.OneOf(images), or"
         )
-    elif any(_by_row(need.at) for need in needs):
-        remedy = "a baseline that holds one image a sample. Give one image for all, or"
-    elif any(score.by_place and not score.draws for score in scores):
-        remedy = "a score whose seed goes by the places of images in the batch. Let it draw anew, or"
-    elif mixing := next((need.at for need in needs if _mixes(need.at, call)), None):
-        remedy = f"{mixing!r}, which makes an image from others of the batch, or draws without draws = True. Mend that, or"
-    if remedy:
-        raise ValueError(f"fraction cannot be used with {remedy} leave fraction out.")
+    if any(isinstance(part, Fixed) and part.image.dim() == 4 and len(part.image) > 1 for part in made):
+        return "a baseline that holds one image a sample. Give one image for all, or"
+    if any(score.by_place and not score.draws for score in scores):
+        return "a score whose seed goes by the places of images in the batch. Let it draw anew, or"
+    if mixing := next((part for part in made if is_own(part) and not part.draws and _mixes(part, call)), None):
+        return f"{mixing!r}, which makes an image from others of the batch, or draws without draws = True. Mend that, or"
+    return ""
 
 
-def _by_row(part: object) -> bool:
-    """Whether a point, or what it is made of, holds an image for each of the batch's."""
-    return any(isinstance(made, Fixed) and made.image.dim() == 4 and len(made.image) > 1 for made in made_of(part))
-
-
-def _of_batch(part: object) -> bool:
-    """Whether a point, or what it is made of, takes other images of the batch."""
-    return any(isinstance(made, OtherImage) for made in made_of(part))
-
-
-def _mixes(part: object, call: Call) -> bool:
-    """Whether somebody's own baseline makes an image from others, too: tried, for those that do not draw."""
-    return any(_mixed(made, call) for made in made_of(part) if is_own(made) and not made.draws)
-
-
-def _mixed(baseline: Baseline, call: Call) -> bool:
+def _mixes(baseline: Baseline, call: Call) -> bool:
+    """Whether a baseline that does not draw makes an image from others, too: it is tried."""
     assert call.annotation is not None
     annotated, images, mask = call.annotation.annotated.nonzero()[:, 0], call.x.detach(), call.annotation.relevant
     kept, before = annotated[1:] if len(annotated) > 1 else annotated, Rng.of(images.device)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 from torch.nn.utils import parametrize
 
+from attrreg.folding import PathGradients
 from attrreg.graph import trainable_leaves
 from attrreg.ops.phase import once_differentiable
 from attrreg.points import Stop
@@ -18,33 +20,14 @@ from attrreg.state import Moment, moment_of, own_buffers
 from attrreg.walk import attributes, modes
 
 
-class Gradients(Protocol):
-    """Gradients at places of a path."""
-
-    @property
-    def drew(self) -> bool:
-        """Whether a score drew random numbers that it had not declared."""
-
-    @property
-    def reached(self) -> Mapping[int, Tensor]:
-        """The trainable leaves that scores were computed from so far, by id."""
-
-    def room(self, pending: int) -> int:
-        """How many of the places that are left may come as one batch."""
-
-    def __call__(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]]:
-        """For each place, one gradient a score, of the shape of its images."""
-
-
-def along(
-    stops: Sequence[Stop], model: nn.Module, x: Tensor, gradients: Gradients, chunk: int | None, differentiable: bool
-) -> list[Tensor]:
+def along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None, differentiable: bool) -> list[Tensor]:
     """Sum weighted gradients over the places of a path, for each score.
 
     With all graphs held (`chunk=None`, or no more places than `chunk`) this is one forward and backward a batch of places. Otherwise
     the gradients of each chunk are computed without a graph, and once more with one when the penalty is
     differentiated; memory is then that of one chunk, and a place costs one forward and one inner backward more.
     """
+    x = gradients.call.x
     if not differentiable or chunk is None or len(stops) <= chunk:
         return _summed(stops, x, gradients, differentiable)
     images = x.detach()
@@ -56,23 +39,24 @@ def along(
             "drawn(seed), or pass chunk=None."
         )
     leaves, known = list(trainable_leaves(*first)), set(gradients.reached)
-    values = [value.detach() for value in first]
+    values = [value.detach() for value in first]  # from which the first chunk goes on
     del first  # and its graph with it
     total: list[Tensor] = []
-    moment = moment_of(model)
+    moment = moment_of(gradients.call.model)
     for start in range(0, len(stops), chunk):
         part = stops[start : start + chunk]
         rest = part[1:] if start == 0 else part
         if rest:
-            values = _added(values if start == 0 else [], _summed(rest, images, gradients, False))
+            values = _added(values, _summed(rest, images, gradients, False))
         # At other places the model may compute with others, as sparse experts do.
         more = [leaf for key, leaf in gradients.reached.items() if key not in known]
-        step = _Step(part, gradients, model, moment, x.device.type)
+        step = _Step(part, gradients, moment)
         total = _added(total, list(_Recomputed.apply(step, values, x, *leaves, *more)))
+        values = []
     return total
 
 
-def _summed(stops: Sequence[Stop], x: Tensor, gradients: Gradients, create_graph: bool) -> list[Tensor]:
+def _summed(stops: Sequence[Stop], x: Tensor, gradients: PathGradients, create_graph: bool) -> list[Tensor]:
     total: list[Tensor] = []
     pending = list(stops)
     while pending:
@@ -91,17 +75,14 @@ def _added(total: list[Tensor], terms: list[Tensor]) -> list[Tensor]:
 class _Step:
     """The sum over a part of the path, to be run again under the conditions of its first run."""
 
-    def __init__(self, stops: Sequence[Stop], gradients: Gradients, model: nn.Module, moment: Moment, device_type: str) -> None:
+    def __init__(self, stops: Sequence[Stop], gradients: PathGradients, moment: Moment) -> None:
         self._stops = stops
         self._gradients = gradients
-        self._model = model
+        self._model = gradients.call.model
         self._moment = moment
-        self._modes = modes(model)
-        self._autocast: dict[str, Any] = {
-            "device_type": device_type,
-            "enabled": torch.is_autocast_enabled(device_type),
-            "dtype": torch.get_autocast_dtype(device_type),
-        }
+        self._modes = modes(self._model)
+        kind = gradients.call.x.device.type
+        self._autocast = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         if modes(self._model) != self._modes:
@@ -109,7 +90,7 @@ class _Step:
                 "The model changed between train and eval mode between the penalty and its backward, where chunked path methods "
                 "recompute. Call backward first, or pass chunk=None."
             )
-        with torch.enable_grad(), torch.autocast(**self._autocast), own_buffers(self._model, self._moment):
+        with torch.enable_grad(), self._autocast(), own_buffers(self._model, self._moment):
             return _summed(self._stops, x, self._gradients, True)
 
     def meets_others(self, leaves: Sequence[Tensor]) -> bool:

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves, tree_map
 
 from attrreg.call import Call
+from attrreg.features import Head
 from attrreg.ops import Phase
 from attrreg.ops.draws import Draws
 from attrreg.sites import INPUT, OUTPUT, SPATIAL
@@ -23,16 +24,29 @@ from attrreg.state import Rng, autocast_type
 from attrreg.walk import modules
 
 PLAIN = (bool, int, float, str)
-TYPES = (
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.bool,
-    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COMPARED = (*FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # buffers of these types are
 Kept = tuple[Tensor, int, Tensor | None]  # a buffer, its version and its value
 Version = tuple[Tensor, int, Any]  # a tensor, how often it was written to, and its node in the graph
+
+
+class Called(NamedTuple):
+    """How the loop called the model, as it was before the forward.
+
+    Attributes:
+        args, kwargs: the arguments.
+        images: how often the images were written to, and whether they require a gradient.
+        framed: hooks on saved tensors were in force: the loop may checkpoint the whole model.
+        asked: what was asked of the layer for `layer="auto"`, where that one layer is recorded; None: all are.
+        buffers: what `keep_buffers` gave; None: nobody asks.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    images: tuple[int, bool]
+    framed: bool
+    asked: Any
+    buffers: list[Kept] | None
 
 
 class Conditions:
@@ -42,62 +56,54 @@ class Conditions:
         model: the model, after the forward.
         output: what it returned.
         recorded: what was recorded of it.
-        args, kwargs: what it was called with.
-        asked: what was asked of the layer for `layer="auto"`, where that one layer was recorded; None: all were.
-        before: what `keep_buffers` gave before the forward; None: nobody asked.
+        called: how it was called.
 
     Attributes:
-        asked: see above.
+        asked, framed: see `Called`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        output: Any,
-        recorded: list[Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        asked: Any,
-        before: list[Kept] | None,
-    ) -> None:
+    def __init__(self, model: nn.Module, output: Any, recorded: list[Tensor], called: Called) -> None:
         self._objects, self._numbers, self._settings = _state(model)
-        self._arguments = tree_map(lambda leaf: leaf, (args, kwargs))  # in containers of our own
-        self._tensors = _versions([*parts((args, kwargs)), *recorded])
+        self._arguments = tree_map(lambda leaf: leaf, (called.args, called.kwargs))  # in containers of our own
+        self._images = called.images
+        self._tensors = _versions([*parts((called.args, called.kwargs)), *recorded])
         self._output = _versions(parts(output))
-        self.asked = asked
-        self._moved = [True] if before is None else _differences(buffers_read(model), before)
+        self.asked, self.framed = called.asked, called.framed
+        self._moved = [True] if called.buffers is None else _differences(buffers_read(model), called.buffers)
 
     @property
     def moved(self) -> bool:
         """Whether the forward changed what the next one will compute with, as spectral normalisation's does."""
         return any(map(bool, self._moved))
 
-    def hold(self, call: Call) -> bool:
+    def same_for(self, call: Call) -> bool:
         """Whether a call would meet the same."""
+        if self._images != image_state(call.x):
+            return False
         objects, numbers, settings = _state(call.model)
         same = numbers == self._numbers and len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
-        return same and self._set(call.model, settings) and _as_then(self._tensors) and self._called_with(call)
+        return same and self._settings_hold(call.model, settings) and _as_then(self._tensors) and self._called_with(call)
 
-    def whole(self, output: Any) -> bool:
+    def still_in(self, output: Any) -> bool:
+        """Whether the tensors that the model returned are in its output still; deep in an object, the loop may have put others."""
+        held = iter(parts(output))  # among others: an object may compute some as it is asked for them
+        return all(any(tensor is part for part in held) for tensor, _, _ in self._output)
+
+    def unchanged(self, output: Any) -> bool:
         """Whether what the model returned still has its tensors, and none was written to."""
-        return self.holds(output) and _as_then(self._output)
+        return self.still_in(output) and _as_then(self._output)
 
-    def logits_hold(self, logits: Tensor) -> bool:
+    def logits_unchanged(self, logits: Tensor) -> bool:
         """Whether the loop left the logits as they were, or all that the model returned if they are made of that."""
         own = [then for then in self._output if then[0] is logits]
         return _as_then(own or self._output)
 
-    def _set(self, model: nn.Module, now: list[tuple[object, ...]]) -> bool:
-        """Whether modules have the settings that they had: values that say how to compute, and not the tensors that some keep."""
+    def _settings_hold(self, model: nn.Module, now: list[tuple[object, ...]]) -> bool:
+        """Whether modules still say how to compute by the same values; the tensors that some keep do not count."""
         if all(map(is_, chain(*self._settings), chain(*now))) and list(map(len, now)) == list(map(len, self._settings)):  # quick, as usual
             return True
         pairs = zip(modules(model), self._settings, now, strict=True)
         return all(_counts(module) or _plain(then) == _plain(values) for module, then, values in pairs)
-
-    def holds(self, output: Any) -> bool:
-        """Whether what the model returned still has its tensors; deep in an object, the loop may have put others."""
-        held = iter(parts(output))  # among others: an object may compute some as it is asked for them
-        return all(any(tensor is part for part in held) for tensor, _, _ in self._output)
 
     def _called_with(self, call: Call) -> bool:
         inputs = (call.x,) if call.inputs is None else call.inputs
@@ -105,20 +111,12 @@ class Conditions:
         return _same(_bound(call.model, args, kwargs), _bound(call.model, *self._arguments))
 
 
-class Head(NamedTuple):
-    """A layer that may be the classifier: what entered it, what left it, and that tensor's node, as a loop may write into it."""
-
-    entered: Tensor
-    left: Tensor
-    node: Any
-
-
 @dataclass(frozen=True)
 class Recording:
     """What one forward computed.
 
     Attributes:
-        x: the tensor that the model was called with; `version` and `requires_grad` as they were then.
+        x: the tensor that the model was called with.
         twice: whether it can be differentiated twice.
         values: at each recorded site, the tensor, with its graph.
         taken: the sites at which a gradient was to be taken: operators can be differentiated twice from there on.
@@ -131,12 +129,9 @@ class Recording:
         conditions: of the loop's own forward; None for a pass of our own.
         phase: shared with the operators of the forward, to be told what a backward is for.
         autocast: what autocast computed in; None: it was off.
-        framed: hooks on saved tensors were in force around it: the loop may checkpoint the whole model.
     """
 
     x: Tensor
-    version: int
-    requires_grad: bool
     values: dict[str, Tensor]
     taken: frozenset[str]
     problems: Mapping[str, str]
@@ -149,7 +144,6 @@ class Recording:
     phase: Phase
     twice: bool
     autocast: torch.dtype | None
-    framed: bool
 
     @property
     def draws(self) -> Draws:
@@ -165,30 +159,24 @@ class Recording:
     @property
     def can_be_returned(self) -> bool:
         """Whether a loop may get what its own forward returned once more: it has changed nothing there."""
-        return self.conditions is not None and self.conditions.whole(self.returned)
-
-    def has_other_map(self, sites: Mapping[str, bool], asked: Any) -> bool:
-        """Whether a call reads the layer for `layer="auto"`, and the one that was recorded is that of another question."""
-        return SPATIAL in sites and self.conditions is not None and self.conditions.asked not in (None, asked)
+        return self.conditions is not None and self.conditions.unchanged(self.returned)
 
     def serves(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any, alone: bool) -> bool:
         """Whether this is the pass that a call would run itself; for the arguments see `Attachment.take`."""
         if (twice and not self.twice) or self.x is not call.x:
             return False
-        if (self.version, self.requires_grad) != (call.x._version, call.x.requires_grad):
-            return False
-        if self.conditions is None or not self.conditions.hold(call):
+        if self.conditions is None or not self.conditions.same_for(call):
             return False
         if not alone and (self.conditions.moved or self.autocast != autocast_type(call.x.device)):  # the other passes would differ
             return False
-        if self.has_other_map(sites, asked):
+        if SPATIAL in sites and self.conditions.asked not in (None, asked):  # the one layer that was recorded answers another question
             return False
         for site, differentiated in sites.items():
             found = site == OUTPUT or site in self.values or (site == SPATIAL and self.maps)
             if site not in self.problems and (not found or (differentiated and site not in self.taken and INPUT not in self.taken)):
                 return False
         if OUTPUT in sites:
-            if not self.conditions.holds(self.output) or not self.conditions.logits_hold(logits := call.logits(self.output)):
+            if not self.conditions.still_in(self.output) or not self.conditions.logits_unchanged(logits := call.logits(self.output)):
                 return False
             self.values[OUTPUT] = logits
         return True
@@ -247,9 +235,8 @@ def keep_buffers(model: nn.Module) -> list[Kept]:
 
 def _compares(buffer: Tensor) -> bool:
     """Whether it has values that can be compared."""
-    return (
-        type(buffer) is Tensor and buffer.layout == torch.strided and not buffer.is_nested and buffer.dtype in TYPES and not buffer.is_meta
-    )
+    plain = type(buffer) is Tensor and buffer.layout == torch.strided and not buffer.is_nested and not buffer.is_meta
+    return plain and buffer.dtype in COMPARED
 
 
 def _adds_up(module: nn.Module) -> bool:
@@ -298,6 +285,11 @@ def _state(model: nn.Module) -> tuple[list[object], list[int], list[tuple[object
 def version(tensor: Tensor) -> int:
     """How often a tensor was written to, as far as PyTorch counts."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def image_state(x: Tensor) -> tuple[int, bool]:
+    """How often images were written to, and whether they require a gradient."""
+    return version(x), x.requires_grad
 
 
 def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -13,9 +14,10 @@ from torch import Tensor
 from attrreg import automatic, sites
 from attrreg.attach import suspended
 from attrreg.call import DETACHED, Call
-from attrreg.counting import Passes
+from attrreg.counting import counters
 from attrreg.distributed import sharded
-from attrreg.graph import checkpoints_reentrant, nodes
+from attrreg.features import entering
+from attrreg.graph import checkpoints_reentrant
 from attrreg.hooks import Tap
 from attrreg.masks import penalty_dtype
 from attrreg.ops.rectify import Rule
@@ -49,18 +51,20 @@ class Runner:
         drew: a score of the user's drew random numbers.
     """
 
-    def __init__(self, call: Call, counters: Sequence[Passes], twice: bool = True, places: int = 1) -> None:
+    def __init__(self, call: Call, twice: bool) -> None:
         self.call = call
         self.twice = twice
-        self.places = places
+        self.places = 1
         self.map = ""
         self.drew = False
-        self._counters = counters
+        self._counters = counters()
 
     def repeated(self, images: Tensor, times: int) -> Runner:
         """A runner for a batch that has each image so many times, side by side, and that counts for the same blocks."""
         target = None if self.call.target is None else self.call.target.repeat_interleave(times, dim=0)
-        return Runner(replace(self.call, x=images, target=target), self._counters, self.twice, times)
+        runner = copy(self)
+        runner.call, runner.places = replace(self.call, x=images, target=target), times
+        return runner
 
     def forward(
         self,
@@ -153,18 +157,17 @@ class Runner:
 
     def spread(self, recording: Recording, total: Tensor) -> Tensor | None:
         """The gradient of a part of the scores, with respect to all images, to show which they depend on; None: on none."""
-        for counter in self._counters:
-            counter.checks += 1
-        return self._run_backward(recording, total, [self.at(recording, sites.INPUT)], create_graph=False)[0]
+        return self._gradients(recording, total, [self.at(recording, sites.INPUT)], create_graph=False, check=True)[0]
 
-    def _gradients(self, recording: Recording, total: Tensor, inputs: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
+    def _gradients(
+        self, recording: Recording, total: Tensor, inputs: list[Tensor], create_graph: bool, check: bool = False
+    ) -> tuple[Tensor | None, ...]:
         for counter in self._counters:
-            counter.backward += 1
-        return self._run_backward(recording, total, inputs, create_graph)
-
-    def _run_backward(self, recording: Recording, total: Tensor, inputs: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
+            counter.backward += not check
+            counter.checks += check
         # If the loop checkpoints the model itself, this backward runs it again, which must not move its buffers.
-        apart = own_buffers(self.call.model) if recording.conditions is not None and recording.framed else nullcontext()
+        recomputes = recording.conditions is not None and recording.conditions.framed
+        apart = own_buffers(self.call.model) if recomputes else nullcontext()
         if not total.requires_grad:
             raise RuntimeError("The score has no gradient: it detaches what it reads, or gives a constant. Let gradients through it.")
         try:
@@ -182,7 +185,7 @@ class Runner:
     ) -> tuple[Tensor | None, ...]:
         """Gradients through float16, which has no room for small ones: of the scaled score, unscaled in float32."""
         # Under FSDP2 a backward gathers weights, so that a rank must not run one more than others do.
-        for attempt in (scale,) if next(sharded(self.call.model), None) is not None else (scale, scale * 2.0**-8, scale * 2.0**-16):
+        for attempt in (scale,) if sharded(self.call.model) else (scale, scale * 2.0**-8, scale * 2.0**-16):
             grads = self._gradients(recording, total * attempt, inputs, create_graph)
             found = tuple(None if grad is None else grad.to(penalty_dtype(grad.dtype)) / attempt for grad in grads)
             if all(grad is None or bool(grad.detach().isfinite().all()) for grad in found):
@@ -235,19 +238,11 @@ class Runner:
             if site == sites.FEATURES:
                 missing = "The model has no linear or convolutional layer, whose input would be the features. Name a layer."
             raise ValueError(recording.problems.get(site, missing))
-        return self._features(recording) if site == sites.FEATURES else recording.values[site]
-
-    def _features(self, recording: Recording) -> Tensor:
-        """What enters the last layer that could be a classifier and that the logits come from: an auxiliary head may run after it."""
-        if len(recording.features) > 1 and (self.call.output is not None or isinstance(recording.output, Tensor)):
-            logits = self.at(recording, sites.OUTPUT)
-            for head in reversed(recording.features):
-                if head.left is logits or (head.node is not None and any(node is head.node for node in nodes(logits))):
-                    entered: Tensor = head.entered
-                    return entered
-            if logits.grad_fn is not None and any(head.node is not None for head in recording.features):
-                raise ValueError("The logits come from none of the layers that features are looked for in. Name the layer of the features.")
-        return recording.values[sites.FEATURES]
+        found = None
+        told = self.call.output is not None or isinstance(recording.output, Tensor)  # what the logits are
+        if site == sites.FEATURES and len(recording.features) > 1 and told:
+            found = entering(recording.features, self.at(recording, sites.OUTPUT))
+        return recording.values[site] if found is None else found
 
 
 def _runs_own(score: Score) -> bool:

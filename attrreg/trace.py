@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 
 from attrreg import automatic, sites
-from attrreg.apart import Shown
+from attrreg.apart import shown
 from attrreg.attach import attached
 from attrreg.baselines import made_of
 from attrreg.call import Call
-from attrreg.counting import Passes, counters, passes
-from attrreg.differences import Differences, PathLeaves
+from attrreg.counting import Passes, passes
+from attrreg.differences import Differences
 from attrreg.distributed import sharded, synchronises
-from attrreg.engines import Engine
+from attrreg.engines import Engine, FiniteDifference
 from attrreg.folding import PathGradients
 from attrreg.graph import which_are_read
 from attrreg.masks import Annotation
 from attrreg.needs import Grad, Need, Value, alone, sites_at
 from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
-from attrreg.recompute import Gradients, along
+from attrreg.recompute import along
 from attrreg.recording import Recording, version
 from attrreg.runner import Runner
 from attrreg.scores import Score
@@ -36,8 +36,6 @@ from attrreg.spec import is_own
 from attrreg.state import Buffers, Rng, isolated
 
 __all__ = ["Passes", "Trace", "passes"]
-
-_SEEING = Shown()  # at which sites a model's values come from the images, in which calls
 
 
 class Trace:
@@ -53,18 +51,19 @@ class Trace:
     def __init__(self, call: Call, needs: Iterable[Need], differentiable: bool, engine: Engine) -> None:
         self._differentiable = differentiable
         self._needs = list(dict.fromkeys(needs))
-        self._engine = engine
         self._here: Point = CLEAN
-        if not engine.twice and differentiable and any(isinstance(need.at, Rectified) for need in self._needs):
-            raise ValueError(
-                "Finite differences move a score, and what a rule for ReLU layers gives is the gradient of none. Use "
-                "engines.DoubleBackward() for that term."
-            )
         # Layers inside a compiled graph cannot be reached.
         reached = {need.site for need in self._needs} | {need.score.site for need in self._needs if isinstance(need, Grad)}
         self.call = call if engine.twice else replace(call, as_compiled=reached <= {sites.INPUT, sites.OUTPUT})
-        self._runner = Runner(self.call, counters(), twice=engine.twice and differentiable)
-        self._differences = Differences(self._runner, engine)
+        self._runner = Runner(self.call, twice=engine.twice and differentiable)
+        self._differences: Differences | None = None  # takes gradients as leaves; None: they come with their graph
+        if differentiable and isinstance(engine, FiniteDifference):
+            if any(isinstance(need.at, Rectified) for need in self._needs):
+                raise ValueError(
+                    "Finite differences move a score, and what a rule for ReLU layers gives is the gradient of none. Use "
+                    "engines.DoubleBackward() for that term."
+                )
+            self._differences = Differences(self._runner, engine)
         self._recordings: dict[Point, Recording] = {}
         self._grads: dict[tuple[str, Score, Point], Tensor] = {}
         self._score_seeds: dict[Score, int] = {}
@@ -74,14 +73,14 @@ class Trace:
 
     def value(self, site: str, at: Point = CLEAN) -> Tensor:
         """The value at a site; images `(N, C, H, W)` at `INPUT`, logits at `OUTPUT`."""
-        at = self._seen(at)
-        if site == sites.INPUT and at == CLEAN:
-            return self._recordings[CLEAN].values.get(site, self.call.x) if CLEAN in self._recordings else self.call.x
-        if at not in self._recordings:
+        recording = self._recordings.get(at := self._seen(at))
+        if recording is None and (site, at) == (sites.INPUT, CLEAN):  # which need no pass
+            return self.call.x
+        if recording is None:
             raise ValueError(f"Value({site!r}, {at!r}) was read, but not declared. Let needs() of the term return it.")
         if site == sites.SPATIAL:
-            self._runner.find_map(self._recordings[at])
-        return self._runner.at(self._recordings[at], site)
+            self._runner.find_map(recording)
+        return self._runner.at(recording, site)
 
     def grad(self, site: str, score: Score, at: Point = CLEAN) -> Tensor:
         """The gradient of a score at a site, of the shape of its value; on a path, the weighted sum along it."""
@@ -97,13 +96,12 @@ class Trace:
 
     def sees_images(self, site: str, at: Point) -> bool:
         """Whether the value at a site comes from the images, asked where it is nearly the same at a point; takes forwards, once."""
-        model, at, output = self.call.model, self._seen(at), self.call.output
-        head = getattr(output, "__code__", type(output)) if callable(output) else output  # not itself, which may hold the model
-        kind = site, self.call.x.shape[1:], model.training, head
-        if next(sharded(model), None) is not None or synchronises(model):  # a forward that other ranks do not run would wait for them
+        model, at = self.call.model, self._seen(at)
+        if sharded(model) or synchronises(model):  # a forward that other ranks do not run would wait for them
             return True
         images = self.call.x.detach(), self._recordings[at].x.detach()
-        if _SEEING.found(model, kind) or torch.equal(*images):
+        seen = shown(model, "sites", site, automatic.kind(self.call.x, model), automatic.picked_by(self.call.output))
+        if seen.found or torch.equal(*images):
             return True
 
         def again(image: Tensor, wanted: dict[str, bool]) -> Recording:
@@ -116,7 +114,7 @@ class Trace:
             with torch.no_grad():
                 found = not torch.equal(*(self._runner.at(again(image, {site: False}), site) for image in images))
         if found:
-            _SEEING.keep(model, kind, True)
+            seen.found = True
         return found
 
     def seen_from(self, point: Point) -> Trace:
@@ -170,15 +168,8 @@ class Trace:
             if isinstance(point, Path):
                 self._run_path(point, seeds[point], replay)
                 continue
-            image, rule = self.call.x, point.rule if isinstance(point, Rectified) else None
-            if isinstance(point, At):
-                with self._given(point) as (x, mask):
-                    image = point.image(x, mask, self._generator(seeds[point]))
-            if isinstance(point, Ascent):
-                image = self._ascend(point, replay)
             if point != CLEAN:
-                with isolated(self.call.model, replay):
-                    self._recordings[point] = self._runner.forward(image, sites_at(point, self._needs), rule=rule)
+                self._recordings[point] = self._pass(point, seeds[point], replay)
             self._differentiate(point, replay)
 
     def commit(self) -> None:
@@ -187,17 +178,14 @@ class Trace:
             self._own_forward.commit()
 
     def _clean_pass(self, wanted: dict[str, bool], as_users_forward: bool) -> None:
-        call = self.call
+        call, asked = self.call, self._asked()
         attachment = attached(call.model) if self._differentiable else None
         recording = None
+        # Taken also where the images alone are read, which need no pass: the others replay its draws.
         if attachment is not None:
-            recording = attachment.take(call, wanted, self._runner.twice, self._asked(), alone(self._needs))
-            if as_users_forward and recording is not None and not recording.can_be_returned:
-                recording = None
-        # The images themselves need no pass. One that was recorded is taken all the same: others replay its draws.
-        needed = as_users_forward or any(wanted.values()) or bool(wanted.keys() - {sites.INPUT})
-        if recording is None and needed:
-            for known in dict.fromkeys((automatic.known(call, self._asked()), None)):
+            recording = attachment.take(call, wanted, self._runner.twice, asked, alone(self._needs), as_users_forward)
+        if recording is None and (as_users_forward or wanted not in ({}, {sites.INPUT: False})):
+            for known in dict.fromkeys((automatic.known(call, asked), None)):
                 with isolated(call.model, device=call.x.device) as buffers:
                     recording = self._runner.forward(call.x, wanted, as_users_forward, map=known)
                     after = Rng.of(call.x.device)
@@ -211,12 +199,11 @@ class Trace:
             if sites.SPATIAL in recording.values:
                 self._runner.map = recording.maps[-1][0]
 
-    def _asked(self) -> Any:
+    def _asked(self) -> automatic.Question | None:
         """What is asked of the layer for `layer="auto"`; None: nothing."""
         needs = [need for need in self._needs if need.site == sites.SPATIAL and need.at == CLEAN]
-        score = next((need.score for need in needs if isinstance(need, Grad)), None)
-        concrete = None if score is None else score.resolve(self.call.target, self.call.shown)
-        return automatic.asked(self.call, concrete) if needs else None
+        scores = (need.score.resolve(self.call.target, self.call.shown) for need in needs if isinstance(need, Grad))
+        return automatic.asked(self.call, next(scores, None)) if needs else None
 
     def _points(self) -> list[Point]:
         return list(dict.fromkeys(need.at for need in self._needs))
@@ -240,15 +227,27 @@ class Trace:
         resolved = score.resolve(self.call.target, self.call.shown)
         return resolved.drawn(self._score_seeds[score]) if score.draws else resolved
 
+    def _pass(self, point: Point, seed: int, replay: Rng) -> Recording:
+        """The pass on the images that a point makes of the clean ones."""
+        image, rule = self.call.x, point.rule if isinstance(point, Rectified) else None
+        if isinstance(point, At):
+            with self._given(point) as (x, mask):
+                image = point.image(x, mask, self._generator(seed))
+        if isinstance(point, Ascent):
+            image = self._ascend(point, replay)
+        with isolated(self.call.model, replay):
+            return self._runner.forward(image, sites_at(point, self._needs), rule=rule)
+
     @contextmanager
     def _given(self, point: Point) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Images and mask to make a point's images from; copies for somebody's own baseline, which may write into them."""
         x, mask = self.call.x.detach(), self.call.mask
         if any(map(is_own, made_of(point))):
             x, mask = x.clone(), None if mask is None else mask.clone()
-        versions = [None if given is None else version(given) for given in (x, mask)]
+        given = [part for part in (x, mask) if part is not None]
+        versions = list(map(version, given))
         yield x, mask
-        if versions != [None if given is None else version(given) for given in (x, mask)]:
+        if list(map(version, given)) != versions:
             raise ValueError(f"{point!r} writes into the images or the mask that it is given. Let its baseline write into a copy.")
 
     def _differentiate(self, point: Point, replay: Rng) -> None:
@@ -265,10 +264,9 @@ class Trace:
 
     def _gradients(self, recording: Recording, score: Score, wanted: list[str], replay: Rng) -> list[Tensor]:
         """The gradients at one pass, as the engine differentiates them: with their graph, or as leaves to be moved by."""
-        found = self._runner.backward(recording, score, wanted, self._runner.twice)
-        if self._engine.twice or not self._differentiable:
-            return found
-        return self._differences.leaves(recording, score, wanted, found, replay)
+        if self._differences is not None:
+            return self._differences.leaves(recording, score, wanted, replay)
+        return self._runner.backward(recording, score, wanted, self._runner.twice)
 
     def differentiated(self, total: Tensor) -> Tensor:
         """The penalty with the gradients that the engine gives it.
@@ -276,10 +274,10 @@ class Trace:
         Raises:
             RuntimeError: they reach no trainable parameter.
         """
-        return self._differences.differentiated(total)
+        return total if self._differences is None else self._differences.differentiated(total)
 
     def _ascend(self, point: Ascent, replay: Rng) -> Tensor:
-        runner = Runner(self.call, counters(), twice=False)
+        runner = Runner(self.call, twice=False)
         score = self._concrete(point.score)
         image = self.call.x.detach()
         for _ in range(point.steps):
@@ -295,12 +293,8 @@ class Trace:
         wanted = {sites.INPUT: True} | {score.site: False for score in concrete}
         with self._given(path) as (x, mask):
             stops = path.stops(x, mask, self._generator(seed))
-
-        if self._engine.twice or not self._differentiable:
-            taken: Gradients = PathGradients(self._runner, wanted, concrete, replay)
-            chunk = path.chunk
-        else:  # leaves are moved by in passes of their own: there is no graph of theirs to recompute
-            taken, chunk = PathLeaves(self._differences, wanted, concrete, replay), None
-        sums = along(stops, self.call.model, self.call.x, taken, chunk, self._differentiable)
+        gradients = PathGradients(self._runner, wanted, concrete, replay, self._differences)
+        chunk = path.chunk if self._differences is None else None  # leaves are moved by in passes of their own: nothing is computed again
+        sums = dict(zip(concrete, along(stops, gradients, chunk, self._differentiable), strict=True))
         for need in needs:
-            self._grads[need.site, need.score, path] = sums[concrete.index(self._concrete(need.score))]
+            self._grads[need.site, need.score, path] = sums[self._concrete(need.score)]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -19,17 +18,16 @@ def unwrap(model: nn.Module) -> nn.Module:
         TypeError: it is TorchScript.
     """
     while True:
+        model = undistributed(model)
         if isinstance(model, torch.jit.ScriptModule):
             raise TypeError(
                 "The model is a TorchScript module, in which neither layers nor operators can be reached. Pass the module that it was "
                 "made from."
             )
-        if isinstance(model, (DataParallel, DistributedDataParallel)):
-            model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):  # torch._dynamo.OptimizedModule
-            model = inner
-        else:
+        inner = model._modules.get("_orig_mod")  # of torch._dynamo.OptimizedModule
+        if not isinstance(inner, nn.Module):
             return model
+        model = inner
 
 
 def data_parallel(model: nn.Module) -> DistributedDataParallel | None:
@@ -77,11 +75,6 @@ def _refuse_compiling() -> None:
     )
 
 
-@contextmanager
-def eager(model: nn.Module) -> Iterator[None]:
+def eager(model: nn.Module) -> AbstractContextManager[object]:
     """Run compiled parts as they are written: a compiled graph cannot be differentiated twice (pytorch#91469)."""
-    if not compiled(model):
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):  # type: ignore[no-untyped-call, unused-ignore]
-        yield
+    return torch.compiler.set_stance("force_eager") if compiled(model) else nullcontext()  # type: ignore[no-untyped-call, unused-ignore]

@@ -121,14 +121,23 @@ def accumulated(model: nn.Module) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
-def loss_by(way: str, regularizer: AttributionRegularizer, model: nn.Module, data: Batch) -> Tensor:
-    """The loss of a training step, with its penalty called in one of the three ways."""
+WAYS = ("unattached", "attached", "evaluate")
+
+
+def logits_and_penalty(way: str, regularizer: AttributionRegularizer, model: nn.Module, data: Batch) -> tuple[Tensor, Tensor]:
+    """What a loop makes its loss of, in one of the ways to call a regularizer."""
     x, mask, target = data
     if way == "evaluate":
         penalty = regularizer.evaluate(model, x, mask, target)
-        return F.cross_entropy(penalty.output, target) + penalty.total
+        return penalty.output, penalty.total
     with regularizer.attach(model) if way == "attached" else nullcontext():
-        return F.cross_entropy(model(x), target) + regularizer(model, x, mask, target)
+        return model(x), regularizer(model, x, mask, target)
+
+
+def loss_by(way: str, regularizer: AttributionRegularizer, model: nn.Module, data: Batch) -> Tensor:
+    """The loss of a training step, with its penalty called in one of the three ways."""
+    logits, penalty = logits_and_penalty(way, regularizer, model, data)
+    return F.cross_entropy(logits, data[-1]) + penalty
 
 
 def stir(model: nn.Module, by: float) -> None:

@@ -183,16 +183,28 @@ def test_the_automatic_layer_stays_known_where_the_output_is_a_function_written_
         assert handle.map == "a"
 
 
+PICKED = ""
+
+
+def by_a_global(key: str) -> Any:
+    global PICKED
+    PICKED = key
+    return lambda out: next(out[PICKED] for _ in range(1))
+
+
 @pytest.mark.parametrize("order", ["aabb", "bbaa"])
-def test_functions_of_equal_code_may_pick_different_outputs(order: str) -> None:
+@pytest.mark.parametrize("make", [lambda key: lambda out, key=key: out[key], lambda key: lambda out: out[key], by_a_global])
+def test_functions_of_equal_code_may_pick_different_outputs(make: Any, order: str) -> None:
     model, (x, mask, target) = Steps().double(), smooth_batch()
-    want = {key: CAM(model, x, mask, target, output=key) for key in "ab"}
-    for make in (lambda key: lambda out, key=key: out[key], lambda key: lambda out: out[key]):
-        with CAM.attach(model) as handle:
-            for key in order:
-                model(x)
-                torch.testing.assert_close(CAM(model, x, mask, target, output=make(key)), want[key])
-            assert not handle._maps  # which would hold what the functions do
+    fresh = copy.deepcopy(model)
+    want = {key: CAM(fresh, x, mask, target, output=key) for key in "ab"}
+    for handle in (CAM.attach(model), None):
+        for key in order:
+            model(x)
+            torch.testing.assert_close(CAM(model, x, mask, target, output=make(key)), want[key])
+        if handle is not None:
+            assert handle.map is None
+            handle.remove()
 
 
 def test_a_later_call_finds_the_automatic_layer_known() -> None:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import attrreg
 from attrreg import baselines
 from attrreg.trace import passes
-from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, loss_by, smooth_batch
+from tests.models import FAMILIES, WAYS, SmoothNet, assert_close, batch, gradients, loss_by, smooth_batch
 
 ZERO = baselines.Zero()
 
@@ -36,7 +36,7 @@ class Prototypes(SmoothNet):
     "regularizer",
     [attrreg.InputGradient(), attrreg.ActivationDifference("body", ZERO) + attrreg.GradCAM("body"), attrreg.IntegratedGradients(3)],
 )
-@pytest.mark.parametrize("way", ["unattached", "attached", "evaluate"])
+@pytest.mark.parametrize("way", WAYS)
 def test_graphs_of_buffers_lead_on(regularizer: attrreg.AttributionRegularizer, way: str) -> None:
     model, (x, mask, target) = Prototypes().double(), smooth_batch()
     maker, codes = nn.Linear(4, 6).double(), torch.randn(3, 4, dtype=torch.float64)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import attrreg
 from attrreg.trace import passes
 from tests import oracles
-from tests.models import Batch, SmoothNet, accumulated, assert_close, gradients, loss_by, smooth_batch
+from tests.models import WAYS, Batch, SmoothNet, accumulated, assert_close, gradients, loss_by, smooth_batch
 from tests.test_conditions import CAM, REG
 
 
@@ -50,7 +50,7 @@ def test_a_checkpointed_part_is_recomputed_as_it_ran(kind: str) -> None:
     assert_close(found[True], found[False], 1e-12)
 
 
-@pytest.mark.parametrize("way", ["unattached", "attached", "evaluate"])
+@pytest.mark.parametrize("way", WAYS)
 def test_hooks_on_images_are_shown_the_losss_gradient_once_and_whole(way: str) -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     images = x.clone().requires_grad_() * 2

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import attrreg
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.trace import passes
-from tests.models import SmoothNet, assert_close, batch, gradients, loss_by, smooth_batch
+from tests.models import WAYS, SmoothNet, assert_close, batch, gradients, loss_by, smooth_batch
 from tests.test_side_effects import assert_same, snapshot
 
 ZERO = attrreg.baselines.Zero()
@@ -282,7 +282,7 @@ class Normalised(nn.Module):
         return self.head(checkpoint(self._block, self.stem(x), use_reentrant=False).mean(dim=(2, 3)))
 
 
-@pytest.mark.parametrize("way", ["attached", "unattached", "evaluate"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "regularizer",
     [

@@ -1,0 +1,81 @@
+"""Which tensor the features are: what enters the classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from attrreg.graph import nodes
+from attrreg.walk import modules
+
+LARGE = 4  # how many of the last layers are kept that may be a head and have large outputs; of those with vectors, all are
+PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Head(NamedTuple):
+    """A layer that may be the classifier: what entered it, what left it, and that tensor's node, as a loop may write into it."""
+
+    entered: Tensor
+    left: Tensor
+    node: Any
+
+
+class Heads:
+    """The layers of a model that may be the classifier, in one forward.
+
+    Attributes:
+        layers: those that are to call `take`: what the model names, or all that project.
+        entered: what entered the likeliest; None: nothing so far.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = _classifiers(model)
+        self.layers = named or [module for module in modules(model) if isinstance(module, PROJECTIONS)]
+        self.entered: Tensor | None = None
+        self._first = len(named) > 1  # of heads that the model names, the first is its main one; else the last that ran is
+        self._found: list[Head] = []
+
+    def take(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A forward hook."""
+        if not args or not isinstance(args[0], Tensor):
+            return
+        if self.entered is None or not self._first:
+            self.entered = args[0]
+        if isinstance(output, Tensor):
+            large = [head for head in self._found if head.left.dim() > 2]
+            if output.dim() > 2 and len(large) == LARGE:
+                self._found = [head for head in self._found if head is not large[0]]
+            self._found.append(Head(args[0], output, output.grad_fn))
+
+    def found(self) -> tuple[Head, ...]:
+        """Those that ran, the likeliest last."""
+        return tuple(reversed(self._found) if self._first else self._found)
+
+
+def entering(heads: Sequence[Head], logits: Tensor) -> Tensor | None:
+    """What entered the likeliest layer that the logits come from: an auxiliary head may run after it; None: that cannot be told.
+
+    Raises:
+        ValueError: they come from none.
+    """
+    for head in reversed(heads):
+        if head.left is logits or (head.node is not None and any(node is head.node for node in nodes(logits))):
+            entered: Tensor = head.entered
+            return entered
+    if logits.grad_fn is not None and any(head.node is not None for head in heads):
+        raise ValueError("The logits come from none of the layers that features are looked for in. Name the layer of the features.")
+    return None
+
+
+def _classifiers(model: nn.Module) -> list[nn.Module]:
+    """Where the features enter, if the model names it as timm's do; the first is its main one."""
+    classifier = getattr(model, "get_classifier", None)
+    try:
+        named = classifier() if callable(classifier) else None
+    except TypeError:  # one of the user's own, which takes arguments
+        named = None
+    heads = named if isinstance(named, (tuple, list)) else [named]
+    found: list[nn.Module] = [head for head in heads if isinstance(head, PROJECTIONS)]
+    return found if len(found) == len(heads) else []
