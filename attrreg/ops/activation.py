@@ -18,6 +18,7 @@ from torch.autograd import Function
 
 from attrreg.ops import fused
 from attrreg.ops.phase import once_differentiable
+from attrreg.ops.precision import wide
 
 aten = torch.ops.aten
 
@@ -216,11 +217,11 @@ class _SmoothGradient(Function):
         fast = fused.kernels(x, gy, v) if ctx.needs_input_grad[1] else None
         if fast is not None:
             return *fast.smooth(ctx.kind.kernel, v, gy, x), None
-        wide = torch.promote_types(x.dtype, torch.float32)  # the powers of x that float16 holds end at 40 for the third
+        dtype = wide(x)  # the powers of x that float16 holds end at 40 for the third
         for_gy, for_x = torch.empty_like(v), None
         if ctx.needs_input_grad[1]:
-            scratch = for_gy if v.dtype == wide else torch.empty_like(v, dtype=wide)
-            for_x = ctx.kind.curvature(gy.to(wide), v.to(wide), x.to(wide), scratch).to(x.dtype)
+            scratch = for_gy if v.dtype == dtype else torch.empty_like(v, dtype=dtype)
+            for_x = ctx.kind.curvature(gy.to(dtype), v.to(dtype), x.to(dtype), scratch).to(x.dtype)
         return ctx.kind.slope(v, x, for_gy), for_x, None
 
 

@@ -18,6 +18,7 @@ from torch.autograd import Function
 from attrreg.ops import fused
 from attrreg.ops.channels import affine, dense, layout, planes, suggested
 from attrreg.ops.phase import Phase, once_differentiable, wanted
+from attrreg.ops.precision import wide
 
 aten = torch.ops.aten
 
@@ -114,9 +115,9 @@ class _BatchNorm(Function):
         gx = _InputGradient.apply(gy, x, g, mu, r, kernel) if mask[0] else None
         gg = None
         if mask[1]:  # not in an attribution; by operations that can be differentiated, mean and variance included
-            wide = x.to(g.dtype)
-            var, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
-            gg = (gy * (wide - mean) * (var + kernel.eps).rsqrt()).sum(axes)
+            values = x.to(g.dtype)
+            var, mean = torch.var_mean(values, axes, correction=0, keepdim=True)
+            gg = (gy * (values - mean) * (var + kernel.eps).rsqrt()).sum(axes)
         return gx, gg, gy.sum(axes) if mask[2] else None, *[None] * 5
 
 
@@ -226,17 +227,17 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    wide = torch.promote_types(input.dtype, torch.float32)  # of weights and statistics, also where autocast made images narrower
+    dtype = wide(input)  # of weights and statistics, also where autocast made images narrower
     kept = [values for values in (running_mean, running_var, weight, bias) if values is not None]
     shape = input.shape[1:2]
-    alike = input.dim() > 1 and input.is_floating_point() and all(values.dtype == wide and values.shape == shape for values in kept)
+    alike = input.dim() > 1 and input.is_floating_point() and all(values.dtype == dtype and values.shape == shape for values in kept)
     both = (running_mean is None) == (running_var is None)
     known = alike and both and (eps > 0 or not training) and momentum is not None and (training or running_mean is not None)
     # PyTorch refuses one value a channel, and of an empty batch does not divide by it.
     if not known or (training and input.numel() <= input.shape[1]):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    g = weight if weight is not None else input.new_ones(input.shape[1], dtype=wide)
-    b = bias if bias is not None else input.new_zeros(input.shape[1], dtype=wide)
+    g = weight if weight is not None else input.new_ones(input.shape[1], dtype=dtype)
+    b = bias if bias is not None else input.new_zeros(input.shape[1], dtype=dtype)
     g, b = g.contiguous(), b.contiguous()  # PyTorch's kernels, of channels last and of (N, C), read a weight's memory in order
     if training:
         result: Tensor = _BatchNorm.apply(input, g, b, running_mean, running_var, momentum, eps, phase)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from attrreg.ops.phase import once_differentiable
-from attrreg.ops.precision import narrowed
+from attrreg.ops.precision import wide, widely
 
 TWO = (2, 2.0, None, "fro")
 BY_DIFFERENCES = "donot_use_mm_for_euclid_dist"
@@ -24,11 +24,12 @@ MODES = ("use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", BY_DIF
 MANY = 2**24  # differences of values, from which on there is no tensor of them
 
 
-def two_norm(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
+def two_norm(x: Tensor, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     """sqrt(sum x^2)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if x.dtype != wide:  # half types have no room for the squares
-        return narrowed(two_norm(x.to(wide), dim, keepdim), x)
+    if dtype is not None:
+        x = x.to(dtype)
+    if x.dtype != wide(x):  # which has room for the squares
+        return widely(two_norm, x, dim, keepdim)
     squared = x.square().sum(dim=tuple(range(x.dim())) if dim is None else dim, keepdim=keepdim)
     zero = squared == 0
     return torch.where(zero, torch.zeros_like(squared), torch.where(zero, torch.ones_like(squared), squared).sqrt())
@@ -46,7 +47,7 @@ def vector_norm(
     if ord != 2 or out is not None or not _widens(x, dtype):
         result: Tensor = torch.linalg.vector_norm(x, ord, dim, keepdim, out=out, dtype=dtype)
         return result
-    return two_norm(x if dtype is None else x.to(dtype), dim, keepdim)
+    return two_norm(x, dim, keepdim, dtype)
 
 
 def norm(input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Tensor | None = None, dtype: Any = None) -> Tensor:
@@ -55,7 +56,7 @@ def norm(input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, 
     if p not in TWO or matrix or out is not None or not _widens(input, dtype):
         result: Tensor = torch.norm(input, p, dim, keepdim, out, dtype)
         return result
-    return two_norm(input if dtype is None else input.to(dtype), dim, keepdim)
+    return two_norm(input, dim, keepdim, dtype)
 
 
 def linalg_norm(
@@ -67,7 +68,7 @@ def linalg_norm(
     if ord not in TWO or not fits or out is not None or not _widens(A, dtype):
         result: Tensor = torch.linalg.norm(A, ord, dim, keepdim, out=out, dtype=dtype)
         return result
-    return two_norm(A if dtype is None else A.to(dtype), dim, keepdim)
+    return two_norm(A, dim, keepdim, dtype)
 
 
 class _Normalize(Function):
@@ -126,10 +127,10 @@ def normalize(input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, o
     """`F.normalize`: x / max(||x||, eps)."""
     if p not in TWO or out is not None or not input.is_floating_point():
         return F.normalize(input, p, dim, eps, out)
-    # Half types have no room for eps squared.
-    wide = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-    result: Tensor = _Normalize.apply(wide, dim, eps)
-    return narrowed(result, input)
+    if input.dtype != wide(input):  # which has room for eps squared
+        return widely(normalize, input, p, dim, eps)
+    result: Tensor = _Normalize.apply(input, dim, eps)
+    return result
 
 
 class _Euclidean(Function):

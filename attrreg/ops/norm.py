@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.autograd import Function
 from attrreg.ops import fused, sound
 from attrreg.ops.channels import affine, suggested
 from attrreg.ops.phase import Phase, once_differentiable, wanted
-from attrreg.ops.precision import narrowed
+from attrreg.ops.precision import wide, widely
 
 aten = torch.ops.aten
 
@@ -102,10 +103,8 @@ def layer_norm(
     shaped = isinstance(normalized_shape, Sequence) and sound.with_parameters(input, normalized_shape, weight, bias)
     if not (shaped and input.numel()):  # the second derivative's kernel would divide by the number of its channels
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
-    wide = torch.promote_types(input.dtype, torch.float32)
-    if input.dtype != wide:  # PyTorch's second derivative has the cube of 1 / deviation, for which float16 has no room
-        g, b = (None if parameter is None else parameter.to(wide) for parameter in (weight, bias))
-        return narrowed(layer_norm(phase, input.to(wide), normalized_shape, g, b, eps), input)
+    if input.dtype != wide(input):  # PyTorch's second derivative has the cube of 1 / deviation
+        return widely(partial(layer_norm, phase), input, normalized_shape, weight, bias, eps)
     shape = list(normalized_shape)
     g = weight if weight is not None else input.new_ones(shape)
     b = bias if bias is not None else input.new_zeros(shape)
@@ -126,10 +125,8 @@ def group_norm(
     divides = num_groups > 0 and channels % num_groups == 0 and input.numel() > num_groups  # of a single value, PyTorch refuses the norm
     if not (divides and sound.with_parameters(input, (channels,), weight, bias)):
         return F.group_norm(input, num_groups, weight, bias, eps)
-    wide = torch.promote_types(input.dtype, torch.float32)
-    if input.dtype != wide:  # as in `layer_norm`; rounded once, as PyTorch's
-        g, b = (None if parameter is None else parameter.to(wide) for parameter in (weight, bias))
-        return narrowed(group_norm(phase, input.to(wide), num_groups, g, b, eps), input)
+    if input.dtype != wide(input):  # as in `layer_norm`; rounded once, as PyTorch's
+        return widely(partial(group_norm, phase), input, num_groups, weight, bias, eps)
     n = len(input)
     grouped = input.reshape(n, num_groups, channels // num_groups * math.prod(input.shape[2:]))
     y = layer_norm(phase, grouped, grouped.shape[-1:], None, None, eps).reshape(input.shape)
@@ -216,11 +213,9 @@ def rms_norm(
     weighted = weight is None or weight.shape == shape
     if not (shape and input.shape[-len(shape) :] == shape and weighted and input.is_floating_point()):
         return F.rms_norm(input, normalized_shape, weight, eps)
-    wide = torch.promote_types(input.dtype, torch.float32)
-    eps = torch.finfo(wide).eps if eps is None else eps
-    if input.dtype != wide:  # as in `layer_norm`
-        g = None if weight is None else weight.to(wide)
-        return narrowed(rms_norm(phase, input.to(wide), normalized_shape, g, eps), input)
+    if input.dtype != wide(input):  # as in `layer_norm`
+        return widely(partial(rms_norm, phase), input, normalized_shape, weight, eps)
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
     g = weight if weight is not None else input.new_ones(shape)
     result: Tensor = _RMSNorm.apply(input.contiguous(memory_format=suggested(input)), g, list(shape), eps, phase)
     return result
