@@ -29,7 +29,6 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), concatenate.concatenate),
     F.multi_head_attention_forward: attention.by_math(F.multi_head_attention_forward),  # inside, no mode is on
     F.max_pool2d: pool.max_pool2d,
-    F.normalize: distance.normalize,
     torch.norm: distance.norm,
     Tensor.norm: distance.norm,
     torch.linalg.norm: distance.linalg_norm,
@@ -52,6 +51,7 @@ WITH_PHASE: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.group_norm: norm.group_norm,
     F.instance_norm: norm.instance_norm,
     F.rms_norm: norm.rms_norm,
+    F.normalize: norm.normalize,
 }
 
 
