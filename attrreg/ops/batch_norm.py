@@ -126,10 +126,9 @@ class _InputGradient(Function):
     def forward(ctx: Any, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, kernel: Kernel) -> Tensor:
         shape, gy, x = x.shape, kernel.laid(gy), kernel.laid(x)
         gx, gy_xhat, gy_sum = kernel.first_order(gy, x, g, mu, r)
-        back = kernel.back(gx, shape)
-        ctx.save_for_backward(gy, x, g, mu, r, gx if kernel.few else back, gy_xhat, gy_sum)
+        ctx.save_for_backward(gy, x, g, mu, r, gx, gy_xhat, gy_sum)
         ctx.kernel = kernel
-        return back
+        return kernel.back(gx, shape)
 
     @staticmethod
     @once_differentiable
@@ -167,21 +166,27 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`F.batch_norm`; where places of a path share the batch, of each place by itself."""
-    places, tokens, settings = 1, 1, (training, momentum, eps)
     if training and phase.places > 1:
-        places, tokens = phase.places, _tokens(input, phase.rows)
+        tokens = _tokens(input, phase.rows)
         phase.normalised.add(input.shape[0] // tokens)
-    if places == 1 or input.shape[0] % places:  # then the pass will be thrown away
-        return _batch_norm(phase, input, running_mean, running_var, weight, bias, *settings)
-    # The places of an image lie side by side, so they can be channels. Statistics of a path's passes are thrown away.
+        if input.shape[0] % phase.places == 0:  # else the pass will be thrown away
+            return _placewise(phase, input, tokens, weight, bias, momentum, eps)
+    return _batch_norm(phase, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _placewise(phase: Phase, input: Tensor, tokens: int, weight: Tensor | None, bias: Tensor | None, momentum: float, eps: float) -> Tensor:
+    """Of each place by itself: those of an image lie side by side, so they can be channels."""
+    places = phase.places
     weights, biases = (None if values is None else values.repeat(places) for values in (weight, bias))
+
+    def normalised(channels: Tensor) -> Tensor:
+        return _batch_norm(phase, channels, None, None, weights, biases, True, momentum, eps)  # a path's passes move no statistics
+
     if layout(input) != torch.contiguous_format:
-        result = _batch_norm(phase, _Regroup.apply(input, places, False), None, None, weights, biases, *settings)
-        separate: Tensor = _Regroup.apply(result, places, True)
+        separate: Tensor = _Regroup.apply(normalised(_Regroup.apply(input, places, False)), places, True)
         return separate
     apart = input.reshape(-1, places, tokens, *input.shape[1:]).transpose(1, 2)
-    channels = apart.reshape(-1, places * input.shape[1], *input.shape[2:])
-    result = _batch_norm(phase, channels, None, None, weights, biases, *settings)
+    result = normalised(apart.reshape(-1, places * input.shape[1], *input.shape[2:]))
     if tokens > 1:
         return result.view(apart.shape).transpose(1, 2).reshape(input.shape)
     whole: Tensor = aten._unsafe_view(result.contiguous(), input.shape)  # see `Kernel.back`
