@@ -18,6 +18,7 @@ from attrreg.objectives import SquaredOutside
 from attrreg.ops import Phase, attention, twice_differentiable
 from attrreg.scores import TargetLogit
 from tests import oracles
+from tests.test_ops import check
 
 
 def test_attention_can_be_differentiated_twice_and_settings_return() -> None:
@@ -117,16 +118,7 @@ def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_attention_equals_the_math_path(name: str, dtype: torch.dtype, tolerance: float) -> None:
     inputs = [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in SHAPES]
-    found = []
-    for context in (sdpa_kernel(SDPBackend.MATH), twice_differentiable(Phase())):
-        with context:
-            y = ATTENTION[name](*inputs)
-            weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
-            first = torch.autograd.grad((torch.tanh(y) * weight).sum(), inputs, create_graph=True)
-            second = torch.autograd.grad(torch.stack([gradient.square().sum() for gradient in first]).sum(), inputs)
-        found.append([y, *first, *second])
-    for want, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.detach().abs().max()))
+    check(ATTENTION[name], inputs, tolerance, sdpa_kernel(SDPBackend.MATH))
 
 
 @pytest.mark.usefixtures("kept")

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attrreg.ops import Phase, depthwise, twice_differentiable
-from tests.test_ops import check_convolution
+from tests.test_ops import Tensors, check_convolution
 
 
 @st.composite
-def depthwise_convolutions(draw: Any) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]:
+def depthwise_convolutions(draw: Any) -> tuple[Tensors, dict[str, Any]]:
     kernel, sides = ([draw(st.integers(1, most)) for _ in range(2)] for most in (7, 12))
     padding, stride, dilation = ([draw(st.integers(low, high)) for _ in range(2)] for low, high in ((0, 4), (1, 3), (1, 2)))
     assume(all(side + 2 * p > d * (k - 1) for side, p, d, k in zip(sides, padding, dilation, kernel, strict=True)))
@@ -32,13 +32,13 @@ def depthwise_convolutions(draw: Any) -> tuple[tuple[Tensor, Tensor, Tensor | No
 
 @given(depthwise_convolutions())
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
-def test_as_pytorch(case: tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]) -> None:
+def test_as_pytorch(case: tuple[Tensors, dict[str, Any]]) -> None:
     check_convolution(F.conv2d, *case)
 
 
 @given(depthwise_convolutions())
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
-def test_the_products_are_right_also_where_they_are_not_used(case: tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]) -> None:
+def test_the_products_are_right_also_where_they_are_not_used(case: tuple[Tensors, dict[str, Any]]) -> None:
     (x, w, _), given = case
     y = F.conv2d(x, w.requires_grad_(), **given)
     gy = torch.randn_like(y)

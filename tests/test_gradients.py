@@ -95,9 +95,8 @@ def check_numerically(model: nn.Module, function: Callable[[], Tensor], toleranc
 def test_activation_difference_equals_naive(training: bool, detach: Any) -> None:
     model, (x, mask, _) = SmoothNet(norm=True).double().train(training), smooth_batch()
     value = attrreg.ActivationDifference("body", baselines.Zero(), detach)(model, x, mask)
-    kept = [model.get_submodule("body")]
     outputs: list[Tensor] = []
-    hook = kept[0].register_forward_hook(lambda module, args, output: outputs.append(output))
+    hook = model.get_submodule("body").register_forward_hook(lambda module, args, output: outputs.append(output))
     model(x)
     model(x * mask.unsqueeze(1))
     hook.remove()

@@ -132,7 +132,6 @@ def test_convolutions_by_products(kernel: int, side: int, format: torch.memory_f
         compare(lambda x, w, b: F.conv2d(x, w, b, stride, padding), [x, w, torch.randn(320)])
 
 
-@pytest.mark.cpu
 def test_a_single_position_is_a_linear_layer_and_no_view() -> None:
     x, w = torch.randn(3, 8, 1, 1, requires_grad=True), torch.randn(4, 8, 1, 1, requires_grad=True)
     with twice_differentiable(Phase()):

@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from attrreg import ActivationDifference, GradCAM, baselines
 from attrreg.ops import Phase, conv, once, operators
-from tests.models import DEVICE, assert_close, batch, gradients
+from tests.models import assert_close, batch, gradients
 
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the CPU's")
+pytestmark = pytest.mark.cpu
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +18,8 @@ from attrreg.graph import nodes
 from attrreg.ops import Phase, strided, twice_differentiable
 from attrreg.ops.channels import CHANNELS_LAST
 from tests.models import DEVICE
+
+Tensors = tuple[Tensor, Tensor, Tensor | None]  # image, weight and bias
 
 
 @pytest.mark.parametrize("function", [F.hardsigmoid, F.hardswish])
@@ -38,7 +40,7 @@ def test_replaced_activations(function: Any) -> None:
 
 
 @st.composite
-def convolutions(draw: Any) -> tuple[bool, tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]:
+def convolutions(draw: Any) -> tuple[bool, Tensors, dict[str, Any]]:
     axes, transposed, groups = draw(st.integers(1, 3)), draw(st.booleans()), draw(st.sampled_from([1, 1, 2, 4]))
     channels, filters = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 3) | st.just(100))  # many: of few positions
     kernel = [draw(st.integers(1, 3)) for _ in range(axes)]
@@ -71,25 +73,33 @@ def convolutions(draw: Any) -> tuple[bool, tuple[Tensor, Tensor, Tensor | None],
 @given(convolutions())
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-def test_convolutions(case: tuple[bool, tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]) -> None:
+def test_convolutions(case: tuple[bool, Tensors, dict[str, Any]]) -> None:
     transposed, tensors, settings = case
     check_convolution(getattr(F, f"conv{'_transpose' if transposed else ''}{tensors[1].dim() - 2}d"), tensors, settings)
 
 
-def check_convolution(function: Any, tensors: tuple[Tensor, Tensor, Tensor | None], settings: dict[str, Any]) -> None:
-    """Values and derivatives of both orders are PyTorch's."""
-    inputs = [tensor.requires_grad_() for tensor in tensors if tensor is not None]
+def check(
+    function: Callable[..., Tensor], inputs: list[Tensor], tolerance: float, pytorchs: AbstractContextManager[Any] | None = None
+) -> list[Tensor]:
+    """Derivatives of both orders are PyTorch's, and values, which are returned: PyTorch's, which it computes in a context, and ours."""
     found = []
-    for context in (nullcontext(), twice_differentiable(Phase())):
+    for context in (pytorchs or nullcontext(), twice_differentiable(Phase())):
         with context:
-            y = function(*tensors, **settings)
+            y = function(*inputs)
         weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
         first = torch.autograd.grad((torch.tanh(y) * weight).sum(), inputs, create_graph=True)
-        second = torch.autograd.grad(torch.stack([gradient.square().sum() for gradient in first]).sum(), inputs)
-        found.append([y, *first, *second])
+        by_input = torch.autograd.grad(first[0].square().sum(), inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
+        by_all = torch.autograd.grad(torch.stack([gradient.square().sum() for gradient in first]).sum(), inputs)
+        found.append([y, *first, *by_input, *by_all])
     for want, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10 * float(want.detach().abs().max()))
-    assert found[1][0].is_contiguous() or not found[0][0].is_contiguous()  # code that follows may take a view
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.detach().abs().max()))
+    return [values[0] for values in found]
+
+
+def check_convolution(function: Any, tensors: Tensors, settings: dict[str, Any]) -> None:
+    inputs = [tensor.requires_grad_() for tensor in tensors if tensor is not None]
+    want, got = check(lambda *_: function(*tensors, **settings), inputs, 1e-10)
+    assert got.is_contiguous() or not want.is_contiguous()  # code that follows may take a view
 
 
 @pytest.mark.parametrize(("kernel", "dilation"), [((2, 3), 1), ((4, 2), (1, 3)), ((3, 2), (2, 1))])
@@ -100,7 +110,7 @@ def test_padding_that_is_odd_in_all_goes_to_the_far_side(kernel: tuple[int, int]
 
 
 @st.composite
-def first_convolutions(draw: Any) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]:
+def first_convolutions(draw: Any) -> tuple[Tensors, dict[str, Any]]:
     kernel, sides = ([draw(st.integers(low, high)) for _ in range(2)] for low, high in ((5, 9), (9, 16)))
     stride, padding = draw(st.integers(2, 4)), [draw(st.integers(0, 5)) for _ in range(2)]
     torch.manual_seed(draw(st.integers(0, 2**31)))
@@ -114,7 +124,7 @@ def first_convolutions(draw: Any) -> tuple[tuple[Tensor, Tensor, Tensor | None],
 @given(first_convolutions())
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @pytest.mark.cpu
-def test_wide_strided_convolutions_of_few_channels(case: tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]) -> None:
+def test_wide_strided_convolutions_of_few_channels(case: tuple[Tensors, dict[str, Any]]) -> None:
     with patch.object(strided, "input_gradient", wraps=strided.input_gradient) as spy:
         check_convolution(F.conv2d, *case)
     assert spy.called
@@ -170,33 +180,31 @@ def test_convolutions_under_autocast(function: Any) -> None:
 
 
 MEAN, VARIANCE = torch.linspace(-1, 1, 6, dtype=torch.float64), torch.linspace(0.5, 2, 6, dtype=torch.float64)
+
+
+def _by_batch(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.batch_norm(x, MEAN.to(x.dtype, copy=True), VARIANCE.to(x.dtype, copy=True), w, b, training=True)
+
+
+def _by_running(x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+    return F.batch_norm(x, MEAN.to(x.dtype), VARIANCE.to(x.dtype), w, b)
+
+
 # name -> (the layer of its inputs, the shapes of the inputs)
 LAYERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
-    "batch norm": (
-        lambda x, w, b: F.batch_norm(x, MEAN.to(x.dtype, copy=True), VARIANCE.to(x.dtype, copy=True), w, b, training=True),
-        [(4, 6, 3, 5), (6,), (6,)],
-    ),
+    "batch norm": (_by_batch, [(4, 6, 3, 5), (6,), (6,)]),
     "batch norm without weight": (lambda x: F.batch_norm(x, None, None, training=True), [(4, 6, 3, 5)]),
-    "batch norm of small planes": (
-        lambda x, w, b: F.batch_norm(x, MEAN.to(x.dtype, copy=True), VARIANCE.to(x.dtype, copy=True), w, b, training=True),
-        [(128, 6, 2, 3), (6,), (6,)],
-    ),
-    "batch norm of many values": (
-        lambda x, w, b: F.batch_norm(x, MEAN.to(x.dtype, copy=True), VARIANCE.to(x.dtype, copy=True), w, b, training=True),
-        [(16, 6, 19, 23), (6,), (6,)],
-    ),
+    "batch norm of small planes": (_by_batch, [(128, 6, 2, 3), (6,), (6,)]),
+    "batch norm of many values": (_by_batch, [(16, 6, 19, 23), (6,), (6,)]),
     "batch norm of vectors": (lambda x, w: F.batch_norm(x, None, None, w, training=True, eps=0.1), [(7, 6), (6,)]),
     "batch norm of volumes": (lambda x, w: F.batch_norm(x, None, None, w, training=True), [(2, 6, 2, 3, 2), (6,)]),
     "batch norm, channels last": (
         lambda x, w: F.batch_norm(x.to(memory_format=torch.channels_last), None, None, w, training=True),
         [(4, 6, 3, 5), (6,)],
     ),
-    "batch norm, eval": (lambda x, w, b: F.batch_norm(x, MEAN.to(x.dtype), VARIANCE.to(x.dtype), w, b), [(4, 6, 3, 5), (6,), (6,)]),
-    "batch norm of small planes, eval": (
-        lambda x, w, b: F.batch_norm(x, MEAN.to(x.dtype), VARIANCE.to(x.dtype), w, b),
-        [(128, 6, 2, 3), (6,), (6,)],
-    ),
-    "batch norm, eval, without weight": (lambda x: F.batch_norm(x, MEAN.to(x.dtype), VARIANCE.to(x.dtype)), [(4, 6, 3)]),
+    "batch norm, eval": (_by_running, [(4, 6, 3, 5), (6,), (6,)]),
+    "batch norm of small planes, eval": (_by_running, [(128, 6, 2, 3), (6,), (6,)]),
+    "batch norm, eval, without weight": (_by_running, [(4, 6, 3)]),
     "layer norm": (lambda x, w, b: F.layer_norm(x, (5,), w, b), [(4, 6, 5), (5,), (5,)]),
     "layer norm of two axes": (lambda x, w: F.layer_norm(x, (6, 5), w, eps=0.1), [(4, 6, 5), (6, 5)]),
     "layer norm without weight": (lambda x: F.layer_norm(x, (5,)), [(2, 3, 6, 5)]),
@@ -239,18 +247,7 @@ LAYERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_layers_equal_pytorchs_double_backward(name: str, dtype: torch.dtype, tolerance: float) -> None:
     function, shapes = LAYERS[name]
-    inputs = [(2 * torch.randn(shape, dtype=torch.float64)).to(dtype).requires_grad_() for shape in shapes]
-    found = []
-    for context in (nullcontext(), twice_differentiable(Phase())):
-        with context:
-            y = function(*inputs)
-        weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
-        first = torch.autograd.grad((torch.tanh(y) * weight).sum(), inputs, create_graph=True)
-        by_input = torch.autograd.grad(first[0].square().sum(), inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
-        by_all = torch.autograd.grad(torch.stack([gradient.square().sum() for gradient in first]).sum(), inputs)
-        found.append([y, *first, *by_input, *by_all])
-    for want, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.detach().abs().max()))
+    check(function, [(2 * torch.randn(shape, dtype=torch.float64)).to(dtype).requires_grad_() for shape in shapes], tolerance)
 
 
 @pytest.mark.parametrize("axes", [2, 3])

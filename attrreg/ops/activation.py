@@ -18,6 +18,7 @@ from torch.autograd import Function
 
 from attrreg.ops import fused
 from attrreg.ops.phase import once_differentiable
+from attrreg.ops.precision import wide
 
 aten = torch.ops.aten
 
@@ -35,17 +36,19 @@ class _Former(Function):
         return g
 
 
-def _in_place(x: Tensor, function: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
-    """What works in place of x, of whose values before derivatives are made. The model may read x again.
+def _in_place(x: Tensor, function: type[Function], kind: Any) -> Tensor:
+    """A kind of activation in place of x, of whose values before derivatives are made. The model may read x again.
 
     Args:
         x: the tensor.
-        function: of values, and the tensor that shall become the result as if that had been written over it, or None.
+        function: of values, a kind, and the tensor that shall become the result as if that had been written over it, or None.
+        kind: handed to it.
     """
     shared = _shared(x)
     if shared or not (torch.is_grad_enabled() and x.requires_grad):
-        return x.copy_(function(x.clone() if shared else x, None))
-    return function(_Former.apply(x), x)
+        return x.copy_(function.apply(x.clone() if shared else x, kind, None))
+    result: Tensor = function.apply(_Former.apply(x), kind, x)
+    return result
 
 
 def _put(ctx: Any, place: Tensor | None, y: Tensor) -> Tensor:
@@ -81,13 +84,13 @@ class Piecewise:
 
 class _Piecewise(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: Piecewise, inplace: bool, place: Tensor | None) -> Tensor:
-        if inplace and kind.inplace is not None:
-            ctx.mark_dirty(x)
-            y = kind.inplace(x)
-        else:
+    def forward(ctx: Any, x: Tensor, kind: Piecewise, place: Tensor | None, inplace: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        if inplace is None:
             y = _put(ctx, place, kind.value(x))
-        ctx.save_for_backward(y if inplace or kind.from_output else x)
+        else:
+            ctx.mark_dirty(x)
+            y = inplace(x)
+        ctx.save_for_backward(x if inplace is None and not kind.from_output else y)
         ctx.kind = kind
         return y
 
@@ -118,23 +121,27 @@ RELU = Piecewise(torch.relu, torch.relu_, lambda gy, y: aten.threshold_backward(
 HARDSIGMOID = Piecewise(F.hardsigmoid, None, lambda gy, x: aten.hardsigmoid_backward(gy, x))
 
 
-def _apply(input: Tensor, kind: Piecewise, inplace: bool) -> Tensor:
-    if inplace and kind.inplace is None:
-        return _in_place(input, lambda x, place: _Piecewise.apply(x, kind, False, place))
-    if inplace and input._is_view() and kind.inplace is not None:
-        return kind.inplace(input)  # PyTorch then rebuilds the history of what it is a view of
-    result: Tensor = _Piecewise.apply(input, kind, inplace, None)
+def _piecewise(input: Tensor, kind: Piecewise, inplace: bool) -> Tensor:
+    result: Tensor
+    if not inplace:
+        result = _Piecewise.apply(input, kind, None, None)
+    elif kind.inplace is None:
+        result = _in_place(input, _Piecewise, kind)
+    elif input._is_view():
+        result = kind.inplace(input)  # PyTorch then rebuilds the history of what it is a view of
+    else:
+        result = _Piecewise.apply(input, kind, None, kind.inplace)
     return result
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """`F.relu`, `torch.relu`."""
-    return _apply(input, RELU, inplace)
+    return _piecewise(input, RELU, inplace)
 
 
 def relu_(input: Tensor) -> Tensor:
     """`torch.relu_`."""
-    return _apply(input, RELU, True)
+    return _piecewise(input, RELU, True)
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
@@ -144,7 +151,7 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
         lambda x: F.hardtanh(x, min_val, max_val, inplace=True),
         lambda gy, y: aten.hardtanh_backward(gy, y, min_val, max_val),
     )
-    return _apply(input, kind, inplace)
+    return _piecewise(input, kind, inplace)
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
@@ -161,12 +168,12 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
         lambda x: F.leaky_relu(x, negative_slope, inplace=True),
         lambda gy, y: aten.leaky_relu_backward(gy, y, negative_slope, False),
     )
-    return _apply(input, kind, inplace)
+    return _piecewise(input, kind, inplace)
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """`F.hardsigmoid`."""
-    return _apply(input, HARDSIGMOID, inplace)
+    return _piecewise(input, HARDSIGMOID, inplace)
 
 
 @dataclass(frozen=True)
@@ -216,11 +223,11 @@ class _SmoothGradient(Function):
         fast = fused.kernels(x, gy, v) if ctx.needs_input_grad[1] else None
         if fast is not None:
             return *fast.smooth(ctx.kind.kernel, v, gy, x), None
-        wide = torch.promote_types(x.dtype, torch.float32)  # the powers of x that float16 holds end at 40 for the third
+        dtype = wide(x)  # the powers of x that float16 holds end at 40 for the third
         for_gy, for_x = torch.empty_like(v), None
         if ctx.needs_input_grad[1]:
-            scratch = for_gy if v.dtype == wide else torch.empty_like(v, dtype=wide)
-            for_x = ctx.kind.curvature(gy.to(wide), v.to(wide), x.to(wide), scratch).to(x.dtype)
+            scratch = for_gy if v.dtype == dtype else torch.empty_like(v, dtype=dtype)
+            for_x = ctx.kind.curvature(gy.to(dtype), v.to(dtype), x.to(dtype), scratch).to(x.dtype)
         return ctx.kind.slope(v, x, for_gy), for_x, None
 
 
@@ -269,9 +276,7 @@ HARDSWISH = Smooth(F.hardswish, lambda gy, x, out: aten.hardswish_backward.out(g
 
 
 def _smooth(input: Tensor, kind: Smooth, inplace: bool) -> Tensor:
-    if inplace:
-        return _in_place(input, lambda x, place: _Smooth.apply(x, kind, place))
-    result: Tensor = _Smooth.apply(input, kind, None)
+    result: Tensor = _in_place(input, _Smooth, kind) if inplace else _Smooth.apply(input, kind, None)
     return result
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.nn.attention import SDPBackend
 
 from attrreg.ops.linear import PLAIN
 from attrreg.ops.phase import Phase, once_differentiable, wanted
+from attrreg.ops.precision import as_autocast, autocasts, wide, widely
 from attrreg.ops.process import BY_MATH, attention_by
 
 aten = torch.ops.aten
@@ -223,11 +225,6 @@ def by_math(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _as(dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """In another type, but for a mask that says yes or no."""
-    return query.to(dtype), key.to(dtype), value.to(dtype), mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
-
-
 def attention(
     phase: Phase,
     query: Tensor,
@@ -243,11 +240,9 @@ def attention(
 
     Half precision is computed in float32, as the math path does.
     """
-    device, dtype = query.device.type, query.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:  # as autocast does for the attention it knows
-        narrow = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            return attention(phase, *_as(narrow, query, key, value, attn_mask), dropout_p, is_causal, scale, enable_gqa)
+    if autocasts(query):
+        return as_autocast(partial(attention, phase), query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    dtype = query.dtype
     alone = attn_mask is None or not is_causal  # PyTorch refuses both
     same = alone and query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and dtype == key.dtype == value.dtype
     fits = attn_mask is None or (attn_mask.dim() > 1 and attn_mask.dtype in (torch.bool, dtype, torch.float32))
@@ -256,9 +251,8 @@ def attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
         return plain
-    wide = torch.promote_types(dtype, torch.float32)
-    if dtype != wide:
-        return attention(phase, *_as(wide, query, key, value, attn_mask), 0.0, is_causal, scale).to(dtype)
+    if dtype != wide(query):
+        return widely(partial(attention, phase), query, key, value, attn_mask, 0.0, is_causal, scale)
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:

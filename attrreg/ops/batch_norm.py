@@ -18,6 +18,7 @@ from torch.autograd import Function
 from attrreg.ops import fused
 from attrreg.ops.channels import affine, dense, layout, planes, suggested
 from attrreg.ops.phase import Phase, once_differentiable, wanted
+from attrreg.ops.precision import wide
 
 aten = torch.ops.aten
 
@@ -114,9 +115,9 @@ class _BatchNorm(Function):
         gx = _InputGradient.apply(gy, x, g, mu, r, kernel) if mask[0] else None
         gg = None
         if mask[1]:  # not in an attribution; by operations that can be differentiated, mean and variance included
-            wide = x.to(g.dtype)
-            var, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
-            gg = (gy * (wide - mean) * (var + kernel.eps).rsqrt()).sum(axes)
+            values = x.to(g.dtype)
+            var, mean = torch.var_mean(values, axes, correction=0, keepdim=True)
+            gg = (gy * (values - mean) * (var + kernel.eps).rsqrt()).sum(axes)
         return gx, gg, gy.sum(axes) if mask[2] else None, *[None] * 5
 
 
@@ -125,10 +126,9 @@ class _InputGradient(Function):
     def forward(ctx: Any, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, kernel: Kernel) -> Tensor:
         shape, gy, x = x.shape, kernel.laid(gy), kernel.laid(x)
         gx, gy_xhat, gy_sum = kernel.first_order(gy, x, g, mu, r)
-        back = kernel.back(gx, shape)
-        ctx.save_for_backward(gy, x, g, mu, r, gx if kernel.few else back, gy_xhat, gy_sum)
+        ctx.save_for_backward(gy, x, g, mu, r, gx, gy_xhat, gy_sum)
         ctx.kernel = kernel
-        return back
+        return kernel.back(gx, shape)
 
     @staticmethod
     @once_differentiable
@@ -166,21 +166,27 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`F.batch_norm`; where places of a path share the batch, of each place by itself."""
-    places, tokens, settings = 1, 1, (training, momentum, eps)
     if training and phase.places > 1:
-        places, tokens = phase.places, _tokens(input, phase.rows)
+        tokens = _tokens(input, phase.rows)
         phase.normalised.add(input.shape[0] // tokens)
-    if places == 1 or input.shape[0] % places:  # then the pass will be thrown away
-        return _batch_norm(phase, input, running_mean, running_var, weight, bias, *settings)
-    # The places of an image lie side by side, so they can be channels. Statistics of a path's passes are thrown away.
+        if input.shape[0] % phase.places == 0:  # else the pass will be thrown away
+            return _placewise(phase, input, tokens, weight, bias, momentum, eps)
+    return _batch_norm(phase, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _placewise(phase: Phase, input: Tensor, tokens: int, weight: Tensor | None, bias: Tensor | None, momentum: float, eps: float) -> Tensor:
+    """Of each place by itself: those of an image lie side by side, so they can be channels."""
+    places = phase.places
     weights, biases = (None if values is None else values.repeat(places) for values in (weight, bias))
+
+    def normalised(channels: Tensor) -> Tensor:
+        return _batch_norm(phase, channels, None, None, weights, biases, True, momentum, eps)  # a path's passes move no statistics
+
     if layout(input) != torch.contiguous_format:
-        result = _batch_norm(phase, _Regroup.apply(input, places, False), None, None, weights, biases, *settings)
-        separate: Tensor = _Regroup.apply(result, places, True)
+        separate: Tensor = _Regroup.apply(normalised(_Regroup.apply(input, places, False)), places, True)
         return separate
     apart = input.reshape(-1, places, tokens, *input.shape[1:]).transpose(1, 2)
-    channels = apart.reshape(-1, places * input.shape[1], *input.shape[2:])
-    result = _batch_norm(phase, channels, None, None, weights, biases, *settings)
+    result = normalised(apart.reshape(-1, places * input.shape[1], *input.shape[2:]))
     if tokens > 1:
         return result.view(apart.shape).transpose(1, 2).reshape(input.shape)
     whole: Tensor = aten._unsafe_view(result.contiguous(), input.shape)  # see `Kernel.back`
@@ -226,17 +232,17 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    wide = torch.promote_types(input.dtype, torch.float32)  # of weights and statistics, also where autocast made images narrower
+    dtype = wide(input)  # of weights and statistics, also where autocast made images narrower
     kept = [values for values in (running_mean, running_var, weight, bias) if values is not None]
     shape = input.shape[1:2]
-    alike = input.dim() > 1 and input.is_floating_point() and all(values.dtype == wide and values.shape == shape for values in kept)
+    alike = input.dim() > 1 and input.is_floating_point() and all(values.dtype == dtype and values.shape == shape for values in kept)
     both = (running_mean is None) == (running_var is None)
     known = alike and both and (eps > 0 or not training) and momentum is not None and (training or running_mean is not None)
     # PyTorch refuses one value a channel, and of an empty batch does not divide by it.
     if not known or (training and input.numel() <= input.shape[1]):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    g = weight if weight is not None else input.new_ones(input.shape[1], dtype=wide)
-    b = bias if bias is not None else input.new_zeros(input.shape[1], dtype=wide)
+    g = weight if weight is not None else input.new_ones(input.shape[1], dtype=dtype)
+    b = bias if bias is not None else input.new_zeros(input.shape[1], dtype=dtype)
     g, b = g.contiguous(), b.contiguous()  # PyTorch's kernels, of channels last and of (N, C), read a weight's memory in order
     if training:
         result: Tensor = _BatchNorm.apply(input, g, b, running_mean, running_var, momentum, eps, phase)

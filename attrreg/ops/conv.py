@@ -22,8 +22,9 @@ from torch.autograd import Function
 from attrreg.ops import depthwise, patches, pointwise, sound, strided
 from attrreg.ops.channels import adjacent, layout, of_convolution
 from attrreg.ops.linear import PLAIN, linear, product
-from attrreg.ops.patches import each
 from attrreg.ops.phase import Phase, wanted
+from attrreg.ops.precision import as_autocast, autocasts
+from attrreg.ops.sound import each
 
 aten = torch.ops.aten
 
@@ -114,14 +115,10 @@ def _convolution(
     Args:
         image: `(N, C, ...)`.
         weight: of the layer.
-        stride: this and the others as PyTorch's functions take them, lists as tuples.
-        padding: in numbers.
-        dilation: see stride.
-        groups: see stride.
+        stride, padding, dilation, groups, output_padding: as PyTorch's functions take them, lists as tuples, padding in numbers.
         products: whether matrix products are to be considered.
         channels_last: the image is laid out so; of groups, a slice of such a one too.
         transposed: the convolution is.
-        output_padding: see stride.
     """
     axes = len(weight) - 2
     numbers = [each(value, axes) for value in (stride, padding, dilation, output_padding)]
@@ -239,40 +236,28 @@ def _hashable(value: Any) -> Any:
     return tuple(map(int, value)) if isinstance(value, Sequence) else int(value)
 
 
-def _sound(check: Callable[..., bool], axes: int, x: Tensor, w: Tensor, b: Tensor | None, *settings: Any) -> bool:
-    """Whether types, shapes and settings are of a convolution; of complex ones PyTorch makes several."""
-    alike = sound.floating(x, w, b) or (torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and w.is_floating_point())
-    return alike and w.dim() == axes + 2 and check(x.shape, w.shape, None if b is None else b.shape, *settings)
-
-
-def _kind(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, *rest: Any) -> tuple[Convolution, bool]:
-    """What to compute with, and whether images are laid out in channels last."""
+def _kind(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, *rest: Any) -> Convolution:
     # On the CPU, in the types that its kernels for convolutions are slow in.
     products = x.device.type == "cpu" and x.dtype in PRODUCTS
     format = of_convolution(x, w) if groups == 1 and w.shape[2:].numel() == 1 else None
     channels_last = adjacent(x) if format is None else format == torch.channels_last
     products = products and format != torch.channels_last_3d
-    return _convolution(x.shape, w.shape, stride, padding, dilation, groups, products, channels_last, *rest), channels_last
+    return _convolution(x.shape, w.shape, stride, padding, dilation, groups, products, channels_last, *rest)
 
 
 def _apply(x: Tensor, w: Tensor, b: Tensor | None, phase: Phase, *settings: Any) -> Tensor:
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        # As autocast does for the convolutions it knows, but for doubles; inside the function it must not cast again.
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            return _apply(x.to(dtype), w.to(dtype), b if b is None else b.to(dtype), phase, *settings)
+    if autocasts(x):
+        return as_autocast(_apply, x, w, b, phase, *settings)
     if x.dim() < w.dim():
         return _apply(x.unsqueeze(0), w, b, phase, *settings).squeeze(0)
-    kind, channels_last = _kind(x, w, *settings)
-    if kind.pixels and channels_last:
+    kind = _kind(x, w, *settings)
+    if kind.pixels and kind.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)  # products of pixels know whole images only
     if kind.pixels and x.shape[2:].numel() == 1:  # a linear layer: nodes of PyTorch's own start faster than ours
         y: Tensor = aten._unsafe_view(linear(phase, x.flatten(1), w.flatten(1), b), (x.shape[0], w.shape[0], *x.shape[2:]))
-        if channels_last:  # the same in memory, but it says so: what makes many positions of it lays these out alike
-            y = y.clone(memory_format=torch.channels_last)
-    else:
-        y = _Convolve.apply(x, w, b, kind, phase)
+        # The same in memory, but it says so: what makes many positions of it lays these out alike.
+        return y.clone(memory_format=torch.channels_last) if kind.channels_last else y
+    y = _Convolve.apply(x, w, b, kind, phase)
     return y
 
 
@@ -289,7 +274,7 @@ def convolve(
 ) -> Tensor:
     """`F.conv1d`, `F.conv2d`, `F.conv3d`, of so many axes."""
     stride, padding, dilation = _hashable(stride), _hashable(padding), _hashable(dilation)
-    if not _sound(sound.convolution, axes, input, weight, bias, stride, padding, dilation, groups):
+    if not sound.convolves(sound.convolution, axes, input, weight, bias, stride, padding, dilation, groups):
         return (F.conv1d, F.conv2d, F.conv3d)[axes - 1](input, weight, bias, stride, padding, dilation, groups)
     if patches.are(input.dim(), tuple(weight.shape), stride, padding, dilation, groups):
         return patches.convolve(phase, input, weight, bias)
@@ -316,11 +301,11 @@ def convolve_if_faster(
     """`F.conv2d`, as it is where that is no slower when differentiated once."""
     plain = type(input) in PLAIN and type(weight) in PLAIN and input.dtype == weight.dtype in PRODUCTS
     if plain and input.dim() == weight.dim() and not isinstance(padding, str) and not torch.is_autocast_enabled(input.device.type):
-        stride, padding, dilation = _hashable(stride), _hashable(padding), _hashable(dilation)
-        settings = stride, padding, dilation, groups
-        kind = _kind(input, weight, *settings)[0] if _sound(sound.convolution, 2, input, weight, bias, *settings) else None
-        if kind is not None and (kind.pixels or kind.weight_product is not None):
-            return convolve(phase, input, weight, bias, stride, padding, dilation, groups)
+        settings = _hashable(stride), _hashable(padding), _hashable(dilation), groups
+        if sound.convolves(sound.convolution, 2, input, weight, bias, *settings):
+            kind = _kind(input, weight, *settings)
+            if kind.pixels or kind.weight_product is not None:
+                return convolve(phase, input, weight, bias, *settings)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
@@ -338,7 +323,7 @@ def convolve_transposed(
 ) -> Tensor:
     """`F.conv_transpose1d`, `F.conv_transpose2d`, `F.conv_transpose3d`, of so many axes."""
     stride, padding, output_padding, dilation = map(_hashable, (stride, padding, output_padding, dilation))
-    if not _sound(sound.transposed, axes, input, weight, bias, stride, padding, output_padding, groups, dilation):
+    if not sound.convolves(sound.transposed, axes, input, weight, bias, stride, padding, output_padding, groups, dilation):
         function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[axes - 1]
         return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
     return _apply(input, weight, bias, phase, stride, padding, dilation, groups, True, output_padding)

@@ -1,7 +1,7 @@
 """Norms and distances that can be differentiated twice, at zero too.
 
 PyTorch's second derivative of a 2-norm at zero is NaN, and `cdist` has none but for 2-norms of many rows. Here both derivatives at zero
-are zero. Division by the norm, as in cosine attention, is a closed form of few passes over memory.
+are zero.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from attrreg.ops.phase import once_differentiable
-from attrreg.ops.precision import narrowed
+from attrreg.ops.precision import wide, widely
 
 TWO = (2, 2.0, None, "fro")
 BY_DIFFERENCES = "donot_use_mm_for_euclid_dist"
@@ -24,11 +22,12 @@ MODES = ("use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", BY_DIF
 MANY = 2**24  # differences of values, from which on there is no tensor of them
 
 
-def two_norm(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
+def two_norm(x: Tensor, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     """sqrt(sum x^2)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if x.dtype != wide:  # half types have no room for the squares
-        return narrowed(two_norm(x.to(wide), dim, keepdim), x)
+    if dtype is not None:
+        x = x.to(dtype)
+    if x.dtype != wide(x):  # which has room for the squares
+        return widely(two_norm, x, dim, keepdim)
     squared = x.square().sum(dim=tuple(range(x.dim())) if dim is None else dim, keepdim=keepdim)
     zero = squared == 0
     return torch.where(zero, torch.zeros_like(squared), torch.where(zero, torch.ones_like(squared), squared).sqrt())
@@ -46,7 +45,7 @@ def vector_norm(
     if ord != 2 or out is not None or not _widens(x, dtype):
         result: Tensor = torch.linalg.vector_norm(x, ord, dim, keepdim, out=out, dtype=dtype)
         return result
-    return two_norm(x if dtype is None else x.to(dtype), dim, keepdim)
+    return two_norm(x, dim, keepdim, dtype)
 
 
 def norm(input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Tensor | None = None, dtype: Any = None) -> Tensor:
@@ -55,7 +54,7 @@ def norm(input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, 
     if p not in TWO or matrix or out is not None or not _widens(input, dtype):
         result: Tensor = torch.norm(input, p, dim, keepdim, out, dtype)
         return result
-    return two_norm(input if dtype is None else input.to(dtype), dim, keepdim)
+    return two_norm(input, dim, keepdim, dtype)
 
 
 def linalg_norm(
@@ -67,69 +66,7 @@ def linalg_norm(
     if ord not in TWO or not fits or out is not None or not _widens(A, dtype):
         result: Tensor = torch.linalg.norm(A, ord, dim, keepdim, out=out, dtype=dtype)
         return result
-    return two_norm(A if dtype is None else A.to(dtype), dim, keepdim)
-
-
-class _Normalize(Function):
-    """y = x r along some axes, with r = 1 / max(||x||, eps).
-
-    With P(u) = u - a y sum(u y), which is its own adjoint, a = 0 where r is that of eps, and else 1:
-
-        gx = r P(gy)                                        the first order
-        for v, the gradient with respect to gx:
-        d_gy = r P(v)
-        d_x  = a r^2 (y (3 sum(v y) sum(gy y) - sum(v gy)) - v sum(gy y) - gy sum(v y))
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: Any, eps: float) -> Tensor:
-        squared = x.square().sum(dim, keepdim=True)
-        floor = max(eps**2, float(torch.finfo(x.dtype).tiny))
-        r = squared.clamp_min(floor).rsqrt_()
-        ctx.save_for_backward(x, r, squared > floor)  # not y, in which a layer may go on to work in place, as with PyTorch's
-        ctx.dim = dim
-        return x * r
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, r, a = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return _along(gy, x, r, a, ctx.dim)[0], None, None
-        return _NormalizeGradient.apply(gy, x, r, a, ctx.dim), None, None
-
-
-class _NormalizeGradient(Function):
-    @staticmethod
-    def forward(ctx: Any, gy: Tensor, x: Tensor, r: Tensor, a: Tensor, dim: Any) -> Tensor:
-        gx, gy_y = _along(gy, x, r, a, dim)
-        ctx.save_for_backward(gy, x, r, a, gy_y)
-        ctx.dim = dim
-        return gx
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        gy, x, r, a, gy_y = ctx.saved_tensors
-        for_gy, v_y = _along(v, x, r, a, ctx.dim)
-        squared, v_gy = r.square().mul_(a), (v * gy).sum(ctx.dim, keepdim=True)
-        for_x = x * (3 * v_y * gy_y - v_gy).mul_(squared).mul_(r)
-        return for_gy, for_x.addcmul_(v, gy_y * squared, value=-1).addcmul_(gy, v_y * squared, value=-1), *[None] * 3
-
-
-def _along(u: Tensor, x: Tensor, r: Tensor, a: Tensor, dim: Any) -> tuple[Tensor, Tensor]:
-    """r P(u) and sum(u y)."""
-    along = (u * x).sum(dim, keepdim=True).mul_(r)
-    return torch.addcmul(u, x, along * a * r, value=-1).mul_(r), along
-
-
-def normalize(input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None) -> Tensor:
-    """`F.normalize`: x / max(||x||, eps)."""
-    if p not in TWO or out is not None or not input.is_floating_point():
-        return F.normalize(input, p, dim, eps, out)
-    # Half types have no room for eps squared.
-    wide = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-    result: Tensor = _Normalize.apply(wide, dim, eps)
-    return narrowed(result, input)
+    return two_norm(A, dim, keepdim, dtype)
 
 
 class _Euclidean(Function):

@@ -16,6 +16,15 @@ from attrreg.ops import activation, attention, batch_norm, concatenate, conv, di
 from attrreg.ops.phase import Phase
 from attrreg.ops.process import BY_MATH, attention_by, attention_kernels, checkpoints_recompute_inside
 
+
+def _drawn(function: Callable[..., Tensor], phase: Phase, *args: Any, **kwargs: Any) -> Tensor:
+    """A function that draws, by the draws of the pass where there are such."""
+    if phase.draws is None or phase.draws.stopped:
+        return function(*args, **kwargs)
+    return draws.KNOWN[function](phase.draws, function, *args, **kwargs)
+
+
+# What takes the arguments of the function that it replaces; and below, what takes the phase of the pass before them.
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), activation.relu),
     **dict.fromkeys((torch.relu_, Tensor.relu_), activation.relu_),
@@ -27,11 +36,9 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.silu: activation.silu,
     F.gelu: activation.gelu,
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), concatenate.concatenate),
-    F.multi_head_attention_forward: attention.by_math(F.multi_head_attention_forward),  # inside, no mode is on
+    F.multi_head_attention_forward: attention.by_math(F.multi_head_attention_forward),  # no mode sees inside
     F.max_pool2d: pool.max_pool2d,
-    F.normalize: distance.normalize,
-    torch.norm: distance.norm,
-    Tensor.norm: distance.norm,
+    **dict.fromkeys((torch.norm, Tensor.norm), distance.norm),
     torch.linalg.norm: distance.linalg_norm,
     torch.linalg.vector_norm: distance.vector_norm,
     torch.cdist: distance.cdist,
@@ -52,10 +59,12 @@ WITH_PHASE: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.group_norm: norm.group_norm,
     F.instance_norm: norm.instance_norm,
     F.rms_norm: norm.rms_norm,
+    F.normalize: norm.normalize,
+    **{function: partial(_drawn, function) for function in draws.KNOWN},
 }
 
 
-OURS = {*REPLACEMENTS, *WITH_PHASE, *draws.KNOWN}
+OURS = {*REPLACEMENTS, *WITH_PHASE}
 NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # names that PyTorch's functions take too
 
 
@@ -74,12 +83,9 @@ class _Replace(TorchFunctionMode):
             kwargs = {NUMPY.get(name, name): value for name, value in kwargs.items()}
         if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func has rules for PyTorch's functions only
             return func(*args, **kwargs)
-        if self._phase.draws is not None and not self._phase.draws.stopped and func in draws.KNOWN:
-            return draws.KNOWN[func](self._phase.draws, func, *args, **kwargs)
         if func in WITH_PHASE:
             return WITH_PHASE[func](self._phase, *args, **kwargs)
-        chosen: Callable[..., Any] = REPLACEMENTS.get(func, func)
-        return chosen(*args, **kwargs)
+        return REPLACEMENTS[func](*args, **kwargs)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 PyTorch composes these second derivatives from many pointwise operations and saves what each of them needs. With
 xhat = (x - mu) r, r = 1 / sqrt(var + eps), and P(u) = u - mean(u) - xhat mean(u xhat), which is its own adjoint (means run
-over the M values that are normalised together, g is the weight; RMS normalisation has no mean: mu = 0, P(u) = u - xhat mean(u xhat)):
+over the M values that are normalised together, g is the weight; for what subtracts no mean see `_Divided`):
 
     gx = r P(g gy)                                      the first order
     for v, the gradient with respect to gx, with a = mean(g gy xhat), b = mean(v xhat), phi = sum(v gx):
@@ -14,7 +14,8 @@ over the M values that are normalised together, g is the weight; RMS normalisati
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.autograd import Function
 from attrreg.ops import fused, sound
 from attrreg.ops.channels import affine, suggested
 from attrreg.ops.phase import Phase, once_differentiable, wanted
-from attrreg.ops.precision import narrowed
+from attrreg.ops.precision import wide, widely
 
 aten = torch.ops.aten
 
@@ -102,10 +103,8 @@ def layer_norm(
     shaped = isinstance(normalized_shape, Sequence) and sound.with_parameters(input, normalized_shape, weight, bias)
     if not (shaped and input.numel()):  # the second derivative's kernel would divide by the number of its channels
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
-    wide = torch.promote_types(input.dtype, torch.float32)
-    if input.dtype != wide:  # PyTorch's second derivative has the cube of 1 / deviation, for which float16 has no room
-        g, b = (None if parameter is None else parameter.to(wide) for parameter in (weight, bias))
-        return narrowed(layer_norm(phase, input.to(wide), normalized_shape, g, b, eps), input)
+    if input.dtype != wide(input):  # PyTorch's second derivative has the cube of 1 / deviation
+        return widely(partial(layer_norm, phase), input, normalized_shape, weight, bias, eps)
     shape = list(normalized_shape)
     g = weight if weight is not None else input.new_ones(shape)
     b = bias if bias is not None else input.new_zeros(shape)
@@ -126,10 +125,8 @@ def group_norm(
     divides = num_groups > 0 and channels % num_groups == 0 and input.numel() > num_groups  # of a single value, PyTorch refuses the norm
     if not (divides and sound.with_parameters(input, (channels,), weight, bias)):
         return F.group_norm(input, num_groups, weight, bias, eps)
-    wide = torch.promote_types(input.dtype, torch.float32)
-    if input.dtype != wide:  # as in `layer_norm`; rounded once, as PyTorch's
-        g, b = (None if parameter is None else parameter.to(wide) for parameter in (weight, bias))
-        return narrowed(group_norm(phase, input.to(wide), num_groups, g, b, eps), input)
+    if input.dtype != wide(input):  # as in `layer_norm`; rounded once, as PyTorch's
+        return widely(partial(group_norm, phase), input, num_groups, weight, bias, eps)
     n = len(input)
     grouped = input.reshape(n, num_groups, channels // num_groups * math.prod(input.shape[2:]))
     y = layer_norm(phase, grouped, grouped.shape[-1:], None, None, eps).reshape(input.shape)
@@ -160,52 +157,72 @@ def instance_norm(
     return group_norm(phase, input.contiguous(), input.shape[1], weight, bias, eps).to(input.dtype)
 
 
-class _RMSNorm(Function):
-    """As layer normalisation with a mean of zero."""
+class _Divided(Function):
+    """y = g x r along some axes, r = 1 / sqrt(c sum(x^2) + constant): what is divided by its norm, and weighted or not.
+
+    With q = c r, u = g gy, m(u) = q sum(u x), and P(u) = u - x r m(u), which is its own adjoint:
+
+        gx = r P(u)                                         the first order
+        for v, the gradient with respect to gx:
+        d_gy = g r P(v)
+        d_g  = sum(gy r P(v))
+        d_x  = r^2 (x (3 r m(v) m(u) - q sum(v u)) - v m(u) - u m(v))
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, g: Tensor, shape: list[int], eps: float, phase: Phase) -> Tensor:
-        r = x.square().mean(_last(shape), keepdim=True).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, g, r)
-        ctx.shape, ctx.eps, ctx.phase = shape, eps, phase
-        return (x * r).mul_(g)
+    def forward(
+        ctx: Any, x: Tensor, g: Tensor | None, axes: Any, factors: Callable[[Tensor], tuple[Tensor, Tensor]], phase: Phase
+    ) -> Tensor:
+        r, q = factors(x)
+        ctx.save_for_backward(x, g, r, q)  # not y, in which a layer may go on to work in place, as with PyTorch's
+        ctx.axes, ctx.factors, ctx.phase = axes, factors, phase
+        y = x * r
+        return y if g is None else y.mul_(g)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, g, r = ctx.saved_tensors
+        x, g, r, q = ctx.saved_tensors
         for_x, for_g = wanted(ctx, 2)
-        gx = _RMSNormInputGradient.apply(gy, x, g, r, ctx.shape) if for_x else None
-        gg = None
+        again = torch.is_grad_enabled()
+        gx = gg = None
+        if for_x and again:
+            gx = _DividedInputGradient.apply(gy, x, g, r, q, ctx.axes)
+        elif for_x:
+            gx, _ = _projected(_weighted(gy, g), x, r, q, ctx.axes)
         if for_g:  # not in an attribution; by operations that can be differentiated
-            r = r if not torch.is_grad_enabled() else x.square().mean(_last(ctx.shape), keepdim=True).add(ctx.eps).rsqrt()
-            gg = (gy * x * r).sum_to_size(g.shape)
+            gg = (gy * x * (ctx.factors(x)[0] if again else r)).sum_to_size(g.shape)
         return gx, gg, None, None, None
 
 
-class _RMSNormInputGradient(Function):
+class _DividedInputGradient(Function):
     @staticmethod
-    def forward(ctx: Any, gy: Tensor, x: Tensor, g: Tensor, r: Tensor, shape: list[int]) -> Tensor:
-        u = (gy * g).mul_(r)
-        gx = torch.addcmul(u, x, (u * x).mean(_last(shape), keepdim=True) * r * r, value=-1)
-        ctx.save_for_backward(gy, x, g, r, gx)
-        ctx.shape = shape
+    def forward(ctx: Any, gy: Tensor, x: Tensor, g: Tensor | None, r: Tensor, q: Tensor, axes: Any) -> Tensor:
+        gx, m_u = _projected(_weighted(gy, g), x, r, q, axes)
+        ctx.save_for_backward(gy, x, g, r, q, m_u)
+        ctx.axes = axes
         return gx
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        gy, x, g, r, gx = ctx.saved_tensors
-        axes, count = _last(ctx.shape), math.prod(ctx.shape)
-        a, b = (g * gy * x).mean(axes, keepdim=True) * r, (v * x).mean(axes, keepdim=True) * r
-        phi = (v * gx).sum(axes, keepdim=True)
-        rpv = torch.addcmul(v, x, b * r, value=-1).mul_(r)
+        gy, x, g, r, q, m_u = ctx.saved_tensors
+        u = _weighted(gy, g)
+        rpv, m_v = _projected(v, x, r, q, ctx.axes)
         for_g = (gy * rpv).sum_to_size(g.shape) if ctx.needs_input_grad[2] else None
-        for_x = (x * (-r * r * phi / count)).addcmul_(rpv, -r * a).addcmul_(gx, -r * b)
-        return rpv.mul_(g), for_x, for_g, None, None
+        squared, v_u = r.square(), (v * u).sum(ctx.axes, keepdim=True)
+        for_x = x * (3 * r * m_v * m_u).sub_(v_u.mul_(q)).mul_(squared)
+        for_x.addcmul_(v, m_u * squared, value=-1).addcmul_(u, m_v * squared, value=-1)
+        return rpv if g is None else rpv.mul_(g), for_x, for_g, None, None, None
 
 
-def _last(shape: list[int]) -> list[int]:
-    return list(range(-len(shape), 0))
+def _weighted(gy: Tensor, g: Tensor | None) -> Tensor:
+    return gy if g is None else gy * g
+
+
+def _projected(u: Tensor, x: Tensor, r: Tensor, q: Tensor, axes: Any) -> tuple[Tensor, Tensor]:
+    """r P(u) and m(u)."""
+    m = (u * x).sum(axes, keepdim=True).mul_(q)
+    return torch.addcmul(u, x, m * r, value=-1).mul_(r), m
 
 
 def rms_norm(
@@ -213,14 +230,32 @@ def rms_norm(
 ) -> Tensor:
     """`F.rms_norm`."""
     shape = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else ()
-    weighted = weight is None or weight.shape == shape
-    if not (shape and input.shape[-len(shape) :] == shape and weighted and input.is_floating_point()):
+    if not (shape and input.shape[-len(shape) :] == shape and sound.with_parameters(input, shape, weight)):
         return F.rms_norm(input, normalized_shape, weight, eps)
-    wide = torch.promote_types(input.dtype, torch.float32)
-    eps = torch.finfo(wide).eps if eps is None else eps
-    if input.dtype != wide:  # as in `layer_norm`
-        g = None if weight is None else weight.to(wide)
-        return narrowed(rms_norm(phase, input.to(wide), normalized_shape, g, eps), input)
-    g = weight if weight is not None else input.new_ones(shape)
-    result: Tensor = _RMSNorm.apply(input.contiguous(memory_format=suggested(input)), g, list(shape), eps, phase)
+    if input.dtype != wide(input):  # as in `layer_norm`
+        return widely(partial(rms_norm, phase), input, normalized_shape, weight, eps)
+    axes, added = list(range(-len(shape), 0)), torch.finfo(input.dtype).eps if eps is None else eps
+
+    def factors(x: Tensor) -> tuple[Tensor, Tensor]:
+        r = x.square().mean(axes, keepdim=True).add_(added).rsqrt_()
+        return r, r / math.prod(shape)
+
+    result: Tensor = _Divided.apply(input.contiguous(memory_format=suggested(input)), weight, axes, factors, phase)
+    return result
+
+
+def normalize(phase: Phase, input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None) -> Tensor:
+    """`F.normalize`: x / max(||x||, eps). Both derivatives at zero are zero, of which PyTorch's second is NaN."""
+    if p != 2 or out is not None or not input.is_floating_point():
+        return F.normalize(input, p, dim, eps, out)
+    if input.dtype != wide(input):  # which has room for eps squared
+        return widely(partial(normalize, phase), input, p, dim, eps)
+
+    def factors(x: Tensor) -> tuple[Tensor, Tensor]:
+        squared = x.square().sum(dim, keepdim=True)
+        floor = max(eps**2, float(torch.finfo(x.dtype).tiny))
+        r = squared.clamp_min(floor).rsqrt_()
+        return r, aten.threshold_backward(r, squared, floor)  # 0 where it is not above
+
+    result: Tensor = _Divided.apply(input, None, dim, factors, phase)
     return result

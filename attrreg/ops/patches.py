@@ -5,7 +5,6 @@ Their input gradient, which an ordinary training step never takes, is slow on th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,11 +14,7 @@ from torch import Tensor
 from attrreg.ops.channels import of_convolution, suggested
 from attrreg.ops.linear import linear
 from attrreg.ops.phase import Phase
-
-
-def each(value: int | Sequence[int], axes: int) -> list[int]:
-    """A setting of a convolution, one number an axis."""
-    return [value] * axes if isinstance(value, int) else list(value) * (axes if len(value) == 1 else 1)
+from attrreg.ops.sound import each
 
 
 @lru_cache(maxsize=4096)

@@ -28,9 +28,9 @@ class Phase:
         running: the forward is not over: a backward now is the model's own.
         inner: the running backward makes an attribution: nobody asks for the gradients of weights.
         places: how many places of a path share the batch, those of an image side by side.
-        draws: what they draw, where they are several.
+        draws: what the pass draws; None: nobody asks.
         rows: in the batch of all places.
-        normalised: how many rows of their own statistics' batches are told apart: `rows`, unless images meet in another way.
+        normalised: of how many rows, tokens of an image as one, statistics were taken: of `rows` alone, unless images meet otherwise.
     """
 
     running: bool = False
@@ -53,7 +53,7 @@ class Phase:
 def wanted(ctx: Any, count: int) -> list[bool]:
     """Which gradients of its first inputs the running backward asks a function for; the outer one is asked about the first only."""
     needed, phase, nodes = ctx.needs_input_grad, ctx.phase, ctx.next_functions  # a bias that is None has no node, and needs none
-    if phase.inner:  # which runs a function only for what comes before it, unless a weight was computed from the images
+    if phase.inner:  # nobody asks for the gradient of a weight, unless that was computed from the images
         return [needed[0], *(needed[index] and _executes(nodes[index][0], leaf=False) for index in range(1, count))]
     if phase.running:
         return list(needed[:count])

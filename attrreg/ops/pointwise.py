@@ -31,7 +31,7 @@ def by_products(images: int, positions: int, inner: int, outer: int, channels_la
     return always, always or images * positions <= max(inner, outer) // 4  # a library mostly lays out the weights
 
 
-def _rows(x: Tensor) -> bool:
+def _takes_rows(x: Tensor) -> bool:
     """Whether to take all images as rows of channels, in one product; else one product an image."""
     return x.shape[2:].numel() <= FEW or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
@@ -50,7 +50,7 @@ def _times(matrix: Tensor, x: Tensor, b: Tensor | None, channels_last: bool) -> 
     """A matrix `(out, in)` times each position of `(N, in, ...)`. No view: autograd functions must not return one."""
     n, out, places = x.shape[0], matrix.shape[0], x.shape[2:]
     result: Tensor
-    if not _rows(x):
+    if not _takes_rows(x):
         matrices, flat = matrix.expand(n, -1, -1), x.flatten(2)
         images = torch.bmm(matrices, flat) if b is None else torch.baddbmm(b[:, None], matrices, flat)
         result = aten._unsafe_view(images, (n, out, *places))
@@ -65,13 +65,13 @@ def _times(matrix: Tensor, x: Tensor, b: Tensor | None, channels_last: bool) -> 
 def input_gradient(gy: Tensor, w: Tensor) -> Tensor:
     """gx(gy, w)."""
     # Of a transposed matrix, products with each image are slow.
-    return _times(w.flatten(1).t() if _rows(gy) else w.flatten(1).t().contiguous(), gy, None, layout(gy) == torch.channels_last)
+    return _times(w.flatten(1).t() if _takes_rows(gy) else w.flatten(1).t().contiguous(), gy, None, layout(gy) == torch.channels_last)
 
 
 def weight_gradient(gy: Tensor, x: Tensor, w: Tensor) -> Tensor:
     """gw(gy, x), of the shape of w."""
     (n, channels), out = x.shape[:2], gy.shape[1]
-    if _rows(x):
+    if _takes_rows(x):
         found = product(as_rows(gy).t(), as_rows(x).t())
     elif n > 1 and out * channels <= min(NARROW, 2 * (out + channels) * x.shape[2:].numel()):  # no larger than images in another order
         found = torch.bmm(gy.flatten(2), x.flatten(2).mT).sum(0)

@@ -1,11 +1,37 @@
-"""In which type a result goes out."""
+"""In which types operators compute, and in which their results go out."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from attrreg.state import full_precision
 
-def narrowed(y: Tensor, x: Tensor) -> Tensor:
-    """What was computed of x in a wider type, in that of x; but not where CUDA's autocast is on, which leaves norms wide."""
+
+def wide(x: Tensor) -> torch.dtype:
+    """The type to compute in, float32 at least: half types have no room for the powers that second derivatives are made of."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def widely(function: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+    """A function of half types, computed in the wide one and rounded once; CUDA's autocast leaves such results wide."""
+    y = _cast(function, wide(x), x, *rest)
     return y if x.is_cuda and torch.is_autocast_enabled("cuda") else y.to(x.dtype)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on, which leaves doubles as they are."""
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+
+
+def as_autocast(function: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+    """A function as autocast computes those that it knows; inside it must not cast again."""
+    with full_precision(x.device):
+        return _cast(function, torch.get_autocast_dtype(x.device.type), x, *rest)
+
+
+def _cast(function: Callable[..., Tensor], dtype: torch.dtype, *arguments: Any) -> Tensor:
+    return function(*(value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value for value in arguments))

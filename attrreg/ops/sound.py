@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attrreg.ops.patches import each
-
-
-def floating(*tensors: Tensor | None) -> bool:
-    """Whether those that are given are of one floating-point type."""
-    kinds = {tensor.dtype for tensor in tensors if tensor is not None}
-    return len(kinds) == 1 and next(iter(kinds)).is_floating_point
+from attrreg.ops.precision import wide
 
 
 def with_parameters(x: Tensor, shape: Sequence[int], *parameters: Tensor | None) -> bool:
     """Whether parameters have a shape and fit floating-point values, of which half types may have wide ones."""
-    kinds = {x.dtype, torch.promote_types(x.dtype, torch.float32)}
+    kinds = {x.dtype, wide(x)}
     fit = all(values is None or (values.shape == tuple(shape) and values.dtype in kinds) for values in parameters)
     return fit and x.is_floating_point() and len({values.dtype for values in parameters if values is not None}) < 2
+
+
+def convolves(shapes: Callable[..., bool], axes: int, x: Tensor, w: Tensor, b: Tensor | None, *settings: Any) -> bool:
+    """Whether types, `shapes` and settings are of a convolution of so many axes; of complex ones PyTorch makes several."""
+    kinds = {tensor.dtype for tensor in (x, w, b) if tensor is not None}
+    floating = x.is_floating_point() and w.is_floating_point()
+    alike = floating and (len(kinds) == 1 or torch.is_autocast_enabled(x.device.type))
+    return alike and w.dim() == axes + 2 and shapes(x.shape, w.shape, None if b is None else b.shape, *settings)
 
 
 @lru_cache(maxsize=4096)
@@ -56,22 +58,27 @@ def transposed(
 ) -> bool:
     """Of shapes, and settings as `F.conv_transpose2d` takes them."""
     axes = len(weight) - 2
-    settings, added = _settings(axes, stride, padding, dilation), _settings(axes, 1, output_padding, 1)
-    if settings is None or added is None or not _fits(image, weight, groups):
+    settings, added = _settings(axes, stride, padding, dilation), each(output_padding, axes)
+    if settings is None or len(added) != axes or min(added) < 0 or not _fits(image, weight, groups):
         return False
     if image[-axes - 1] != weight[0] or weight[0] % groups or bias not in (None, (weight[1] * groups,)):
         return False
     sizes = zip(image[-axes:], weight[2:], settings, added, strict=True)
     return all(
         more < max(by, step) and (size - 1) * by - 2 * pad + step * (kernel - 1) + more >= 0
-        for size, kernel, (by, pad, step), (_, more, _) in sizes
+        for size, kernel, (by, pad, step), more in sizes
     )
+
+
+def each(value: int | Sequence[int], axes: int) -> list[int]:
+    """A setting of a convolution, one number an axis."""
+    return [value] * axes if isinstance(value, int) else list(value) * (axes if len(value) == 1 else 1)
 
 
 def _settings(axes: int, stride: Any, padding: Any, dilation: Any) -> list[tuple[int, int, int]] | None:
     """Stride, padding and dilation of each axis; None: they are none."""
     values = [each(value, axes) for value in (stride, padding, dilation)]
-    if axes not in (1, 2, 3) or any(len(value) != axes for value in values):
+    if any(len(value) != axes for value in values):
         return None
     if min(values[0]) < 1 or min(values[1]) < 0 or min(values[2]) < 1:
         return None
