@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from attrreg.graph import trainable_leaves
 from attrreg.masks import All, Annotation
+from attrreg.ops.phase import executes
 from attrreg.walk import modules
 from attrreg.wrappers import data_parallel
 
@@ -189,20 +190,12 @@ def _delayed(wrapper: DistributedDataParallel) -> bool:
     return bool(getattr(wrapper, "_static_graph_delay_allreduce_enqueued", False))
 
 
-def _accumulates(node: Any) -> bool:
-    """Whether the running backward writes a parameter's `.grad`; `torch.autograd.grad` does not, and DDP has no part in it."""
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf that torch.autograd.grad was asked for
-        return False
-
-
 def _watch(wrapper: DistributedDataParallel, node: Any, delayed: bool) -> None:
     """Refuse a backward in which DDP reduces nothing.
 
     DDP takes part in one backward after each of its forwards. Any other leaves each rank with its own gradients, without a word.
     """
-    if not _accumulates(node):
+    if not executes(node, leaf=False):  # `torch.autograd.grad` writes no parameter's `.grad`, and DDP has no part in it
         return
     before = wrapper.reducer.get_backward_stats()  # when each gradient was ready: changes where DDP takes part
 

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import timm
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -165,7 +166,8 @@ def _least(text: str, values: dict[str, float], bound: float) -> Promise:
 
 @cache
 def _has_depthwise(name: str) -> bool:
-    model = timm.create_model(name)
+    with torch.device("meta"):  # weights take long to make
+        model = timm.create_model(name)
     return any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels and m.groups > 1 for m in model.modules())
 
 

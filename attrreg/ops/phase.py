@@ -54,11 +54,11 @@ def wanted(ctx: Any, count: int) -> list[bool]:
     """Which gradients of its first inputs the running backward asks a function for; the outer one is asked about the first only."""
     needed, phase, nodes = ctx.needs_input_grad, ctx.phase, ctx.next_functions  # a bias that is None has no node, and needs none
     if phase.inner:  # nobody asks for the gradient of a weight, unless that was computed from the images
-        return [needed[0], *(needed[index] and _executes(nodes[index][0], leaf=False) for index in range(1, count))]
+        return [needed[0], *(needed[index] and executes(nodes[index][0], leaf=False) for index in range(1, count))]
     if phase.running:
         return list(needed[:count])
     # Gradients of weights are what the outer one is for. A plain step has no gradient of the images either.
-    return [needed[0] and _executes(nodes[0][0], leaf=True) and not leads_to_ours(nodes[0][0], phase), *needed[1:count]]
+    return [needed[0] and executes(nodes[0][0], leaf=True) and not leads_to_ours(nodes[0][0], phase), *needed[1:count]]
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,7 +79,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _executes(node: Any, leaf: bool) -> bool:
+def executes(node: Any, leaf: bool) -> bool:
     """Whether the engine will run a node; `leaf`: what to say of a leaf under `autograd.grad`, of which PyTorch will not tell."""
     try:
         executes: bool = torch._C._will_engine_execute_node(node)
