@@ -86,8 +86,8 @@ def check(mask: Tensor, x: Tensor, annotated: Tensor | None, needs_region: str |
     has_bad, has_empty, count = torch.stack([bad.any(), empty.any(), flags.sum()]).tolist()
     if has_bad:
         raise ValueError(
-            "mask has values that are NaN or outside [0, 1]. Scale it (for example `mask / 255`), or say which images have "
-            "no annotation with `annotated=`."
+            "mask has values that are NaN or outside [0, 1]. Scale it (for example `mask / 255`), write `mask == label` for a map of "
+            "labels, or say which images have no annotation with `annotated=`."
         )
     if has_empty and needs_region is not None:
         first = int(empty.nonzero()[0])

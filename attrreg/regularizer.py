@@ -163,12 +163,14 @@ class AttributionRegularizer(Spec, ABC):
         Raises:
             TypeError: the regularizer is a sum, or has no map.
         """
+        if isinstance(self, MapRegularizer):
+            return penalty.attribute(self, model, x, target, mask, generator, output, inputs)
         if len(self.terms) != 1:
             raise TypeError(f"attribute: a sum of {len(self.terms)} terms has no single map. Call `.attribute` on one term.")
         regularizer = self.terms[0].regularizer
-        if not isinstance(regularizer, MapRegularizer):
-            raise TypeError(f"{regularizer!r} has no attribution map. Call `.attribute` on a single term that has one.")
-        return penalty.attribute(regularizer, model, x, target, mask, generator, output, inputs)
+        if regularizer is self:
+            raise TypeError(f"{self!r} has no attribution map. Call `.attribute` on a single term that has one.")
+        return regularizer.attribute(model, x, target, mask=mask, generator=generator, output=output, inputs=inputs)
 
     def named(self, name: str) -> Sum:
         """The same term under another name, the key of `Penalty.terms`; a ValueError where there are several, or the name is no text."""
@@ -288,13 +290,15 @@ class Sum(AttributionRegularizer):
     """A flat weighted sum of terms, as `+` and `*` make it.
 
     Raises:
-        ValueError: two terms have the same name, or a weight is negative or not finite.
+        ValueError: there are no terms, two have the same name, or a weight is negative or not finite.
     """
 
     terms: tuple[Term, ...] = ()  # a default, because a dataclass would take the property of the base for one
     engine: Engine = DoubleBackward()
 
     def __post_init__(self) -> None:
+        if not self.terms:
+            raise ValueError("Sum: there are no terms. Add at least one.")
         seen: set[str] = set()
         for term in self.terms:
             if not (math.isfinite(term.weight) and term.weight >= 0):

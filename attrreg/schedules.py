@@ -198,7 +198,7 @@ class Scheduled:
     def __call__(self, model: nn.Module, x: Tensor, mask: Tensor, target: Tensor | None = None, **settings: Any) -> Tensor:
         """Compute the weighted penalty, and count the step. See `AttributionRegularizer.__call__`."""
         weight = self.weight
-        value = (weight * self.regularizer)(model, x, mask, target, **settings) if weight else _zero(model, x)
+        value = weight * self.regularizer(model, x, mask, target, **settings) if weight else _zero(model, x)
         self.step += 1
         return value
 
@@ -206,7 +206,9 @@ class Scheduled:
         """Compute the weighted penalty in place of the loop's forward, and count the step. See `AttributionRegularizer.evaluate`."""
         weight = self.weight
         if weight:
-            result = (weight * self.regularizer).evaluate(model, x, mask, target, **settings)
+            whole = self.regularizer.evaluate(model, x, mask, target, **settings)
+            terms = {name: weight * value for name, value in whole.terms.items()}
+            result = Penalty(weight * whole.total, terms, whole.output)
         else:
             call = Call(model, x, inputs=settings.get("inputs"), as_compiled=True)
             (output,) = recorded_output(call) or (call.run(x, as_users_forward=True),)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import attrreg
 from attrreg import baselines, objectives, scores
-from attrreg.regularizer import AttributionRegularizer
+from attrreg.regularizer import AttributionRegularizer, Sum
 from tests.models import SmoothNet, assert_close, gradients, smooth_batch
 
 
@@ -127,6 +127,30 @@ def test_a_sum_of_one_term_has_its_map() -> None:
     want = term.attribute(model, x, target, mask=mask)
     for regularizer in (0.5 * term, term.named("path")):
         torch.testing.assert_close(regularizer.attribute(model, x, target, mask=mask), want, rtol=0, atol=0)
+
+
+class Inverted(attrreg.InputGradient):
+    """A mask of the other polarity, and a map of one channel: what a subclass does of its own in public methods."""
+
+    def __call__(self, model: Any, x: Any, mask: Any, *rest: Any, **settings: Any) -> Any:
+        return super().__call__(model, x, ~mask, *rest, **settings)
+
+    def attribute(self, *rest: Any, **settings: Any) -> Any:
+        return super().attribute(*rest, **settings).sum(1, keepdim=True)
+
+
+def test_methods_of_subclasses_are_called() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    term, plain = Inverted(), attrreg.InputGradient()
+    want = plain(model, x, ~mask, target)
+    torch.testing.assert_close(attrreg.Scheduled(term, attrreg.schedules.Every(2))(model, x, mask, target), 2 * want)
+    for regularizer in (term, 0.5 * term, term.named("inverted")):
+        torch.testing.assert_close(regularizer.attribute(model, x, target), plain.attribute(model, x, target).sum(1, keepdim=True))
+
+
+def test_a_sum_has_terms() -> None:
+    with pytest.raises(ValueError, match="Sum: there are no terms"):
+        Sum(())
 
 
 @given(st.just(0.0) | st.floats(1e-6, 100), st.just(0.0) | st.floats(1e-6, 100))

@@ -293,6 +293,7 @@ DATA = batch(3)
         (lambda: attrreg.PGDEx(rate=-1.0), ValueError, r"rate must be a positive.*\. "),
         (lambda: attrreg.PGDEx(steps=0), ValueError, r"steps must be.*\. "),
         (lambda: attrreg.PGDEx(bounds=(1.0, 0.0)), ValueError, r"bounds must be.*\. "),
+        (lambda: attrreg.PGDEx(bounds=(False, True)), ValueError, r"bounds must be.*\. "),
         (lambda: attrreg.PGDEx(loss=scores.TargetLogit()), TypeError, r"loss must be.*\. "),  # type: ignore[arg-type]
         (lambda: attrreg.AdversarialInvariance(every=0), ValueError, r"every must be.*\. "),
         (lambda: attrreg.AdversarialInvariance(rate=0.0), ValueError, r"rate must be.*\. "),

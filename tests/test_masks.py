@@ -127,7 +127,7 @@ def test_from_boxes() -> None:
     assert not got[2].any() and got[3].all()
 
 
-@given(st.floats(-3, 8), st.floats(-3, 8), st.floats(0.01, 20), st.floats(0.01, 20))
+@given(st.floats(-3, 12), st.floats(-3, 12), st.floats(0.01, 20), st.floats(0.01, 20))
 @settings(deadline=None, max_examples=60)
 def test_boxes_cover_every_pixel_they_touch(x1: float, y1: float, width: float, height: float) -> None:
     x2, y2 = x1 + width, y1 + height

@@ -207,6 +207,13 @@ def test_targets_of_another_shape_are_refused_at_once(target: Tensor) -> None:
         modules.LogitDifferenceAUC().update(torch.randn(2, 2), target)
 
 
+def test_targets_of_a_third_class_are_refused_at_once() -> None:
+    metric = modules.LogitDifferenceAUC()
+    with pytest.raises(ValueError, match="target must be 0 or 1"):
+        metric.update(torch.randn(2, 2), torch.tensor([1, 2]))
+    assert not metric.logits
+
+
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric .* was called before")
 def test_judges_by_functions_without_a_name_can_be_saved() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch(4)

@@ -137,7 +137,9 @@ def test_skipped_attached_forwards_are_left_alone() -> None:
 def test_evaluate_on_a_skipped_step_is_the_plain_forward() -> None:
     model, x, mask, target = case()
     regularizer = Scheduled(1.0 * attrreg.InputGradient() + attrreg.ActivationDifference(), schedules.Every(2))
-    first = regularizer.evaluate(model, x, mask, target)
+    first = regularizer.evaluate(model, x, mask, target, generator=torch.Generator().manual_seed(0))
+    once = regularizer.regularizer(model, x, mask, target, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(first.total, 2 * once)
     assert float(first.total.detach()) == pytest.approx(float(sum(first.terms.values())), rel=1e-5)
     second = regularizer.evaluate(model, x, mask, target)
     assert second.terms.keys() == first.terms.keys()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attrreg.masks import check
 from attrreg.metrics.judge import Attribution, judged
 from attrreg.metrics.maps import Measure, energy_pointing_game, iou_at_mask_size, pointing_game, share_inside
-from attrreg.metrics.predictions import auc, check_correct, check_groups
+from attrreg.metrics.predictions import auc, check_correct, check_groups, check_two
 from attrreg.settings import check_count
 from attrreg.spec import source
 
@@ -227,12 +227,13 @@ class LogitDifferenceAUC(Metric):
         """Keep a batch, which may be empty: logits `(N, 2)`, target `(N,)` of 0 and 1.
 
         Raises:
-            ValueError: the logits are not of two classes, or the shapes do not fit.
+            ValueError: the logits or targets are not of two classes, or the shapes do not fit.
         """
         if logits.dim() != 2 or logits.shape[1] != 2:
             raise ValueError(f"logits must be (N, 2), got {tuple(logits.shape)}. The area is that of two classes.")
         if not logits.shape[:1] == target.shape == (0,):
             check_correct(logits, target)
+            check_two(target)
         self.logits.append(logits.detach())
         self.targets.append(target)
 

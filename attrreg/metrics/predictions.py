@@ -40,8 +40,7 @@ def auc(logits: Tensor, target: Tensor) -> float | None:
     check_correct(logits, target)
     if logits.shape[1] != 2:
         return None
-    if bool(((target != 0) & (target != 1)).any()):
-        raise ValueError("target must be 0 or 1, as there are two classes. Leave images of no class out.")
+    check_two(target)
     score = logits[:, 1].double() - logits[:, 0].double()
     ones, zeros = score[target == 1].contiguous(), score[target == 0].sort().values
     if not len(ones) or not len(zeros) or bool(score.isnan().any()):
@@ -103,3 +102,13 @@ def check_groups(groups: Tensor, target: Tensor) -> None:
         raise TypeError(
             f"groups must be integers, one group an image, got {groups.dtype}. Number the groups: groups.unique(return_inverse=True)."
         )
+
+
+def check_two(target: Tensor) -> None:
+    """Check that targets are of two classes.
+
+    Raises:
+        ValueError: naming `target`.
+    """
+    if bool(((target != 0) & (target != 1)).any()):
+        raise ValueError("target must be 0 or 1, as there are two classes. Leave images of no class out.")
