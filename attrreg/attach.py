@@ -59,6 +59,7 @@ class Attachment:
                 stacklevel=4,  # the user's line: above it are a method `attach`, penalty.attach and this
             )
             return
+        automatic.forget(model)
         self._hooks = [
             model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -98,10 +99,8 @@ class Attachment:
         recording = self._recording
         if recording is None or not recording.serves(call, sites, twice, asked, alone):
             return None
-        if returned and not recording.can_be_returned:
-            return None
-        self._forget()
-        return recording
+        self._forget()  # also where it cannot be returned: the call's own forward is another one
+        return None if returned and not recording.can_be_returned else recording
 
     @property
     def map(self) -> str | None:

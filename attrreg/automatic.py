@@ -59,10 +59,15 @@ def asked(call: Call, score: Score | None) -> Question:
 
 def known(call: Call, question: Question | None) -> str | None:
     """The layer for earlier calls alike; None: to be found."""
-    if question is None or question.picked_by is ...:
+    if question is None or question.picked_by is ... or isinstance(question.picked_by, CodeType):  # may pick by what it is given
         return None
     name = _KNOWN.get(call.model, {}).get(question.kind, {}).get(question)
     return name if name is not None and name in dict(call.model.named_modules()) else None
+
+
+def forget(model: nn.Module) -> None:
+    """Find layers anew: the loop that attaches now may ask otherwise than earlier calls, of a model that was changed."""
+    _KNOWN.pop(model, None)
 
 
 def only(model: nn.Module, kind: Hashable) -> tuple[Question, str] | None:
@@ -124,7 +129,8 @@ def choose(call: Call, score: Score | None, maps: list[NamedMap], grads: Sequenc
             )
         return len(maps) - 1
     question = asked(call, score)
-    _KNOWN.setdefault(call.model, {}).setdefault(question.kind, {})[question] = maps[decided[-1]][0]
+    if question.picked_by is not ... or not call.shown:  # a map that is looked at is no question of the loop's
+        _KNOWN.setdefault(call.model, {}).setdefault(question.kind, {})[question] = maps[decided[-1]][0]
     return decided[-1]
 
 

@@ -100,7 +100,10 @@ class Trace:
         if sharded(model) or synchronises(model):  # a forward that other ranks do not run would wait for them
             return True
         images = self.call.x.detach(), self._recordings[at].x.detach()
-        seen = shown(model, "sites", site, automatic.kind(self.call.x, model), automatic.picked_by(self.call.output))
+        picked = automatic.picked_by(output := self.call.output)
+        if picked is ...:  # several functions: not themselves, which may hold the model
+            picked = getattr(output, "__code__", type(output))
+        seen = shown(model, "sites", site, automatic.kind(self.call.x, model), picked)
         if seen.found or torch.equal(*images):
             return True
 

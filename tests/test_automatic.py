@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -162,6 +163,46 @@ def test_the_automatic_layer_is_that_of_the_output_asked_for(order: str) -> None
         for key in order:
             model(x)
             torch.testing.assert_close(CAM(model, x, mask, target, output=key), want[key])
+
+
+def test_a_function_may_pick_the_output_by_what_it_is_given() -> None:
+    class Telling(Steps):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {**super().forward(x), "bright": x.mean() > 0}
+
+    model, (x, mask, target) = Telling().double(), smooth_batch()
+    x = x.abs()
+    for images, key in ((x, "a"), (-x, "b"), (x, "a")):
+        got = CAM(model, images, mask, target, output=lambda out: out["a"] if out["bright"] else out["b"])
+        torch.testing.assert_close(got, CAM(copy.deepcopy(model), images, mask, target, output=key))
+
+
+def test_a_model_that_changes_is_attached_anew() -> None:
+    class Growing(Steps):
+        deep = False
+
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x)["b" if self.deep else "a"]
+
+    model, (x, mask, target) = Growing().double(), smooth_batch()
+    for deep, layer in ((False, "a"), (True, "b")):
+        model.deep = deep
+        with CAM.attach(model) as handle:
+            for _ in range(2):
+                model(x)
+                torch.testing.assert_close(CAM(model, x, mask, target), replace(CAM, layer=layer)(model, x, mask, target))
+            assert handle.map == layer
+
+
+def test_a_map_that_is_looked_at_is_no_question_of_the_loops() -> None:
+    model, (x, mask, target) = Steps().double(), smooth_batch()
+    CAM.attribute(model, x, target, output=lambda out: torch.clone(out["b"]))
+    with CAM.attach(model) as handle:
+        for _ in range(2):
+            model(x)
+            CAM(model, x, mask, target, output="a")
+            CAM.attribute(model, x, target, output=lambda out: torch.clone(out["b"]))
+        assert handle.map == "a"
 
 
 def test_the_automatic_layer_is_that_of_the_images_size() -> None:

@@ -129,6 +129,34 @@ def test_features_of_other_inputs_are_refused_in_a_sum(other: AttributionRegular
             regularizer(model, x, mask, target, inputs=(x, words))
 
 
+@pytest.mark.parametrize("heads", ["functions", "modules"])
+def test_what_one_output_shows_is_not_known_of_another(heads: str) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.images, self.words = nn.Linear(128, 6), nn.Linear(5, 6)
+            self.a, self.b = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor, words: Tensor) -> dict[str, Tensor]:
+            return {"a": self.a(self.images(x.flatten(1)).tanh()), "b": self.b(self.words(words).tanh())}
+
+    class First(nn.Module):
+        def forward(self, out: dict[str, Tensor]) -> Tensor:
+            return 1 * out["a"]
+
+    class Second(nn.Module):
+        def forward(self, out: dict[str, Tensor]) -> Tensor:
+            return 1 * out["b"]
+
+    model, (x, mask, target), words = Two().double(), smooth_batch(), torch.randn(3, 5, dtype=torch.float64)
+    functions: tuple[Any, Any] = (lambda out: torch.clone(out["a"]), lambda out: torch.clone(out["b"]))
+    first, second = functions if heads == "functions" else (First(), Second())
+    near, regularizer = x * (1e-3 + 0.999 * mask[:, None]), attrreg.ActivationDifference(fill=ZERO)
+    regularizer(model, near, mask, target, inputs=(near, words), output=first)
+    with pytest.raises(RuntimeError, match="come from other inputs than the images"):
+        regularizer(model, x, mask, target, inputs=(x, words), output=second)
+
+
 def test_rounding_is_no_difference() -> None:
     model, (x, mask, target) = timm.create_model("test_vit", img_size=64, num_classes=3), batch(4, size=64, classes=3)
     mask[0] = True

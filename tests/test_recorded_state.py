@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -274,3 +275,24 @@ def test_a_layer_that_is_gone_is_for_the_penalty_to_name() -> None:
         assert wrapped(x).shape == (len(x), 3)
         with pytest.raises(ValueError, match=r"layer '0\.2' is not in Sequential"):
             named(wrapped, x, mask, target)
+
+
+def test_a_forward_that_could_not_be_returned_is_used_up() -> None:
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.utils.spectral_norm(nn.Conv2d(2, 4, 3)), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            maps = self.stem(x).tanh()
+            return {"logits": self.head(maps.mean((2, 3))), "maps": 1 * maps}
+
+    found = []
+    for attach in (False, True):
+        torch.manual_seed(0)
+        model, (x, mask, target) = Normalised().double(), smooth_batch()
+        with REG.attach(model) if attach else nullcontext():
+            model(x)["maps"].add_(1)
+            whole = REG.evaluate(model, x, mask, target, output="logits")  # by a forward of its own, which moves buffers
+            found.append(torch.stack([whole.total, REG(model, x, mask, target, output="logits")]))
+    torch.testing.assert_close(*found)
