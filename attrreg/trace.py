@@ -100,10 +100,9 @@ class Trace:
         if sharded(model) or synchronises(model):  # a forward that other ranks do not run would wait for them
             return True
         images = self.call.x.detach(), self._recordings[at].x.detach()
-        picked = automatic.picked_by(output := self.call.output)
-        if picked is ...:  # several functions: not themselves, which may hold the model
-            picked = getattr(output, "__code__", type(output))
-        seen = shown(model, "sites", site, automatic.kind(self.call.x, model), picked)
+        output = self.call.output
+        head = getattr(output, "__code__", type(output)) if callable(output) else output  # not itself, which may hold the model
+        seen = shown(model, "sites", site, automatic.kind(self.call.x, model), head)
         if seen.found or torch.equal(*images):
             return True
 

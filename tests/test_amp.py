@@ -74,6 +74,23 @@ def relative_error(model: nn.Module, regularizer: Any, x: Tensor, target: Tensor
     return float((found - exact).norm() / exact.norm())
 
 
+@pytest.mark.parametrize("name", ["convnext", "vit", "swin"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_loop_may_call_backward_under_autocast(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    family = FAMILIES[name]
+    model, (x, mask, target) = family.build().eval(), batch(3, size=family.size)
+    found = []
+    for inside in (False, True):
+        with torch.autocast(DEVICE, dtype):
+            loss = F.cross_entropy(model(x), target) + terms(family)(model, x, mask, target, generator=torch.Generator().manual_seed(0))
+            if inside:
+                found.append(flat(gradients(model, loss)))
+        if not inside:
+            found.append(flat(gradients(model, loss)))
+    assert (found[1] - found[0]).norm() <= 0.02 * found[0].norm()
+
+
 @pytest.mark.parametrize("factor", [1e-9, 1e9])
 def test_scores_of_any_size_survive_float16(factor: float) -> None:
     model, (x, _, target) = SmoothNet(), batch(3, channels=2, size=8, classes=3)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from attrreg.ops import Phase, distance, twice_differentiable
 
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "normalize": lambda x: F.normalize(x, dim=-1),
+    "normalize p=fro": lambda x: F.normalize(x, p="fro", dim=1),  # type: ignore[arg-type]
     "normalize p=3": lambda x: F.normalize(x, p=3, dim=1),
     "norm": lambda x: x.norm(),
     "norm of all, kept": lambda x: x.norm(2, dim=None, keepdim=True),
@@ -54,7 +56,7 @@ def test_norms(name: str) -> None:
             assert torch.autograd.gradgradcheck(function, x)
 
 
-@pytest.mark.parametrize("name", ["normalize", "norm", "norm of axes", "torch.norm", "vector_norm", "linalg.norm"])
+@pytest.mark.parametrize("name", ["normalize", "normalize p=fro", "norm", "norm of axes", "torch.norm", "vector_norm", "linalg.norm"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_norms_at_zero(name: str, dtype: torch.dtype) -> None:
     x = torch.zeros(2, 3, 4, dtype=dtype, requires_grad=True)
@@ -66,6 +68,19 @@ def test_norms_at_zero(name: str, dtype: torch.dtype) -> None:
     (second,) = torch.autograd.grad((slope * torch.randn_like(slope)).sum(), x)
     torch.testing.assert_close(slope.detach(), plain)
     assert second.isfinite().all()
+
+
+@pytest.mark.parametrize("eps", [numpy.float32(1e-3), torch.tensor(1e-3)])
+def test_normalize_takes_its_least_norm_in_every_form(eps: Any) -> None:
+    x = (1e-3 * torch.randn(3, 4, dtype=torch.float64)).requires_grad_()
+    found = []
+    for context in (nullcontext(), twice_differentiable(Phase())):
+        with context:
+            y = F.normalize(x, eps=eps)
+        (slope,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        found.append([y, slope, *torch.autograd.grad(slope.square().sum(), x)])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])

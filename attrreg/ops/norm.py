@@ -25,6 +25,7 @@ from torch.autograd import Function
 
 from attrreg.ops import fused, sound
 from attrreg.ops.channels import affine, suggested
+from attrreg.ops.distance import TWO
 from attrreg.ops.phase import Phase, once_differentiable, wanted
 from attrreg.ops.precision import wide, widely
 
@@ -245,15 +246,15 @@ def rms_norm(
 
 
 def normalize(phase: Phase, input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None) -> Tensor:
-    """`F.normalize`: x / max(||x||, eps). Both derivatives at zero are zero, of which PyTorch's second is NaN."""
-    if p != 2 or out is not None or not input.is_floating_point():
+    """`F.normalize`: x / max(||x||, eps). At zero its second derivative is zero, of which PyTorch makes NaN."""
+    if p not in TWO or out is not None or isinstance(eps, Tensor) or not input.is_floating_point():
         return F.normalize(input, p, dim, eps, out)
     if input.dtype != wide(input):  # which has room for eps squared
         return widely(partial(normalize, phase), input, p, dim, eps)
 
     def factors(x: Tensor) -> tuple[Tensor, Tensor]:
         squared = x.square().sum(dim, keepdim=True)
-        floor = max(eps**2, float(torch.finfo(x.dtype).tiny))
+        floor = max(float(eps) ** 2, float(torch.finfo(x.dtype).tiny))
         r = squared.clamp_min(floor).rsqrt_()
         return r, aten.threshold_backward(r, squared, floor)  # 0 where it is not above
 
