@@ -101,7 +101,7 @@ class Trace:
             return True
         images = self.call.x.detach(), self._recordings[at].x.detach()
         output = self.call.output
-        head = getattr(output, "__code__", type(output)) if callable(output) else output  # not itself, which may hold the model
+        head: Any = getattr(output, "__code__", type(output)) if callable(output) else output  # not itself, which may hold the model
         seen = shown(model, "sites", site, automatic.kind(self.call.x, model), head)
         if seen.found or torch.equal(*images):
             return True

@@ -81,17 +81,17 @@ def main() -> None:
     arguments = parser.parse_known_args()[1]
     for flag in ("--help", "--quick", "--resume", "--channels-last", "--no-keep-memory"):
         parser.add_argument(flag, action="store_true")
-    for option, usual in (("--out", ""), ("--model", ""), ("--device", "cpu"), ("--autocast", "")):
+    for option, usual in (("--out", None), ("--model", None), ("--device", "cpu"), ("--autocast", "")):
         parser.add_argument(option, default=usual)
     given = parser.parse_known_args()[0]
-    own = not (given.out or given.help or given.quick)
+    own = given.out is None and not (given.help or given.quick)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(bench)
     kind = "returned" if given.no_keep_memory else ""
     layout = "channels-last" if given.channels_last else ""
     by_options = "-".join(filter(None, [given.device.split(":")[0], given.autocast, layout, kind]))
     numbers = check.results(given.section or by_options)
-    if own and given.model and not (given.section or kind or given.resume):
+    if own and given.model is not None and not (given.section or kind or given.resume):
         sys.exit(f"Models of your own would take the place of the nine in docs/{PAGE.name}. Pass --out for a file of your own.")
     if own and marks(numbers.stem, COMMAND)[0] not in PAGE.read_text():  # rather than after an hour
         sys.exit(f"docs/{PAGE.name} has no section {numbers.stem}. Pass --out for a file of your own.")

@@ -27,6 +27,8 @@ COMMAND = "python -m benchmarks.evidence"
 def write_page() -> None:
     """Put the tables between the page's marks, and the picture beside the page."""
     plan, ledger, picture = plans.plan(), Ledger(RESULTS, torch.device("cpu")), PAGE.with_suffix(".png")
+    if not report.begun(plan, ledger):
+        sys.exit(f"{RESULTS} has nothing to show. Run the comparison first: {COMMAND}.")
     report.plot(plan, ledger, picture)
     tables = report.markdown(plan, ledger).replace(str(RESULTS), str(RESULTS.relative_to(ROOT)))  # as it is called from a clone's root
     write_section(PAGE, "tuned", COMMAND, tables, f"![test accuracy of each method]({picture.name})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -336,3 +337,14 @@ def test_each_run_for_the_page_fills_its_section(arguments: list[str], section: 
     monkeypatch.setattr("benchmarks.__main__.write_page", written.append)
     main()
     assert measured == written == [check.results(section)]
+
+
+def test_an_empty_option_is_no_run_for_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bench(out: str = "") -> None:
+        sys.exit(out or "nowhere")
+
+    monkeypatch.setattr("benchmarks.__main__.bench", bench)
+    for argument, error in (("--out=", "nowhere"), ("--model=", "Models of your own")):
+        monkeypatch.setattr("sys.argv", ["benchmarks", argument])
+        with pytest.raises(SystemExit, match=error):
+            main()
