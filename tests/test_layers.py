@@ -312,3 +312,13 @@ def test_features_are_what_enters_the_classifier() -> None:
         assert handle._recording is not None
         features = handle._recording.values["<features>"]
     torch.testing.assert_close(features, model.forward_head(model.forward_features(x), pre_logits=True))
+
+
+def test_a_pool_that_enlarges_is_no_map() -> None:
+    model = torchvision.models.alexnet(num_classes=4).eval()
+    x = torch.randn(1, 3, 64, 64)  # features.12 leaves one position, avgpool makes it 6 x 6
+    with attrreg.GradCAM().attach(model) as handle:
+        model(x)
+        attrreg.GradCAM()(model, x, torch.ones(64, 64), torch.tensor([1]))
+        model(x)
+    assert handle.map == "features.11"
