@@ -231,7 +231,11 @@ def test_functions_of_equal_code_may_pick_different_outputs(make: Any, order: st
     for handle in (CAM.attach(model), None):
         for key in order:
             model(x)
-            torch.testing.assert_close(CAM(model, x, mask, target, output=make(key)), want[key])
+            pick = make(key)
+            torch.testing.assert_close(CAM(model, x, mask, target, output=pick), want[key])
+            held = weakref.ref(pick)
+            del pick
+            assert held() is None  # it may hold anything
         if handle is not None:
             assert handle.map is None
             handle.remove()

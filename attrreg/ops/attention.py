@@ -166,7 +166,7 @@ class _Attention(Function):
     def backward(ctx: Any, go: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, *kept = ctx.saved_tensors
         arguments = go, q, k, v, mask, [tensor.detach() for tensor in kept], ctx.kind, wanted(ctx, 4)[3]
-        with full_precision(q.device):  # the loop may run its backward under autocast
+        with full_precision(q.device):  # as `once_differentiable`
             found = _AttentionGradients.apply(*arguments) if torch.is_grad_enabled() else _gradients(*arguments)[0]
         return *found, None, None, None
 
@@ -193,29 +193,28 @@ class _AttentionGradients(Function):
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, go, *kept = ctx.saved_tensors
-        with full_precision(q.device):  # the loop may run its backward under autocast
-            s, full = ctx.kind.scale, ctx.kind.shape
-            go, q, k, v, uq, uk, uv = (_matrices(tensor) for tensor in (go, q, k, v, *outer[:3]))
-            if ctx.kind.few:
-                p, ds = kept
-            else:
-                p = ctx.kind.weights(q, k, mask)
-                ds = _slope(go, v, p)
-            a = torch.bmm(uq, k.mT).baddbmm_(q, uk.mT, beta=s, alpha=s)
-            if outer[3] is not None:
-                a.view(full).add_(outer[3])
-            a -= (p * a).sum(-1, keepdim=True)
-            h = (ds * a).addcmul_(p, torch.bmm(go, uv.mT))
-            h.addcmul_(p, h.sum(-1, keepdim=True), value=-1)
-            c = a.mul_(p)
-            d_go = torch.bmm(c, v).baddbmm_(p, uv)
-            d_q = torch.bmm(h, k).baddbmm_(ds, uk, beta=s, alpha=s)
-            d_k = torch.bmm(h.mT, q).baddbmm_(ds.mT, uq, beta=s, alpha=s)
-            d_v = torch.bmm(c.mT, go)
-            d_mask = h.view(full).sum_to_size(mask.shape) if ctx.needs_input_grad[4] else None
-            # No views: PyTorch adds the gradients of the loss itself to these in place.
-            found = (aten._unsafe_view(gradient, shape) for gradient, shape in zip((d_go, d_q, d_k, d_v), ctx.shapes, strict=True))
-            return *found, d_mask, None, None, None
+        s, full = ctx.kind.scale, ctx.kind.shape
+        go, q, k, v, uq, uk, uv = (_matrices(tensor) for tensor in (go, q, k, v, *outer[:3]))
+        if ctx.kind.few:
+            p, ds = kept
+        else:
+            p = ctx.kind.weights(q, k, mask)
+            ds = _slope(go, v, p)
+        a = torch.bmm(uq, k.mT).baddbmm_(q, uk.mT, beta=s, alpha=s)
+        if outer[3] is not None:
+            a.view(full).add_(outer[3])
+        a -= (p * a).sum(-1, keepdim=True)
+        h = (ds * a).addcmul_(p, torch.bmm(go, uv.mT))
+        h.addcmul_(p, h.sum(-1, keepdim=True), value=-1)
+        c = a.mul_(p)
+        d_go = torch.bmm(c, v).baddbmm_(p, uv)
+        d_q = torch.bmm(h, k).baddbmm_(ds, uk, beta=s, alpha=s)
+        d_k = torch.bmm(h.mT, q).baddbmm_(ds.mT, uq, beta=s, alpha=s)
+        d_v = torch.bmm(c.mT, go)
+        d_mask = h.view(full).sum_to_size(mask.shape) if ctx.needs_input_grad[4] else None
+        # No views: PyTorch adds the gradients of the loss itself to these in place.
+        found = (aten._unsafe_view(gradient, shape) for gradient, shape in zip((d_go, d_q, d_k, d_v), ctx.shapes, strict=True))
+        return *found, d_mask, None, None, None
 
 
 def by_math(function: Callable[..., Any]) -> Callable[..., Any]:

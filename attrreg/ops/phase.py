@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attrreg.graph import leads_to_ours
 from attrreg.ops.draws import Draws
+from attrreg.state import full_precision
 
 THIRD = b"trying to take a third derivative, which a penalty has not: leave out create_graph=True where its gradient is taken."
 
@@ -62,11 +63,15 @@ def wanted(ctx: Any, count: int) -> list[bool]:
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """As PyTorch's decorator, whose error does not come where gradients are asked for by name, or only what was saved has a graph."""
+    """As PyTorch's decorator, whose error does not come where gradients are asked for by name, or only what was saved has a graph.
+
+    A loop may run its backward under autocast, which closed forms leave: they are written for the types that they were given.
+    """
 
     @wraps(backward)
     def call(ctx: Any, *gradients: Tensor | None) -> Any:
-        with torch.no_grad():
+        device = next(gradient.device for gradient in gradients if gradient is not None)
+        with torch.no_grad(), full_precision(device):
             found = backward(ctx, *gradients)
         if not torch.is_grad_enabled():
             return found
