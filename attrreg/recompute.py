@@ -16,6 +16,7 @@ from attrreg.folding import PathGradients
 from attrreg.graph import trainable_leaves
 from attrreg.ops.phase import once_differentiable
 from attrreg.points import Stop
+from attrreg.recording import parts, version
 from attrreg.state import Moment, moment_of, own_buffers
 from attrreg.walk import attributes, modes
 
@@ -81,24 +82,35 @@ class _Step:
         self._model = gradients.call.model
         self._moment = moment
         self._modes = modes(self._model)
+        others = [part for part in parts(gradients.call.inputs) if part is not gradients.call.x]
+        self._others = [(part, version(part)) for part in others]
         kind = gradients.call.x.device.type
         self._autocast = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
-    def __call__(self, x: Tensor) -> list[Tensor]:
+    @contextmanager
+    def again(self, x: Tensor) -> Iterator[list[Tensor]]:
+        """The sum with its graph, and buffers as they were: where that is differentiated, checkpointed blocks run once more."""
         if modes(self._model) != self._modes:
             raise RuntimeError(
                 "The model changed between train and eval mode between the penalty and its backward, where chunked path methods "
                 "recompute. Call backward first, or pass chunk=None."
             )
-        with torch.enable_grad(), self._autocast(), own_buffers(self._model, self._moment):
-            return _summed(self._stops, x, self._gradients, True)
+        if any(version(part) != then for part, then in self._others):
+            raise RuntimeError(
+                "inputs were written to between the penalty and its backward, where chunked path methods recompute. Call backward first, "
+                "or pass copies in inputs=."
+            )
+        with torch.enable_grad(), own_buffers(self._model, self._moment):
+            with self._autocast():
+                found = _summed(self._stops, x, self._gradients, True)
+            yield found
 
     def meets_others(self, leaves: Sequence[Tensor]) -> bool:
         """Whether the graph may go on in one that was made outside the pass, which others need: of weights that come from elsewhere."""
         own = {id(parameter) for parameter in self._model.parameters()}
         if parametrize._cache_enabled or any(id(leaf) not in own for leaf in leaves):
             return True
-        held = (*self._moment.values(), *attributes(self._model))
+        held = (*self._moment.values(), *attributes(self._model), *(part for part, _ in self._others))
         return any(isinstance(value, Tensor) and value.grad_fn is not None for value in held)
 
 
@@ -137,14 +149,15 @@ class _Recomputed(Function):
                 "recompute. Call backward first, or pass chunk=None."
             )
         images = x.detach().requires_grad_(ctx.needs_input_grad[2])
-        pairs = [(value, grad) for value, grad in zip(ctx.step(images), outer, strict=True) if value.requires_grad]
         inputs = [value for value in (images, *leaves) if value.requires_grad]  # a leaf may have been frozen meanwhile
-        if not pairs or not inputs:
-            return (None,) * (3 + len(leaves))
-        outputs, directions = zip(*pairs, strict=True)
-        retain = ctx.step.meets_others(leaves)
-        with _without_hooks(leaves):
-            # Zeros where these places do not use a leaf: a hook on it would be shown None.
-            grads = torch.autograd.grad(outputs, inputs, directions, retain_graph=retain, allow_unused=True, materialize_grads=True)
+        with ctx.step.again(images) as values:
+            pairs = [(value, grad) for value, grad in zip(values, outer, strict=True) if value.requires_grad]
+            if not pairs or not inputs:
+                return (None,) * (3 + len(leaves))
+            outputs, directions = zip(*pairs, strict=True)
+            retain = ctx.step.meets_others(leaves)
+            with _without_hooks(leaves):
+                # Zeros where these places do not use a leaf: a hook on it would be shown None.
+                grads = torch.autograd.grad(outputs, inputs, directions, retain_graph=retain, allow_unused=True, materialize_grads=True)
         found = iter(grads)
         return (None, None, *(next(found) if value.requires_grad else None for value in (images, *leaves)))

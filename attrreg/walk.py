@@ -25,5 +25,8 @@ def modes(model: nn.Module) -> list[bool]:
 
 
 def attributes(model: nn.Module) -> Iterator[Any]:
-    """All that modules hold, but parameters, buffers and modules."""
-    return (value for module in modules(model) for value in vars(module).values())
+    """All that modules hold, also in lists and such."""
+    for module in modules(model):
+        for value in vars(module).values():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+            yield from held

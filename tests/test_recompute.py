@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import attrreg
 from tests.models import SmoothNet, accumulated, assert_close, batch, gradients, smooth_batch
@@ -73,17 +76,45 @@ def test_from_the_same_buffers(build: Callable[[], nn.Module], way: str, chunk: 
     assert_close(found, want, 1e-10)
 
 
+class Checkpointed(nn.Sequential):
+    def forward(self, h: Tensor) -> Tensor:
+        result: Tensor = checkpoint(super().forward, h, use_reentrant=False)
+        return result
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_checkpointed_blocks_run_from_the_same_buffers(chunk: int) -> None:
+    x, mask, target = batch(3, channels=2, size=8, classes=3)
+    found = []
+    for around in (nn.Sequential, Checkpointed):
+        torch.manual_seed(0)
+        model = net(around(Centred(), nn.SiLU()))
+        value = attrreg.IntegratedGradients(steps=4, chunk=chunk)(model, x.double(), mask, target)
+        model(x.double())
+        found.append([value, *gradients(model, value)])
+    assert_close(found[1], found[0], 1e-10)
+
+
 class Given(nn.Module):
     """A convolution whose weight comes from elsewhere."""
 
-    weight: Tensor
+    held: Any
 
     def forward(self, h: Tensor) -> Tensor:
-        return F.conv2d(h, self.weight)
+        (weight,) = tree_leaves(self.held)
+        return F.conv2d(h, weight)
+
+
+HELD: dict[str, Callable[[Tensor], Any]] = {
+    "by itself": lambda weight: weight,
+    "in a list": lambda weight: [weight],
+    "in a mapping": lambda weight: {"weight": weight},
+}
 
 
 @pytest.mark.parametrize("owner", ["the model", "somebody else"])
-def test_weights_of_a_graph_outside(owner: str) -> None:
+@pytest.mark.parametrize("held", HELD)
+def test_weights_of_a_graph_outside(owner: str, held: str) -> None:
     torch.manual_seed(0)
     given, code = Given(), nn.Parameter(torch.randn(8, 8, 1, 1).double())
     model, (x, mask, target) = net(given), batch(3, channels=2, size=8, classes=3)
@@ -91,7 +122,7 @@ def test_weights_of_a_graph_outside(owner: str) -> None:
         model.register_parameter("code", code)
     found = []
     for chunk in (None, 1):
-        given.weight = (2 * code).tanh()
+        given.held = HELD[held]((2 * code).tanh())
         loss = F.cross_entropy(model(x.double()), target)
         loss = loss + attrreg.IntegratedGradients(steps=3, chunk=chunk)(model, x.double(), mask, target)
         loss.backward()
@@ -99,6 +130,38 @@ def test_weights_of_a_graph_outside(owner: str) -> None:
         model.zero_grad()
         code.grad = None
     assert_close(found[1], found[0], 1e-10)
+
+
+class Conditioned(nn.Module):
+    """Features are scaled by another input, which a layer of its own may make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maker, self.conv, self.head = nn.Linear(4, 8), nn.Conv2d(2, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, gains: Tensor) -> Tensor:
+        logits: Tensor = self.head((self.conv(x) * gains[:, :, None, None]).tanh().mean((2, 3)))
+        return logits
+
+
+def test_inputs_of_a_graph_outside() -> None:
+    model, (x, mask, target), codes = Conditioned().double(), smooth_batch(), torch.randn(3, 4, dtype=torch.float64)
+    found = []
+    for chunk in (None, 1):
+        gains = model.maker(codes).tanh()
+        loss = F.cross_entropy(model(x, gains), target)
+        (loss + attrreg.IntegratedGradients(steps=3, chunk=chunk)(model, x, mask, target, inputs=(x, gains))).backward()
+        found.append(accumulated(model))
+        model.zero_grad()
+    assert_close(found[1], found[0], 1e-10)
+
+
+def test_inputs_that_are_refilled_before_the_backward_are_refused() -> None:
+    model, (x, mask, target), gains = Conditioned().double(), smooth_batch(), torch.ones(3, 8, dtype=torch.float64)
+    value = attrreg.IntegratedGradients(steps=3, chunk=1)(model, x, mask, target, inputs={"x": x, "gains": gains})
+    gains.fill_(2.0)
+    with pytest.raises(RuntimeError, match=r"inputs were written to between the penalty and its backward.*copies in inputs="):
+        value.backward()
 
 
 @pytest.mark.parametrize("way", ["integrated", "expected"])
