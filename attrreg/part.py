@@ -8,11 +8,13 @@ from dataclasses import replace
 from numbers import Real
 
 import torch
+from torch import Tensor
 
 from attrreg.apart import close, images_apart
 from attrreg.attach import attached
 from attrreg.baselines import Baseline, Fixed, OtherImage, made_of
 from attrreg.call import Call
+from attrreg.folding import SHAPES
 from attrreg.needs import Need, Value
 from attrreg.scores import Score
 from attrreg.spec import is_own
@@ -86,9 +88,18 @@ def _mixes(baseline: Baseline, call: Call) -> bool:
     assert call.annotation is not None
     annotated, images, mask = call.annotation.annotated.nonzero()[:, 0], call.x.detach(), call.annotation.relevant
     kept, before = annotated[1:] if len(annotated) > 1 else annotated, Rng.of(images.device)
-    every = torch.arange(len(images), device=images.device)  # so that each gets images that it may write into before that is noticed
+    every = torch.arange(len(images), device=images.device)
+
+    def made(rows: Tensor) -> Tensor:
+        given = images[rows]  # a copy, which it may write into before that is noticed
+        return baseline(given, mask[rows], torch.Generator(images.device).manual_seed(0)).expand_as(given)
+
     try:
-        whole, alone = (baseline(images[rows], mask[rows], torch.Generator(images.device).manual_seed(0)) for rows in (every, kept))
+        whole = made(every)
+        try:
+            alone = made(kept)
+        except SHAPES:  # it may hold something for each image of the batch
+            return True
     finally:
         before.restore()
-    return not close(whole.expand_as(images)[kept], alone.expand_as(images[kept]))
+    return not close(whole[kept], alone)

@@ -171,6 +171,26 @@ class ThawedBaseline(baselines.Baseline):
         return torch.full_like(x, self.value)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Halfway(baselines.Baseline):
+    """To an image that it holds for each one of the batch."""
+
+    images: Tensor
+
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        return (x + self.images) / 2
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_baseline_may_hold_an_image_for_each_of_the_batch(count: int) -> None:
+    model, annotated = SmoothNet().double(), torch.arange(3) < count
+    regularizer = attrreg.IntegratedGradients(steps=2, baseline=Halfway(torch.randn_like(x)))
+    value = regularizer(model, x, mask, target, annotated=annotated)
+    torch.testing.assert_close(value, regularizer.evaluate(model, x, mask, target, annotated=annotated).total, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="makes an image from others of the batch"):
+        regularizer(model, x, mask, target, fraction=0.5)
+
+
 @pytest.mark.parametrize("kind", [ThawedScore, ThawedBaseline])
 def test_a_dataclass_that_is_not_frozen_is_refused_where_it_is_made(kind: Any) -> None:
     with pytest.raises(TypeError, match=rf"{kind.__name__} has no hash.*@dataclass\(frozen=True"):
