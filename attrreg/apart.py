@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from attrreg.call import Call
+from attrreg.call import Call, Select
 from attrreg.distributed import sharded
 from attrreg.recording import parts
 from attrreg.runner import Runner
@@ -48,6 +50,12 @@ def shown(model: nn.Module, *kind: Hashable) -> Shown:
     return _SHOWN.setdefault(model, {}).setdefault(kind, Shown())
 
 
+def head(output: Select) -> Hashable:
+    """Which `output=` it is, by its code or type: the function itself may hold the model."""
+    kind: Any = type(output)
+    return getattr(output, "__code__", kind) if callable(output) else output
+
+
 def images_apart(call: Call) -> bool:
     """Whether what a model gives for an image depends on that alone."""
     model = call.model
@@ -55,7 +63,7 @@ def images_apart(call: Call) -> bool:
         return False
     if sharded(model):  # other ranks may not run the pass that shows it, which would wait for them
         return False
-    apart = shown(model, "images", tuple(modes(model)))
+    apart = shown(model, "images", tuple(modes(model)), head(call.output))
     if count := apart.due():
         # Others each time: only some images may meet, as pairs.
         order = torch.randperm(len(call.x), generator=torch.Generator().manual_seed(count), device="cpu")
@@ -111,5 +119,7 @@ def couples(module: nn.Module) -> bool:
         return True
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return module.training or module.running_mean is None
+    if isinstance(module, _InstanceNorm) or type(module).__name__.startswith("FrozenBatchNorm"):
+        return False  # an image by itself, or by statistics that stay; also where buffers have such names
     # Such as timm's EvoNorm. TorchScript's buffers have `keys` alone.
     return module.training and any(name.startswith("running_") for name in module._buffers.keys())  # noqa: SIM118

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from attrreg import sites
-from attrreg.apart import close, couples, difference, shown
+from attrreg.apart import close, couples, difference, head, shown
 from attrreg.differences import Differences
 from attrreg.distributed import sharded
 from attrreg.graph import trainable_leaves
@@ -35,7 +35,7 @@ class PathGradients:
     Places share a batch if each can have the draws of the clean pass (`ops.draws` knows dropout and stochastic depth) and if images
     meet in nothing but batch normalisation of the whole batch, which our operator does place by place. Modules tell whether that is to
     be expected, the pass whether it was so, now and then by a forward and a backward more; if not, it is thrown away, and each place runs
-    alone. What passes have shown is remembered for the model and its modes.
+    alone. What passes have shown is remembered for the model, its modes, the output and where scores read.
 
     A chunked path's backward keeps this object, so it holds nothing that passes computed.
 
@@ -45,22 +45,19 @@ class PathGradients:
 
     Args:
         runner: runs the passes.
-        wanted: the sites to record.
         scores: what is differentiated.
         replay: from where each pass draws.
         differences: takes the gradients as leaves, to be moved by; None: they come with their graph.
     """
 
-    def __init__(
-        self, runner: Runner, wanted: dict[str, bool], scores: list[Score], replay: Rng, differences: Differences | None = None
-    ) -> None:
+    def __init__(self, runner: Runner, scores: list[Score], replay: Rng, differences: Differences | None = None) -> None:
         self.call = runner.call
         self._runner = runner
-        self._wanted = wanted
+        self._wanted = {sites.INPUT: True} | {score.site: False for score in scores}
         self._scores = scores
         self._replay = replay
         self._differences = differences
-        self._modes = tuple(modes(self.call.model))
+        self._kind = (tuple(modes(self.call.model)), head(self.call.output), tuple(score.site for score in scores))
         self._coupled = any(map(couples, modules(self.call.model)))
         self._separable = self._may_share()
         self.reached: dict[int, Tensor] = {}
@@ -80,7 +77,7 @@ class PathGradients:
             return False
         if isinstance(call.output, nn.Module) and not _separable(call.output, ours=False):  # which our operators do not see
             return False
-        return shown(call.model, "places", self._modes).found is not False and _separable(call.model, self._runner.twice)
+        return shown(call.model, "places", *self._kind).found is not False and _separable(call.model, self._runner.twice)
 
     def room(self, pending: int) -> int:
         """How many of the places that are left may come as one batch: as many in each, rather than a small rest."""
@@ -100,8 +97,10 @@ class PathGradients:
             if together is not None:
                 return together
             self._separable = False
-            shown(self.call.model, "places", self._modes).found = False
-        return [self._alone(image, create_graph) for image in images]
+        alone = [self._alone(image, create_graph) for image in images]
+        if len(images) > 1:  # which run one by one, so what failed together is no mistake of the call
+            shown(self.call.model, "places", *self._kind).found = False
+        return alone
 
     def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:
         recording = self._pass(images)
@@ -142,7 +141,7 @@ class PathGradients:
 
     def _apart(self, runner: Runner, recording: Recording, last: Tensor) -> bool:
         """Whether the last place, the most unlike a baseline, gets what it gets alone, and its scores depend on no other."""
-        apart = shown(runner.call.model, "places", self._modes, len(last), runner.places)
+        apart = shown(runner.call.model, "places", *self._kind, len(last), runner.places)
         if not apart.due():
             return True
         alone, shows = self._pass(last.detach(), check=True), True

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attrreg import automatic, sites
-from attrreg.apart import shown
+from attrreg.apart import head, shown
 from attrreg.attach import attached
 from attrreg.baselines import made_of
 from attrreg.call import Call
@@ -33,7 +33,7 @@ from attrreg.recording import Recording, version
 from attrreg.runner import Runner
 from attrreg.scores import Score
 from attrreg.spec import is_own
-from attrreg.state import Buffers, Rng, isolated
+from attrreg.state import Buffers, Rng, full_precision, isolated
 
 __all__ = ["Passes", "Trace", "passes"]
 
@@ -100,9 +100,7 @@ class Trace:
         if sharded(model) or synchronises(model):  # a forward that other ranks do not run would wait for them
             return True
         images = self.call.x.detach(), self._recordings[at].x.detach()
-        output = self.call.output
-        head: Any = getattr(output, "__code__", type(output)) if callable(output) else output  # not itself, which may hold the model
-        seen = shown(model, "sites", site, automatic.kind(self.call.x, model), head)
+        seen = shown(model, "sites", site, automatic.kind(self.call.x, model), head(self.call.output))
         if seen.found or torch.equal(*images):
             return True
 
@@ -242,13 +240,14 @@ class Trace:
 
     @contextmanager
     def _given(self, point: Point) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Images and mask to make a point's images from; copies for somebody's own baseline, which may write into them."""
+        """Images and mask to make a point's images from, outside autocast; copies for an own baseline, which may write into them."""
         x, mask = self.call.x.detach(), self.call.mask
         if any(map(is_own, made_of(point))):
             x, mask = x.clone(), None if mask is None else mask.clone()
         given = [part for part in (x, mask) if part is not None]
         versions = list(map(version, given))
-        yield x, mask
+        with full_precision(x.device):
+            yield x, mask
         if list(map(version, given)) != versions:
             raise ValueError(f"{point!r} writes into the images or the mask that it is given. Let its baseline write into a copy.")
 
@@ -292,10 +291,9 @@ class Trace:
     def _run_path(self, path: Path, seed: int, replay: Rng) -> None:
         needs = [need for need in self._needs if isinstance(need, Grad) and need.at == path]
         concrete = list(dict.fromkeys(self._concrete(need.score) for need in needs))
-        wanted = {sites.INPUT: True} | {score.site: False for score in concrete}
         with self._given(path) as (x, mask):
             stops = path.stops(x, mask, self._generator(seed))
-        gradients = PathGradients(self._runner, wanted, concrete, replay, self._differences)
+        gradients = PathGradients(self._runner, concrete, replay, self._differences)
         chunk = path.chunk if self._differences is None else None  # leaves are moved by in passes of their own: nothing is computed again
         sums = dict(zip(concrete, along(stops, gradients, chunk, self._differentiable), strict=True))
         for need in needs:

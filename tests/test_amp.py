@@ -17,7 +17,7 @@ from attrreg.ops import Phase, twice_differentiable
 from attrreg.regularizer import AttributionRegularizer, SingleRegularizer
 from attrreg.sites import OUTPUT
 from attrreg.trace import Trace, passes
-from tests.models import DEVICE, FAMILIES, Family, SmoothNet, batch, gradients, smooth_batch
+from tests.models import DEVICE, FAMILIES, Family, SmoothNet, assert_close, batch, gradients, smooth_batch
 
 HALF = [torch.bfloat16, torch.float16]
 ZERO = attrreg.baselines.Zero()
@@ -167,6 +167,24 @@ def test_passes_of_another_precision_are_not_compared_with(dtype: torch.dtype, i
             value = regularizer(model, x, mask)
             torch.testing.assert_close(value, regularizer(model, 1 * x, mask))
     assert counted.forward == (1 if inside else 2) + 2
+
+
+class Exact(SmoothNet):
+    """Leaves autocast by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(DEVICE, enabled=False):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_baselines_are_made_in_full_precision(dtype: torch.dtype) -> None:
+    model, (x, _, target) = Exact(), batch(3, channels=2, size=8, classes=3)
+    regularizer = attrreg.IntegratedGradients(steps=2, baseline=attrreg.baselines.Blur(1.0))
+    exact = regularizer.attribute(model, x, target)
+    with torch.autocast(DEVICE, dtype):
+        found = regularizer.attribute(model, x, target)
+    assert_close([found], [exact], 1e-5)
 
 
 class _OwnTerm(SingleRegularizer):

@@ -1,0 +1,69 @@
+"""What is known of images, and of places of a path, that do not depend on each other: of which calls, and by which layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+import attrreg
+from attrreg.trace import passes
+from tests.models import SmoothNet, assert_close, gradients, smooth_batch
+from tests.test_part import Watched
+
+TERM = attrreg.InputGradient()
+WHOLE_PATH = attrreg.IntegratedGradients(steps=4, chunk=None)
+
+
+def relative(logits: Tensor) -> Tensor:
+    """Images meet in what `output=` picks."""
+    return 3 * (logits - logits.mean(0))
+
+
+def test_images_that_are_apart_in_one_output_may_meet_in_another() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch(4)
+    annotated = torch.tensor([True, False, True, False])
+    for _ in range(3):  # in one of two calls that take turns it is never shown again
+        value = TERM(model, x, mask, target, annotated=annotated, output=relative)
+        want = TERM.evaluate(model, x, mask, target, annotated=annotated, output=relative).total
+        torch.testing.assert_close(value, want, rtol=1e-10, atol=0)
+        TERM(model, x, mask, target, annotated=annotated)
+
+
+def test_places_that_are_apart_in_one_output_may_meet_in_another() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    for _ in range(2):
+        WHOLE_PATH(model, x, mask, target)
+    found = [path(model, x, mask, target, output=relative) for path in (WHOLE_PATH, attrreg.IntegratedGradients(steps=4, chunk=1))]
+    torch.testing.assert_close(*found, rtol=1e-10, atol=0)
+
+
+def test_a_call_that_is_wrong_shows_nothing_of_places() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    with pytest.raises(ValueError, match="target has the class"):
+        WHOLE_PATH(model, x, mask, target + 3)
+    with passes() as counted:
+        WHOLE_PATH(model, x, mask, target)
+    assert counted.forward == 1
+
+
+NORMS = [lambda: nn.InstanceNorm2d(4), lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True), lambda: FrozenBatchNorm2d(4)]
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=["instance norm", "with statistics", "frozen batch norm"])
+def test_norms_of_each_image_let_none_meet(norm: Callable[[], nn.Module]) -> None:
+    layers = [nn.Conv2d(2, 4, 3), norm(), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)]
+    model, (x, mask, target) = Watched(nn.Sequential(*layers)).double(), smooth_batch(4)
+    value = TERM(model, x, mask, target, annotated=torch.tensor([True, False, False, False]))
+    assert model.seen == [4, 1]
+    alone = TERM(model, x[:1], mask[:1], target[:1])
+    torch.testing.assert_close(value, alone, rtol=1e-10, atol=0)
+    with passes() as counted:
+        together = WHOLE_PATH(model, x, mask, target)
+    assert counted.forward == 1
+    one_by_one = attrreg.IntegratedGradients(steps=4, chunk=1)(model, x, mask, target)
+    torch.testing.assert_close(together, one_by_one, rtol=1e-10, atol=0)
+    assert_close(gradients(model, together), gradients(model, one_by_one), 1e-9)
