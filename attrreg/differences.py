@@ -98,7 +98,7 @@ class Differences:
     def _moved_score(self, taken: Taken, moves: dict[str, Tensor]) -> Tensor:
         layers = {name: move for name, move in moves.items() if name != sites.INPUT}
         image = taken.image + moves[sites.INPUT].to(taken.image.dtype) if sites.INPUT in moves else taken.image
-        wanted = dict.fromkeys([sites.INPUT, taken.score.site, *layers], False)
+        wanted = dict.fromkeys([taken.score.site, *layers], False)
         with isolated(self._runner.call.model, taken.replay), full_precision(image.device):
             recording = self._runner.forward(image, wanted, moves=layers)
             return self._runner.scores(recording, taken.score).sum()

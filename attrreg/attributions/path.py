@@ -30,8 +30,8 @@ class IntegratedGradients(MapRegularizer):
         baseline: where the path starts: a number, a tensor that broadcasts to `x`, or one of `attrreg.baselines`.
         rule: Captum's name of the quadrature rule.
         chunk: how many steps' graphs are held in memory at a time. With fewer than `steps`, the memory is that of `chunk`
-            steps, and each step is computed once more. None: all at once. Steps of a chunk share a pass where the model neither
-            draws nor lets images meet but in batch normalisation, which is then done step by step.
+            steps, and each step is computed once more. None: all at once. Steps of a chunk share a pass where images meet
+            in nothing but batch normalisation, which is then done step by step, and nothing is drawn but dropout and stochastic depth.
         score: what is differentiated; by default what `scores.ByTarget` says: the target's logit against the best other.
         objective: what is asked of phi.
 
@@ -56,11 +56,8 @@ class IntegratedGradients(MapRegularizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        keep_baseline(self)
-        check_share(self)
+        _keep_path(self)
         check_rule(self)
-        if self.chunk is not None:
-            keep_count(self, "chunk", 1)
 
     @property
     def _path(self) -> Path:
@@ -109,11 +106,8 @@ class ExpectedGradients(MapRegularizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        keep_baseline(self)
-        check_share(self)
+        _keep_path(self)
         keep_count(self, "samples", 1)
-        if self.chunk is not None:
-            keep_count(self, "chunk", 1)
 
     @property
     def _path(self) -> Path:
@@ -126,6 +120,14 @@ class ExpectedGradients(MapRegularizer):
     def attribution(self, trace: Trace) -> Tensor:
         """The weighted sum."""
         return trace.grad(INPUT, self.score, self._path)
+
+
+def _keep_path(regularizer: Any) -> None:
+    """Check what both path methods have, and keep baseline and chunk in one form."""
+    keep_baseline(regularizer)
+    check_share(regularizer)
+    if regularizer.chunk is not None:
+        keep_count(regularizer, "chunk", 1)
 
 
 def check_share(regularizer: Any) -> None:
