@@ -124,7 +124,7 @@ class BoxFile(MaskSource):
         path: the file.
 
     Raises:
-        ValueError: naming the file and the entry: it is not of that form, or a box is empty.
+        ValueError: naming the file and the entry: it is not of that form, two images have one `id`, or a box is empty.
     """
 
     path: str | Path
@@ -152,8 +152,7 @@ class BoxFile(MaskSource):
 class MaskedImageFolder(Dataset[Sample]):
     """Images in a folder for each class, as torchvision's `ImageFolder` reads them, each with its mask.
 
-    Image and mask are `tv_tensors`, so that `torchvision.transforms.v2` augments them together. `default_collate`, and so a
-    plain `DataLoader`, makes batches:
+    Image and mask are `tv_tensors`, so that `torchvision.transforms.v2` augments them together. A plain `DataLoader` makes batches:
 
         for x, mask, y, annotated in DataLoader(MaskedImageFolder("images", MaskFolder("masks"), transforms), batch_size=32):
             loss = F.cross_entropy(model(x), y) + reg(model, x, mask, target=y, annotated=annotated)
@@ -164,8 +163,7 @@ class MaskedImageFolder(Dataset[Sample]):
     Args:
         root: a folder with a subfolder for each class, or for each of `classes`.
         masks: `MaskFolder(...)`, `BoxFile(...)`, or a source of your own.
-        transforms: called with image (uint8, `(3, H, W)`) and mask; returns both. It must turn the image into floating point, as
-            `v2.ToDtype(torch.float32, scale=True)` does.
+        transforms: of image (uint8, `(3, H, W)`) and mask; returns both, the image as floats: `v2.ToDtype(torch.float32, scale=True)`.
         loader: reads an image file into anything that `v2.functional.to_image` takes. By default Pillow, as RGB.
 
     Attributes:
@@ -334,6 +332,8 @@ def _read_boxes(path: Path) -> dict[PurePosixPath, list[tuple[float, ...]]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         names = {image["id"]: PurePosixPath(image["file_name"]) for image in content["images"]}
+        if len(names) < len(content["images"]):
+            raise ValueError("two images have one id")
         found = [(names[entry["image_id"]], tuple(map(float, entry["bbox"]))) for entry in content["annotations"]]
     except OSError as error:
         raise ValueError(f"BoxFile: {path} cannot be read ({error.strerror}). Give the path of a JSON file.") from None

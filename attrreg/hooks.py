@@ -187,9 +187,11 @@ class Tap:
             entered.append(args[0] if args else kwargs["input"])
             return (entered[-1].detach().clone(),), {}  # the layer may work in place; what it computes is dropped
 
-        def after(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        def after(module: nn.ReLU, args: Any, output: Tensor) -> Tensor:
             self._rectified += 1
-            return rectify(entered.pop(), rule, self._phase)
+            x = entered.pop()
+            y = rectify(x, rule, self._phase)
+            return x.copy_(y) if module.inplace else y  # others may read what it wrote into
 
         self._exits.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
         self._hook(module, after)

@@ -1,20 +1,42 @@
-"""What attributions and objectives of one's own give, checked before it is read."""
+"""Parts of one's own: what attributions and objectives give is checked before it is read, and what baselines get is left alone."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from attrreg import masks
+from attrreg.baselines import Baseline, made_of
 from attrreg.objectives import Objective
+from attrreg.points import Point
 from attrreg.recording import version
-from attrreg.spec import source
+from attrreg.spec import is_own, source
+from attrreg.state import full_precision
 
 if TYPE_CHECKING:
     from attrreg.regularizer import MapRegularizer
     from attrreg.trace import Trace
+
+
+@contextmanager
+def given(part: Baseline | Point, x: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Images and mask to make images from, outside autocast; copies for somebody's own baseline, which may write into them.
+
+    Raises:
+        ValueError: it did.
+    """
+    if any(map(is_own, made_of(part))):
+        x, mask = x.clone(), None if mask is None else mask.clone()
+    parts = [tensor for tensor in (x, mask) if tensor is not None]
+    before = list(map(version, parts))
+    with full_precision(x.device):
+        yield x, mask
+    if list(map(version, parts)) != before:
+        raise ValueError(f"{part!r} writes into the images or the mask that it is given. Let it write into a copy.")
 
 
 def map_of(regularizer: MapRegularizer, trace: Trace) -> Tensor:

@@ -58,8 +58,9 @@ class Score(Key, ABC):
             check_classes(target)
 
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
-        """Check what the score is about to read, by default logits `(N, C)` of enough classes; a ValueError names the score or `target`."""
-        check_logits(type(self).__name__, value, self.classes, target if self.needs_target else None)
+        """Check what it is about to read, by default an output: logits `(N, C)` of enough classes; a ValueError names it or `target`."""
+        if self.site == OUTPUT:
+            check_logits(type(self).__name__, value, self.classes, target if self.needs_target else None)
 
     @abstractmethod
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
@@ -213,9 +214,6 @@ class RandomProjection(Score):
         """The same projection with its directions fixed."""
         return replace(self, seed=seed) if self.seed is None else self
 
-    def check_value(self, value: Tensor, target: Tensor | None) -> None:
-        """Any features will do."""
-
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Score `(N,)` of features `(N, ...)`."""
         features = value.flatten(1)
@@ -258,7 +256,7 @@ class BinaryLogit(Score):
 
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
         """Check that there is one logit an image."""
-        if value.dim() == 0 or value[0].numel() != 1:
+        if value.shape[:1] != required(target).shape[:1] or value[0].numel() != 1:
             raise ValueError(f"BinaryLogit needs one logit an image, but the model returned {tuple(value.shape)}. Select it by `output=`.")
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:

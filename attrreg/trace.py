@@ -5,8 +5,7 @@ One forward a point, one backward for each score at a point, whatever the number
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -14,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attrreg import automatic, sites
+from attrreg import automatic, own, sites
 from attrreg.apart import head, shown
 from attrreg.attach import attached
-from attrreg.baselines import made_of
 from attrreg.call import Call
 from attrreg.counting import Passes, passes
 from attrreg.differences import Differences
@@ -29,11 +27,10 @@ from attrreg.masks import Annotation
 from attrreg.needs import Grad, Need, Value, alone, sites_at
 from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
 from attrreg.recompute import along
-from attrreg.recording import Recording, version
+from attrreg.recording import Recording
 from attrreg.runner import Runner
 from attrreg.scores import Score
-from attrreg.spec import is_own
-from attrreg.state import Buffers, Rng, full_precision, isolated
+from attrreg.state import Buffers, Rng, isolated
 
 __all__ = ["Passes", "Trace", "passes"]
 
@@ -231,25 +228,12 @@ class Trace:
         """The pass on the images that a point makes of the clean ones."""
         image, rule = self.call.x, point.rule if isinstance(point, Rectified) else None
         if isinstance(point, At):
-            with self._given(point) as (x, mask):
+            with own.given(point, self.call.x.detach(), self.call.mask) as (x, mask):
                 image = point.image(x, mask, self._generator(seed))
         if isinstance(point, Ascent):
             image = self._ascend(point, replay)
         with isolated(self.call.model, replay):
             return self._runner.forward(image, sites_at(point, self._needs), rule=rule)
-
-    @contextmanager
-    def _given(self, point: Point) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Images and mask to make a point's images from, outside autocast; copies for an own baseline, which may write into them."""
-        x, mask = self.call.x.detach(), self.call.mask
-        if any(map(is_own, made_of(point))):
-            x, mask = x.clone(), None if mask is None else mask.clone()
-        given = [part for part in (x, mask) if part is not None]
-        versions = list(map(version, given))
-        with full_precision(x.device):
-            yield x, mask
-        if list(map(version, given)) != versions:
-            raise ValueError(f"{point!r} writes into the images or the mask that it is given. Let its baseline write into a copy.")
 
     def _differentiate(self, point: Point, replay: Rng) -> None:
         """All gradients at one point: one backward for each distinct score."""
@@ -291,7 +275,7 @@ class Trace:
     def _run_path(self, path: Path, seed: int, replay: Rng) -> None:
         needs = [need for need in self._needs if isinstance(need, Grad) and need.at == path]
         concrete = list(dict.fromkeys(self._concrete(need.score) for need in needs))
-        with self._given(path) as (x, mask):
+        with own.given(path, self.call.x.detach(), self.call.mask) as (x, mask):
             stops = path.stops(x, mask, self._generator(seed))
         gradients = PathGradients(self._runner, concrete, replay, self._differences)
         chunk = path.chunk if self._differences is None else None  # leaves are moved by in passes of their own: nothing is computed again

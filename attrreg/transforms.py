@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from attrreg import call as calls
-from attrreg import masks
+from attrreg import masks, own
 from attrreg.baselines import Baseline, Masked, Zero
-from attrreg.recording import version
 from attrreg.spec import Spec
 
 
@@ -58,9 +57,7 @@ class ReplaceOutside(Spec):
         if self.fill.draws:
             device = torch.device("cpu") if generator is None else generator.device
             source.manual_seed(int(torch.randint(2**62, (), generator=generator, device=device)))
-        given = x.clone(), annotation.relevant.clone()  # somebody's own fill may write into what it is given
-        versions = list(map(version, given))
-        replaced = Masked(self.fill)(*given, source)
-        if list(map(version, given)) != versions:
-            raise ValueError(f"{self.fill!r} writes into the images or the mask that it is given. Let it write into a copy.")
+        fill = Masked(self.fill)
+        with own.given(fill, x, annotation.relevant) as (images, relevant):
+            replaced = fill(images, relevant, source)
         return torch.where(annotation.annotated.view(-1, 1, 1, 1), replaced, x)

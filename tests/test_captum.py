@@ -168,6 +168,14 @@ def test_conductance_and_integrated_gradients_add_up_to_the_same() -> None:
     torch.testing.assert_close(sums[0], sums[1], rtol=2e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["riemann_trapezoid", "riemann_left", "gausslegendre"])
+def test_conductance_over_one_interval(method: str) -> None:
+    model, (x, _, target) = Net().eval().double(), batch()
+    theirs = captum.attr.LayerConductance(model, model.body).attribute(x, target=target, n_steps=1, method=method)
+    got = attrreg.from_captum(captum.attr.LayerConductance, layer="body", n_steps=1, method=method).attribute(model, x, target)
+    torch.testing.assert_close(got, theirs.detach())
+
+
 # Values, sums, settings
 
 
@@ -242,6 +250,7 @@ BAD: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
     (ValueError, "there would be no path", captum.attr.LayerConductance, {"layer": "body", "baselines": baselines.Noise()}),
     (TypeError, "segments must be a tensor of integers", captum.attr.FeatureAblation, {"feature_mask": torch.rand(8, 8)}),
     (ValueError, "one set of segments", captum.attr.FeatureAblation, {"feature_mask": SEGMENTS.repeat(3, 1, 1, 1)}),
+    (ValueError, r"segments are \(0,\)", captum.attr.FeatureAblation, {"feature_mask": torch.zeros(0, dtype=torch.long)}),
     (ValueError, "would draw anew", captum.attr.ShapleyValues, {"feature_mask": SEGMENTS, "baselines": baselines.Noise()}),
     (ValueError, "11 segments take 2048 forwards", captum.attr.ShapleyValues, {"feature_mask": torch.arange(11).view(1, 11)}),
     (TypeError, "GuidedBackprop", captum.attr.NoiseTunnel, {"attribution_method": captum.attr.GuidedBackprop}),

@@ -194,6 +194,7 @@ def test_boxes(root: Path, tmp_path: Path) -> None:
         ({"annotations": [{"image_id": 7, "bbox": [2, 3, 5]}]}, "Give x, y, width and height"),
         ({"annotations": [{"image_id": 8, "bbox": [2, 3, 4, 5]}]}, "not a COCO-style file: KeyError 8"),
         ({"images": [{"id": 1}]}, "KeyError 'file_name'.*Give `images`"),
+        ({"images": [{"id": 7, "file_name": "a.jpg"}, {"id": 7, "file_name": "b.jpg"}]}, r"two images have one id\. Give `images`"),
         ({"annotations": [{"image_id": 7, "bbox": [40, 3, 4, 5]}]}, r"boxes\.json, disc/000\.jpg: .*outside an image of 32 x 32"),
     ],
 )

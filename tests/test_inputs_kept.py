@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import attrreg
-from attrreg import baselines, scores
+from attrreg import baselines, metrics, scores
 from attrreg.transforms import ReplaceOutside
 from tests.models import SmoothNet, smooth_batch
 
@@ -49,4 +49,11 @@ def test_a_fill_of_a_transform_that_writes_into_what_it_is_given() -> None:
     x, mask = torch.ones(2, 3, 8, 8), torch.ones(8, 8)
     with pytest.raises(ValueError, match=r"Emptied.* writes into the images.*Let it write into a copy"):
         ReplaceOutside(Emptied())(x, mask)
+    assert (x == 1).all()
+
+
+def test_a_fill_of_a_judge_that_writes_into_what_it_is_given() -> None:
+    x, target = torch.ones(2, 1, 8, 8), torch.tensor([3, 9])
+    with pytest.raises(ValueError, match=r"Emptied.* writes into the images.*Let it write into a copy"):
+        metrics.Occlusion(window=4, stride=4, fill=Emptied())(nn.Flatten(), x, target)
     assert (x == 1).all()

@@ -226,8 +226,8 @@ class Checked(Module):
     def forward(self, x: Tensor) -> Any:
         return self.net(x) + self.aux(x)
 
-    def training_step(self, batch: Sample, batch_idx: int) -> Any:
-        return F.cross_entropy(self(batch.image), batch.label)
+    def training_step(self, data: Sample, batch_idx: int) -> Any:
+        return F.cross_entropy(self(data.image), data.label)
 
     def validation_step(self, batch: Sample, batch_idx: int) -> None:
         assert self.trainer.sanity_checking or "training_step" in vars(self)
@@ -287,9 +287,10 @@ def test_checkpoints_without_the_name_of_the_network_are_read(tmp_path: Path) ->
 
 
 def test_a_module_can_be_saved_and_copied_while_it_trains(tmp_path: Path) -> None:
-    copies: list[Any] = []
+    copies, batch = list[Any](), next(iter(DataLoader(samples(), batch_size=6)))
 
     def take(module: pl.LightningModule) -> None:
+        module.training_step(batch_idx=0, data=batch)
         vars(module).update(end=str, at_end=str)  # what the test itself holds need not be saved
         torch.save(module, tmp_path / "module.pt")
         copies.extend([torch.load(tmp_path / "module.pt", weights_only=False), copy.deepcopy(module)])
@@ -297,7 +298,6 @@ def test_a_module_can_be_saved_and_copied_while_it_trains(tmp_path: Path) -> Non
     two = [AttributionPenalty(REGULARIZER.named(name), model=name) for name in ("net", "aux")]
     module = Checked(take)
     fit_both(module, two)
-    batch = next(iter(DataLoader(samples(), batch_size=6)))
     expected = module.eval().training_step(batch, 0)
     for made in copies:
         assert made.training_step.__self__ is made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import captum.attr  # noqa: F401  (here, because ranks take its warnings for errors)
@@ -211,7 +212,7 @@ def test_targets_of_a_third_class_are_refused_at_once() -> None:
     metric = modules.LogitDifferenceAUC()
     with pytest.raises(ValueError, match="target must be 0 or 1"):
         metric.update(torch.randn(2, 2), torch.tensor([1, 2]))
-    assert not metric.logits
+    assert not metric.scores
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric .* was called before")
@@ -255,3 +256,30 @@ def test_modules_accumulate_over_ranks(two: Ranks) -> None:
     ]
     for found in two(accumulated):
         assert found == pytest.approx(want)
+
+
+def of_the_first(rank: int) -> float:
+    """An area to which one rank has nothing to add, not even an empty batch."""
+    logits, target, *_ = everything()
+    metric = modules.LogitDifferenceAUC()
+    if rank == 0:
+        metric.update(logits, target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there was no update
+        return float(metric.compute())
+
+
+@pytest.mark.cpu
+def test_ranks_without_any_batch_add_nothing_to_the_area(two: Ranks) -> None:
+    logits, target, *_ = everything()
+    assert two(of_the_first) == pytest.approx(2 * [metrics.auc(logits, target)])
+
+
+def test_the_area_is_that_of_the_batches_as_they_were() -> None:
+    logits, target, *_ = everything()
+    logits, target = logits.double(), target.double()
+    metric, want = modules.LogitDifferenceAUC(), metrics.auc(logits, target)
+    metric.update(logits, target)
+    for buffer in (logits, target):  # which a loop may use again
+        buffer.zero_()
+    assert metric.compute().item() == pytest.approx(want)

@@ -166,6 +166,26 @@ def test_occlusion_by_hand() -> None:
                 torch.testing.assert_close(window, fall.expand(2, 2).detach(), atol=1e-5, rtol=1e-5)
 
 
+class Rounded(Corner):
+    """In half precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).bfloat16()
+
+
+class Widened(Rounded):
+    """The same logits in single precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
+
+
+def test_overlapping_windows_are_summed_up_in_single_precision() -> None:
+    x, target = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 0])
+    rounded, widened = (metrics.Occlusion()(model.eval(), x, target) for model in (Rounded(), Widened()))
+    assert torch.equal(rounded, widened)
+
+
 def test_a_judge_that_the_penalty_did_not_see() -> None:
     """Scaling by a bounded function hides the shortcut from the gradient, and not from occlusion."""
 
@@ -197,9 +217,9 @@ class InMapping(nn.Module):
 MAP = torch.rand(2, 1, 4, 4)
 
 
-def judge(model: nn.Module, target: Tensor) -> Tensor:
+def judge(model: nn.Module, target: Tensor, measure: Any = metrics.share_inside) -> Tensor:
     """By occlusion."""
-    return metrics.judged(model, MAP, MAP[:, 0], target, metrics.Occlusion(window=4, stride=4))
+    return metrics.judged(model, MAP, MAP[:, 0], target, metrics.Occlusion(window=4, stride=4), measure)
 
 
 def groups_of(target: Tensor = torch.zeros(2).long(), groups: Tensor = torch.zeros(2).long()) -> None:  # noqa: B008
@@ -214,6 +234,8 @@ def groups_of(target: Tensor = torch.zeros(2).long(), groups: Tensor = torch.zer
         (lambda: metrics.share_inside(MAP[0, 0], MAP[:, 0]), ValueError, r"map must be \(N, C, H, W\).*\. "),
         (lambda: metrics.share_inside(MAP[..., :0], MAP[:, 0]), ValueError, r"map must be \(N, C, H, W\).*\. "),
         (lambda: metrics.share_inside(MAP / 0, MAP[:, 0]), ValueError, r"map has values that are not finite\. "),
+        (lambda: metrics.energy_pointing_game(MAP - math.inf, MAP[:, 0]), ValueError, r"map has values that are not finite\. "),
+        (lambda: metrics.energy_pointing_game(MAP > 0, MAP[:, 0]), TypeError, r"map must be a floating-point.*got torch\.bool\. "),
         (lambda: metrics.share_inside(MAP, MAP[:1, 0]), ValueError, r"mask is for 1 images.*\. "),
         (lambda: metrics.pointing_game(MAP, MAP[:, 0], -1), ValueError, r"tolerance must be.*\. "),
         (lambda: metrics.accuracy(MAP, torch.zeros(2)), ValueError, r"logits must be \(N, classes\).*\. "),
@@ -225,6 +247,9 @@ def groups_of(target: Tensor = torch.zeros(2).long(), groups: Tensor = torch.zer
         (lambda: metrics.Occlusion(fill="zero"), TypeError, r"fill must be a tensor, a number or a baselines\.Baseline, got str\. "),  # type: ignore[arg-type]
         (lambda: metrics.Occlusion(window=9)(Corner(), torch.rand(1, 1, 8, 8), torch.zeros(1)), ValueError, r"window=9 is larger.*\. "),
         (lambda: metrics.judged(Corner(), MAP, MAP, torch.zeros(2), "occlusion"), TypeError, r"attribution must be a function.*\. "),  # type: ignore[arg-type]
+        (lambda: metrics.judged(Corner(), MAP, MAP, torch.zeros(2), attrreg.InputGradient()), TypeError, r"Pass .*`\.attribute`"),
+        (lambda: judge(nn.Flatten(), torch.arange(2), lambda map, _: map.mean()), ValueError, r"gave \(\), but a measure is \(2,\), .*\. "),
+        (lambda: judge(nn.Flatten(), torch.arange(2), lambda *_: 0.5), ValueError, r"gave a float, but a measure is \(2,\)"),
         (lambda: modules.WorstGroupAccuracy(0), ValueError, r"groups must be an integer of at least 1.*\. "),
         (
             lambda: modules.WorstGroupAccuracy(1).update(torch.rand(1, 2), torch.zeros(1).long(), torch.ones(1).long()),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import attrreg
 from attrreg import baselines, scores
@@ -20,7 +21,7 @@ from attrreg.scores import Score, TargetLogit
 from attrreg.sites import INPUT
 from attrreg.spec import Spec
 from attrreg.trace import Trace
-from tests.models import SmoothNet, smooth_batch
+from tests.models import SmoothNet, assert_close, gradients, smooth_batch
 
 x, mask, target = smooth_batch()
 
@@ -94,6 +95,31 @@ def test_objectives_that_give_no_tensor_are_refused(value: Any) -> None:
         attrreg.InputGradient(objective=lambda map, mask: value)(SmoothNet().double(), x, mask, target)
 
 
+@dataclass(frozen=True, repr=False)
+class Energy(Score):
+    """The weighted energy of a layer, of which nobody knows what it looks like."""
+
+    layer: str
+    needs_target: ClassVar[bool] = True
+
+    @property
+    def site(self) -> str:
+        return self.layer
+
+    def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
+        assert target is not None
+        return value.square().flatten(1).sum(1) * target
+
+
+@pytest.mark.parametrize("layer", ["body", "drop"])
+def test_a_score_of_ones_own_reads_any_layer(layer: str) -> None:
+    model, weights, image = SmoothNet().double(), torch.tensor([1, 7, 2]), x.clone().requires_grad_()
+    h = model.body(model.act(model.stem(image)))
+    h = h if layer == "body" else nn.functional.silu(h).mean(dim=(2, 3))
+    (want,) = torch.autograd.grad(Energy(layer)(h, weights).sum(), image)
+    torch.testing.assert_close(attrreg.InputGradient(Energy(layer)).attribute(model, x, weights), want)
+
+
 # A rule for ReLU layers
 
 
@@ -128,6 +154,39 @@ def test_the_penalty_is_differentiated_through_what_a_rule_reads() -> None:
             weight += sign * step * way
         values.append(Ruled()(model, x, mask, target).item())
     assert float((gradient * way).sum()) == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5)
+
+
+class Written(nn.Module):
+    """What a ReLU wrote into is read again if it works in place, else what it gave, which is the same."""
+
+    def __init__(self, inplace: bool, view: bool = False, saves: bool = False) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+        self.relu, self.view, self.saves = nn.ReLU(inplace), view, saves
+
+    def block(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        positive = self.relu(h[:] if self.view else h)
+        return self.body(positive) + (h if self.relu.inplace else positive)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = checkpoint(self.block, x, use_reentrant=False) if self.saves else self.block(x)
+        return self.head(h.square().mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("saves", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("view", [False, True], ids=["", "view"])
+@pytest.mark.parametrize("term", [Ruled(), attrreg.captum.GuidedBackprop(), attrreg.captum.Deconvolution()])
+def test_a_relu_in_place_works_in_place_under_a_rule(term: attrreg.MapRegularizer, view: bool, saves: bool) -> None:
+    model, plain, seen = Written(True, view, saves).double(), Written(False).double(), list[Tensor]()
+    plain.load_state_dict(model.state_dict())
+    with model.register_forward_hook(lambda module, args, output: seen.append(output.detach())):
+        value = term(model, x, mask, target)
+    (output,) = seen
+    torch.testing.assert_close(output, plain(x))
+    want = term(plain, x, mask, target)
+    torch.testing.assert_close(value, want)
+    assert_close(gradients(model, value), gradients(plain, want), 1e-10)
 
 
 # Classes

@@ -120,6 +120,8 @@ class Twice(SmoothNet):
         return torch.cat((super().forward(x), super().forward(-x)))
 
 
+BAG = nn.Sequential(SmoothNet(classes=1), nn.Flatten(0), nn.Linear(3, 1))  # one logit for the whole batch
+
 BAD: list[tuple[scores.Score, nn.Module, Tensor | None, str]] = [
     (scores.MultiLabelLogit(), SmoothNet(), torch.tensor([0, 1, 2]), r"target must be \(N, C\)"),
     (scores.MultiLabelLogit(), SmoothNet(), 2 * HOT, r"target must be \(N, C\)"),
@@ -127,6 +129,8 @@ BAD: list[tuple[scores.Score, nn.Module, Tensor | None, str]] = [
     (scores.MultiLabelLogit(), SmoothNet(), None, "MultiLabelLogit needs a target"),
     (scores.BinaryLogit(), SmoothNet(classes=1), torch.tensor([0, 2, 1]), "of 0 and 1"),
     (scores.BinaryLogit(), SmoothNet(), torch.tensor([0, 1, 1]), "one logit an image"),
+    (scores.BinaryLogit(), Twice(classes=1), torch.tensor([0, 1, 1]), r"one logit an image, but the model returned \(6, 1\)"),
+    (scores.BinaryLogit(), BAG, torch.tensor([0, 1, 1]), r"one logit an image, but the model returned \(1,\)"),
     (scores.SegmentationLogit(), Dense(3), LABELS.double(), r"label map, \(N, H, W\) integers, got torch.float64 \(3, 8, 8\)"),
     (scores.SegmentationLogit(), Dense(3), LABELS.bool(), r"label map, \(N, H, W\) integers, got torch.bool \(3, 8, 8\)"),
     (scores.ByTarget(), Dense(3), LABELS[:, None], r"got \(3, 1, 8, 8\)\. Reshape it; a label map is \(N, H, W\)"),

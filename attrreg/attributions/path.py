@@ -144,12 +144,12 @@ def check_share(regularizer: Any) -> None:
         )
 
 
-def check_rule(regularizer: Any) -> None:
-    """Check a quadrature rule and its number of places, and keep that as Python's own integer.
+def check_rule(regularizer: Any, least: int = 2) -> None:
+    """Check a quadrature rule and its number of places (`least`: the fewest for Riemann rules), kept as Python's own integer.
 
     Raises:
         ValueError: naming the setting.
     """
     if regularizer.rule not in RULES:
         raise ValueError(f"rule {regularizer.rule!r} is unknown. Use one of {', '.join(map(repr, RULES))}.")
-    keep_count(regularizer, "steps", 1 if regularizer.rule == "gausslegendre" else 2)
+    keep_count(regularizer, "steps", 1 if regularizer.rule == "gausslegendre" else least)

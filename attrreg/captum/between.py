@@ -37,8 +37,8 @@ def stops(baseline: Baseline | Tensor | float, rule: str, steps: int) -> list[tu
     return [(At(Between(start, alpha)), weight) for alpha, weight in places(rule, steps)]
 
 
-def check_path(regularizer: Any) -> None:
-    """Check the settings of a path whose places are points of their own, and keep its baseline as an object.
+def check_path(regularizer: Any, least: int = 2) -> None:
+    """Check the settings of a path whose places are points of their own, as `check_rule` does, and keep its baseline as an object.
 
     Raises:
         TypeError, ValueError: naming the setting.
@@ -49,4 +49,4 @@ def check_path(regularizer: Any) -> None:
             f"{type(regularizer).__name__}: each place would draw another {type(baseline).__name__}, and there would be no path. Use a "
             "baseline that does not draw."
         )
-    check_rule(regularizer)
+    check_rule(regularizer, least)

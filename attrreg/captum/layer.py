@@ -181,7 +181,7 @@ class LayerConductance(MapRegularizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_layer_name(self.layer)
-        check_path(self)
+        check_path(self, least=1)  # between two places
 
     def _points(self) -> list[At]:
         return [at for at, _ in stops(self.baseline, self.rule, self.steps + 1)]

@@ -79,8 +79,8 @@ class FeatureAblation(MapRegularizer):
         twice: it runs on compiled models too. What made x gets no gradient through the ablated images.
 
     Source:
-        Equals Captum's `FeatureAblation`, and with `baselines.OtherImage()` its `FeaturePermutation`, but that a permutation may be
-        the identity. Zeiler and Fergus 2013, arXiv 1311.2901, have a sliding window.
+        Equals Captum's `FeatureAblation`, and with `baselines.OtherImage()` its `FeaturePermutation`, but that there some images may
+        stay in their place. Zeiler and Fergus 2013, arXiv 1311.2901, have a sliding window.
     """
 
     segments: Fixed | Tensor
@@ -155,11 +155,9 @@ class ShapleyValues(MapRegularizer):
     def _points(self) -> dict[frozenset[int], Point]:
         """Where the score is taken of each set of segments that are in the image."""
         numbers = _numbers(self)
-        points: dict[frozenset[int], Point] = {}
-        for present in (frozenset(some) for size in range(len(numbers) + 1) for some in combinations(numbers, size)):
-            removed = tuple(number for number in numbers if number not in present)
-            points[present] = At(_without(self, removed)) if removed else CLEAN
-        return points
+        sets = [frozenset(some) for size in range(len(numbers) + 1) for some in combinations(numbers, size)]
+        removed = {some: tuple(number for number in numbers if number not in some) for some in sets}
+        return {some: At(_without(self, rest)) if rest else CLEAN for some, rest in removed.items()}
 
     def needs(self) -> tuple[Need, ...]:
         """The score of each set of segments."""
@@ -186,7 +184,7 @@ def _keep_segments(regularizer: FeatureAblation | ShapleyValues) -> None:
     if not isinstance(segments, Tensor) or segments.is_floating_point() or segments.dtype is torch.bool:
         kind = segments.dtype if isinstance(segments, Tensor) else type(segments).__name__
         raise TypeError(f"{name}: segments must be a tensor of integers, got {kind}. Number the segments of the image.")
-    if segments.dim() == 4 and segments.shape[0] != 1:
+    if not segments.numel() or (segments.dim() == 4 and segments.shape[0] != 1):
         raise ValueError(
             f"{name}: segments are {tuple(segments.shape)}, but there is one set of segments for all images. Give (H, W), (C, H, W) or "
             "(1, C, H, W)."

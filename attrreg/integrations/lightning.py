@@ -37,13 +37,14 @@ class _Step:
         self.original = module.training_step
         self.__wrapped__ = inspect.unwrap(self.original)  # Lightning looks at the signature
 
-    def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        result = self.original(batch, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.original(*args, **kwargs)
         # Some call it in `validation_step` too.
         if result is None or self.callback is None or not self.module.trainer.training:
             return result
         if isinstance(result, Mapping) and result.get("loss") is None:  # Lightning says what is wrong
             return result
+        batch = args[0] if args else kwargs[next(iter(inspect.signature(self.original).parameters))]
         return self.callback.added(self.module, self.model, result, batch)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from attrreg import call as calls
+from attrreg import own
 from attrreg.baselines import Baseline, Zero, as_baseline, keep_baseline
+from attrreg.masks import penalty_dtype
 from attrreg.metrics.maps import Measure, share_inside
+from attrreg.regularizer import AttributionRegularizer
 from attrreg.settings import keep_count
-from attrreg.spec import Spec
+from attrreg.spec import Spec, source
 from attrreg.state import isolated
 from attrreg.targets import check_classes, check_logits
 from attrreg.wrappers import undistributed
@@ -35,7 +38,7 @@ class Occlusion(Spec):
         TypeError, ValueError: naming the setting.
 
     Cost:
-        One forward of the batch a window, in the mode that the model is in; no backward.
+        One forward of the batch, and one a window, in the mode that the model is in; no backward.
 
     Source:
         Zeiler and Fergus 2014, arXiv 1311.2901; Captum's `Occlusion`, which does the work.
@@ -63,14 +66,16 @@ class Occlusion(Spec):
             raise ValueError(f"window={self.window} is larger than images of {tuple(x.shape[-2:])}. Choose a smaller one.")
         target = _checked(target, x)
         draws = torch.Generator(x.device).manual_seed(0)
-        fill = as_baseline(self.fill)(x, None, draws)
+        fill = as_baseline(self.fill)
+        with own.given(fill, x.detach(), None) as (images, _):
+            filled = fill(images, None, draws)
         channels = x.shape[1]
         with torch.no_grad(), isolated(model, device=x.device):
             phi: Tensor = Captum(_logits_of(model, target)).attribute(
                 x.detach(),
                 sliding_window_shapes=(channels, self.window, self.window),
                 strides=(channels, self.stride, self.stride),
-                baselines=fill,
+                baselines=filled,
                 target=target,
             )
         return phi
@@ -92,7 +97,7 @@ def _logits_of(model: nn.Module, target: Tensor) -> Callable[[Tensor], Tensor]:
         if not isinstance(output, Tensor):
             raise TypeError(f"model returned a {type(output).__name__} and not logits. Pass a module that picks them out.")
         check_logits("Occlusion", output, 1, target)
-        return output
+        return output.to(penalty_dtype(output.dtype))  # in which Captum sums up overlapping windows
 
     return forward
 
@@ -129,9 +134,15 @@ def judged(
     Cost:
         That of the attribution.
     """
-    if not callable(attribution):
+    if not callable(attribution) or isinstance(attribution, AttributionRegularizer):
         raise TypeError(
             f"attribution must be a function (model, x, target) -> map, got {attribution!r}. Pass a regularizer's `.attribute`, "
             "or metrics.Occlusion()."
         )
-    return measure(attribution(model, x, target), mask)
+    values = measure(attribution(model, x, target), mask)
+    if getattr(values, "shape", None) != (len(x),):
+        got = tuple(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        raise ValueError(
+            f"measure {source(measure)} gave {got}, but a measure is ({len(x)},), one number an image. Do not reduce over the batch."
+        )
+    return values

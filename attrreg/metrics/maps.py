@@ -51,7 +51,8 @@ def energy_pointing_game(map: Tensor, mask: Tensor) -> Tensor:
     Source:
         Score-CAM, Wang et al. 2020, arXiv 1910.01279.
     """
-    return share_inside(map.relu() if isinstance(map, Tensor) else map, mask)
+    map, relevant = _aligned(map, mask)
+    return 1 - OutsideFraction(eps=0.0)(map.relu(), relevant)
 
 
 def pointing_game(map: Tensor, mask: Tensor, tolerance: int = 0, signed: bool = False) -> Tensor:

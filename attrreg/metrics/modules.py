@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attrreg.masks import check
 from attrreg.metrics.judge import Attribution, judged
 from attrreg.metrics.maps import Measure, energy_pointing_game, iou_at_mask_size, pointing_game, share_inside
-from attrreg.metrics.predictions import auc, check_correct, check_groups, check_two
+from attrreg.metrics.predictions import area, check_correct, check_groups, check_two, difference
 from attrreg.settings import check_count
 from attrreg.spec import source
 
@@ -95,17 +95,13 @@ class MapMetric(_Mean):
 class ShareInside(MapMetric):
     """Mean of `metrics.share_inside`."""
 
-    def measure(self, map: Tensor, mask: Tensor) -> Tensor:
-        """One number an image."""
-        return share_inside(map, mask)
+    measure = staticmethod(share_inside)
 
 
 class EnergyPointingGame(MapMetric):
     """Mean of `metrics.energy_pointing_game`."""
 
-    def measure(self, map: Tensor, mask: Tensor) -> Tensor:
-        """One number an image."""
-        return energy_pointing_game(map, mask)
+    measure = staticmethod(energy_pointing_game)
 
 
 class PointingGame(MapMetric):
@@ -215,13 +211,18 @@ class LogitDifferenceAUC(Metric):
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
-    logits: list[Tensor]
+    scores: list[Tensor]
     targets: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("logits", [], dist_reduce_fx="cat")
+        self.add_state("scores", [], dist_reduce_fx="cat")
         self.add_state("targets", [], dist_reduce_fx="cat")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is kept, and so of the empty tensor that a rank without any batch sends."""
+        return torch.float64
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Keep a batch, which may be empty: logits `(N, 2)`, target `(N,)` of 0 and 1.
@@ -234,12 +235,12 @@ class LogitDifferenceAUC(Metric):
         if not logits.shape[:1] == target.shape == (0,):
             check_correct(logits, target)
             check_two(target)
-        self.logits.append(logits.detach())
-        self.targets.append(target)
+        self.scores.append(difference(logits.detach()))
+        self.targets.append((target == 1).double())
 
     def compute(self) -> Tensor:
         """The area, 0-dim; NaN before any image."""
-        if isinstance(self.logits, list) and not self.logits:
+        if isinstance(self.scores, list) and not self.scores:
             return torch.tensor(float("nan"))
-        logits, targets = (torch.cat([part] if isinstance(part, Tensor) else part) for part in (self.logits, self.targets))
-        return torch.tensor(auc(logits, targets) if len(targets) else float("nan"), device=logits.device)
+        scores, targets = (torch.cat([part] if isinstance(part, Tensor) else part) for part in (self.scores, self.targets))
+        return torch.tensor(area(scores, targets), device=scores.device)

@@ -41,7 +41,16 @@ def auc(logits: Tensor, target: Tensor) -> float | None:
     if logits.shape[1] != 2:
         return None
     check_two(target)
-    score = logits[:, 1].double() - logits[:, 0].double()
+    return area(difference(logits), target)
+
+
+def difference(logits: Tensor) -> Tensor:
+    """y1 - y0, `(N,)`, in float64: near ones would tie in float32."""
+    return logits[:, 1].double() - logits[:, 0].double()
+
+
+def area(score: Tensor, target: Tensor) -> float:
+    """Area under the ROC curve of a score `(N,)` for targets `(N,)` of 0 and 1, as in `auc`."""
     ones, zeros = score[target == 1].contiguous(), score[target == 0].sort().values
     if not len(ones) or not len(zeros) or bool(score.isnan().any()):
         return float("nan")
