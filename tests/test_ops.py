@@ -165,6 +165,18 @@ def test_a_gradient_of_the_input_alone_does_no_work_for_the_weights() -> None:
     assert by_weight.any()
 
 
+@pytest.mark.parametrize("name", ["padding", "stride", "dilation"])
+@pytest.mark.parametrize("function", [F.conv2d, F.conv_transpose2d])
+def test_settings_that_are_no_whole_numbers_are_refused_and_not_remembered(function: Any, name: str) -> None:
+    x, w = torch.randn(2, 3, 9, 11), torch.randn(3, 3, 3, 5)
+    with twice_differentiable(Phase()):
+        for setting in ((1, 2.0), (1, 2.5), [1, 2.5]):  # of what PyTorch looks at the first number only before it asks us
+            with pytest.raises(TypeError, match="must be tuple of ints"):
+                function(x, w, **{name: setting})
+        got = function(x, w, **{name: (1, 2)})
+    torch.testing.assert_close(got, function(x, w, **{name: (1, 2)}))
+
+
 @pytest.mark.parametrize("function", [F.conv2d, F.conv_transpose2d])
 def test_convolutions_under_autocast(function: Any) -> None:
     x, w = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(4, 4, 3, 3, requires_grad=True)
