@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -139,6 +140,27 @@ def test_second_derivatives_do_not_overflow(name: str, dtype: torch.dtype) -> No
     (slope,) = torch.autograd.grad(y.float().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad((slope * torch.linspace(0.5, 1, 8)).sum(), x)
     assert slope.isfinite().all() and second.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("filters", "settings"),
+    [
+        ((32, 16, 1, 1), {}),
+        ((16, 1, 7, 7), {"padding": 3, "groups": 16}),
+        ((512, 16, 3, 3), {"stride": 2}),
+        ((8, 3, 7, 7), {"stride": 2}),
+    ],
+)
+def test_convolutions_in_full_precision_keep_it_in_a_backward_under_autocast(filters: tuple[int, ...], settings: Any) -> None:
+    x, w = (torch.randn(shape, requires_grad=True) for shape in ((2, filters[1] * settings.get("groups", 1), 12, 12), filters))
+    found = []
+    for context in (nullcontext(), twice_differentiable(Phase())):
+        with context:
+            y = F.conv2d(x, w, **settings)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            found.append(torch.autograd.grad(y.square().sum(), [x, w]))
+    for want, got in zip(*found, strict=True):
+        assert (got - want).norm() <= 1e-5 * want.norm()
 
 
 @pytest.mark.parametrize("dtype", HALF)

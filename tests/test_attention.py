@@ -100,6 +100,9 @@ ATTENTION: dict[str, Callable[..., Tensor]] = {
     "of one head of one image": lambda q, k, v, m: F.scaled_dot_product_attention(q[0, 0], k[0, 0], v[0, 0]) + m.sum(),
     "values of another width": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v[..., :2]) + m.sum(),
     "shapes that broadcast": lambda q, k, v, m: F.scaled_dot_product_attention(q, k[:1], v[:1]) + m.sum(),
+    "of no queries": lambda q, k, v, m: torch.cat([F.scaled_dot_product_attention(q[:, :, :0], k, v), q], 2) + m.sum(),
+    "of no keys": lambda q, k, v, m: F.scaled_dot_product_attention(q, k[:, :, :0], v[:, :, :0]) + q + m.sum(),
+    "of values of no width": lambda q, k, v, m: torch.cat([F.scaled_dot_product_attention(q, k, v[..., :0]), q], -1) + m.sum(),
     "in views of one projection": lambda q, k, v, m: _from_one_projection(torch.cat([k, v, k], -1)) + q.sum() + m.sum(),
 }
 

@@ -54,6 +54,12 @@ def test_batch_norm_moves_its_statistics_as_pytorchs(shape: tuple[int, ...]) -> 
         torch.nn.BatchNorm2d(6)(torch.randn(1, 6, 1, 1))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_norm_refuses_a_negative_eps(training: bool) -> None:
+    with twice_differentiable(Phase()), pytest.raises(ValueError, match="eps must be"):
+        F.batch_norm(torch.randn(4, 6, 3, 3), torch.zeros(6), torch.ones(6), training=training, eps=-1.0)
+
+
 @pytest.mark.parametrize("steady", [False, True])  # by the statistics that it saves, in eval mode
 def test_an_earlier_graph_outlives_moves_of_the_statistics(steady: bool) -> None:
     x, found = torch.randn(16, 6, 40, 40, dtype=torch.float64, requires_grad=True), []

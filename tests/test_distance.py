@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attrreg.ops import Phase, distance, twice_differentiable
 
+NUMBER: Any = numpy.int64(1)  # not in PyTorch's stubs
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "normalize": lambda x: F.normalize(x, dim=-1),
     "normalize p=fro": lambda x: F.normalize(x, p="fro", dim=1),  # type: ignore[arg-type]
@@ -32,6 +33,7 @@ NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "vector_norm p=inf": lambda x: torch.linalg.vector_norm(x, float("inf"), dim=2),
     "linalg.norm": lambda x: torch.linalg.norm(x),
     "linalg.norm of rows": lambda x: torch.linalg.norm(x, 2, dim=-1, keepdim=True),
+    "linalg.norm, NumPy's axis": lambda x: torch.linalg.norm(x, dim=NUMBER),
     "spectral norm": lambda x: torch.linalg.norm(x, 2, dim=(1, 2)),
     "nuclear norm": lambda x: torch.linalg.norm(x, "nuc", dim=(1, 2)),
     "cdist": lambda x: torch.cdist(x, 2 * x + 1),

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
@@ -209,3 +210,17 @@ def test_parametrized_weights_are_not_asked_for() -> None:
         pass
     for buffer, was in zip(model.buffers(), before, strict=True):
         torch.testing.assert_close(buffer, was, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # which PyTorch itself calls
+@pytest.mark.parametrize("twice", [False, True])
+def test_forward_mode_derivatives_inside_are_pytorchs(twice: bool) -> None:
+    layer, x = nn.Conv2d(8, 8, 5, padding=2, groups=8), torch.randn(2, 8, 6, 6)
+
+    def tangent() -> Any:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(F.silu(layer(forward_ad.make_dual(x, torch.ones_like(x))))).tangent
+
+    want = tangent()
+    with operators(layer, Phase(), twice, twice):
+        torch.testing.assert_close(tangent(), want)

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -165,6 +166,18 @@ def test_a_gradient_of_the_input_alone_does_no_work_for_the_weights() -> None:
     assert by_weight.any()
 
 
+@pytest.mark.parametrize("name", ["padding", "stride", "dilation"])
+@pytest.mark.parametrize("function", [F.conv2d, F.conv_transpose2d])
+def test_settings_that_are_no_whole_numbers_are_refused_and_not_remembered(function: Any, name: str) -> None:
+    x, w = torch.randn(2, 3, 9, 11), torch.randn(3, 3, 3, 5)
+    with twice_differentiable(Phase()):
+        for setting in ((1, 2.0), (1, 2.5), [1, 2.5]):  # of what PyTorch looks at the first number only before it asks us
+            with pytest.raises(TypeError, match="must be tuple of ints"):
+                function(x, w, **{name: setting})
+        got = function(x, w, **{name: (1, 2)})
+    torch.testing.assert_close(got, function(x, w, **{name: (1, 2)}))
+
+
 @pytest.mark.parametrize("function", [F.conv2d, F.conv_transpose2d])
 def test_convolutions_under_autocast(function: Any) -> None:
     x, w = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(4, 4, 3, 3, requires_grad=True)
@@ -190,6 +203,8 @@ def _by_running(x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> 
     return F.batch_norm(x, MEAN.to(x.dtype), VARIANCE.to(x.dtype), w, b)
 
 
+NUMBER: Any = numpy.float32(0.3)  # not in PyTorch's stubs
+
 # name -> (the layer of its inputs, the shapes of the inputs)
 LAYERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "batch norm": (_by_batch, [(4, 6, 3, 5), (6,), (6,)]),
@@ -207,6 +222,7 @@ LAYERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "batch norm, eval, without weight": (_by_running, [(4, 6, 3)]),
     "layer norm": (lambda x, w, b: F.layer_norm(x, (5,), w, b), [(4, 6, 5), (5,), (5,)]),
     "layer norm of two axes": (lambda x, w: F.layer_norm(x, (6, 5), w, eps=0.1), [(4, 6, 5), (6, 5)]),
+    "normalised over all axes": (lambda x, w, b: F.layer_norm(x, x.shape, w, b), [(4, 5), (4, 5), (4, 5)]),
     "layer norm without weight": (lambda x: F.layer_norm(x, (5,)), [(2, 3, 6, 5)]),
     "RMS norm": (lambda x, w: F.rms_norm(x, (5,), w), [(4, 6, 5), (5,)]),
     "RMS norm of two axes": (lambda x, w: F.rms_norm(x, (6, 5), w, eps=0.1), [(4, 6, 5), (6, 5)]),
@@ -228,6 +244,8 @@ LAYERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "hardtanh in place": (lambda x: F.hardtanh(x * 1, -0.5, 2.0, inplace=True), [(4, 6)]),
     "leaky relu": (lambda x: F.leaky_relu(x, 0.3), [(4, 6)]),
     "leaky relu, steeper below": (lambda x: F.leaky_relu(x, -0.3), [(4, 6)]),
+    "hardtanh, NumPy's numbers": (lambda x: F.hardtanh(x, -NUMBER, NUMBER), [(4, 6)]),
+    "leaky relu, NumPy's number": (lambda x: F.leaky_relu(x, NUMBER), [(4, 6)]),
     "hardswish": (F.hardswish, [(4, 6)]),
     "linear": (F.linear, [(4, 6), (3, 6), (3,)]),
     "linear of tokens": (F.linear, [(2, 4, 6), (3, 6)]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest.mock import patch
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,20 @@ def test_as_pytorch(case: tuple[Tensor, dict[str, Any]], at_once: int) -> None:
     for ours, pytorchs in zip(found, want, strict=True):
         torch.testing.assert_close(ours, pytorchs, rtol=1e-12, atol=1e-12)
     assert all(ours.is_contiguous(memory_format=layout(x)) for ours in found[:3])
+
+
+NUMBER: Any = numpy.int64(2)  # not in PyTorch's stubs
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("given", [{"kernel_size": NUMBER}, {"kernel_size": [3, NUMBER], "stride": NUMBER, "padding": torch.tensor(1)}])
+def test_numbers_that_are_not_pythons(given: dict[str, Any]) -> None:
+    x = torch.randn(4, 8, 6, 6).to(memory_format=torch.channels_last)
+    want = derivatives(x, torch.ones_like(x), given)
+    with twice_differentiable(Phase()):
+        found = derivatives(x, torch.ones_like(x), given)
+    for ours, pytorchs in zip(found, want, strict=True):
+        torch.testing.assert_close(ours, pytorchs)
 
 
 def test_what_is_no_number_stays_so() -> None:

@@ -149,7 +149,7 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     kind = Piecewise(
         lambda x: F.hardtanh(x, min_val, max_val),
         lambda x: F.hardtanh(x, min_val, max_val, inplace=True),
-        lambda gy, y: aten.hardtanh_backward(gy, y, min_val, max_val),
+        lambda gy, y: aten.hardtanh_backward(gy, y, float(min_val), float(max_val)),  # which takes Python's alone
     )
     return _piecewise(input, kind, inplace)
 
@@ -166,7 +166,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     kind = Piecewise(
         lambda x: F.leaky_relu(x, negative_slope),
         lambda x: F.leaky_relu(x, negative_slope, inplace=True),
-        lambda gy, y: aten.leaky_relu_backward(gy, y, negative_slope, False),
+        lambda gy, y: aten.leaky_relu_backward(gy, y, float(negative_slope), False),  # as above
     )
     return _piecewise(input, kind, inplace)
 

@@ -77,7 +77,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _fits_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """Whether the CPU's kernel computes this: PyTorch's own conditions, but that no gradient of a mask is asked of it."""
-    if q.device.type != "cpu" or q.dim() != 4 or q.shape[-1] != v.shape[-1] or not (q.numel() and k.numel()):
+    if q.device.type != "cpu" or q.dim() != 4 or q.shape[-1] != v.shape[-1]:
         return False
     if mask is None:
         return True
@@ -88,7 +88,7 @@ def _fits_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
 
 def _few(q: Tensor, k: Tensor) -> bool:
     """Whether there are so few tokens that P is kept."""
-    return q.device.type == "cpu" and k.shape[-2] <= KEPT * q.shape[-1] and min(q.numel(), k.numel()) > 0
+    return q.device.type == "cpu" and k.shape[-2] <= KEPT * q.shape[-1]
 
 
 def _order(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> list[int]:
@@ -238,7 +238,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`F.scaled_dot_product_attention`; PyTorch's math path with dropout, grouped heads or shapes that broadcast.
+    """`F.scaled_dot_product_attention`; PyTorch's math path with dropout, grouped heads or shapes that broadcast or are empty.
 
     Half precision is computed in float32, as the math path does.
     """
@@ -248,7 +248,8 @@ def attention(
     alone = attn_mask is None or not is_causal  # PyTorch refuses both
     same = alone and query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and dtype == key.dtype == value.dtype
     fits = attn_mask is None or (attn_mask.dim() > 1 and attn_mask.dtype in (torch.bool, dtype, torch.float32))
-    if not (same and fits and query.dim() > 1 and query.shape[-1]) or dropout_p or enable_gqa or not dtype.is_floating_point:
+    full = query.dim() > 1 and min(query.numel(), key.numel(), value.numel()) > 0  # the matrices of an empty one have no number
+    if not (same and fits and full) or dropout_p or enable_gqa or not dtype.is_floating_point:
         plain: Tensor = by_math(F.scaled_dot_product_attention)(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )

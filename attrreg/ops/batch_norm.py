@@ -237,7 +237,7 @@ def _batch_norm(
     shape = input.shape[1:2]
     alike = input.dim() > 1 and input.is_floating_point() and all(values.dtype == dtype and values.shape == shape for values in kept)
     both = (running_mean is None) == (running_var is None)
-    known = alike and both and (eps > 0 or not training) and momentum is not None and (training or running_mean is not None)
+    known = alike and both and (eps > 0 or (eps == 0 and not training)) and momentum is not None and (training or running_mean is not None)
     # PyTorch refuses one value a channel, and of an empty batch does not divide by it.
     if not known or (training and input.numel() <= input.shape[1]):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)

@@ -25,6 +25,7 @@ from attrreg.ops.linear import PLAIN, linear, product
 from attrreg.ops.phase import Phase, wanted
 from attrreg.ops.precision import as_autocast, autocasts
 from attrreg.ops.sound import each
+from attrreg.state import full_precision
 
 aten = torch.ops.aten
 
@@ -51,7 +52,7 @@ class Convolution:
     pixels: bool = False
     channels_last: bool = False
     remainders: bool = False
-    weight_product: Callable[[Tensor, Tensor, Tensor, Convolution], Tensor] | None = None
+    weight_product: Callable[[Tensor, Tensor, Tensor, Convolution], Tensor | None] | None = None
 
     def convolve(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """y(x, w) + b."""
@@ -61,6 +62,10 @@ class Convolution:
 
     def backward(self, gy: Tensor, x: Tensor, w: Tensor, image: bool, weight: bool, bias: bool) -> tuple[Tensor | None, ...]:
         """The gradients with respect to image, weight and bias that are asked for."""
+        own = self.pixels or self.remainders or self.weight_product is not None
+        if own and torch.is_autocast_enabled(gy.device.type):  # a loop may call backward in it: it rounds products, not PyTorch's kernels
+            with full_precision(gy.device):
+                return self.backward(gy, x, w, image, weight, bias)
         gx = gw = gb = None
         if self.pixels and layout(x) == torch.channels_last:  # two layouts in one operation are slow, here and in layers before
             gy = gy.contiguous(memory_format=torch.channels_last)
@@ -83,18 +88,6 @@ class Convolution:
         """Of an output."""
         seen = zip(image[2:], weight[2:], self.stride, self.padding, self.dilation, strict=True)
         return math.prod((size + 2 * pad - step * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, pad, step in seen)
-
-    def input_gradient(self, gy: Tensor, w: Tensor, like: Tensor) -> Tensor:
-        """gx(gy, w), of the shape of an image."""
-        gx = self.backward(gy, like, w, True, False, False)[0]
-        assert gx is not None
-        return gx
-
-    def weight_gradient(self, gy: Tensor, x: Tensor, like: Tensor) -> Tensor:
-        """gw(gy, x), of the shape of a weight."""
-        gw = self.backward(gy, x, like, False, True, False)[1]
-        assert gw is not None
-        return gw
 
 
 @lru_cache(maxsize=4096)  # to find out costs as much as a small convolution
@@ -161,9 +154,9 @@ def _weight_of_channels(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution)
     return depthwise.weight_gradient(gy, x, w, settings.stride, settings.padding, settings.dilation)
 
 
-def _weight_in_other_layout(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor:
+def _weight_in_other_layout(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor | None:
     gy, x = (images.contiguous(memory_format=torch.channels_last) for images in (gy, x))
-    return replace(settings, weight_product=None).weight_gradient(gy, x, w)
+    return replace(settings, weight_product=None).backward(gy, x, w, False, True, False)[1]
 
 
 def _bias_gradient(gy: Tensor) -> Tensor:
@@ -194,18 +187,19 @@ class _InputGradient(Function):
     """gx(gy, w)."""
 
     @staticmethod
-    def forward(ctx: Any, gy: Tensor, w: Tensor, like: Tensor, kind: Convolution, phase: Phase) -> Tensor:
+    def forward(ctx: Any, gy: Tensor, w: Tensor, like: Tensor, kind: Convolution, phase: Phase) -> Tensor | None:
         ctx.save_for_backward(gy, w)
         ctx.kind, ctx.phase = kind, phase
-        return kind.input_gradient(gy, w, like)
+        return kind.backward(gy, like, w, True, False, False)[0]
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gy, w = ctx.saved_tensors
         for_gy, for_w = wanted(ctx, 2)
         if not torch.is_grad_enabled():
-            kind = ctx.kind
-            return kind.convolve(v, w, None) if for_gy else None, kind.weight_gradient(gy, v, w) if for_w else None, None, None, None
+            ggy = ctx.kind.convolve(v, w, None) if for_gy else None
+            gw = ctx.kind.backward(gy, v, w, False, True, False)[1] if for_w else None
+            return ggy, gw, None, None, None
         ggy = _Convolve.apply(v, w, None, ctx.kind, ctx.phase) if for_gy else None
         gw = _WeightGradient.apply(gy, v, w.detach(), ctx.kind, ctx.phase) if for_w else None
         return ggy, gw, None, None, None
@@ -215,10 +209,10 @@ class _WeightGradient(Function):
     """gw(gy, x)."""
 
     @staticmethod
-    def forward(ctx: Any, gy: Tensor, x: Tensor, like: Tensor, kind: Convolution, phase: Phase) -> Tensor:
+    def forward(ctx: Any, gy: Tensor, x: Tensor, like: Tensor, kind: Convolution, phase: Phase) -> Tensor | None:
         ctx.save_for_backward(gy, x)
         ctx.kind, ctx.phase = kind, phase
-        return kind.weight_gradient(gy, x, like)
+        return kind.backward(gy, x, like, False, True, False)[1]
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
@@ -230,10 +224,10 @@ class _WeightGradient(Function):
 
 
 def _hashable(value: Any) -> Any:
-    """A setting in Python's own numbers: PyTorch takes NumPy's and tensors too."""
+    """A setting as a key of a cache: PyTorch takes lists too, and NumPy's numbers and tensors."""
     if type(value) in (int, tuple, str):
         return value
-    return tuple(map(int, value)) if isinstance(value, Sequence) else int(value)
+    return tuple(value) if isinstance(value, Sequence) else int(value)
 
 
 def _kind(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, *rest: Any) -> Convolution:

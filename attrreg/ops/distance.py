@@ -61,7 +61,7 @@ def linalg_norm(
     A: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, out: Tensor | None = None, dtype: Any = None
 ) -> Tensor:
     """`torch.linalg.norm`, whose 2-norm of a matrix is another."""
-    axes = 1 if isinstance(dim, int) else len(dim) if dim is not None else 0 if ord is None else A.dim()
+    axes = (0 if ord is None else A.dim()) if dim is None else len(dim) if isinstance(dim, Sequence) else 1
     fits = axes == 1 if ord == 2 else axes == 2 if ord == "fro" else axes < 3
     if ord not in TWO or not fits or out is not None or not _widens(A, dtype):
         result: Tensor = torch.linalg.norm(A, ord, dim, keepdim, out=out, dtype=dtype)

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 
 from attrreg.ops import activation, attention, batch_norm, concatenate, conv, distance, draws, linear, norm, pool
 from attrreg.ops.phase import Phase
-from attrreg.ops.process import BY_MATH, attention_by, attention_kernels, checkpoints_recompute_inside
+from attrreg.ops.process import BY_MATH, attention_by, attention_kernels, checkpoints_recompute_inside, transformed
 
 
 def _drawn(function: Callable[..., Tensor], phase: Phase, *args: Any, **kwargs: Any) -> Tensor:
@@ -81,7 +81,7 @@ class _Replace(TorchFunctionMode):
             return func(*args, **kwargs)
         if not NUMPY.keys().isdisjoint(kwargs):
             kwargs = {NUMPY.get(name, name): value for name, value in kwargs.items()}
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func has rules for PyTorch's functions only
+        if transformed():
             return func(*args, **kwargs)
         if func in WITH_PHASE:
             return WITH_PHASE[func](self._phase, *args, **kwargs)

@@ -48,10 +48,9 @@ class _LayerNorm(Function):
         gy = gy.contiguous()
         if not torch.is_grad_enabled():
             return *aten.native_layer_norm_backward(gy, x, ctx.shape, mu, r, g, b, mask), None, None, None
-        rows = list(range(x.dim() - len(ctx.shape)))
         gx = _LayerNormInputGradient.apply(gy, x, g, mu, r, ctx.shape) if mask[0] else None
-        gg = (gy * F.layer_norm(x, ctx.shape, eps=ctx.eps)).sum(rows) if mask[1] else None
-        return gx, gg, gy.sum(rows) if mask[2] else None, *[None] * 3
+        gg = (gy * F.layer_norm(x, ctx.shape, eps=ctx.eps)).sum_to_size(g.shape) if mask[1] else None
+        return gx, gg, gy.sum_to_size(b.shape) if mask[2] else None, *[None] * 3
 
 
 class _LayerNormInputGradient(Function):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
@@ -14,7 +13,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from attrreg.ops import conv, depthwise, pointwise
 from attrreg.ops.modes import take_off, twice_differentiable
 from attrreg.ops.phase import Phase
-from attrreg.ops.process import checkpoints_recompute_inside
+from attrreg.ops.process import checkpoints_recompute_inside, transformed
 from attrreg.walk import modules
 
 
@@ -50,7 +49,7 @@ class _Faster(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.conv2d and torch._C._functorch.peek_interpreter_stack() is None:
+        if func is F.conv2d and not transformed():
             return conv.convolve_if_faster(self._phase, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -92,13 +91,12 @@ def _faster(model: nn.Module, phase: Phase) -> Iterator[Callable[[], None]]:
         nonlocal there
         there = False
 
-    handles = []
-    try:
-        for layer in filter(_may_gain, modules(model)):
-            handles += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after, prepend=True)]
-        with checkpoints_recompute_inside(nullcontext, leave) if handles else nullcontext():
-            yield leave
-    finally:
-        for handle in handles:
-            handle.remove()
-        take_off(mode)  # which is on where a layer failed
+    layers = [*filter(_may_gain, modules(model))]
+    with ExitStack() as exits:
+        exits.callback(take_off, mode)  # which is on where a layer failed
+        for layer in layers:
+            exits.enter_context(layer.register_forward_pre_hook(before))
+            exits.enter_context(layer.register_forward_hook(after, prepend=True))
+        if layers:
+            exits.enter_context(checkpoints_recompute_inside(nullcontext, leave))
+        yield leave

@@ -87,7 +87,6 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 def executes(node: Any, leaf: bool) -> bool:
     """Whether the engine will run a node; `leaf`: what to say of a leaf under `autograd.grad`, of which PyTorch will not tell."""
     try:
-        executes: bool = torch._C._will_engine_execute_node(node)
+        return torch._C._will_engine_execute_node(node)
     except RuntimeError:
         return leaf
-    return executes

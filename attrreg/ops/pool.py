@@ -57,7 +57,9 @@ def max_pool2d(
     """`F.max_pool2d`; with its indices too, it is a call of another function, which is left as it is."""
     worth_copies = input.dim() == 4 and input.numel() >= MANY and input.shape[1] >= CHANNELS and planes(input)
     as_it_is = input.device.type == "cpu" and suggested(input) == torch.channels_last  # only so that no zeros go back
-    if not (worth_copies or as_it_is):
+    settings = kernel_size, [] if stride is None else stride, padding, dilation
+    # PyTorch takes NumPy's numbers and tensors too, `torch.ops` does not.
+    if not (worth_copies or as_it_is) or not all(isinstance(setting, (int, tuple, list)) for setting in settings):
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
-    result: Tensor = _MaxPool.apply(input, kernel_size, [] if stride is None else stride, padding, dilation, ceil_mode)
+    result: Tensor = _MaxPool.apply(input, *settings, ceil_mode)
     return result

@@ -10,6 +10,8 @@ from functools import partial
 from typing import Any
 
 import torch.utils.checkpoint
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, _sdpa_kernel
 
 Recomputing = tuple[Callable[[], AbstractContextManager[object]], Callable[[], None]]
@@ -115,3 +117,8 @@ def checkpoints_recompute_inside(
             yield
         finally:  # in another thread, where that is the one that cleans up
             inside[:] = [entered for entered in inside if entered is not entry]
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode derivatives are at work here, which have rules for PyTorch's own functions only."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0

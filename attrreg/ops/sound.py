@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from operator import index
 from typing import Any
 
 import torch
@@ -24,7 +25,10 @@ def convolves(shapes: Callable[..., bool], axes: int, x: Tensor, w: Tensor, b: T
     kinds = {tensor.dtype for tensor in (x, w, b) if tensor is not None}
     floating = x.is_floating_point() and w.is_floating_point()
     alike = floating and (len(kinds) == 1 or torch.is_autocast_enabled(x.device.type))
-    return alike and w.dim() == axes + 2 and shapes(x.shape, w.shape, None if b is None else b.shape, *settings)
+    try:
+        return alike and w.dim() == axes + 2 and shapes(x.shape, w.shape, None if b is None else b.shape, *settings)
+    except TypeError:  # which no cache keeps: see `each`
+        return False
 
 
 @lru_cache(maxsize=4096)
@@ -71,8 +75,8 @@ def transposed(
 
 
 def each(value: int | Sequence[int], axes: int) -> list[int]:
-    """A setting of a convolution, one number an axis."""
-    return [value] * axes if isinstance(value, int) else list(value) * (axes if len(value) == 1 else 1)
+    """A setting of a convolution, one number an axis. Floats, which a cache would not tell from these, are a TypeError."""
+    return [value] * axes if isinstance(value, int) else [*map(index, value)] * (axes if len(value) == 1 else 1)
 
 
 def _settings(axes: int, stride: Any, padding: Any, dilation: Any) -> list[tuple[int, int, int]] | None:
