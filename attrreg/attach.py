@@ -17,6 +17,7 @@ from attrreg import automatic
 from attrreg.call import Call
 from attrreg.hooks import Tap
 from attrreg.recording import Called, Recording, image_state, keep_buffers, parts
+from attrreg.sites import SPATIAL
 from attrreg.walk import modules
 from attrreg.wrappers import compiled, compiling, unwrap
 
@@ -99,8 +100,14 @@ class Attachment:
         recording = self._recording
         if recording is None or not recording.serves(call, sites, twice, asked, alone):
             return None
+        hooked = (any(sites.values()) or SPATIAL in sites) and self._hooked(recording)
         self._forget()  # also where it cannot be returned: the call's own forward is another one
-        return None if returned and not recording.can_be_returned else recording
+        return None if hooked or (returned and not recording.can_be_returned) else recording
+
+    def _hooked(self, recording: Recording) -> bool:
+        """Whether the loop has put hooks on the output, or keeps its gradient: for its loss, but an inner backward would run them too."""
+        last = max((watch.id for watch in self._watches), default=0)  # those before it are the model's own, as FSDP's
+        return any(part.retains_grad or any(id > last for id in part._backward_hooks or ()) for part in parts(recording.output))
 
     @property
     def map(self) -> str | None:

@@ -128,7 +128,10 @@ def check_options(x: Tensor, generator: torch.Generator | None = None, output: S
         if not isinstance(inputs, (tuple, Mapping)):
             raise TypeError(f"inputs must be a tuple of arguments or a mapping of keywords, got {type(inputs).__name__}. Pass it as one.")
         if sum(value is x for value in (inputs.values() if isinstance(inputs, Mapping) else inputs)) != 1:
-            raise ValueError("inputs must hold x itself, once: the tensor that is attributed. Pass the same object as x and in inputs.")
+            raise ValueError(
+                "inputs must hold x itself, once and not inside another container: the tensor that is attributed. Pass the same object as "
+                "x and in inputs, or wrap a model that takes containers in a module that makes them of x."
+            )
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}. Write torch.Generator().manual_seed(0).")
     if isinstance(output, bool) or not (output is None or isinstance(output, (int, str)) or callable(output)):
@@ -167,7 +170,7 @@ def check_differentiable(model: nn.Module, x: Tensor, output: Select, inputs: In
     if any(parameter.requires_grad for parameter in model.parameters()):
         return
     # What made x, what else the model gets or holds, or a function that makes the logits, may be trained; the graph will tell.
-    others = (value for value in (*tree_leaves(inputs), *model.buffers(), *attributes(model)) if value is not x)
+    others = (value for value in tree_leaves((inputs, *model.buffers(), *attributes(model))) if value is not x)
     elsewhere = callable(output) or (x.requires_grad and not x.is_leaf)
     if not elsewhere and not any(isinstance(value, Tensor) and value.requires_grad for value in others):
         raise RuntimeError(
@@ -202,7 +205,10 @@ def check_batch(x: Tensor) -> None:
     if x.dim() == 4 and x.numel() == 0:
         raise ValueError(f"x holds no image, or images without pixels: its shape is {tuple(x.shape)}. Skip batches without images.")
     if x.dim() != 4:
-        raise ValueError(f"x must be a batch of images (N, C, H, W), got {tuple(x.shape)}. Add or keep the missing axes.")
+        remedy = "Add or keep the missing axes."
+        if x.dim() > 4:
+            remedy = "Put frames or slices into the batch or the channels, and wrap the model in a module that takes them apart."
+        raise ValueError(f"x must be a batch of images (N, C, H, W), got {tuple(x.shape)}. {remedy}")
 
 
 def check_target(target: Tensor | None, x: Tensor) -> Tensor | None:

@@ -62,11 +62,24 @@ def entering(heads: Sequence[Head], logits: Tensor) -> Tensor | None:
     """
     for head in reversed(heads):
         if head.left is logits or (head.node is not None and any(node is head.node for node in nodes(logits))):
-            entered: Tensor = head.entered
-            return entered
+            return _beside(heads, head, logits).entered
     if logits.grad_fn is not None and any(head.node is not None for head in heads):
         raise ValueError("The logits come from none of the layers that features are looked for in. Name the layer of the features.")
     return None
+
+
+def _beside(heads: Sequence[Head], last: Head, logits: Tensor) -> Head:
+    """The layer that an adapter of low rank (LoRA) runs beside, if `last` is the second of its two: nothing is between them."""
+    first = next((head for head in heads if head.left is last.entered), None)
+    if first is None:
+        return last
+    for head in heads:
+        alike = head.entered.shape == first.entered.shape and head.left.shape == last.left.shape
+        if head is first or head is last or not alike:
+            continue
+        if head.node is None or any(node is head.node for node in nodes(logits, around=last.node)):
+            return head
+    return last
 
 
 def _classifiers(model: nn.Module) -> list[nn.Module]:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 LEAF = "_attrreg_leaf"  # marks tensors that we made to be differentiated: its value is the phase of the pass
@@ -48,6 +49,16 @@ def which_are_read(total: Tensor, values: Sequence[Tensor]) -> list[bool]:
 def checkpoints_reentrant(total: Tensor) -> bool:
     """Whether a graph has blocks checkpointed with `use_reentrant=True`."""
     return any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes(total))
+
+
+def ends_in_half(value: Tensor) -> bool:
+    """Whether float16 lies between a value and the weights that it was last computed with: the model has an autocast of its own."""
+    for node in nodes(value):
+        if any(of.dtype == torch.float16 for of in node._input_metadata):
+            return True
+        if getattr(getattr(node, "variable", None), "ndim", 0) > 1:
+            return False
+    return False
 
 
 def bypassed(total: Tensor, value: Tensor, earlier: Tensor) -> bool:

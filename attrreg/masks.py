@@ -81,8 +81,9 @@ def check(mask: Tensor, x: Tensor, annotated: Tensor | None, needs_region: str |
     flags = checked_flags(annotated, x)
     pixels = relevant.flatten(1)
     low, high = pixels.amin(1), pixels.amax(1)  # NaN where there is one
+    slack = 32 * torch.finfo(mask.dtype).eps if mask.is_floating_point() else 0.0  # a blurred or resized mask is 1 + 1e-7 somewhere
     # One transfer to the host for all checks of values: each would otherwise wait for the device by itself.
-    bad, empty = flags & ~((low >= 0) & (high <= 1)), flags & (high <= 0)
+    bad, empty = flags & ~((low >= -slack) & (high <= 1 + slack)), flags & (high <= 0)
     has_bad, has_empty, count = torch.stack([bad.any(), empty.any(), flags.sum()]).tolist()
     if has_bad:
         raise ValueError(
@@ -95,6 +96,7 @@ def check(mask: Tensor, x: Tensor, annotated: Tensor | None, needs_region: str |
             f"mask of image {first} has no relevant pixel, and {needs_region} is undefined without one. Leave the image out "
             "with `annotated=`, or use objectives.LogOutside(), which accepts empty masks."
         )
+    relevant = relevant.clamp(0, 1) if slack else relevant
     return Annotation(torch.where(flags.view(-1, 1, 1, 1), relevant, torch.ones_like(relevant)), flags, count, x.shape[0])
 
 
@@ -135,7 +137,7 @@ def checked_flags(annotated: Tensor | None, x: Tensor) -> Tensor:
         raise TypeError(f"annotated must be a boolean tensor, got {kind}. Write torch.tensor([...], dtype=torch.bool).")
     if annotated.shape != (n,):
         raise ValueError(f"annotated must be ({n},), one flag an image, got {tuple(annotated.shape)}. Reshape it.")
-    return annotated.to(x.device)
+    return annotated.to(x.device, copy=True)  # a graph keeps it: not what was made under inference_mode, or will be written to
 
 
 def resize(mask: Tensor, size: tuple[int, int]) -> Tensor:

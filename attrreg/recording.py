@@ -153,8 +153,8 @@ class Recording:
 
     @property
     def half(self) -> bool:
-        """Whether it ran in float16."""
-        return torch.float16 in (self.x.dtype, self.autocast)
+        """Whether it ran in float16, or a part of it that the operators saw."""
+        return torch.float16 in (self.x.dtype, self.autocast, self.phase.autocast)
 
     @property
     def can_be_returned(self) -> bool:

@@ -64,7 +64,7 @@ class AttributionRegularizer(Spec, ABC):
         Args:
             model: any module that maps `x` to logits. It is left as it was, its buffers, modes and `.grad` included.
             x: images `(N, C, H, W)`, floating point; may be the result of differentiable operations.
-            mask: `(N, H, W)`, `(N, 1, H, W)` or `(H, W)`, boolean or in [0, 1], of any size: 1 = relevant.
+            mask: `(N, H, W)`, `(N, 1, H, W)` or `(H, W)`, boolean or in [0, 1], of any size: 1 = relevant. No gradient flows into it.
             target: classes `(N,)`, or what the score takes. The default score goes by it: see `scores.ByTarget`.
             annotated: boolean `(N,)`: the images that have a mask. None: all.
             generator: where the terms' own random draws come from; None: PyTorch's default generator on the CPU.

@@ -17,7 +17,7 @@ from attrreg.call import DETACHED, Call
 from attrreg.counting import counters
 from attrreg.distributed import sharded
 from attrreg.features import entering
-from attrreg.graph import checkpoints_reentrant
+from attrreg.graph import checkpoints_reentrant, ends_in_half
 from attrreg.hooks import Tap
 from attrreg.masks import penalty_dtype
 from attrreg.ops.rectify import Rule
@@ -102,7 +102,8 @@ class Runner:
             raise RuntimeError(DETACHED)
         value = read_at.to(penalty_dtype(read_at.dtype))
         total = self._scores(value, score).sum()
-        scale = _scale(total, value) if recording.half or read_at.dtype == torch.float16 else None
+        half = recording.half or read_at.dtype == torch.float16 or ends_in_half(read_at)
+        scale = _scale(total, value) if half else None
         find = sites.SPATIAL in wanted and sites.SPATIAL not in recording.values
         maps = self._maps(recording, score, total) if find else []
         named = [site for site in wanted if not (find and site == sites.SPATIAL)]

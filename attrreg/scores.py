@@ -224,13 +224,13 @@ class RandomProjection(Score):
 
 @dataclass(frozen=True, repr=False)
 class MultiLabelLogit(Score):
-    """sum_c t_c y_c: the logits of all labels that an image has. Logits `(N, C)`, targets `(N, C)` in [0, 1] (multi-hot)."""
+    """sum_c t_c y_c: the logits of an image's labels; of none 0, and no penalty. Logits `(N, C)`, targets `(N, C)` in [0, 1], multi-hot."""
 
     needs_target: ClassVar[bool] = True
 
     def check_target(self, target: Tensor) -> None:
         """Check that the target is multi-hot."""
-        if target.dim() != 2 or not bool(((target >= 0) & (target <= 1)).all()):
+        if target.dim() != 2 or not bool(((target > -1e-6) & (target < 1 + 1e-6)).all()):
             raise ValueError(f"target must be (N, C) in [0, 1] for MultiLabelLogit, got {tuple(target.shape)}. Pass multi-hot labels.")
 
     def check_value(self, value: Tensor, target: Tensor | None) -> None:

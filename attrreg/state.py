@@ -97,7 +97,10 @@ class Buffers:
                 if original is not None and buffer is self._copies[id(original)]:
                     # .data, as a forward writes its own statistics: without telling autograd, which would refuse an
                     # earlier graph that saved the buffer.
-                    original.data.copy_(buffer)
+                    if original.shape == buffer.shape:
+                        original.data.copy_(buffer)
+                    else:  # resized in place, as observers for quantisation do at first
+                        original.data = buffer.detach().clone()
                 else:  # the forward assigned a new tensor
                     module._buffers[name] = buffer
 

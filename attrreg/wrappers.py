@@ -47,7 +47,10 @@ def undistributed(model: nn.Module) -> nn.Module:
 
 
 def compiled(model: nn.Module) -> bool:
-    """Whether any part of a model is compiled, by `torch.compile(module)` or by `module.compile()`."""
+    """Whether any part of a model is compiled, by `torch.compile(module)` or `module.compile()`, or the forward of the whole."""
+    forward = vars(undistributed(model)).get("forward")
+    if hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable"):  # which disabling leaves too
+        return True
     return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in modules(model))
 
 

@@ -107,6 +107,38 @@ def test_a_confident_model_keeps_its_gradients() -> None:
     assert relative_error(model, attrreg.InputGradient(score=scores.TaskLoss()), x, target) < 0.01
 
 
+@pytest.mark.parametrize("part", ["the whole", "all but the head", "attribute", "finite differences"])
+def test_an_autocast_inside_the_model_keeps_small_gradients(part: str) -> None:
+    class Inside(SmoothNet):
+        """As Accelerate and `@torch.autocast` make a forward: it computes in float16, and returns float32."""
+
+        inside = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast(DEVICE, torch.float16, enabled=self.inside):
+                features = F.silu(self.body(self.act(self.stem(x)))).mean(dim=(2, 3))
+                logits = features if part == "all but the head" else self.head(features)
+            return self.head(logits.float()) if part == "all but the head" else logits.float()
+
+    torch.manual_seed(0)
+    model, (x, mask, target) = Inside(), batch(3, channels=2, size=8, classes=3)
+    target[:] = 1
+    with torch.no_grad():
+        model.head.bias[1] += 19  # the loss's gradient at the logits is near 1e-8: float16 ends at 6e-8
+    term = 1e8 * attrreg.InputGradient(score=scores.TaskLoss(), objective=objectives.AbsoluteOutside())
+    if part == "finite differences":
+        term = term.using(engines.FiniteDifference())
+    found = []
+    for model.inside in (False, True):
+        if part == "attribute":
+            found.append(1e8 * term.attribute(model, x, target))
+            continue
+        value = term(model, x, mask, target)
+        found.append(value.detach()[None] if part == "finite differences" else flat([value.detach(), *gradients(model, value)]))
+    assert found[0].any()
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02
+
+
 def test_gradients_that_grow_on_their_way_survive_float16() -> None:
     convolutions = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
     model = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import attrreg
@@ -110,6 +112,23 @@ def test_parameters_outside_the_model_are_trained(name: str) -> None:
     value = TERMS[name](model, x, mask, target, output=head)
     value.backward()
     assert head.weight.grad is not None and head.weight.grad.any()
+
+
+@pytest.mark.parametrize("hold", [lambda prompt: [prompt], lambda prompt: {"first": (prompt,)}])
+def test_tensors_that_a_frozen_model_holds_in_containers_are_trained(hold: Callable[[Tensor], Any]) -> None:
+    class Prompted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = SmoothNet()
+            self.held = hold(prompt)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.net(x + tree_leaves(self.held)[0])
+
+    x, mask, target = smooth_batch()
+    prompt = torch.zeros_like(x[0], requires_grad=True)
+    attrreg.InputGradient()(Prompted().double().requires_grad_(False), x, mask, target).backward()
+    assert prompt.grad is not None and prompt.grad.any()
 
 
 @pytest.mark.parametrize("name", ["input_gradient", "integrated_gradients", "integrated_gradients_unchunked"])
@@ -217,6 +236,53 @@ def test_buffers_that_a_forward_assigns() -> None:
     attrreg.InputGradient().evaluate(model, x, mask, target)
     torch.testing.assert_close(model.average, twin.average)
     torch.testing.assert_close(model.cache, twin.cache)
+
+
+class Sized(SmoothNet):
+    """Gives a buffer its size at the first forward, as observers for quantisation do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.empty(0, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.get_buffer("seen").resize_(5).copy_(x.sum() + torch.arange(5))
+        return super().forward(x)
+
+
+def test_evaluate_commits_a_buffer_that_the_forward_resized() -> None:
+    model, (x, mask, target) = Sized().double(), smooth_batch()
+    twin, buffer = copy.deepcopy(model), model.get_buffer("seen")
+    for _ in range(2):
+        twin(x)
+        attrreg.InputGradient().evaluate(model, x, mask, target).total.backward()
+        assert model.get_buffer("seen") is buffer
+        torch.testing.assert_close(buffer, twin.get_buffer("seen"))
+
+
+class LowRank(nn.Module):
+    """An adapter beside a layer, as PEFT's."""
+
+    def __init__(self, base: nn.Linear, dropout: float, rank: int) -> None:
+        super().__init__()
+        self.base, self.dropout = base.requires_grad_(False), nn.Dropout(dropout)
+        self.a, self.b = nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, h: Tensor) -> Any:
+        return self.base(h) + self.b(self.a(self.dropout(h)))
+
+
+@pytest.mark.parametrize(("dropout", "rank", "frozen"), [(0.0, 2, False), (0.5, 2, False), (0.0, 2, True), (0.0, 5, False)])
+def test_an_adapter_beside_the_classifier_is_not_taken_for_it(dropout: float, rank: int, frozen: bool) -> None:
+    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
+    adapted = copy.deepcopy(model).requires_grad_(not frozen)
+    adapted.head = LowRank(adapted.head, dropout, rank).double()  # type: ignore[assignment]
+    projected = attrreg.InputGradient(attrreg.scores.RandomProjection(seed=0))
+    torch.testing.assert_close(projected.attribute(adapted, x), projected.attribute(model, x))
+    if not frozen:
+        difference = TERMS["activation_difference"]
+        torch.testing.assert_close(difference(adapted, x, mask), difference(model, x, mask))
 
 
 def test_a_layer_under_its_other_name() -> None:

@@ -69,6 +69,42 @@ def test_hooks_on_images_are_shown_the_losss_gradient_once_and_whole(way: str) -
     torch.testing.assert_close(images.grad, want, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["kept", "changed", "the model's own"])
+def test_hooks_on_the_output_are_for_the_losss_gradient(kind: str) -> None:
+    found, ran = [], []
+    for attach in (False, True):
+        torch.manual_seed(0)
+        model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+        seen: list[Tensor] = []
+        if kind == "the model's own":  # as FSDP's, which has to see every backward
+            model.register_forward_hook(lambda module, args, output: output.register_hook(seen.append) and None)
+        with REG.attach(model) if attach else nullcontext(), passes() as counted:
+            logits = model(x)
+            if kind == "kept":
+                logits.retain_grad()
+            elif kind == "changed":
+                logits.register_hook(lambda gradient, seen=seen: seen.append(gradient) or 3 * gradient)
+            penalty = REG(model, x, mask, target)
+            if kind == "kept":
+                assert logits.grad is None  # of the inner backward
+            elif kind == "changed":
+                assert not seen
+            (F.cross_entropy(logits, target) + penalty).backward()
+        found.append([penalty, *accumulated(model), *([logits.grad] if kind == "kept" else [])])
+        ran.append(counted.forward)
+    assert_close(found[1], found[0], 1e-12)
+    assert ran == [1, 0 if kind == "the model's own" else 1]
+
+
+def test_hooks_on_the_output_do_not_matter_where_no_gradient_is_taken() -> None:
+    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
+    regularizer = attrreg.ActivationDifference("body", fill=attrreg.baselines.Zero())
+    with regularizer.attach(model), passes() as counted:
+        model(x).retain_grad()
+        regularizer(model, x, mask)
+    assert counted.forward == 1  # of the fill
+
+
 @pytest.mark.cpu
 def test_threads_that_train_side_by_side_leave_the_process_as_it_was_and_each_other_alone() -> None:
     frame, flash = torch.utils.checkpoint._CheckpointFrame, torch.backends.cuda.flash_sdp_enabled()

@@ -111,6 +111,32 @@ def test_nan_of_an_unannotated_image_reaches_nobody(regularizer: attrreg.InputGr
     assert_close(gradients(model, value), gradients(model, want), 1e-9)
 
 
+def test_soft_masks_may_miss_0_and_1_by_rounding() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    want = attrreg.InputGradient()(model, x, mask, target)
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        eps = torch.finfo(dtype).eps
+        soft = torch.full_like(x[:, 0], -eps).masked_fill(mask, 1 + 9 * eps).to(dtype)
+        assert soft.max() > 1 and soft.min() < 0
+        assert torch.equal(attrreg.InputGradient()(model, x, soft, target), want)
+        with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
+            attrreg.InputGradient()(model, x, (mask * x.new_tensor(1 + 50 * eps)).to(dtype), target)
+
+
+def test_flags_may_come_from_inference_mode_and_be_written_to() -> None:
+    model, (x, mask, target) = SmoothNet(norm=True).double(), smooth_batch()
+    flags = torch.tensor([True, False, True])
+    with torch.inference_mode():
+        inferred = flags.clone()
+    found = []
+    for annotated in (flags.clone(), inferred):
+        value = attrreg.InputGradient()(model, x, mask, target, annotated=annotated)
+        with torch.inference_mode():
+            annotated.zero_()  # a buffer that the loop uses again
+        found.append(gradients(model, value))
+    assert_close(found[1], found[0], 1e-12)
+
+
 def test_the_users_mask_is_not_changed() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     soft = mask.double()

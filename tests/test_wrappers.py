@@ -36,6 +36,11 @@ def compiled_in_place(model: nn.Module) -> nn.Module:
     return model
 
 
+def compiled_forward(model: nn.Module) -> nn.Module:
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    return model
+
+
 def compiled_part(model: nn.Module) -> nn.Module:
     model.body.compile(backend="aot_eager")  # type: ignore[union-attr]
     return model
@@ -44,6 +49,7 @@ def compiled_part(model: nn.Module) -> nn.Module:
 COMPILED: dict[str, Any] = {
     "compiled": lambda model: torch.compile(model, backend="aot_eager"),
     "compiled in place": compiled_in_place,
+    "its forward compiled": compiled_forward,
     "a part compiled": compiled_part,
 }
 
