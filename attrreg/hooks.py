@@ -136,6 +136,7 @@ class Tap:
             output=inner if called is None else kept(inner),
             returned=output,
             rng=self._rng,
+            end=Rng.of(self._x.device),
             conditions=None if called is None else Conditions(self._model, inner, recorded, called),
             phase=self._phase,
             twice=self._twice,

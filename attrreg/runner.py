@@ -13,18 +13,24 @@ from torch import Tensor
 
 from attrreg import automatic, sites
 from attrreg.attach import suspended
-from attrreg.call import DETACHED, Call
+from attrreg.call import Call
 from attrreg.counting import counters
 from attrreg.distributed import sharded
 from attrreg.features import entering
 from attrreg.graph import checkpoints_reentrant
 from attrreg.hooks import Tap
 from attrreg.masks import penalty_dtype
+from attrreg.ops import checkpoints_recompute_inside
 from attrreg.ops.rectify import Rule
 from attrreg.recording import Recording, version
 from attrreg.scores import Score
 from attrreg.spec import is_own
 from attrreg.state import Rng, full_precision, own_buffers
+
+DETACHED = (
+    "The model's output carries no gradient: its forward runs under no_grad or detaches. Enable gradients inside the model, or leave the "
+    "detached part to another term."
+)
 
 REENTRANT = (
     "The model checkpoints activations with use_reentrant=True, through which PyTorch cannot take a gradient of a gradient. "
@@ -231,7 +237,7 @@ class Runner:
         """What was recorded at a site."""
         if site == sites.OUTPUT:
             if site not in recording.values:
-                recording.values[site] = self.call.logits(recording.output)
+                recording.values[site] = recording.picked(self.call)
             return recording.values[site]
         if site in recording.problems or site not in recording.values:
             missing = f"Value({site!r}) was read, but not declared. Let needs() of the term return it."

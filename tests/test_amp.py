@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -167,6 +168,27 @@ def test_passes_of_another_precision_are_not_compared_with(dtype: torch.dtype, i
             value = regularizer(model, x, mask)
             torch.testing.assert_close(value, regularizer(model, 1 * x, mask))
     assert counted.forward == (1 if inside else 2) + 2
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    "regularizer",
+    [
+        attrreg.InputGradient(),
+        attrreg.ActivationDifference(fill=ZERO),
+        attrreg.captum.LayerActivation(),
+        attrreg.InputGradient() + attrreg.ActivationDifference(fill=ZERO),
+    ],
+)
+@pytest.mark.parametrize("way", ["inside", "attached, outside"])
+def test_a_head_outside_the_model_computes_as_autocast_says(dtype: torch.dtype, regularizer: AttributionRegularizer, way: str) -> None:
+    model, head, (x, mask, target) = SmoothNet(classes=6), nn.Linear(6, 3), batch(3, channels=2, size=8, classes=3)
+    want = float(regularizer(model, x, mask, target, output=head).detach())
+    with regularizer.attach(model) if way != "inside" else nullcontext():
+        with torch.autocast(DEVICE, dtype):
+            model(x)
+        with torch.autocast(DEVICE, dtype, enabled=way == "inside"):
+            assert float(regularizer(model, x, mask, target, output=head).detach()) == pytest.approx(want, rel=0.05)
 
 
 class _OwnTerm(SingleRegularizer):
