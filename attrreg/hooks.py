@@ -114,7 +114,7 @@ class Tap:
         for site in self._sites.keys() - set(SPECIAL) - self._values.keys() - self._problems.keys():
             self._problems[site] = f"layer {site!r} did not run in the forward. Name a layer that the model uses."
         maps = tuple((name, value) for name, value in self._maps if self._runs[name] == 1)  # or the name would say too little
-        if self._maps and not maps:
+        if self._maps and not maps and self._map is None:
             self._problems[SPATIAL] = "every layer with a map ran more than once in one forward. Let the model run once on each image."
         if self._map is not None and maps:
             self._values[SPATIAL] = maps[-1][1]

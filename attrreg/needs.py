@@ -9,7 +9,8 @@ from torch import nn
 
 from attrreg import sites
 from attrreg.call import Call
-from attrreg.points import CLEAN, Ascent, Path, Point
+from attrreg.engines import Engine, FiniteDifference
+from attrreg.points import CLEAN, Ascent, Path, Point, Rectified
 from attrreg.scores import Score
 
 
@@ -57,9 +58,22 @@ def sites_at(point: Point, needs: Iterable[Need]) -> dict[str, bool]:
     return result
 
 
-def alone(needs: Iterable[Need]) -> bool:
-    """Whether the clean pass is the only one that needs ask for."""
-    return all(need.at == CLEAN for need in needs)
+def alone(needs: Iterable[Need], twice: bool) -> bool:
+    """Whether the clean pass is the only one that needs ask for; gradients that are not differentiated twice take more, which move."""
+    return all(need.at == CLEAN and (twice or not isinstance(need, Grad)) for need in needs)
+
+
+def check_engine(needs: Iterable[Need], engine: Engine) -> None:
+    """Check that an engine can differentiate what needs ask for.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if isinstance(engine, FiniteDifference) and any(isinstance(need.at, Rectified) for need in needs):
+        raise ValueError(
+            "Finite differences move a score, and what a rule for ReLU layers gives is the gradient of none. Use "
+            "engines.DoubleBackward() for that term."
+        )
 
 
 def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:

@@ -16,7 +16,7 @@ from attrreg.call import Call, Inputs, Select
 from attrreg.distributed import Group
 from attrreg.engines import DoubleBackward, Engine
 from attrreg.graph import trainable_leaves
-from attrreg.needs import Grad, Need, alone, check_layers, check_needs, sites_at
+from attrreg.needs import Grad, Need, alone, check_engine, check_layers, check_needs, sites_at
 from attrreg.part import check_fraction, part_of
 from attrreg.points import CLEAN
 from attrreg.state import full_precision, undone_on_error
@@ -58,7 +58,8 @@ def attach(terms: Sequence[Term], model: nn.Module, engine: Engine, due: Callabl
     for term in terms:
         check_layers(term.regularizer.needs(), unwrap(model), term.name)
     needs = needs_of(terms)
-    return Attachment(model, sites_at(CLEAN, needs), due, engine.twice, alone=alone(needs))
+    check_engine(needs, engine)
+    return Attachment(model, sites_at(CLEAN, needs), due, engine.twice, alone=alone(needs, engine.twice))
 
 
 def check(
@@ -97,8 +98,10 @@ def check(
 
 def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward: bool, fraction: float = 1.0) -> Penalty:
     """Compute the penalty of a sum of terms for checked arguments."""
+    needs = needs_of(terms)
+    check_engine(needs, engine)
     with undone_on_error(call.x.device, call.generator):
-        given, needs = call.x, needs_of(terms)
+        given = call.x
         assert call.annotation is not None  # check requires a mask
         call = replace(call, annotation=distributed.everywhere(call.annotation, call.groups))
         call = call if as_users_forward else part_of(call, needs, fraction)
