@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -276,16 +277,12 @@ def _recomputing(model: nn.Module, phase: Phase, extra: bool, leaves: list[nn.Mo
 
 
 @contextmanager
-def observed(model: nn.Module, see: Callable[[str, nn.Module, Any], None]) -> Iterator[None]:
-    """Show every layer's output as it comes, by name, module and value."""
-
-    def watch(name: str) -> Any:
-        return lambda module, args, output: see(name, module, output)
-
+def observed(model: nn.Module, see: Callable[[str, nn.Module, Any, Any], None]) -> Iterator[None]:
+    """Show every layer's arguments and output as they come, by its name and module."""
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             if name and _reachable(module):
-                hooks.enter_context(module.register_forward_hook(watch(name)))
+                hooks.enter_context(module.register_forward_hook(partial(see, name)))
         yield
 
 
