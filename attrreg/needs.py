@@ -82,13 +82,13 @@ def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:
     Raises:
         ValueError: naming the term.
     """
+    for score in dict.fromkeys(score for need in needs for score in _scores_of(need)):
+        resolved = score.resolve(call.target, call.shown)
+        if call.target is not None:
+            resolved.check_target(call.target)
+        elif resolved.needs_target:
+            raise ValueError(f"{name}: {type(resolved).__name__} needs a target. Pass `target=`, (N,) class indices.")
     for need in needs:
-        for score in _scores_of(need):
-            resolved = score.resolve(call.target, call.shown)
-            if call.target is not None:
-                resolved.check_target(call.target)
-            elif resolved.needs_target:
-                raise ValueError(f"{name}: {type(resolved).__name__} needs a target. Pass `target=`, (N,) class indices.")
         if isinstance(need.at, Path) and not (isinstance(need, Grad) and need.site == sites.INPUT):
             raise ValueError(f"{name}: on a path only the gradient at the input can be taken. Ask for Grad(INPUT, score, path).")
         if need.at.needs_mask and call.mask is None:
@@ -102,12 +102,11 @@ def check_layers(needs: Iterable[Need], model: nn.Module, name: str) -> None:
     Raises:
         ValueError: naming the term.
     """
-    for need in needs:
-        for site in [need.site, *(score.site for score in _scores_of(need))]:
-            try:
-                sites.check_layer(model, site)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+    for site in dict.fromkeys(site for need in needs for site in (need.site, *(score.site for score in _scores_of(need)))):
+        try:
+            sites.check_layer(model, site)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 def _scores_of(need: Need) -> list[Score]:

@@ -111,6 +111,7 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
         for term in terms:
             with full_precision(call.x.device):
                 per_image = term.regularizer.per_image(trace)
+            trace.check_unwritten(term.name)
             if per_image.shape != (call.x.shape[0],):
                 raise ValueError(
                     f"{term.name}: the penalty is {tuple(per_image.shape)}, but must be ({call.x.shape[0]},), one an image. Reduce the map "
@@ -152,7 +153,9 @@ def attribute(
         trace = Trace(call, needs, differentiable=False, engine=DoubleBackward())
         trace.run()
         with full_precision(x.device):
-            return own.map_of(regularizer, trace).detach()
+            map = own.map_of(regularizer, trace).detach()
+        trace.check_unwritten(type(regularizer).__name__)
+        return map
 
 
 def _check_one_map(terms: Sequence[Term], call: Call) -> None:

@@ -141,12 +141,13 @@ class Runner:
 
     def _scores(self, value: Tensor, score: Score) -> Tensor:
         score.check_value(value, self.call.target)
-        before, start = version(value), Rng.of(value.device) if _runs_own(score) else None
+        given = [part for part in (value, self.call.target) if part is not None]
+        before, start = list(map(version, given)), Rng.of(value.device) if _runs_own(score) else None
         with full_precision(value.device):
             per_image = self._placewise(score, value, self.call.target)
         self.drew |= start is not None and not Rng.of(value.device).same(start)
-        if version(value) != before:
-            raise ValueError(f"{score!r} writes into the value that it is given, which is the model's own. Write into a copy of it.")
+        if list(map(version, given)) != before:
+            raise ValueError(f"{score!r} writes into the value or the target that it is given, which others read too. Write into a copy.")
         if per_image.shape != (self.call.x.shape[0],):
             raise ValueError(
                 f"{score!r} gave {tuple(per_image.shape)}, but a score is ({self.call.x.shape[0]},), one number an image. Do not "
