@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef  # which keeps an address from being given anew
 from torch.utils.hooks import RemovableHandle
 
 from attrreg import automatic
@@ -49,7 +50,7 @@ class Attachment:
         self._recording: Recording | None = None
         self._kind: Hashable = None  # of the last forward
         self._called: Called | None = None
-        self._ran: dict[int, tuple[dict[str, bool], str | None]] = {}
+        self._ran: dict[StorageWeakRef, tuple[dict[str, bool], str | None]] = {}
         self.suspended = False
         self._watches: list[RemovableHandle] = []
         self._hooks: list[RemovableHandle] = []
@@ -79,11 +80,8 @@ class Attachment:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
-        # A copy of the model (an average of its weights, say) carries the hooks along; there they do nothing.
-        return _inert()
-
     def __reduce__(self) -> tuple[Any, tuple[()]]:
+        # A copy of the model (an average of its weights, say) carries the hooks along; there they do nothing.
         return _inert, ()
 
     def take(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any, alone: bool, returned: bool = False) -> Recording | None:
@@ -98,11 +96,12 @@ class Attachment:
             returned: it gives back what the model returned.
         """
         recording = self._recording
-        if recording is None or not recording.serves(call, sites, twice, asked, alone):
+        if recording is None or not recording.serves(call, sites, twice, asked, alone) or (returned and not recording.can_be_returned):
             return None
-        hooked = (any(sites.values()) or SPATIAL in sites) and self._hooked(recording)
-        self._forget()  # also where it cannot be returned: the call's own forward is another one
-        return None if hooked or (returned and not recording.can_be_returned) else recording
+        if (any(sites.values()) or SPATIAL in sites) and self._hooked(recording):
+            return None
+        self._forget()
+        return recording
 
     def _hooked(self, recording: Recording) -> bool:
         """Whether the loop has put hooks on the output, or keeps its gradient: for its loss, but an inner backward would run them too."""
@@ -145,13 +144,14 @@ class Attachment:
         if not torch.is_grad_enabled() or images is None or own not in hooks:  # somebody may have cleared all hooks
             return None
         place, x = images
-        image = x.untyped_storage()._cdata
+        image = StorageWeakRef(x.untyped_storage())
         if not again:
             sites = self._sites if self._due() else {}  # of a skipped step the output alone, for `Scheduled.evaluate`
             self._kind = automatic.kind(x, model)
             asked, map = automatic.only(model, self._kind) or (None, None)
             framed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
             self._called = Called(args, kwargs, image_state(x), framed, asked, None if self._alone else keep_buffers(model))
+            self._ran.pop(image, None)  # the last is to be last
             self._ran = dict([*self._ran.items(), (image, (sites, map))][-FORWARDS:])
             hooks[own] = hooks.pop(own)  # the last, as others may change what the model returns
         sites, map = self._ran.get(image, next(reversed(self._ran.values()), ({}, None)))  # a recomputed image is another one
@@ -211,11 +211,16 @@ def _inert() -> Attachment:
 
 
 @contextmanager
-def suspended(model: nn.Module) -> Iterator[None]:
-    """Run passes of our own, which an attachment, to the model or to a part of it, must not take for the loop's."""
+def suspended(model: nn.Module, as_users_forward: bool = False) -> Iterator[None]:
+    """Run passes of our own, which an attachment, to the model or to a part of it, must not take for the loop's.
+
+    One that stands in for the loop's own forward ends what was recorded, as that would.
+    """
     found = [attachment for module in modules(model) if (attachment := attached(module)) is not None and not attachment.suspended]
     for attachment in found:
         attachment.suspended = True
+        if as_users_forward:
+            attachment._discard()
     try:
         yield
     finally:

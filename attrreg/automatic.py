@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from types import CodeType, FunctionType
+from types import CodeType
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from attrreg import sites
-from attrreg.call import Call, Inputs, Select
+from attrreg.call import Call, Inputs, picked_by
 from attrreg.graph import bypassed, which_are_read
 from attrreg.recording import Recording
 from attrreg.scores import Score
@@ -44,17 +44,6 @@ def kind(x: Tensor, model: nn.Module) -> Hashable:
     """Forwards in which it is one layer, as far as a forward knows."""
     # As many modules: behind a layer that was the last, there may be others since.
     return x.shape[1:], model.training, len(modules(model))
-
-
-def picked_by(output: Select) -> Hashable:
-    """How `output=` picks the logits, as it can be remembered: a function of its argument alone by its code; `...`: may hold the model."""
-    if not callable(output):
-        return output
-    if not isinstance(output, FunctionType) or output.__closure__ or output.__defaults__ or output.__kwdefaults__:
-        return ...
-    code = output.__code__  # which stays, where it is written in the loop
-    inside = any(isinstance(constant, CodeType) for constant in code.co_consts)
-    return ... if inside or set(code.co_names) & output.__globals__.keys() else code
 
 
 def told(inputs: Inputs) -> Hashable:

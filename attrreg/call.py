@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -13,17 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from attrreg import masks
 from attrreg.distributed import Groups
-from attrreg.state import isolated
+from attrreg.state import Rng, isolated
 from attrreg.walk import attributes, modules
 from attrreg.wrappers import eager, refuse_compiling, undistributed, unwrap
 
 Select = Callable[[Any], Tensor] | str | int | None
 Inputs = tuple[Any, ...] | Mapping[str, Any] | None
-
-DETACHED = (
-    "The model's output carries no gradient: its forward runs under no_grad or detaches. Enable gradients inside the model, or leave the "
-    "detached part to another term."
-)
 
 
 @dataclass(frozen=True)
@@ -77,14 +73,14 @@ class Call:
         """The canonical mask."""
         return None if self.annotation is None else self.annotation.relevant
 
-    def logits(self, output: Any) -> Tensor:
-        """Pick the logits out of what the model returned.
+    def logits(self, output: Any, start: Rng | None = None) -> Tensor:
+        """Pick the logits out of what the model returned; `start`: from where a function draws, None: the present state.
 
         Raises:
             TypeError: it is not a tensor, and no selector was given, or the selector does not fit.
         """
         try:
-            chosen = self._chosen(output)
+            chosen = self._chosen(output, start)
         except (KeyError, IndexError, AttributeError, TypeError) as error:
             remedy = "Select the logits in it."
             if isinstance(output, Tensor):
@@ -96,21 +92,31 @@ class Call:
                 f"output: the model returned {_described(output)}{selected} and not a tensor of logits. Say where they are with "
                 "`output=`: an index, a key or attribute, or a function of what the model returns."
             )
-        if torch.is_grad_enabled() and not chosen.requires_grad and not self.shown:  # a map that is shown may read values alone
-            raise RuntimeError(DETACHED)
         return chosen
 
-    def _chosen(self, output: Any) -> Any:
+    def _chosen(self, output: Any, start: Rng | None) -> Any:
         if self.output is None:
             return output
-        if callable(self.output):  # it may draw, or be a head with norms that count
-            with isolated(self.output if isinstance(self.output, nn.Module) else nn.Module(), device=self.x.device):
+        if callable(self.output):  # it may draw, or be or run a head with norms that count
+            held = self.model if picked_by(self.output) is ... else nn.Module()
+            with isolated(self.output if isinstance(self.output, nn.Module) else held, start, self.x.device):
                 return self.output(output)
         if isinstance(output, Tensor):  # where there are auxiliary heads in train mode only; an index would pick an image
             raise TypeError("a tensor has no parts that are logits")
         if isinstance(self.output, str) and not isinstance(output, Mapping):
             return getattr(output, self.output)
         return output[self.output]
+
+
+def picked_by(output: Select) -> Hashable:
+    """How `output=` picks the logits, as it can be remembered: a function of its argument alone by its code; `...`: may hold the model."""
+    if not callable(output):
+        return output
+    if not isinstance(output, FunctionType) or output.__closure__ or output.__defaults__ or output.__kwdefaults__:
+        return ...
+    code = output.__code__  # which stays, where it is written in the loop
+    inside = any(isinstance(constant, CodeType) for constant in code.co_consts)
+    return ... if inside or set(code.co_names) & output.__globals__.keys() else code
 
 
 def _described(output: Any) -> str:

@@ -77,6 +77,5 @@ class FiniteDifference(Engine):
             # A place that is zero everywhere, such as the start of a path, has no length: there the step is that of units.
             lengths = [torch.where(norm > 0, norm, math.sqrt(place.numel())) for norm, place in zip(norms, places, strict=True)]
             ratios = torch.stack([length / way.norm() for length, way in zip(lengths, directions, strict=True)])
-            ratios = torch.where(ratios.isfinite() & (ratios > 0), ratios, torch.full_like(ratios, math.inf))
-            least = self.step * ratios.amin()
-            return torch.where(least.isfinite(), least, torch.zeros_like(least))
+            least = self.step * torch.where(ratios.isfinite() & (ratios > 0), ratios, math.inf).amin()
+            return torch.where(least.isfinite(), least, 0.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -114,7 +115,7 @@ class Tap:
         for site in self._sites.keys() - set(SPECIAL) - self._values.keys() - self._problems.keys():
             self._problems[site] = f"layer {site!r} did not run in the forward. Name a layer that the model uses."
         maps = tuple((name, value) for name, value in self._maps if self._runs[name] == 1)  # or the name would say too little
-        if self._maps and not maps:
+        if self._maps and not maps and self._map is None:
             self._problems[SPATIAL] = "every layer with a map ran more than once in one forward. Let the model run once on each image."
         if self._map is not None and maps:
             self._values[SPATIAL] = maps[-1][1]
@@ -136,6 +137,7 @@ class Tap:
             output=inner if called is None else kept(inner),
             returned=output,
             rng=self._rng,
+            end=Rng.of(self._x.device),
             conditions=None if called is None else Conditions(self._model, inner, recorded, called),
             phase=self._phase,
             twice=self._twice,
@@ -277,16 +279,12 @@ def _recomputing(model: nn.Module, phase: Phase, extra: bool, leaves: list[nn.Mo
 
 
 @contextmanager
-def observed(model: nn.Module, see: Callable[[str, nn.Module, Any], None]) -> Iterator[None]:
-    """Show every layer's output as it comes, by name, module and value."""
-
-    def watch(name: str) -> Any:
-        return lambda module, args, output: see(name, module, output)
-
+def observed(model: nn.Module, see: Callable[[str, nn.Module, Any, Any], None]) -> Iterator[None]:
+    """Show every layer's arguments and output as they come, by its name and module."""
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             if name and _reachable(module):
-                hooks.enter_context(module.register_forward_hook(watch(name)))
+                hooks.enter_context(module.register_forward_hook(partial(see, name)))
         yield
 
 

@@ -57,7 +57,7 @@ def layers(model: nn.Module, x: Tensor, *, inputs: Inputs = None) -> list[LayerI
     call = Call(model, x, inputs=inputs)
     found: list[LayerInfo] = []
 
-    def see(name: str, module: nn.Module, output: Any) -> None:
+    def see(name: str, module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and (layout := sites.layout(output, call.model, x, name)) is not None:
             grid = sites.to_grid(output, call.model, x, name).shape[-2:]
             text = layout if isinstance(layout, str) else "tokens"

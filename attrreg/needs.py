@@ -9,7 +9,8 @@ from torch import nn
 
 from attrreg import sites
 from attrreg.call import Call
-from attrreg.points import CLEAN, Ascent, Path, Point
+from attrreg.engines import Engine, FiniteDifference
+from attrreg.points import CLEAN, Ascent, Path, Point, Rectified
 from attrreg.scores import Score
 
 
@@ -57,9 +58,22 @@ def sites_at(point: Point, needs: Iterable[Need]) -> dict[str, bool]:
     return result
 
 
-def alone(needs: Iterable[Need]) -> bool:
-    """Whether the clean pass is the only one that needs ask for."""
-    return all(need.at == CLEAN for need in needs)
+def alone(needs: Iterable[Need], twice: bool) -> bool:
+    """Whether the clean pass is the only one that needs ask for; gradients that are not differentiated twice take more, which move."""
+    return all(need.at == CLEAN and (twice or not isinstance(need, Grad)) for need in needs)
+
+
+def check_engine(needs: Iterable[Need], engine: Engine) -> None:
+    """Check that an engine can differentiate what needs ask for.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if isinstance(engine, FiniteDifference) and any(isinstance(need.at, Rectified) for need in needs):
+        raise ValueError(
+            "Finite differences move a score, and what a rule for ReLU layers gives is the gradient of none. Use "
+            "engines.DoubleBackward() for that term."
+        )
 
 
 def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:
@@ -68,13 +82,13 @@ def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:
     Raises:
         ValueError: naming the term.
     """
+    for score in dict.fromkeys(score for need in needs for score in _scores_of(need)):
+        resolved = score.resolve(call.target, call.shown)
+        if call.target is not None:
+            resolved.check_target(call.target)
+        elif resolved.needs_target:
+            raise ValueError(f"{name}: {type(resolved).__name__} needs a target. Pass `target=`, (N,) class indices.")
     for need in needs:
-        for score in _scores_of(need):
-            resolved = score.resolve(call.target, call.shown)
-            if call.target is not None:
-                resolved.check_target(call.target)
-            elif resolved.needs_target:
-                raise ValueError(f"{name}: {type(resolved).__name__} needs a target. Pass `target=`, (N,) class indices.")
         if isinstance(need.at, Path) and not (isinstance(need, Grad) and need.site == sites.INPUT):
             raise ValueError(f"{name}: on a path only the gradient at the input can be taken. Ask for Grad(INPUT, score, path).")
         if need.at.needs_mask and call.mask is None:
@@ -88,12 +102,11 @@ def check_layers(needs: Iterable[Need], model: nn.Module, name: str) -> None:
     Raises:
         ValueError: naming the term.
     """
-    for need in needs:
-        for site in [need.site, *(score.site for score in _scores_of(need))]:
-            try:
-                sites.check_layer(model, site)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+    for site in dict.fromkeys(site for need in needs for site in (need.site, *(score.site for score in _scores_of(need)))):
+        try:
+            sites.check_layer(model, site)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 def _scores_of(need: Need) -> list[Score]:

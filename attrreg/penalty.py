@@ -16,7 +16,7 @@ from attrreg.call import Call, Inputs, Select
 from attrreg.distributed import Group
 from attrreg.engines import DoubleBackward, Engine
 from attrreg.graph import trainable_leaves
-from attrreg.needs import Grad, Need, alone, check_layers, check_needs, sites_at
+from attrreg.needs import Grad, Need, alone, check_engine, check_layers, check_needs, sites_at
 from attrreg.part import check_fraction, part_of
 from attrreg.points import CLEAN
 from attrreg.state import full_precision, undone_on_error
@@ -58,7 +58,8 @@ def attach(terms: Sequence[Term], model: nn.Module, engine: Engine, due: Callabl
     for term in terms:
         check_layers(term.regularizer.needs(), unwrap(model), term.name)
     needs = needs_of(terms)
-    return Attachment(model, sites_at(CLEAN, needs), due, engine.twice, alone=alone(needs))
+    check_engine(needs, engine)
+    return Attachment(model, sites_at(CLEAN, needs), due, engine.twice, alone=alone(needs, engine.twice))
 
 
 def check(
@@ -97,8 +98,10 @@ def check(
 
 def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward: bool, fraction: float = 1.0) -> Penalty:
     """Compute the penalty of a sum of terms for checked arguments."""
+    needs = needs_of(terms)
+    check_engine(needs, engine)
     with undone_on_error(call.x.device, call.generator):
-        given, needs = call.x, needs_of(terms)
+        given = call.x
         assert call.annotation is not None  # check requires a mask
         call = replace(call, annotation=distributed.everywhere(call.annotation, call.groups))
         call = call if as_users_forward else part_of(call, needs, fraction)
@@ -108,6 +111,7 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
         for term in terms:
             with full_precision(call.x.device):
                 per_image = term.regularizer.per_image(trace)
+            trace.check_unwritten(term.name)
             if per_image.shape != (call.x.shape[0],):
                 raise ValueError(
                     f"{term.name}: the penalty is {tuple(per_image.shape)}, but must be ({call.x.shape[0]},), one an image. Reduce the map "
@@ -149,7 +153,9 @@ def attribute(
         trace = Trace(call, needs, differentiable=False, engine=DoubleBackward())
         trace.run()
         with full_precision(x.device):
-            return own.map_of(regularizer, trace).detach()
+            map = own.map_of(regularizer, trace).detach()
+        trace.check_unwritten(type(regularizer).__name__)
+        return map
 
 
 def _check_one_map(terms: Sequence[Term], call: Call) -> None:
@@ -172,5 +178,6 @@ def _check_trainable(name: str, per_image: Tensor, x: Tensor) -> None:
         return
     raise RuntimeError(
         f"{name}: the penalty has no path to any trainable parameter, so it could train nothing. Unfreeze parameters that it "
-        "depends on, choose another layer or score, or checkpoint with use_reentrant=False where the model checkpoints."
+        "depends on, let gradients through where the forward detaches, choose another layer or score, or checkpoint with "
+        "use_reentrant=False where the model checkpoints."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from itertools import chain
@@ -125,7 +126,7 @@ class Recording:
             alone, if it is known.
         features: for the site `FEATURES`, the layers that could be it, the likeliest last.
         output: what the model returned, and `returned` what its wrappers made of that.
-        rng: the state from which the forward drew, to replay it.
+        rng: the state from which the forward drew, to replay it; `end`: that in which it ended.
         conditions: of the loop's own forward; None for a pass of our own.
         phase: shared with the operators of the forward, to be told what a backward is for.
         autocast: what autocast computed in; None: it was off.
@@ -140,6 +141,7 @@ class Recording:
     output: Any
     returned: Any
     rng: Rng
+    end: Rng
     conditions: Conditions | None
     phase: Phase
     twice: bool
@@ -161,11 +163,18 @@ class Recording:
         """Whether a loop may get what its own forward returned once more: it has changed nothing there."""
         return self.conditions is not None and self.conditions.unchanged(self.returned)
 
+    def picked(self, call: Call) -> Tensor:
+        """The logits, picked as right after the forward: a function may be a head, which draws and computes in types as autocast says."""
+        device = self.x.device
+        within: AbstractContextManager[object] = nullcontext()
+        if self.autocast != autocast_type(device):
+            within = torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
+        with within:
+            return call.logits(self.output, self.end)
+
     def serves(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any, alone: bool) -> bool:
         """Whether this is the pass that a call would run itself; for the arguments see `Attachment.take`."""
-        if (twice and not self.twice) or self.x is not call.x:
-            return False
-        if self.conditions is None or not self.conditions.same_for(call):
+        if (twice and not self.twice) or self.x is not call.x or self.conditions is None or not self.conditions.same_for(call):
             return False
         if not alone and (self.conditions.moved or self.autocast != autocast_type(call.x.device)):  # the other passes would differ
             return False
@@ -176,7 +185,7 @@ class Recording:
             if site not in self.problems and (not found or (differentiated and site not in self.taken and INPUT not in self.taken)):
                 return False
         if OUTPUT in sites:
-            if not self.conditions.still_in(self.output) or not self.conditions.logits_unchanged(logits := call.logits(self.output)):
+            if not self.conditions.still_in(self.output) or not self.conditions.logits_unchanged(logits := self.picked(call)):
                 return False
             self.values[OUTPUT] = logits
         return True

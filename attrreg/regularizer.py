@@ -133,8 +133,9 @@ class AttributionRegularizer(Spec, ABC):
             A handle: a context manager with `.remove()`.
 
         Raises:
-            ValueError: a layer that the model does not have.
-            RuntimeError: the model already has an attachment.
+            TypeError: the model is no module, or is TorchScript's.
+            ValueError: the model does not have a layer, or the engine cannot differentiate a term.
+            RuntimeError: the model already has an attachment, or this is being compiled.
         """
         return penalty.attach(self.terms, model, self.engine)
 

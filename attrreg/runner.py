@@ -13,18 +13,24 @@ from torch import Tensor
 
 from attrreg import automatic, sites
 from attrreg.attach import suspended
-from attrreg.call import DETACHED, Call
+from attrreg.call import Call
 from attrreg.counting import counters
 from attrreg.distributed import sharded
 from attrreg.features import entering
 from attrreg.graph import checkpoints_reentrant, ends_in_half
 from attrreg.hooks import Tap
 from attrreg.masks import penalty_dtype
+from attrreg.ops import checkpoints_recompute_inside
 from attrreg.ops.rectify import Rule
 from attrreg.recording import Recording, version
 from attrreg.scores import Score
 from attrreg.spec import is_own
 from attrreg.state import Rng, full_precision, own_buffers
+
+DETACHED = (
+    "The model's output carries no gradient: its forward runs under no_grad or detaches. Enable gradients inside the model, or leave the "
+    "detached part to another term."
+)
 
 REENTRANT = (
     "The model checkpoints activations with use_reentrant=True, through which PyTorch cannot take a gradient of a gradient. "
@@ -85,7 +91,8 @@ class Runner:
             image = torch.empty_like(x, dtype=image.dtype).copy_(image)
         model, extra = self.call.model, not as_users_forward
         tap = Tap(model, wanted, own=True, map=map, twice=self.twice, moves=moves, places=self.places, rule=rule, extra=extra)
-        with suspended(model):
+        # What is checkpointed is recomputed as it ran: an attachment does not take that for the loop's either.
+        with suspended(model, as_users_forward), checkpoints_recompute_inside(lambda: suspended(model)):
             try:
                 output = self.call.run(tap.open(image), as_users_forward)
             finally:
@@ -135,12 +142,13 @@ class Runner:
 
     def _scores(self, value: Tensor, score: Score) -> Tensor:
         score.check_value(value, self.call.target)
-        before, start = version(value), Rng.of(value.device) if _runs_own(score) else None
+        given = [part for part in (value, self.call.target) if part is not None]
+        before, start = list(map(version, given)), Rng.of(value.device) if _runs_own(score) else None
         with full_precision(value.device):
             per_image = self._placewise(score, value, self.call.target)
         self.drew |= start is not None and not Rng.of(value.device).same(start)
-        if version(value) != before:
-            raise ValueError(f"{score!r} writes into the value that it is given, which is the model's own. Write into a copy of it.")
+        if list(map(version, given)) != before:
+            raise ValueError(f"{score!r} writes into the value or the target that it is given, which others read too. Write into a copy.")
         if per_image.shape != (self.call.x.shape[0],):
             raise ValueError(
                 f"{score!r} gave {tuple(per_image.shape)}, but a score is ({self.call.x.shape[0]},), one number an image. Do not "
@@ -232,7 +240,7 @@ class Runner:
         """What was recorded at a site."""
         if site == sites.OUTPUT:
             if site not in recording.values:
-                recording.values[site] = self.call.logits(recording.output)
+                recording.values[site] = recording.picked(self.call)
             return recording.values[site]
         if site in recording.problems or site not in recording.values:
             missing = f"Value({site!r}) was read, but not declared. Let needs() of the term return it."

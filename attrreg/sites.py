@@ -18,7 +18,7 @@ from attrreg.walk import modules
 
 INPUT = "<input>"  # the images
 OUTPUT = "<output>"  # the logits: what the model returns, after `output=`
-FEATURES = "<features>"  # what enters the last linear or convolutional layer that the logits come from: the pooled features
+FEATURES = "<features>"  # what enters the last linear or convolutional layer of the model that the logits come from: the pooled features
 SPATIAL = "<last spatial layer>"  # the last layer whose output is a map
 
 NCHW = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)

@@ -27,7 +27,7 @@ from attrreg.masks import Annotation
 from attrreg.needs import Grad, Need, Value, alone, sites_at
 from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
 from attrreg.recompute import along
-from attrreg.recording import Recording
+from attrreg.recording import Recording, version
 from attrreg.runner import Runner
 from attrreg.scores import Score
 from attrreg.state import Buffers, Rng, isolated
@@ -55,16 +55,12 @@ class Trace:
         self._runner = Runner(self.call, twice=engine.twice and differentiable)
         self._differences: Differences | None = None  # takes gradients as leaves; None: they come with their graph
         if differentiable and isinstance(engine, FiniteDifference):
-            if any(isinstance(need.at, Rectified) for need in self._needs):
-                raise ValueError(
-                    "Finite differences move a score, and what a rule for ReLU layers gives is the gradient of none. Use "
-                    "engines.DoubleBackward() for that term."
-                )
             self._differences = Differences(self._runner, engine)
         self._recordings: dict[Point, Recording] = {}
         self._grads: dict[tuple[str, Score, Point], Tensor] = {}
         self._score_seeds: dict[Score, int] = {}
         self._own_forward: Buffers | None = None
+        self._given_out: list[tuple[Tensor, int]] = []  # what terms read, each with its version
 
     # What terms read
 
@@ -72,24 +68,40 @@ class Trace:
         """The value at a site; images `(N, C, H, W)` at `INPUT`, logits at `OUTPUT`."""
         recording = self._recordings.get(at := self._seen(at))
         if recording is None and (site, at) == (sites.INPUT, CLEAN):  # which need no pass
-            return self.call.x
+            return self._give_out(self.call.x)
         if recording is None:
             raise ValueError(f"Value({site!r}, {at!r}) was read, but not declared. Let needs() of the term return it.")
         if site == sites.SPATIAL:
             self._runner.find_map(recording)
-        return self._runner.at(recording, site)
+        return self._give_out(self._runner.at(recording, site))
 
     def grad(self, site: str, score: Score, at: Point = CLEAN) -> Tensor:
         """The gradient of a score at a site, of the shape of its value; on a path, the weighted sum along it."""
         if (key := (site, score, self._seen(at))) not in self._grads:
             raise ValueError(f"Grad({site!r}, {score!r}, {key[2]!r}) was read, but not declared. Let needs() of the term return it.")
-        return self._grads[key]
+        return self._give_out(self._grads[key])
 
     def score(self, score: Score, at: Point = CLEAN) -> Tensor:
         """A score of each image, `(N,)`."""
         if (at := self._seen(at)) not in self._recordings or (score.draws and score not in self._score_seeds):
             raise ValueError(f"Scored({score!r}, {at!r}) was read, but not declared. Let needs() of the term return it.")
         return self._runner.scores(self._recordings[at], self._concrete(score))
+
+    def _give_out(self, tensor: Tensor) -> Tensor:
+        self._given_out.append((tensor, version(tensor)))
+        return tensor
+
+    def check_unwritten(self, name: str) -> None:
+        """Check that a term has left alone what it has read.
+
+        Raises:
+            ValueError: naming the term.
+        """
+        if any(version(tensor) != then for tensor, then in self._given_out):
+            raise ValueError(
+                f"{name} writes into what it reads from the trace, which other terms and the loop read too. Let it make new tensors, for "
+                "example map.abs() in place of map.abs_()."
+            )
 
     def sees_images(self, site: str, at: Point) -> bool:
         """Whether the value at a site comes from the images, asked where it is nearly the same at a point; takes forwards, once."""
@@ -134,7 +146,7 @@ class Trace:
     @property
     def mask(self) -> Tensor:
         """The canonical mask `(N, 1, H, W)`."""
-        return self.annotation.relevant
+        return self._give_out(self.annotation.relevant)
 
     @property
     def annotation(self) -> Annotation:
@@ -180,7 +192,7 @@ class Trace:
         recording = None
         # Taken also where the images alone are read, which need no pass: the others replay its draws.
         if attachment is not None:
-            recording = attachment.take(call, wanted, self._runner.twice, asked, alone(self._needs), as_users_forward)
+            recording = attachment.take(call, wanted, self._runner.twice, asked, alone(self._needs, self._runner.twice), as_users_forward)
         if recording is None and (as_users_forward or wanted not in ({}, {sites.INPUT: False})):
             for known in dict.fromkeys((automatic.known(call, asked), None)):
                 with isolated(call.model, device=call.x.device) as buffers:

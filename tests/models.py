@@ -109,6 +109,10 @@ def smooth_batch(n: int = 3) -> Batch:
     return batch(n, channels=2, size=8, classes=3, dtype=torch.float64)
 
 
+def flat(found: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten().double() for tensor in found])
+
+
 def gradients(model: nn.Module, value: Tensor) -> list[Tensor]:
     """Parameter gradients of a scalar, zeros where it does not depend on one."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

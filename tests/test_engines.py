@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrizations import spectral_norm
 
 import attrreg
 from attrreg import baselines, engines, scores
 from attrreg.regularizer import AttributionRegularizer
-from attrreg.trace import passes
+from attrreg.trace import Passes, passes
 from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
 
 FINE = engines.FiniteDifference(step=1e-4)
@@ -138,6 +139,33 @@ def test_a_recording_that_cannot_be_differentiated_twice_is_not_used() -> None:
         with passes() as counter:
             attrreg.InputGradient()(model, x, mask, target)
     assert counter.forward == 1
+
+
+def test_a_forward_that_moves_what_it_reads_serves_no_difference() -> None:
+    """Passes that move would compute with other weights than it did."""
+    found = []
+    for engine in (engines.DoubleBackward(), FINE):
+        torch.manual_seed(0)
+        model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+        spectral_norm(model.stem)
+        for buffer in model.buffers():  # which have not converged
+            buffer.copy_(F.normalize(torch.randn_like(buffer), dim=0))
+        regularizer = attrreg.InputGradient().using(engine)
+        with nullcontext() if engine.twice else regularizer.attach(model):
+            model(x)
+            value = regularizer(model, x, mask, target)
+        found.append([value, *gradients(model, value)])
+    assert_close(found[1], found[0], 1e-6)
+
+
+def test_a_rule_for_relus_is_refused_before_any_pass() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    regularizer = attrreg.captum.GuidedBackprop().using(FINE)
+    with passes() as counted, pytest.raises(ValueError, match="is the gradient of none"):
+        regularizer(model, x, mask, target, annotated=torch.tensor([True, True, False]))
+    assert counted == Passes() and counted.checks == 0
+    with pytest.raises(ValueError, match="is the gradient of none"):
+        regularizer.attach(model)
 
 
 def test_zero_directions_give_zero() -> None:

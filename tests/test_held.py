@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import attrreg
-from attrreg import baselines
+from attrreg import baselines, objectives
 from attrreg.trace import passes
 from tests.models import FAMILIES, WAYS, SmoothNet, assert_close, batch, gradients, loss_by, smooth_batch
 
@@ -238,6 +239,40 @@ def test_a_head_outside_the_model_runs_once_a_pass_and_leaves_nothing(regularize
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(kept, before[name]) for name, kept in head.state_dict().items())
     assert_close(found, want, 1e-9)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_head_outside_the_model_draws_the_same_in_each_pass(way: str) -> None:
+    model, (x, mask, target) = SmoothNet(classes=16).double(), smooth_batch()
+    head = nn.Sequential(nn.Dropout(0.5), nn.Linear(16, 3)).double()
+    segment = torch.zeros(8, 8, dtype=torch.long)
+    same = attrreg.captum.FeatureAblation(segment, baseline=x, objective=objectives.AbsoluteOutside())  # the image in its own place
+    call: Any = same.evaluate if way == "evaluate" else same
+    with same.attach(model) if way == "attached" else nullcontext():
+        head(model(x))  # the loop's own
+        value = call(model, x, mask, target, output=head)
+    assert float(getattr(value, "total", value).detach()) == pytest.approx(0, abs=1e-12)
+
+
+class Headless(SmoothNet):
+    """Has a head that somebody else runs."""
+
+    def __init__(self) -> None:
+        super().__init__(classes=6)
+        self.norm1d = nn.BatchNorm1d(6)
+        self.top = nn.Sequential(self.norm1d, nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize("regularizer", [attrreg.InputGradient(), attrreg.ActivationDifference(fill=ZERO)])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_head_of_the_model_that_a_function_runs_counts_no_batch(regularizer: attrreg.AttributionRegularizer, way: str) -> None:
+    model, (x, mask, target) = Headless().double(), smooth_batch()
+    call: Any = regularizer.evaluate if way == "evaluate" else regularizer
+    with regularizer.attach(model) if way == "attached" else nullcontext():
+        model(x)
+        call(model, x, mask, target, output=lambda features: model.top(features))
+    counted = model.norm1d.num_batches_tracked
+    assert isinstance(counted, Tensor) and int(counted) == 0
 
 
 class Drawing(SmoothNet):

@@ -21,6 +21,14 @@ class Cooled(scores.Score):
 
 
 @dataclass(frozen=True, repr=False)
+class Relabelled(scores.TargetLogit):
+    def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
+        assert target is not None
+        target[target == 2] = 0
+        return super().__call__(value, target)
+
+
+@dataclass(frozen=True, repr=False)
 class Emptied(baselines.Baseline):
     def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
         return x.zero_()
@@ -30,6 +38,8 @@ class Emptied(baselines.Baseline):
     ("regularizer", "message"),
     [
         (attrreg.InputGradient(score=Cooled()), "Cooled.* writes into the value"),
+        (attrreg.InputGradient(score=Relabelled()), "Relabelled.* writes into the value or the target"),
+        (attrreg.IntegratedGradients(3, chunk=None, score=Relabelled()), "Relabelled.* writes into the value or the target"),
         (attrreg.ActivationDifference(fill=Emptied()), "Emptied.* writes into the images"),
         (attrreg.IntegratedGradients(baseline=Emptied()), "Emptied.* writes into the images"),
     ],

@@ -144,6 +144,39 @@ def test_several_checkpointed_forwards_before_one_backward(kind: str) -> None:
     assert_close(found[True], found[False], 1e-10)
 
 
+def test_what_passes_of_the_whole_checkpoint_is_recomputed_as_it_ran() -> None:
+    """The part that is attached does not take it for the loop's."""
+    found, whole = {}, attrreg.ActivationDifference("top", attrreg.baselines.Zero())
+    for attach in (False, True):
+        torch.manual_seed(0)
+        model, (x, mask, target) = Checkpointed().double(), smooth_batch()
+        with REG.attach(model.net) if attach else nullcontext():
+            found[attach] = gradients(model, F.cross_entropy(model(x), target) + REG(model.net, x, mask, target) + whole(model, x, mask))
+    assert_close(found[True], found[False], 1e-10)
+
+
+class Copying(Checkpointed):
+    """Recomputes on a copy of the images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = [x]
+        logits: Tensor = self.top(checkpoint(lambda: self.net(first.pop() if first else x.clone()), use_reentrant=False))
+        return logits
+
+
+def test_images_that_are_not_known_are_those_of_the_last_forward() -> None:
+    found = {}
+    for attach in (False, True):
+        torch.manual_seed(0)
+        model, (x, mask, target) = Copying().double(), smooth_batch()
+        reg = attrreg.Scheduled(REG, attrreg.schedules.Every(2))
+        with reg.attach(model.net) if attach else nullcontext():
+            for images in (x, 2 * x, x):  # with a penalty, without, and with
+                (F.cross_entropy(model(images), target) + reg(model.net, images, mask, target)).backward()
+        found[attach] = accumulated(model)
+    assert_close(found[True], found[False], 1e-12)
+
+
 def test_hooks_that_somebody_cleared() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     want = REG(model, x, mask, target)

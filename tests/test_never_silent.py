@@ -17,6 +17,8 @@ from tests.models import SmoothNet, smooth_batch
 x, mask, target = smooth_batch()
 N = len(x)
 IG = attrreg.InputGradient()
+SEGMENTS = torch.arange(8) // 4
+ABLATION = attrreg.captum.FeatureAblation(SEGMENTS)
 
 
 def test_a_term_without_path_to_a_parameter() -> None:
@@ -53,6 +55,17 @@ def test_a_model_that_detaches() -> None:
 
     with pytest.raises(RuntimeError, match=r"output carries no gradient.*\. "):
         IG(Detached().double(), x, mask, target)
+    with pytest.raises(RuntimeError, match=r"no path to any trainable parameter, so .*where the forward detaches"):
+        ABLATION(Detached().double(), x, mask, target)
+
+
+@pytest.mark.parametrize(
+    "regularizer", [attrreg.ActivationDifference(fill=attrreg.baselines.Zero()), ABLATION, attrreg.captum.ShapleyValues(SEGMENTS)]
+)
+def test_values_of_a_frozen_model_train_what_made_the_images(regularizer: attrreg.AttributionRegularizer) -> None:
+    model, brightness = SmoothNet().double().requires_grad_(False), torch.ones((), dtype=torch.float64, requires_grad=True)
+    regularizer(model, x * brightness, mask, target).backward()  # the masked images have no gradient, and so no graph
+    assert brightness.grad is not None and brightness.grad.isfinite() and brightness.grad != 0
 
 
 def test_class_token_pooling_leaves_no_patch_gradient() -> None:

@@ -307,3 +307,31 @@ def test_a_map_of_the_mask_without_one_and_a_score_without_gradient() -> None:
         Read(lambda trace: trace.grad(INPUT, TargetLogit()) * trace.mask).attribute(model, x, target)
     with pytest.raises(RuntimeError, match=r"The score has no gradient.*Let gradients through"):
         attrreg.InputGradient(score=Constant())(model, x, mask, target)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda trace: trace.grad(INPUT, TargetLogit()).relu_(),
+        lambda trace: trace.value(INPUT).detach().mul_(2),
+        lambda trace: trace.grad(INPUT, TargetLogit()) * trace.mask.mul_(0.5),
+    ],
+)
+def test_attributions_that_write_into_what_they_read_are_refused(read: Callable[[Trace], Tensor]) -> None:
+    model, regularizer, images = SmoothNet().double(), Read(read), x.clone()
+    with pytest.raises(ValueError, match=r"Read writes into what it reads from the trace.*Let it make new tensors"):
+        regularizer(model, images, mask, target)
+    with pytest.raises(ValueError, match=r"Read writes into what it reads from the trace.*Let it make new tensors"):
+        regularizer.attribute(model, images, target, mask=mask)
+
+
+def test_a_score_of_many_points_is_checked_once() -> None:
+    checked: list[Tensor] = []
+
+    @dataclass(frozen=True, repr=False)
+    class Checked(TargetLogit):
+        def check_target(self, target: Tensor) -> None:
+            checked.append(target)
+
+    attrreg.captum.ShapleyValues(torch.arange(8) // 2, score=Checked())(SmoothNet().double(), x, mask, target)
+    assert len(checked) == 1

@@ -296,3 +296,16 @@ def test_a_forward_that_could_not_be_returned_is_used_up() -> None:
             whole = REG.evaluate(model, x, mask, target, output="logits")  # by a forward of its own, which moves buffers
             found.append(torch.stack([whole.total, REG(model, x, mask, target, output="logits")]))
     torch.testing.assert_close(*found)
+
+
+def test_a_forward_of_evaluate_is_another_forward_of_the_model() -> None:
+    found = []
+    for attach in (False, True):
+        torch.manual_seed(0)
+        model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+        nn.utils.spectral_norm(model.stem)
+        with REG.attach(model) if attach else nullcontext():
+            model(x)
+            REG.evaluate(model, 2 * x, mask, target)  # moves buffers, as model(2 * x) would
+            found.append(REG(model, x, mask, target))
+    torch.testing.assert_close(*found)
