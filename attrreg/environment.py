@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from collections.abc import Mapping
 from datetime import date
+from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "attrreg": attrreg.__version__,
+        "source": _source(),
         "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -43,6 +47,15 @@ def machine(where: Mapping[str, Any]) -> str:
     known = [where[key] for key in ("family", "capability") if where.get(key)]  # which the first records do not have
     more = f" ({', '.join(known)})" if known else ""
     return where["accelerator"] or f"{where.get('processor') or where['machine']} CPU{more}"
+
+
+@cache
+def _source() -> str:
+    """Of the code of the library, which changes more often than its version: what it computes, and how fast, goes with it."""
+    root, found = Path(attrreg.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        found.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _family(cpu: Mapping[str, str]) -> str | None:

@@ -18,20 +18,27 @@ def check_packages(extra: str, needed: Iterable[str]) -> None:
         raise typer.Exit(1)
 
 
-def check_out(out: Path, suffix: str, *beside: str) -> None:
+def part_of(out: Path) -> Path:
+    """Where a file is written first, to take the place of the old one when it is whole."""
+    out = out.resolve()  # a link stays
+    return out.with_name(f".{out.name}.part")
+
+
+def check_out(out: Path, suffix: str, *beside: str, by_part: bool = False) -> None:
     """Check where a command's results go.
 
     Args:
         out: what `--out` says.
         suffix: what it has to end in.
         beside: the ends of the files that go beside it, behind its name without that suffix.
+        by_part: it is written by way of `part_of` it.
 
     Raises:
         typer.BadParameter: it ends otherwise, or one of them cannot be written.
     """
     if out.suffix.lower() != suffix:
         raise typer.BadParameter(f"{out} does not end in {suffix}. Name such a file.", param_hint="--out")
-    for path in (out, *(out.with_name(out.stem + end) for end in beside)):
+    for path in (out, *(out.with_name(out.stem + end) for end in beside), *([part_of(out)] if by_part else [])):
         if not _writable(path):
             raise typer.BadParameter(f"{path} cannot be written. Name one that can, in a folder that exists.", param_hint="--out")
 

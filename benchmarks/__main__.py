@@ -81,7 +81,7 @@ def main() -> None:
     arguments = parser.parse_known_args()[1]
     for flag in ("--help", "--quick", "--resume", "--channels-last", "--no-keep-memory"):
         parser.add_argument(flag, action="store_true")
-    for option, usual in (("--out", None), ("--model", None), ("--device", "cpu"), ("--autocast", "")):
+    for option, usual in (("--out", None), ("--model", None), ("--penalty", None), ("--device", "cpu"), ("--autocast", "")):
         parser.add_argument(option, default=usual)
     given = parser.parse_known_args()[0]
     own = given.out is None and not (given.help or given.quick)
@@ -91,12 +91,15 @@ def main() -> None:
     layout = "channels-last" if given.channels_last else ""
     by_options = "-".join(filter(None, [given.device.split(":")[0], given.autocast, layout, kind]))
     numbers = check.results(given.section or by_options)
-    if own and given.model is not None and not (given.section or kind or given.resume):
-        sys.exit(f"Models of your own would take the place of the nine in docs/{PAGE.name}. Pass --out for a file of your own.")
+    only = "Models of your own would take the place of the nine" if given.model is not None else "Some penalties would stand for all"
+    if own and (given.model, given.penalty) != (None, None) and not (given.section or kind or given.resume):
+        sys.exit(f"{only} in docs/{PAGE.name}. Pass --out for a file of your own.")
     if own and marks(numbers.stem, COMMAND)[0] not in PAGE.read_text():  # rather than after an hour
         sys.exit(f"docs/{PAGE.name} has no section {numbers.stem}. Pass --out for a file of your own.")
     numbers.parent.mkdir(exist_ok=True)
-    app(args=[*arguments, *(["--out", str(numbers)] if own else [])], standalone_mode=not own, prog_name=COMMAND)
+    ended = app(args=[*arguments, *(["--out", str(numbers)] if own else [])], standalone_mode=not own, prog_name=COMMAND)
+    if ended:  # interrupted, or it could not begin: what there is of it is no page
+        sys.exit(ended)
     if own:
         write_page(numbers)
 

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from attrreg import InputGradient, metrics, objectives
 from attrreg.environment import environment, sentence
 from attrreg.evidence.data import Split, Task
-from attrreg.evidence.ledger import cores, processes
+from attrreg.evidence.ledger import cores, mend, processes
 from attrreg.evidence.methods import Method
 from attrreg.evidence.shortcuts import decoy_fashion_mnist, decoy_mnist
 from attrreg.evidence.training import Budget, predict, train
 from attrreg.scores import SumLogProb, TargetLogit
+from attrreg.tables import markdown_table
 from benchmarks.page import ROOT, write_section
 
 RESULTS = ROOT / "benchmarks" / "results" / "default.jsonl"
@@ -109,7 +110,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """For the file of results. It changes when the candidate of this name does."""
+        """For the file of results. It changes when the candidate of this name does; if a default of the library did, empty that file."""
         regularizer = None if self.candidate is None else repr(CANDIDATES[self.candidate])
         return json.dumps({**asdict(self), "regularizer": regularizer})
 
@@ -151,19 +152,28 @@ def _prepared(split: Split, task: Task, size: int) -> Split:
 
 def load() -> dict[str, dict[str, Any]]:
     """Lines of the results, by rows' names."""
+    mend(RESULTS)
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     return {line["row"]: line for line in map(json.loads, lines)}
 
 
 def measure() -> None:
-    """Train what is missing, one training a core at a time."""
+    """Train what is missing, one training a core at a time. One that fails does not stop the others."""
     done = load()
     todo = [row for row in rows() if row.name not in done]
+    failed: list[Exception] = []
     with processes(cores()) as pool:
         waiting = [pool.submit(run, row) for row in todo]
         for future in track(as_completed(waiting), total=len(todo), description="training"):
+            try:
+                line = json.dumps(future.result())
+            except Exception as error:  # what it was is said at the end
+                failed.append(error)
+                continue
             with RESULTS.open("a") as file:
-                file.write(json.dumps(future.result()) + "\n")
+                file.write(line + "\n")
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(todo)} trainings failed. The others are in {RESULTS}; a new run goes on.") from failed[0]
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
@@ -174,7 +184,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         known = [found[name]["test"] for name in names if name in found]
         return statistics.mean(known) if len(known) == len(SEEDS) else None
 
-    lines = ["| setting | plain | " + " | ".join(CANDIDATES) + " |", "|---" * (2 + len(CANDIDATES)) + "|"]
+    lines = []
     lost: dict[str, list[float]] = {candidate: [] for candidate in CANDIDATES}
     for setting in SETTINGS:
         plain = mean(setting, None, 0.0)
@@ -190,12 +200,11 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             lost[candidate].append(best - values[1.0])
             top = max(values, key=lambda weight: values[weight])
             cells.append(f"{values[1.0]:.3f}" + (f" ({values[top]:.3f} at {top:g})" if len(values) == len(WEIGHTS) else ""))
-        lines.append(f"| {setting} | {plain:.3f} | {' | '.join(cells)} |")
+        lines.append([str(setting), f"{plain:.3f}", *cells])
     if all(lost.values()):
         for words, statistic in (("mean", statistics.mean), ("worst", max)):
-            losses = " | ".join(f"{statistic(values):.3f}" for values in lost.values())
-            lines.append(f"| *{words} loss to the best at 1* | | {losses} |")
-    return "\n".join(lines)
+            lines.append([f"*{words} loss to the best at 1*", "", *(f"{statistic(values):.3f}" for values in lost.values())])
+    return markdown_table(["setting", "plain", *CANDIDATES], lines)
 
 
 def main() -> None:

@@ -40,7 +40,8 @@ def main() -> None:
     if words[:1] != ["--page"]:
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         app.command()(evidence)
-        app(args=[*words, "--out", str(RESULTS)], standalone_mode=False, prog_name=COMMAND)
+        if ended := app(args=[*words, "--out", str(RESULTS)], standalone_mode=False, prog_name=COMMAND):
+            sys.exit(ended)  # interrupted, or --rerun found other numbers
         for suffix in (".md", ".png"):  # which the page has
             RESULTS.with_suffix(suffix).unlink(missing_ok=True)
     write_page()

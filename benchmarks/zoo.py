@@ -4,8 +4,8 @@
     python -m benchmarks.zoo --only levit_128s                one model, or a few, printed
     python -m benchmarks.zoo --rank 2                         the second-smallest of each, docs/zoo_2.md
 
-Each model runs in a process of its own, with a time and a memory limit. Results are kept by model: after a change of attrreg,
-check those anew that did not pass (`--again`), or all (another `--out`).
+Each model runs in a process of its own, with a time and a memory limit. Results are kept by model, with when and where they were
+measured: after a change of attrreg, check those anew that did not pass (`--again`), or all (another `--out`).
 """
 
 from __future__ import annotations
@@ -93,11 +93,11 @@ def _named(entries: list[Entry], names: list[str]) -> list[Entry]:
 
 
 def _read(file: Path, again: bool) -> dict[str, Record]:
-    """What was measured already; the last line of a model counts."""
+    """What was measured already; the last line of a model counts. Those that say not when and where are measured anew."""
     if not file.exists():
         return {}
     records = {record["key"]: record for record in map(json.loads, file.read_text().splitlines())}
-    return {key: record for key, record in records.items() if not again or zoo_report.passed(record)}
+    return {key: record for key, record in records.items() if "environment" in record and (not again or zoo_report.passed(record))}
 
 
 def _run(entries: list[Entry], jobs: int, limit: float, memory: float, quick: bool) -> Iterator[Record]:
@@ -111,7 +111,7 @@ def _run(entries: list[Entry], jobs: int, limit: float, memory: float, quick: bo
 
 
 def _run_one(entry: Entry, limit: float, memory: float, quick: bool) -> Record:
-    record: Record = {"key": entry.key, **asdict(entry), "size": None, "problem": "", "results": []}
+    record: Record = {"key": entry.key, **asdict(entry), "size": None, "problem": "", "results": [], "environment": zoo_report.here()}
     receiver, sender = FORKS.Pipe(duplex=False)
     process = FORKS.Process(target=_child, args=(sender, entry, memory, quick))
     start = time.perf_counter()

@@ -325,7 +325,9 @@ def _difference(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 
 def _is_ours(error: Exception) -> bool:
-    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(Path(attrreg.__file__).parent)
+    """Whether attrreg raised it, and did not fall over something."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).is_relative_to(Path(attrreg.__file__).parent) and (last.line or "").startswith("raise ")
 
 
 def _where(error: Exception) -> str:

@@ -9,10 +9,11 @@ import torchvision
 
 from attrreg.environment import environment
 from attrreg.tables import markdown_table
-from benchmarks.zoo_check import CLEAR, TOLERANCE
+from benchmarks.zoo_check import CLEAR, REGULARIZERS, TOLERANCE
 
 Record = dict[str, Any]
-KINDS = ("InputGradient", "IntegratedGradients", "ActivationDifference", "GradCAM")
+KINDS = tuple(REGULARIZERS)
+STATED = ("attrreg", "torch", "timm", "torchvision", "python", "cores")  # of where records are from
 
 INTRODUCTION = """# Any model: what was measured
 
@@ -20,7 +21,7 @@ One small model of every timm architecture module and torchvision classification
 toy `test_*` models left out) under four regularizers (maps of `TargetLogit` under `SquaredOutside`), with random weights,
 batches of 2 (4 with BatchNorm), and dropout and drop-path as they are; deepseek_vit and gemma4_vit, large
 and without a small version, with 2 blocks. Written by
-`python -m benchmarks.zoo{rank}` on {date}: attrreg {attrreg}, torch {torch},
+`python -m benchmarks.zoo{rank}`, measured {date}: attrreg {attrreg}, torch {torch},
 timm {timm}, torchvision {torchvision}, Python {python}, {cores} cores, one thread a model.
 
 A model passes when, in train mode, the penalty is finite and not zero; the parameter gradients are finite, and in float64 agree with a
@@ -48,15 +49,21 @@ def status(record: Record, kind: str) -> str:
     return "unusable" if record["size"] is None and record["problem"].startswith("the model") else "fail"
 
 
+def here() -> Record:
+    """When and where a model is checked."""
+    where = environment()
+    return {**where, "versions": {**where["versions"], "torchvision": torchvision.__version__}}
+
+
 def page(records: list[Record], rank: int) -> str:
     """The page."""
-    here = environment()
+    found = [record["environment"] | record["environment"]["versions"] for record in records]
+    dates = sorted({where["date"] for where in found})
     introduction = INTRODUCTION.format(
         which="the smallest" if rank == 1 else f"number {rank} from below",
         rank="" if rank == 1 else f" --rank {rank}",
-        **here["versions"],
-        **{name: here[name] for name in ("date", "attrreg", "python", "cores")},
-        torchvision=torchvision.__version__,
+        date=" to ".join(dict.fromkeys((dates[0], dates[-1]))),
+        **{name: " and ".join(sorted({str(where[name]) for where in found})) for name in STATED},
         tolerance=TOLERANCE,
     )
     if rank == 1:

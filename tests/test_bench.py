@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from attrreg.bench.measure import Cost, Step
 from attrreg.cli import build_app
 from attrreg.environment import environment, sentence
 from benchmarks import check
-from benchmarks.__main__ import PAGE, main
 from tests.models import assert_close
 
 pytestmark = pytest.mark.cpu
@@ -177,6 +175,7 @@ def test_the_command(tmp_path: Path) -> None:
         ["--autocast", "int8"],
         ["--out", "folder.json"],
         ["--out", "beside.json"],
+        ["--out", "part.json"],
         ["--out", "no/such.json"],
         ["--out", "/proc/attrreg.json"],
         ["--seconds", "inf"],
@@ -190,6 +189,7 @@ def test_bad_options(arguments: list[str], tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     Path("folder.json").mkdir()
     Path("beside.md").mkdir()
+    Path(".part.json.part").mkdir()
     Path("broken.json").write_text("{")
     Path("folder").mkdir()
     Path("other.json").write_text('{"plan": {"models": [], "colour": 1}}')
@@ -205,6 +205,36 @@ def test_a_record_goes_on_only_on_a_processor_alike() -> None:
     assert "CPU (family 0, model 0, " in sentence(elsewhere.environment)
     with pytest.raises(ValueError, match="family 'family 0, model 0'"):
         elsewhere.resumed(record.plan)
+    other_code = replace(record, environment={**record.environment, "source": "0123456789ab"})
+    with pytest.raises(ValueError, match="source '0123456789ab', not "):
+        other_code.resumed(record.plan)
+
+
+def test_what_was_measured_on_two_days_says_both() -> None:
+    record = record_with(2.0, 2.0)
+    before = replace(record, environment={**record.environment, "date": "1999-12-31", "load": 99.5})
+    assert before.resumed(record.plan).environment == before.environment  # nothing is missing, so nothing is measured today
+    more = before.resumed(replace(record.plan, models=("resnet50",)))
+    today = record.environment["date"]
+    assert f"Measured 1999-12-31 to {today} on " in report.conditions(more) and "load 99.5" in report.conditions(more)
+    again = more.resumed(replace(record.plan, models=("resnet34",)))
+    assert again.environment["date"] == f"1999-12-31 to {today}"
+
+
+def test_curves_are_of_the_model_that_their_picture_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = record_with(2.0, 2.0)
+    measured: list[str] = []
+
+    def curve(varied: str, plan: run.Plan, note: run.Note) -> dict[str, list[tuple[int, Cost]]]:
+        measured.append(plan.models[0])
+        return {}
+
+    monkeypatch.setattr(run, "_curve", curve)
+    monkeypatch.setattr(run, "_costs", lambda *rest: {})
+    plan = replace(record.plan, models=("test_resnet",), curves=True)
+    record = record.resumed(plan)
+    run.measure(plan, record, lambda doing, part: None)
+    assert measured == len(run.CURVES) * [record.plan.models[0]] == len(run.CURVES) * ["resnet18"]
 
 
 def record_with(ratio: float, memory: float) -> run.Record:
@@ -283,68 +313,3 @@ def test_models_that_do_not_run_are_refused_before_others_are_measured(
 def test_losses_are_named() -> None:
     assert "slower (4.50 to 4.00) than *own forward" in report.markdown(record_with(4.5, 2.0))
     assert "Nowhere in this run" in report.markdown(record_with(2.0, 2.0))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "cause"),
-    [
-        (["--device", "mps"], r"no section mps\. Pass --out"),
-        (["--channels-last"], r"no section cpu-channels-last\. Pass --out"),
-        (["--device=cuda", "--section=cuda-h200"], r"no section cuda-h200\. Pass --out"),
-        (["--model", "resnet18"], r"take the place of the nine in docs/performance\.md\. Pass --out"),
-        (["--device=cuda", "--model=resnet18"], "take the place of the nine"),
-    ],
-)
-def test_what_the_page_has_no_place_for_is_refused_before_it_is_measured(
-    arguments: list[str], cause: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
-    with pytest.raises(SystemExit, match=cause):
-        main()
-
-
-@pytest.mark.parametrize("option", ["--quick", "--out=x.json", "--help"])
-def test_other_runs_leave_the_page_alone(option: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "sys.argv", ["benchmarks", "--no-curves", "--model", "test_resnet", "--penalty", "GradCAM", "--rounds", "1", option]
-    )
-    before = PAGE.read_text()
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code in (None, 0) and PAGE.read_text() == before
-    assert (tmp_path / "attrreg-bench.json").exists() == (option == "--quick")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "section"),
-    [
-        ([], "cpu"),
-        (["--no-keep-memory"], "cpu-returned"),
-        (["--device=cuda", "--autocast", "bfloat16"], "cuda-bfloat16"),
-        (["--section", "cpu-zen4", "--no-keep-memory"], "cpu-zen4"),
-    ],
-)
-def test_each_run_for_the_page_fills_its_section(arguments: list[str], section: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[Path] = []
-    written: list[Path] = []
-
-    def bench(out: Path = PAGE, device: str = "cpu", autocast: str = "", keep_memory: bool = True) -> None:
-        measured.append(out)
-
-    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
-    monkeypatch.setattr("benchmarks.__main__.bench", bench)
-    monkeypatch.setattr("benchmarks.__main__.write_page", written.append)
-    main()
-    assert measured == written == [check.results(section)]
-
-
-def test_an_empty_option_is_no_run_for_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    def bench(out: str = "") -> None:
-        sys.exit(out or "nowhere")
-
-    monkeypatch.setattr("benchmarks.__main__.bench", bench)
-    for argument, error in (("--out=", "nowhere"), ("--model=", "Models of your own")):
-        monkeypatch.setattr("sys.argv", ["benchmarks", argument])
-        with pytest.raises(SystemExit, match=error):
-            main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import pickle
 from typing import Any
 
@@ -51,6 +52,18 @@ def test_the_check_sees_a_wrong_gradient() -> None:
     map = captum_check.captums(case, model)
     error = captum_check.gradient_error(model, captum_check.judged(map), lambda: captum_check.judged(captum_check.captums(case, model)))
     assert error > 0.1
+
+
+def test_the_check_sees_a_gradient_that_is_no_number() -> None:
+    model, x = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).double(), torch.ones(1, 2, dtype=torch.float64)
+
+    def value() -> Tensor:
+        total: Tensor = model(x).square().sum()
+        return total
+
+    last = list(model.parameters())[-1]
+    assert captum_check.gradient_error(model, value(), value) < TOLERANCE
+    assert math.isnan(captum_check.gradient_error(model, value() + math.nan * last.sum(), value))
 
 
 @pytest.mark.parametrize("name", LEFT)

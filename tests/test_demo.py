@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from attrreg import cli
 from attrreg.demo import report, settings, train
+from attrreg.demo.command import Data
 from attrreg.evidence.data import Split, Task, dilate
 from attrreg.evidence.models import small
 from attrreg.evidence.shortcuts import SIZE, crosses, decoy_mnist
@@ -258,8 +259,8 @@ def test_notes_follow_from_the_numbers(small_run: train.Run) -> None:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    for data in settings.DATA:
-        monkeypatch.setitem(settings._FAST, data, tiny(data))
+    for data in Data:
+        monkeypatch.setitem(settings._FAST, data.value, tiny(data.value))
     runner = CliRunner()
     yield lambda *words: runner.invoke(cli.build_app(), ["demo", *words])
 

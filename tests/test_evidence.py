@@ -232,6 +232,8 @@ def test_tuning_is_equal_and_chooses_the_best(done: Path) -> None:
     [
         ({"trials": 0}, r"needs a trial and a seed.*\. "),
         ({"seeds": ()}, r"needs a trial and a seed.*\. "),
+        ({"seeds": (0, 1, 0)}, r"seeds must differ, also from 1000, .*\. "),
+        ({"seeds": (0, study.TUNING_SEED)}, r"seeds must differ, also from 1000, .*\. "),
         ({"methods": ("magic",)}, r"method 'magic' is unknown\. "),
         ({"trainings": (Training(TINY, 1, 8, Variants(("magic",))),)}, r"method 'magic' is unknown\. "),
     ],
@@ -241,6 +243,7 @@ def test_plans_that_make_no_sense(changes: dict[str, Any], message: str) -> None
         replace(MINE, **changes)
     with pytest.raises(ValueError, match=r"'good' is none of 'exact'.*\. "):
         Variants(qualities=("good",))
+    assert len(Variants(shares=(0.0, 0.002, 0.004, 1.0), qualities=()).changes()) == 3  # by other words each
 
 
 # Tables
@@ -252,6 +255,7 @@ def test_intervals() -> None:
     low, high = scipy.t.interval(0.95, 4, numpy.mean(values), scipy.sem(values))
     assert report.interval(values) == f"{low:.2f} to {high:.2f}"
     assert report.interval([0.5]) == report.interval([0.5, 0.5]) == "-" and report.spread([0.5]) == "0.500" and report.spread([None]) == "-"
+    assert report.spread([0.5, None]) == "0.500 (1 of 2)"  # of models that diverged there is none
     assert report.spread(values) == f"{numpy.mean(values):.3f} ± {numpy.std(values, ddof=1):.3f}"
     assert report.interval([0.0, 0.1, 0.9]).startswith("0.00 to ") and report.interval([1.0, 0.9, 0.1]).endswith(" to 1.00")
     assert report.interval([-0.9, 0.0, -0.8], -1.0).startswith("-1.00 to ")  # of gains

@@ -67,6 +67,10 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "negative class": (lambda root: relabel(root, "_3.npy,1", "_3.npy,-1"), r"train_img_3\.npy has the class '-1'"),
     "classes from 1": (lambda root: relabel(root, ".npy,0", ".npy,2"), r"train has the classes \[1, 2\], .* Number them from 0"),
     "class of the test alone": (lambda root: relabel(root, "_3.npy,1", "_3.npy,2", "test"), r"all splits \[0, 1, 2\]\. Number them from 0"),
+    "image of two splits": (
+        lambda root: relabel(root, "test_img_3", "train_img_3", "test"),
+        r"train_img_3\.npy is in train and in test, which must have images of its own\. Take it out",
+    ),
 }
 
 
@@ -76,6 +80,20 @@ def test_the_file_is_named(name: str, root: Path) -> None:
     change(root)
     with pytest.raises(ValueError, match=message):
         arrays.folder(root, similar="valid")
+
+
+@pytest.mark.parametrize(
+    ("splits", "similar"),
+    [
+        (("train", "test", "test"), None),
+        (("train", "train", "test"), None),
+        (("train", "valid", "test"), "train"),
+        (("train", "valid", "test"), "test"),
+    ],
+)
+def test_a_split_that_stands_for_two(splits: tuple[str, str, str], similar: str | None, root: Path) -> None:
+    with pytest.raises(ValueError, match=r"has one split twice\. Name three"):
+        arrays.folder(root, splits, similar)
 
 
 def test_one_scale_for_all_splits(root: Path) -> None:

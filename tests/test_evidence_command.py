@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -19,7 +20,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from attrreg import cli
-from attrreg.evidence import job, plans, sources
+from attrreg.evidence import job, ledger, plans, sources
 from attrreg.evidence.ledger import Failed, load
 from attrreg.evidence.packages import Missing
 from attrreg.evidence.sources import Folder
@@ -117,6 +118,29 @@ def test_command_writes_what_is_done_when_a_training_fails(
     assert "was left out. Install it." in done.output
 
 
+def test_a_row_of_a_method_that_is_no_more_is_left_out(command: Any, tmp_path: Path) -> None:
+    assert command("--data", "crosses").exit_code == 0
+    results = tmp_path / "results.jsonl"
+    results.write_text(results.read_text().replace('"method": "plain"', '"method": "plane"'))
+    again = command("--rerun", "crosses/plane")
+    assert again.exit_code == 1 and "was left out. method 'plane' is unknown." in again.output
+
+
+@pytest.mark.parametrize(("device", "options", "workers"), [("cpu", [], 3), ("cuda", [], 1), ("cuda", ["--jobs", "2"], 2)])
+def test_trainings_at_a_time(device: str, options: list[str], workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def stops(path: Path, device: torch.device, workers: int) -> None:
+        asked.append(workers)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("attrreg.evidence.command.usable", torch.device)
+    monkeypatch.setattr(ledger, "cores", lambda: 3)
+    monkeypatch.setattr(ledger, "Ledger", stops)
+    done = CliRunner().invoke(cli.build_app(), ["evidence", "--out", str(tmp_path / "x.jsonl"), "--device", device, *options])
+    assert done.exit_code == 2 and asked == [workers]
+
+
 def test_command_without_any_data(command: Any, tmp_path: Path) -> None:
     done = command("--data", "stampbirds", "--packages", str(tmp_path))
     assert done.exit_code == 1 and "stampbirds was left out" in done.output and "nothing to show" in done.output
@@ -174,3 +198,27 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
             return
         time.sleep(0.1)
     raise AssertionError("it lives on")
+
+
+STOPS = """
+import sys, time
+from attrreg.evidence.ledger import processes
+
+def work(number):
+    with open(sys.argv[1], "a") as file:
+        file.write(f"{number}\\n")
+    time.sleep(0.2)
+
+if __name__ == "__main__":
+    with processes(1) as pool:
+        waiting = [pool.submit(work, number) for number in range(100)]
+        waiting[0].result()
+        raise KeyboardInterrupt
+"""
+
+
+def test_what_waits_is_not_begun_after_an_interrupt(tmp_path: Path) -> None:
+    script, begun = tmp_path / "stops.py", tmp_path / "begun"
+    script.write_text(STOPS)
+    subprocess.run([sys.executable, str(script), str(begun)], stderr=subprocess.DEVNULL, timeout=300)
+    assert 1 <= len(begun.read_text().splitlines()) < 10

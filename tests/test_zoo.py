@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -11,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import attrreg
+from attrreg.tables import markdown_table
 from attrreg.trace import Trace
-from benchmarks import zoo_report
+from benchmarks import zoo, zoo_check, zoo_report
 from benchmarks.zoo_check import REGULARIZERS, Result, alignment, check
 from benchmarks.zoo_models import Entry, Subject, build, catalog, ranked
 from tests.models import SmoothNet
@@ -114,6 +117,12 @@ def test_an_error_of_attrreg_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> No
     assert result.status == "refused" and "not a spatial map" in result.cause
 
 
+def test_what_attrreg_falls_over_is_none() -> None:
+    with pytest.raises(TypeError) as raised:
+        markdown_table(["a number in place of a text"], [[1]])  # type: ignore[list-item]
+    assert not zoo_check._is_ours(raised.value)
+
+
 class Shuffled(nn.Module):
     """Moves positions about, as models do that keep tokens in window order."""
 
@@ -135,12 +144,21 @@ def test_positions_out_of_place_are_found(shift: int, right: int) -> None:
 def test_the_page() -> None:
     entry = Entry("timm", "resnet", "test_resnet", 1)
     results = [dataclasses.asdict(Result(name, agreement=1e-9)) for name in REGULARIZERS]
-    good = {"key": entry.key, **dataclasses.asdict(entry), "size": 64, "problem": "", "results": results}
-    broken = {**good, "key": "timm/other", "problem": "not finished in 90 s", "results": []}
+    good: dict[str, Any] = {"key": entry.key, **dataclasses.asdict(entry), "size": 64, "problem": "", "results": results}
+    where = zoo_report.here()
+    good["environment"] = {**where, "date": "1999-12-31", "versions": {**where["versions"], "torch": "1.0"}}
+    broken = {**good, "key": "timm/other", "problem": "not finished in 90 s", "results": [], "environment": where}
     assert zoo_report.passed(good) and not zoo_report.passed(broken)
     page = zoo_report.page([good, broken], rank=1)
+    assert f"measured 1999-12-31 to {where['date']}: attrreg {where['attrreg']}, torch 1.0 and {where['versions']['torch']},\n" in page
     assert "| GradCAM | 1 (50.0%) | 0 (0.0%) | 1 (50.0%) |" in page
     assert "`timm/other` InputGradient, IntegratedGradients, ActivationDifference, GradCAM fail: not finished in 90 s" in page
+
+
+def test_what_does_not_say_when_it_was_measured_is_measured_anew(tmp_path: Path) -> None:
+    file, old = tmp_path / "results.jsonl", {"key": "old", "problem": "", "results": []}
+    file.write_text("\n".join(map(json.dumps, (old, {**old, "key": "new", "environment": zoo_report.here()}))))
+    assert list(zoo._read(file, again=False)) == ["new"]
 
 
 def test_ranks() -> None:

@@ -32,14 +32,14 @@ def bench(
     ] = True,
     curves: Annotated[bool, typer.Option(help="Also cost against batch, resolution, steps and terms, on the first model.")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="Under two minutes: three small models, two penalties, few rounds.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep what --out holds already, and measure what is missing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what --out has by the same code, and measure what is missing.")] = False,
     out: Annotated[Path, typer.Option(help="The numbers to write (.json); tables (.md) and pictures (.png) go beside it.")] = Path(
         "attrreg-bench.json"
     ),
 ) -> None:
     """Measure what each way to train with an attribution penalty costs here, as multiples of a plain training step."""
     check_packages("bench", NEEDED)
-    check_out(out, ".json", ".md", ".png", "-curves.png")
+    check_out(out, ".json", ".md", ".png", "-curves.png", by_part=True)
     usable(device)
     if not math.isfinite(seconds):
         raise typer.BadParameter(f"{seconds} seconds never end. Give a finite number.", param_hint="--seconds")

@@ -15,6 +15,7 @@ from attrreg.bench.measure import Cost
 from attrreg.bench.run import Plan, Record, names, ratios
 from attrreg.bench.strategies import ATTACHED, CHUNKED, DETACHED, FLOORS, INTEGRATED_GRADIENTS
 from attrreg.environment import sentence
+from attrreg.options import part_of
 from attrreg.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -25,10 +26,9 @@ AXES = {"batch": "images a batch", "resolution": "pixels a side", "steps": "step
 
 def save(record: Record, path: Path) -> None:
     """As JSON; the file is whole at every time, whatever stops the run."""
-    path = path.resolve()
-    part = path.with_name(f".{path.name}.part")
+    part = part_of(path)
     part.write_text(json.dumps(asdict(record), indent=1) + "\n")
-    part.replace(path)
+    part.replace(path.resolve())
 
 
 def load(path: Path) -> Record:
@@ -74,7 +74,7 @@ def conditions(record: Record) -> str:
     absent: dict[str, list[str]] = {}
     for model, penalty in record.missing(plan):
         absent.setdefault(model, []).append(penalty)
-    parts = [model if names == list(plan.penalties) else f"{model} ({', '.join(names)})" for model, names in absent.items()]
+    parts = [model if left == list(plan.penalties) else f"{model} ({', '.join(left)})" for model, left in absent.items()]
     missing = f" Not measured: {', '.join(parts)}." if parts else ""
     more = f", more where a plain step takes less than {plan.seconds:g} s" if plan.seconds else ""
     layout = " in `torch.channels_last`" if plan.channels_last else ""

@@ -89,17 +89,23 @@ class Record:
         """The same measurements, to which those of a plan can be added.
 
         Raises:
-            ValueError: they were made in another way or elsewhere.
+            ValueError: they were made in another way, elsewhere, or by another state of attrreg.
         """
+        here = environment(plan.device)
         ways = [(setting.name, getattr(self.plan, setting.name), getattr(plan, setting.name)) for setting in fields(Plan)]
-        places = [(name, self.environment.get(name), value) for name, value in environment(plan.device).items()]
+        places = [(name, self.environment.get(name), value) for name, value in here.items()]
         for name, old, new in ways + places:
             if name not in PARTS and old != new:
                 raise ValueError(f"it was measured with {name} {old!r}, not {new!r}. Measure all anew, or write to another file.")
         penalties = tuple(name for name in strategies.PENALTIES if name in {*self.plan.penalties, *plan.penalties})
         models = tuple(dict.fromkeys([*self.plan.models, *plan.models]))
         whole = replace(plan, models=models, penalties=penalties, curves=self.plan.curves or plan.curves)
-        return replace(self, plan=whole)
+        where = self.environment
+        if self.missing(plan) or self.missing_curves(plan):  # then it is measured on both days
+            first, load = where["date"].split(" to ")[0], [known for known in (where["load"], here["load"]) if known is not None]
+            date = first if first == here["date"] else f"{first} to {here['date']}"
+            where = {**where, "date": date, "load": max(load, default=None)}
+        return replace(self, plan=whole, environment=where)
 
     def missing(self, plan: Plan) -> list[tuple[str, str]]:
         """Which models and penalties of a plan are not measured yet."""
@@ -149,7 +155,7 @@ def measure(plan: Plan, record: Record, note: Note, save: Callable[[Record], Non
     remedies = {(model, plan.size): "" for model, _ in record.missing(plan)}
     if "resolution" in record.missing_curves(plan):
         for size in reversed(CURVES["resolution"]):
-            remedies.setdefault((plan.models[0], size), " That is a size of the curves: --no-curves leaves them out.")
+            remedies.setdefault((record.plan.models[0], size), " That is a size of the curves: --no-curves leaves them out.")
     case = None
     for (model, size), remedy in reversed(remedies.items()):  # the smallest first; the one that is measured first last, and kept
         try:
@@ -163,7 +169,7 @@ def measure(plan: Plan, record: Record, note: Note, save: Callable[[Record], Non
         record.costs.setdefault(model, {})[penalty] = _costs(case, penalty, plan, note)
         save(record)
     for varied in record.missing_curves(plan):
-        record.curves[varied] = _curve(varied, plan, note)
+        record.curves[varied] = _curve(varied, record.plan, note)  # on the model that their picture names
         save(record)
 
 

@@ -6,6 +6,7 @@ import csv
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def folder(
         root: the folder.
         splits: what the training, validation and test splits are called. The shortcut should mislead in the last two.
         similar: a split of images like those of training, to choose settings on. None: with `flip`, the validation images as they are;
-            else a fifth of the training images, taken from them.
+            else a fifth of the training images, taken from them. It may be the validation split.
         flip: mirror the validation and test images sidewards, masks included. The founding paper's arrays (`distractor1`, `distractor2`,
             `distractor3`) are stored straight, and its code mirrors the last two while loading: that is their shift.
         sizes: how many images of each split to draw, each class alike, so at most as many; there (500, 128, 128). None: all.
@@ -48,10 +49,15 @@ def folder(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is not as above, or there are fewer images than `sizes` says.
+        ValueError: a file is not as above, there are fewer images than `sizes` says, or a model would be tested on images that it was
+            trained or chosen on.
     """
     root, generator = Path(root), Generator().manual_seed(seed)
     names = (*splits, similar) if similar is not None else splits
+    if len(set(splits)) < 3 or similar in (splits[0], splits[2]):
+        raise ValueError(
+            f"{root}: {splits} with similar={similar!r} has one split twice. Name three; `similar` (--similar) may be the second."
+        )
     train, valid, test, *others = _splits(root, names, dilation)
     if sizes is not None:
         parts = zip((train, valid, test), splits, sizes, strict=True)
@@ -97,7 +103,11 @@ def _some(split: Split, name: str, size: int, generator: Generator) -> Split:
 
 def _splits(root: Path, names: Sequence[str], dilation: int) -> list[Split]:
     """The splits, scaled alike, whose images and classes are those of one task."""
-    found = {name: _split(root, name, dilation) for name in names}  # one may be named twice
+    tables = {name: _table(root, name) for name in names}  # one may be named twice
+    for name, own in product(names, (names[0], names[2])):
+        if name != own and (shared := sorted({*tables[name][0]} & {*tables[own][0]})):
+            raise ValueError(f"{root}: {shared[0]} is in {name} and in {own}, which must have images of its own. Take it out of one.")
+    found = {name: _split(root, name, *tables[name], dilation) for name in names}
     parts = [found[name] for name in names]
     for name, part in found.items():
         if part.images.shape[1:] != parts[0].images.shape[1:]:
@@ -113,7 +123,8 @@ def _splits(root: Path, names: Sequence[str], dilation: int) -> list[Split]:
     return [replace(part, images=part.images / 255) if high > 1 and low >= 0 else part for part in parts]
 
 
-def _split(root: Path, name: str, dilation: int) -> Split:
+def _table(root: Path, name: str) -> tuple[list[str], list[int]]:
+    """The files and the classes of a split."""
     table = root / f"{name}_labels.csv"
     if not table.is_file():
         raise FileNotFoundError(f"{table} does not exist. Name the splits that there are, or write one row `file,class` an image into it.")
@@ -130,14 +141,18 @@ def _split(root: Path, name: str, dilation: int) -> Split:
     names = [row["file"].replace("\\", "/").rsplit("/", 1)[-1] for row in rows]
     if unnamed := [name for name in names if "img" not in name]:
         raise ValueError(f"{table}: {unnamed[0]} has no `img` in its name, so its mask, named `seg` there, cannot be found. Rename it.")
-    images = _stacked([root / name for name in names]).float()
+    return names, labels
+
+
+def _split(root: Path, name: str, files: Sequence[str], labels: Sequence[int], dilation: int) -> Split:
+    images = _stacked([root / file for file in files]).float()
     images = images.unsqueeze(1) if images.dim() == 3 else images.movedim(-1, 1)
-    masks = _stacked([root / name.replace("img", "seg") for name in names]) != 0
+    masks = _stacked([root / file.replace("img", "seg") for file in files]) != 0
     if masks.dim() == 4:
         masks = masks.any(dim=-1)
     if masks.shape[1:] != images.shape[2:]:
         raise ValueError(
-            f"{table}: masks are {tuple(masks.shape[1:])}, but images {tuple(images.shape[2:])}. Give masks of the images' size."
+            f"{root}: masks of {name} are {tuple(masks.shape[1:])}, but images {tuple(images.shape[2:])}. Give masks of the images' size."
         )
     return Split(images, torch.tensor(labels), dilate(masks, dilation) if dilation else masks)
 

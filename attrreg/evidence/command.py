@@ -40,9 +40,9 @@ def evidence(
     rerun: Annotated[str | None, typer.Option(help="Train rows of the results again: DATA/METHOD, or a record's name.")] = None,
     packages: Annotated[Path | None, typer.Option(help="Where Debian packages with data are unpacked, if not installed.")] = None,
     device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
-    jobs: Annotated[int | None, typer.Option(min=1, help="Trainings at a time, on one CPU thread each. Default: one a core.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Trainings at a time, a CPU thread each. Default: one a core; GPU: one.")] = None,
 ) -> None:
-    """Compare ways to train on tasks with a shortcut, published ones or your own, with equal tuning for each."""
+    """Compare ways to train on tasks with a shortcut, published ones or your own, with as many trials for each."""
     check_packages("evidence", NEEDED)
     check_out(out, ".jsonl", ".md", ".png")
     target = usable(device)
@@ -67,7 +67,7 @@ def evidence(
     try:
         own = None if folder is None else _folder(folder, splits, similar, sizes, flip, dilation)
         plan = plans.plan(data, method, own, trials, seeds, epochs, quick)
-        ledger = Ledger(out, target, workers=cores() if jobs is None else jobs)
+        ledger = Ledger(out, target, workers=jobs or (cores() if target.type == "cpu" else 1))  # a GPU has memory for few
         if own is not None:
             own.task(0)
     except (ValueError, RuntimeError, OSError) as error:
@@ -116,8 +116,8 @@ def _again(what: str, ledger: Ledger, console: Console) -> None:
     from attrreg.evidence import job, report
     from attrreg.evidence.packages import Missing
 
-    rows = [record for record in ledger.records.values() if record.job.judged and what == f"{record.job.source.kind}/{record.job.method}"]
-    found = [ledger.records[what]] if what in ledger.records else rows
+    rows = {name: each for name, each in ledger.records.items() if each.job.judged and what == f"{each.job.source.kind}/{each.job.method}"}
+    found = {what: ledger.records[what]} if what in ledger.records else rows
     if not found:
         raise typer.BadParameter(
             f"{ledger.path} has no {what!r}. Write DATA/METHOD, for example crosses/ActDiff, or the name in a line of that file.",
@@ -125,13 +125,13 @@ def _again(what: str, ledger: Ledger, console: Console) -> None:
         )
     different: list[Record] = []
     left_out: list[Record] = []
-    for record in found:
-        if record.job.name not in ledger.records:
-            console.print(f"{record.job.method} has changed since it was trained: it is another method now.", style="yellow")
-        name = f"{record.job.name} seed {record.job.seed}"
+    for key, record in found.items():
+        name = f"{key} seed {record.job.seed}"
         try:
+            if record.job.name != key:
+                console.print(f"{record.job.method} has changed since it was trained: it is another method now.", style="yellow")
             again = job.run(record.job, ledger.device)
-        except (ValueError, Missing) as error:  # its data are others now, or not here
+        except (ValueError, Missing) as error:  # its data are others now, or not here, or there is no such method any more
             console.print(f"{name} was left out. {error}", style="yellow", highlight=False, soft_wrap=True)
             left_out.append(record)
             continue

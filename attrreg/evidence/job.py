@@ -37,7 +37,7 @@ JUDGES: dict[str, metrics.Attribution] = {
 
 @dataclass(frozen=True)
 class Job:
-    """What to train. Equal jobs give equal numbers on the same machine.
+    """What to train. Equal jobs give equal numbers on the same CPU; accelerators need not add up in the same order twice.
 
     Attributes:
         source: the data set and the model.
@@ -73,7 +73,11 @@ class Job:
 
     @property
     def name(self) -> str:
-        """A short name that no other job has. It changes when the method of this name does."""
+        """A short name that no other job has.
+
+        It changes when the method of this name does, except by a default of the library, which the repr of a term leaves out: after such
+        a change take another file.
+        """
         used = self.train_with()
         content = json.dumps([self.as_dict(), repr(used.term), repr(used.transform)], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:10]

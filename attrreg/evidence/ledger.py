@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -27,10 +28,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def processes(count: int) -> ProcessPoolExecutor:
-    """Processes to train in, which end with the one that started them, however that ends."""
+@contextmanager
+def processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes to train in, which end with the one that started them, however that ends, and at once where the block raises."""
     # Spawned: a forked child would share torch's threads and a CUDA context that it cannot use.
-    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _end_with_parent)
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _end_with_parent)
+    try:
+        yield pool
+    except BaseException:
+        for process in list(pool._processes.values()):  # nobody keeps what they do any more, nor what waits for them
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 def _end_with_parent() -> None:
@@ -66,6 +76,19 @@ def load(path: Path, kinds: tuple[type[Source], ...] = sources.KINDS) -> dict[st
                 continue
             raise ValueError(f"{path}, line {number} is no record ({error}). Take it out, or give another file.") from error
     return found
+
+
+def mend(path: Path) -> None:
+    """End a file's last line, or take it out: a run that was stopped while it wrote left a part of it, or all but its end."""
+    last = path.read_text().split("\n")[-1] if path.exists() else ""
+    if last:
+        try:
+            json.loads(last)
+        except ValueError:
+            os.truncate(path, path.stat().st_size - len(last.encode()))  # what is above it is never written again
+        else:
+            with path.open("a") as file:
+                file.write("\n")
 
 
 class Failed(RuntimeError):
@@ -122,7 +145,7 @@ class Ledger:
         for name, job in unique.items():
             if name in self.records:
                 self.advance(_doing(job), job.epochs)
-        self._mend()
+        mend(self.path)
         failed: list[tuple[Job, Exception]] = []
         for job, result in self._results(todo, tested):
             try:
@@ -144,25 +167,10 @@ class Ledger:
                 yield job, partial(jobs.run, job, self.device, partial(self.advance, _doing(job)), tested)
             return
         with processes(self.workers) as pool:
-            try:
-                waiting = {pool.submit(jobs.run, job, self.device, tested=tested): job for job in todo}
-                for done in as_completed(waiting):
-                    yield waiting[done], done.result
-                    self.advance(_doing(waiting[done]), waiting[done].epochs)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-    def _mend(self) -> None:
-        """End the file's last line, or take it out: a run that was stopped while it wrote left a part of it, or all but its end."""
-        text = self.path.read_text() if self.path.exists() else ""
-        last = text[text.rfind("\n") + 1 :]
-        if last:
-            try:
-                json.loads(last)
-                self.path.write_text(text + "\n")
-            except ValueError:
-                self.path.write_text(text.removesuffix(last))
+            waiting = {pool.submit(jobs.run, job, self.device, tested=tested): job for job in todo}
+            for done in as_completed(waiting):
+                yield waiting[done], done.result
+                self.advance(_doing(waiting[done]), waiting[done].epochs)
 
     def _keep(self, record: Record) -> None:
         with self.path.open("a") as file:

@@ -42,12 +42,13 @@ PUBLISHED: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def spread(values: Sequence[float | None]) -> str:
-    """Mean ± standard deviation; the mean alone of one value."""
+    """Mean ± standard deviation, the mean alone of one value; and of how many, where not all have one, as a model that diverged."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"
-    mean = f"{statistics.mean(known):.3f}"
-    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.3f}"
+    more = f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else ""
+    fewer = f" ({len(known)} of {len(values)})" if len(known) < len(values) else ""
+    return f"{statistics.mean(known):.3f}{more}{fewer}"
 
 
 def interval(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> str:
@@ -149,10 +150,9 @@ def _maps(plan: Plan, training: Training, ledger: Ledger) -> str:
     judges = ("input gradient", "integrated gradients", "occlusion")
     lines = []
     for name in plan.methods:
-        found = [record for record in rows(plan, training, name, "valid", ledger) if "maps" in record.outcomes["valid"]]
-        if found:
-            maps = [record.outcomes["valid"]["maps"] for record in found]
-            cells = [f"{spread([m[judge]['inside'] for m in maps])} / {spread([m[judge]['iou'] for m in maps])}" for judge in judges]
+        maps = [record.outcomes["valid"].get("maps") for record in rows(plan, training, name, "valid", ledger)]
+        if any(maps):
+            cells = [" / ".join(spread([each and each[judge][what] for each in maps]) for what in ("inside", "iou")) for judge in judges]
             lines.append([name, *cells])
     words = "Share of attribution inside the mask / IoU at mask size on the test, chosen on shifted validation, by three attributions:"
     return f"{words}\n\n{markdown_table(['method', *judges], lines)}" if lines else ""
@@ -240,7 +240,7 @@ def _shares(axis: Axes, plan: Plan, training: Training, ledger: Ledger) -> None:
     if not shares or not plan.varied(training):
         axis.set_axis_off()
         return
-    axis.set_xticks(range(len(shares)), [f"{share:.0%}" for share in shares], fontsize=8)
+    axis.set_xticks(range(len(shares)), [f"{100 * share:g}%" for share in shares], fontsize=8)
     axis.set_xlabel("images with a mask", fontsize=8)
     axis.set_ylabel("test accuracy", fontsize=8)
     axis.set_ylim(-0.02, 1.02)

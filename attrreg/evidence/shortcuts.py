@@ -103,6 +103,9 @@ def crosses(train: int = 500, valid: int = 128, test: int = 128, seed: int = 0, 
     The clean test is the test without its blocks, not the unflipped test: so that in both tasks of the demo "clean"
     means that the shortcut is absent. On unflipped images a model that reads nothing but the block is always right.
 
+    All splits are drawn alike, and one cross has few places. So part of the images of one cross in `similar` are training images, and
+    part of the test's are images of `valid`; those of two crosses practically never are.
+
     Args:
         train: Number of training images; half of them, rounded down, are of class 1. Like the next two.
         valid: Number of validation images.

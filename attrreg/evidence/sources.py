@@ -18,7 +18,8 @@ from attrreg.evidence.stampbirds import stampbirds
 class Source(ABC):
     """A data set and its model. Subclasses are frozen dataclasses whose fields are numbers and strings, so that a row can be rerun.
 
-    To compare on data of your own, subclass it, or write arrays and use `Folder`.
+    To compare on data of your own, subclass it, or write arrays and use `Folder`. A record knows a source by its fields alone, so what its
+    code depends on, such as a version number, belongs into one: else rows that were trained before a change stand for those after it.
 
     Attributes:
         kind: the name of the data set, as tables call it.
@@ -119,7 +120,7 @@ class StampBirds(Source):
     @property
     def label(self) -> str:
         """By the correlation."""
-        return f"correlation {self.correlation:.0%}"
+        return f"correlation {100 * self.correlation:g}%"
 
     def task(self, seed: int) -> Task:
         """Compose the images."""

@@ -1,4 +1,4 @@
-"""A comparison: which jobs, with equal tuning for every method."""
+"""A comparison: which jobs, with as many trials for every method."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SHARES = (0.0, 0.01, 0.05, 0.2, 1.0)
 RATES = (1e-4, 1e-2)  # between which peaks of the learning rate are tried
 RATE = 3e-3  # the one that is tried first, with a method's own weight
 SPREAD = 30.0  # how far above and below that weight weights are tried
-TUNING_SEED = 1000  # no row of a table has it
+TUNING_SEED = 1000  # which no row of a table may have
 
 
 def masks(share: float) -> str:
     """Words for a share of the training images that have a mask."""
-    return "all masks" if share == 1 else f"{share:.0%} of the masks"
+    return "all masks" if share == 1 else f"{100 * share:g}% of the masks"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Plan:
         judged: whether maps are judged.
 
     Raises:
-        ValueError: nothing to try or to train, or a method that there is not.
+        ValueError: nothing to try or to train, a seed that settings are tried with or that is named twice, or a method that there is not.
     """
 
     trainings: tuple[Training, ...]
@@ -104,6 +104,8 @@ class Plan:
             raise ValueError(
                 f"A plan needs a trial and a seed, got trials={self.trials} and seeds={self.seeds}. Give at least one of each."
             )
+        if TUNING_SEED in self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must differ, also from {TUNING_SEED}, with which settings are tried. Write (0, 1, 2).")
         for name in (*self.methods, *(name for training in self.trainings for name in training.variants.methods)):
             method(name)
 
