@@ -3,6 +3,7 @@
 python -m benchmarks.survey                    three quarters of an hour on two cores
 python -m benchmarks.survey --channels-last    the nine models of `attrreg bench` in that layout; ten minutes
 python -m benchmarks.survey --resume           go on with one that was interrupted
+python -m benchmarks.survey --section survey-zen4    the same for a section of any name, as of another processor
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from attrreg.bench.measure import Cost, costs
 from attrreg.tables import markdown_table
 from benchmarks import check
 from benchmarks.__main__ import PAGE
-from benchmarks.page import write_section
+from benchmarks.page import marks, write_section
 
 COMMAND = "python -m benchmarks.survey"
 PROMISE = "promise of `benchmarks.check` that is about attrreg and measured here"
@@ -123,11 +124,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", action="store_true", help="keep what is measured already, by the same versions on the same machine")
     parser.add_argument("--channels-last", action="store_true", help="lay out models and images in torch.channels_last")
+    parser.add_argument("--section", help="of the page; else it follows from the layout")
     arguments = parser.parse_args()
-    section, command = "survey", COMMAND
+    section, command = arguments.section or "survey", COMMAND
     models: tuple[str, ...] = MODELS
     if arguments.channels_last:
-        section, command, models = "survey-channels-last", f"{COMMAND} --channels-last", cases.MODELS
+        section, command, models = arguments.section or "survey-channels-last", f"{COMMAND} --channels-last", cases.MODELS
+    if marks(section, command)[0] not in PAGE.read_text():  # rather than after an hour
+        parser.error(f"docs/{PAGE.name} has no section {section} of `{command}`. Write its marks there first.")
     numbers = check.results(section)
     plan = run.Plan(
         models=models,

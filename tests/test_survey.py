@@ -14,9 +14,12 @@ from tests.test_bench import record_with
 
 
 @pytest.mark.parametrize("layout", [[], ["--channels-last"]])
-def test_a_survey_writes_a_row_a_model_and_what_it_misses(layout: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", [[], ["--section", "survey-other"]])
+def test_a_survey_writes_a_row_a_model_and_what_it_misses(
+    layout: list[str], named: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     numbers, page = tmp_path / "survey.json", tmp_path / "page.md"
-    section = "survey-channels-last" if layout else "survey"
+    section = named[1] if named else "survey-channels-last" if layout else "survey"
     page.write_text("\n".join(["before", *marks(section, " ".join([survey.COMMAND, *layout])), "after"]))
     monkeypatch.setattr(survey, "PAGE", page)
     monkeypatch.setattr(survey, "ROUNDS", 1)
@@ -25,7 +28,7 @@ def test_a_survey_writes_a_row_a_model_and_what_it_misses(layout: list[str], mon
     runs: list[tuple[tuple[str, ...], list[str]]] = [(("test_resnet",), []), (("test_resnet", "test_vit"), ["--resume"])]
     for models, arguments in runs[:1] if layout else runs:
         monkeypatch.setattr(cases if layout else survey, "MODELS", models)
-        monkeypatch.setattr("sys.argv", ["survey", *arguments, *layout])
+        monkeypatch.setattr("sys.argv", ["survey", *arguments, *layout, *named])
         first = report.load(numbers).costs if numbers.exists() else {}
         survey.main()
     record = report.load(numbers)
@@ -42,3 +45,12 @@ def test_a_survey_tells_each_model_by_itself() -> None:
     text = survey.missed(both)
     assert text.startswith("1 of 2 models keep") and "- resnet50: InputGradient: time 2.900, promised at most 2.7" in text
     assert survey.missed(kept) == "Every promise of `benchmarks.check` that is about attrreg and measured here is kept on each of 1 models."
+
+
+def test_a_survey_for_a_section_that_is_not_there_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["survey", "--section", "nowhere"])
+    with pytest.raises(SystemExit):
+        survey.main()
+    assert "has no section nowhere" in capsys.readouterr().err
