@@ -55,10 +55,10 @@ def test_the_check_sees_a_wrong_gradient() -> None:
 
 
 def test_the_check_sees_a_gradient_that_is_no_number() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).double()
-    value = lambda: model(torch.ones(1, 2, dtype=torch.float64)).square().sum()  # noqa: E731
-    broken = value() + math.nan * model[-1].bias.sum()
-    assert captum_check.gradient_error(model, value(), value) < TOLERANCE and math.isnan(captum_check.gradient_error(model, broken, value))
+    model, x = nn.Sequential(nn.Linear(2, 2), last := nn.Linear(2, 2)).double(), torch.ones(1, 2, dtype=torch.float64)
+    value = lambda: model(x).square().sum()  # noqa: E731
+    assert captum_check.gradient_error(model, value(), value) < TOLERANCE
+    assert math.isnan(captum_check.gradient_error(model, value() + math.nan * last.bias.sum(), value))
 
 
 @pytest.mark.parametrize("name", LEFT)
