@@ -51,9 +51,9 @@ def shown(model: nn.Module, *kind: Hashable) -> Shown:
 
 
 def head(output: Select) -> Hashable:
-    """Which `output=` it is, by its code or type: the function itself may hold the model."""
+    """Which `output=` it is, by its code or the name of its type: these themselves may hold the model."""
     kind: Any = type(output)
-    return getattr(output, "__code__", kind) if callable(output) else output
+    return getattr(output, "__code__", f"{kind.__module__}.{kind.__qualname__}") if callable(output) else (output,)
 
 
 def images_apart(call: Call) -> bool:

@@ -96,9 +96,9 @@ class Attachment:
             returned: it gives back what the model returned.
         """
         recording = self._recording
-        if recording is None or not recording.serves(call, sites, twice, asked, alone) or (returned and not recording.can_be_returned):
+        if recording is None or ((any(sites.values()) or SPATIAL in sites) and self._hooked(recording)):
             return None
-        if (any(sites.values()) or SPATIAL in sites) and self._hooked(recording):
+        if not recording.serves(call, sites, twice, asked, alone) or (returned and not recording.can_be_returned):
             return None
         self._forget()
         return recording
@@ -211,7 +211,7 @@ def _inert() -> Attachment:
 
 
 @contextmanager
-def suspended(model: nn.Module, as_users_forward: bool = False) -> Iterator[None]:
+def suspended(model: nn.Module, as_users_forward: bool = False) -> Iterator[bool]:
     """Run passes of our own, which an attachment, to the model or to a part of it, must not take for the loop's.
 
     One that stands in for the loop's own forward ends what was recorded, as that would.
@@ -222,7 +222,7 @@ def suspended(model: nn.Module, as_users_forward: bool = False) -> Iterator[None
         if as_users_forward:
             attachment._discard()
     try:
-        yield
+        yield bool(found)
     finally:
         for attachment in found:
             attachment.suspended = False

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from types import CodeType
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from attrreg import sites
-from attrreg.call import Call, Inputs, picked_by
+from attrreg.call import Call, picked_by
 from attrreg.graph import bypassed, which_are_read
 from attrreg.recording import Recording
 from attrreg.scores import Score
@@ -25,15 +24,11 @@ NamedMap = tuple[str, Tensor]
 
 
 class Question(NamedTuple):
-    """What the layer depends on, besides the model: `kind`, `picked_by`, `told`, and what the score reads."""
+    """What the layer depends on, besides the model: `kind`, `picked_by`, and what the score reads."""
 
     kind: Hashable
     picked_by: Hashable
-    told: Hashable
     site: str
-
-
-QUESTIONS = 64  # how many of a kind are remembered: a number among the inputs may be another one in each
 
 
 # What it was in a model, by kind and question: from there on alone, layers must be differentiable twice.
@@ -46,17 +41,9 @@ def kind(x: Tensor, model: nn.Module) -> Hashable:
     return x.shape[1:], model.training, len(modules(model))
 
 
-def told(inputs: Inputs) -> Hashable:
-    """What inputs may tell a model of its way: numbers to count with and words. What it computes with, as tensors, does not count."""
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs or ()
-    plain = (leaf if isinstance(leaf, (int, str)) else type(leaf) for leaf in tree_leaves(list(values)))
-    return (*(inputs if isinstance(inputs, Mapping) else ()), *plain)
-
-
 def asked(call: Call, score: Score | None) -> Question:
     """The question of a call; None: no score is differentiated there."""
-    site = sites.OUTPUT if score is None else score.site
-    return Question(kind(call.x, call.model), picked_by(call.output), told(call.inputs), site)
+    return Question(kind(call.x, call.model), picked_by(call.output), sites.OUTPUT if score is None else score.site)
 
 
 def known(call: Call, question: Question | None) -> str | None:
@@ -132,9 +119,7 @@ def choose(call: Call, score: Score | None, maps: list[NamedMap], grads: Sequenc
         return len(maps) - 1
     question = asked(call, score)
     if question.picked_by is not ... or not call.shown:  # a map that is looked at is no question of the loop's
-        found = _KNOWN.setdefault(call.model, {}).setdefault(question.kind, {})
-        if question in found or len(found) < QUESTIONS:
-            found[question] = maps[decided[-1]][0]
+        _KNOWN.setdefault(call.model, {}).setdefault(question.kind, {})[question] = maps[decided[-1]][0]
     return decided[-1]
 
 

@@ -331,8 +331,8 @@ def _images(root: Path) -> tuple[list[str], list[PurePosixPath], list[int]]:
 def _read_boxes(path: Path) -> dict[PurePosixPath, list[tuple[float, ...]]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        names = {image["id"]: PurePosixPath(image["file_name"]) for image in content["images"]}
-        if len(names) < len(content["images"]):
+        images = {(image["id"], PurePosixPath(image["file_name"])) for image in content["images"]}
+        if len(names := dict(images)) < len(images):
             raise ValueError("two images have one id")
         found = [(names[entry["image_id"]], tuple(map(float, entry["bbox"]))) for entry in content["annotations"]]
     except OSError as error:

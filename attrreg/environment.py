@@ -27,7 +27,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "attrreg": attrreg.__version__,
-        "source": _source(),
+        "code": _code(),
         "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -50,10 +50,10 @@ def machine(where: Mapping[str, Any]) -> str:
 
 
 @cache
-def _source() -> str:
+def _code() -> str:
     """Of the code of the library, which changes more often than its version: what it computes, and how fast, goes with it."""
     root, found = Path(attrreg.__file__).parent, hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(path for path in root.rglob("*.py") if path.is_file()):  # an editor's lock is a link to nothing
         found.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return found.hexdigest()[:12]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+LITTLE = 64  # operators: heads have fewer, and all of a model would take time
 LEAF = "_attrreg_leaf"  # marks tensors that we made to be differentiated: its value is the phase of the pass
 
 
@@ -52,13 +54,8 @@ def checkpoints_reentrant(total: Tensor) -> bool:
 
 
 def ends_in_half(value: Tensor) -> bool:
-    """Whether float16 lies between a value and the weights that it was last computed with: the model has an autocast of its own."""
-    for node in nodes(value):
-        if any(of.dtype == torch.float16 for of in node._input_metadata):
-            return True
-        if getattr(getattr(node, "variable", None), "ndim", 0) > 1:
-            return False
-    return False
+    """Whether a value was computed in float16 a little earlier: the model has an autocast of its own."""
+    return any(of.dtype == torch.float16 for node in islice(nodes(value), LITTLE) for of in node._input_metadata)
 
 
 def bypassed(total: Tensor, value: Tensor, earlier: Tensor) -> bool:

@@ -81,7 +81,8 @@ def check(mask: Tensor, x: Tensor, annotated: Tensor | None, needs_region: str |
     flags = checked_flags(annotated, x)
     pixels = relevant.flatten(1)
     low, high = pixels.amin(1), pixels.amax(1)  # NaN where there is one
-    slack = 32 * torch.finfo(mask.dtype).eps if mask.is_floating_point() else 0.0  # a blurred or resized mask is 1 + 1e-7 somewhere
+    # A blurred or resized mask is 1 + 1e-7 somewhere.
+    slack = min(32 * torch.finfo(mask.dtype).eps, 0.01) if mask.is_floating_point() else 0.0
     # One transfer to the host for all checks of values: each would otherwise wait for the device by itself.
     bad, empty = flags & ~((low >= -slack) & (high <= 1 + slack)), flags & (high <= 0)
     has_bad, has_empty, count = torch.stack([bad.any(), empty.any(), flags.sum()]).tolist()

@@ -58,9 +58,9 @@ def sites_at(point: Point, needs: Iterable[Need]) -> dict[str, bool]:
     return result
 
 
-def alone(needs: Iterable[Need], twice: bool) -> bool:
-    """Whether the clean pass is the only one that needs ask for; gradients that are not differentiated twice take more, which move."""
-    return all(need.at == CLEAN and (twice or not isinstance(need, Grad)) for need in needs)
+def alone(needs: Iterable[Need]) -> bool:
+    """Whether the clean pass is the only one that needs ask for."""
+    return all(need.at == CLEAN for need in needs)
 
 
 def check_engine(needs: Iterable[Need], engine: Engine) -> None:

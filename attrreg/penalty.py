@@ -59,7 +59,7 @@ def attach(terms: Sequence[Term], model: nn.Module, engine: Engine, due: Callabl
         check_layers(term.regularizer.needs(), unwrap(model), term.name)
     needs = needs_of(terms)
     check_engine(needs, engine)
-    return Attachment(model, sites_at(CLEAN, needs), due, engine.twice, alone=alone(needs, engine.twice))
+    return Attachment(model, sites_at(CLEAN, needs), due, engine.twice, alone=engine.twice and alone(needs))
 
 
 def check(

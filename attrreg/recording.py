@@ -155,8 +155,8 @@ class Recording:
 
     @property
     def half(self) -> bool:
-        """Whether it ran in float16, or a part of it that the operators saw."""
-        return torch.float16 in (self.x.dtype, self.autocast, self.phase.autocast)
+        """Whether it ran in float16."""
+        return torch.float16 in (self.x.dtype, self.autocast)
 
     @property
     def can_be_returned(self) -> bool:
@@ -176,7 +176,10 @@ class Recording:
         """Whether this is the pass that a call would run itself; for the arguments see `Attachment.take`."""
         if (twice and not self.twice) or self.x is not call.x or self.conditions is None or not self.conditions.same_for(call):
             return False
-        if not alone and (self.conditions.moved or self.autocast != autocast_type(call.x.device)):  # the other passes would differ
+        differences = not twice and any(sites.values())  # whose passes start from the same buffers, and leave autocast anyway
+        if (differences or not alone) and self.conditions.moved:  # the other passes would differ
+            return False
+        if not alone and self.autocast != autocast_type(call.x.device):
             return False
         if SPATIAL in sites and self.conditions.asked not in (None, asked):  # the one layer that was recorded answers another question
             return False

@@ -92,7 +92,7 @@ class Runner:
         model, extra = self.call.model, not as_users_forward
         tap = Tap(model, wanted, own=True, map=map, twice=self.twice, moves=moves, places=self.places, rule=rule, extra=extra)
         # What is checkpointed is recomputed as it ran: an attachment does not take that for the loop's either.
-        with suspended(model, as_users_forward), checkpoints_recompute_inside(lambda: suspended(model)):
+        with suspended(model, as_users_forward) as some, checkpoints_recompute_inside(lambda: suspended(model)) if some else nullcontext():
             try:
                 output = self.call.run(tap.open(image), as_users_forward)
             finally:

@@ -28,7 +28,7 @@ class Score(Key, ABC):
     """
 
     needs_target: ClassVar[bool] = False
-    classes: ClassVar[int] = 1
+    classes: ClassVar[int] = 0
     draws: ClassVar[bool] = False
     by_place: ClassVar[bool] = False
 
@@ -58,9 +58,9 @@ class Score(Key, ABC):
             check_classes(target)
 
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
-        """Check what it is about to read, by default an output: logits `(N, C)` of enough classes; a ValueError names it or `target`."""
-        if self.site == OUTPUT:
-            check_logits(type(self).__name__, value, self.classes, target if self.needs_target else None)
+        """Check what it is about to read, by default an output, or what has classes: logits `(N, C)`; a ValueError says what is wrong."""
+        if self.site == OUTPUT or self.classes:
+            check_logits(type(self).__name__, value, max(1, self.classes), target if self.needs_target else None)
 
     @abstractmethod
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
@@ -83,6 +83,7 @@ class TargetLogit(Score):
     """y_t: the logit of the target class, as Captum differentiates."""
 
     needs_target: ClassVar[bool] = True
+    classes: ClassVar[int] = 1
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Score `(N,)` of logits `(N, C)` for targets `(N,)`."""

@@ -192,7 +192,7 @@ class Trace:
         recording = None
         # Taken also where the images alone are read, which need no pass: the others replay its draws.
         if attachment is not None:
-            recording = attachment.take(call, wanted, self._runner.twice, asked, alone(self._needs, self._runner.twice), as_users_forward)
+            recording = attachment.take(call, wanted, self._runner.twice, asked, alone(self._needs), as_users_forward)
         if recording is None and (as_users_forward or wanted not in ({}, {sites.INPUT: False})):
             for known in dict.fromkeys((automatic.known(call, asked), None)):
                 with isolated(call.model, device=call.x.device) as buffers:

@@ -57,7 +57,6 @@ class ReplaceOutside(Spec):
         if self.fill.draws:
             device = torch.device("cpu") if generator is None else generator.device
             source.manual_seed(int(torch.randint(2**62, (), generator=generator, device=device)))
-        fill = Masked(self.fill)
-        with own.given(fill, x, annotation.relevant) as (images, relevant):
-            replaced = fill(images, relevant, source)
+        with own.given(self.fill, x, annotation.relevant) as (images, relevant):
+            replaced = Masked(self.fill)(images, relevant, source)
         return torch.where(annotation.annotated.view(-1, 1, 1, 1), replaced, x)

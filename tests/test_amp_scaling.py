@@ -83,9 +83,6 @@ def test_gradients_that_grow_on_their_way_survive_float16() -> None:
     assert relative_error(model, attrreg.InputGradient(), x, target) < 0.01
 
 
-# Operators
-
-
 def test_float16_has_no_infinite_scale() -> None:
     class Saturated(SmoothNet):
         def forward(self, x: Tensor) -> Tensor:

@@ -205,8 +205,8 @@ def test_a_record_goes_on_only_on_a_processor_alike() -> None:
     assert "CPU (family 0, model 0, " in sentence(elsewhere.environment)
     with pytest.raises(ValueError, match="family 'family 0, model 0'"):
         elsewhere.resumed(record.plan)
-    other_code = replace(record, environment={**record.environment, "source": "0123456789ab"})
-    with pytest.raises(ValueError, match="source '0123456789ab', not "):
+    other_code = replace(record, environment={**record.environment, "code": "0123456789ab"})
+    with pytest.raises(ValueError, match="code '0123456789ab', not "):
         other_code.resumed(record.plan)
 
 

@@ -117,4 +117,4 @@ def test_a_training_that_fails_does_not_stop_the_others(monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError, match=r"1 of 3 trainings failed\. The others are in .*default\.jsonl") as failed:
         default.measure()
     assert isinstance(failed.value.__cause__, ValueError)
-    assert list(default.load()) == ["whole", rows[1].name, rows[2].name]
+    assert {*default.load()} == {"whole", rows[1].name, rows[2].name}  # as_completed has no order

@@ -1,4 +1,4 @@
-"""The comparison: its jobs, equal tuning, going on from a file, tables."""
+"""The comparison: its jobs, equal trials, going on from a file, tables."""
 
 from __future__ import annotations
 

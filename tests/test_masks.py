@@ -121,6 +121,9 @@ def test_soft_masks_may_miss_0_and_1_by_rounding() -> None:
         assert torch.equal(attrreg.InputGradient()(model, x, soft, target), want)
         with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
             attrreg.InputGradient()(model, x, (mask * x.new_tensor(1 + 50 * eps)).to(dtype), target)
+    for dtype in (torch.float16, torch.bfloat16):  # whose eps are no small numbers
+        with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
+            attrreg.InputGradient()(model, x, 1.02 * mask.to(dtype), target)
 
 
 def test_flags_may_come_from_inference_mode_and_be_written_to() -> None:

@@ -120,6 +120,17 @@ def test_a_score_of_ones_own_reads_any_layer(layer: str) -> None:
     torch.testing.assert_close(attrreg.InputGradient(Energy(layer)).attribute(model, x, weights), want)
 
 
+class Auxiliary(attrreg.scores.TargetLogit):
+    @property
+    def site(self) -> str:
+        return "drop"
+
+
+def test_a_score_of_classes_is_checked_at_a_layer_too() -> None:
+    with pytest.raises(ValueError, match="target has the class 7, but"):
+        attrreg.InputGradient(Auxiliary()).attribute(SmoothNet().double(), x, torch.tensor([1, 7, 2]))
+
+
 # A rule for ReLU layers
 
 

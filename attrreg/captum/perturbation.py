@@ -184,7 +184,7 @@ def _keep_segments(regularizer: FeatureAblation | ShapleyValues) -> None:
     if not isinstance(segments, Tensor) or segments.is_floating_point() or segments.dtype is torch.bool:
         kind = segments.dtype if isinstance(segments, Tensor) else type(segments).__name__
         raise TypeError(f"{name}: segments must be a tensor of integers, got {kind}. Number the segments of the image.")
-    if not segments.numel() or (segments.dim() == 4 and segments.shape[0] != 1):
+    if segments.dim() == 4 and segments.shape[0] != 1:
         raise ValueError(
             f"{name}: segments are {tuple(segments.shape)}, but there is one set of segments for all images. Give (H, W), (C, H, W) or "
             "(1, C, H, W)."

@@ -33,7 +33,7 @@ def evidence(
     dilation: Annotated[int, typer.Option(min=0, help="Of --folder: pixels by which masks are grown.")] = 0,
     method: Annotated[list[str] | None, typer.Option(help="Methods; again for each. Default: all.")] = None,
     trials: Annotated[int, typer.Option(min=1, help="Settings tried for each method; with --quick one.")] = 5,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings with the settings chosen; with --quick one.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Trainings with the settings chosen; with --quick one.")] = 5,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of each training. Default: the data set's own.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Everything once, small: minutes. Draw no conclusions from it.")] = False,
     out: Annotated[Path, typer.Option(help="The results (.jsonl), gone on from; tables (.md) and a picture (.png) go beside it.")] = OUT,
@@ -42,7 +42,7 @@ def evidence(
     device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
     jobs: Annotated[int | None, typer.Option(min=1, help="Trainings at a time, a CPU thread each. Default: one a core; GPU: one.")] = None,
 ) -> None:
-    """Compare ways to train on tasks with a shortcut, published ones or your own, with as many trials for each."""
+    """Compare ways to train on tasks with a shortcut, published ones or your own, with the same number of trials for each."""
     check_packages("evidence", NEEDED)
     check_out(out, ".jsonl", ".md", ".png")
     target = usable(device)

@@ -65,8 +65,8 @@ FEATURE_PATH = Method(
 )
 # Weights are those of the papers where these have one, for means over the batch: GradMask's .203 of a sum over 32 images, the
 # adversary's 10. RRR has .015 in its own paper (1000 for pixels in 0..255) and 320 in the founding one (10, a sum): between them.
-# Not so ActDiff's, which has 1 there: its weight, all of integrated gradients, and Grad-CAM's score and objective are what
-# `benchmarks.tune_demo` had chosen before, on validation images of digits and crosses.
+# Not so ActDiff's, which has 1 there: its weight, all of integrated gradients, Grad-CAM's score and objective, and the feature path's
+# score and baseline are what `benchmarks.tune_demo` had chosen before, on validation images of digits and crosses.
 METHODS = (
     PLAIN,
     Method("masked", transform=ReplaceOutside()),

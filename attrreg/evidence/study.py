@@ -1,4 +1,4 @@
-"""A comparison: which jobs, with as many trials for every method."""
+"""A comparison: which jobs, with the same number of trials for every method."""
 
 from __future__ import annotations
 

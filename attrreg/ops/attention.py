@@ -243,7 +243,7 @@ def attention(
     Half precision is computed in float32, as the math path does.
     """
     if autocasts(query):
-        return as_autocast(phase, partial(attention, phase), query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return as_autocast(partial(attention, phase), query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     dtype = query.dtype
     alone = attn_mask is None or not is_causal  # PyTorch refuses both
     same = alone and query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and dtype == key.dtype == value.dtype

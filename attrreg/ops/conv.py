@@ -241,7 +241,7 @@ def _kind(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups
 
 def _apply(x: Tensor, w: Tensor, b: Tensor | None, phase: Phase, *settings: Any) -> Tensor:
     if autocasts(x):
-        return as_autocast(phase, _apply, x, w, b, phase, *settings)
+        return as_autocast(_apply, x, w, b, phase, *settings)
     if x.dim() < w.dim():
         return _apply(x.unsqueeze(0), w, b, phase, *settings).squeeze(0)
     kind = _kind(x, w, *settings)

@@ -32,7 +32,6 @@ class Phase:
         draws: what the pass draws; None: nobody asks.
         rows: in the batch of all places.
         normalised: of how many rows, tokens of an image as one, statistics were taken: of `rows` alone, unless images meet otherwise.
-        autocast: in which type one computed under autocast, which may be on in a part of the model alone; None: none that looks did.
     """
 
     running: bool = False
@@ -41,7 +40,6 @@ class Phase:
     rows: int = 0
     draws: Draws | None = None
     normalised: set[int] = field(default_factory=set)
-    autocast: torch.dtype | None = None
 
     @contextmanager
     def attributing(self) -> Iterator[None]:

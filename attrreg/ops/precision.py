@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attrreg.ops.phase import Phase
 from attrreg.state import full_precision
 
 
@@ -28,11 +27,10 @@ def autocasts(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
-def as_autocast(phase: Phase, function: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+def as_autocast(function: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
     """A function as autocast computes those that it knows; inside it must not cast again."""
-    phase.autocast = torch.get_autocast_dtype(x.device.type)
     with full_precision(x.device):
-        return _cast(function, phase.autocast, x, *rest)
+        return _cast(function, torch.get_autocast_dtype(x.device.type), x, *rest)
 
 
 def _cast(function: Callable[..., Tensor], dtype: torch.dtype, *arguments: Any) -> Tensor:
