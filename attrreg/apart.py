@@ -16,7 +16,7 @@ from attrreg.call import Call, Select
 from attrreg.distributed import sharded
 from attrreg.recording import parts
 from attrreg.runner import Runner
-from attrreg.sites import INPUT
+from attrreg.sites import INPUT, OUTPUT
 from attrreg.state import autocast_type, isolated
 from attrreg.walk import modes
 
@@ -84,7 +84,7 @@ def _spread(call: Call, chosen: Tensor) -> Tensor | None:
     runner = Runner(call, twice=False)
     with isolated(call.model, device=call.x.device):
         recording = runner.forward(call.x.detach(), {INPUT: True}, check=True)
-        given = parts(recording.output) if call.output is None else [*parts(recording.output), call.logits(recording.output)]
+        given = parts(recording.output) if call.output is None else [*parts(recording.output), runner.at(recording, OUTPUT)]
         by_image = [part for part in given if part.requires_grad and part.shape[:1] == chosen.shape and part.layout == torch.strided]
         if not by_image:
             return None

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef  # which keeps an address from being given anew
 from torch.utils.hooks import RemovableHandle
 
 from attrreg import automatic
 from attrreg.call import Call
 from attrreg.hooks import Tap
+from attrreg.ops.process import transformed
 from attrreg.recording import Called, Recording, image_state, keep_buffers, parts
 from attrreg.sites import SPATIAL
 from attrreg.walk import modules
@@ -201,7 +201,7 @@ def _recomputed() -> bool:
 
 def _transformed() -> bool:
     """Whether torch.func, forward-mode derivatives or a tracer runs the model: such a forward is not the loop's."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or torch._C._is_tracing()
+    return transformed() or torch._C._is_tracing()
 
 
 def _inert() -> Attachment:

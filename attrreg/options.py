@@ -18,7 +18,7 @@ def check_packages(extra: str, needed: Iterable[str]) -> None:
         raise typer.Exit(1)
 
 
-def part_of(out: Path) -> Path:
+def part_file(out: Path) -> Path:
     """Where a file is written first, to take the place of the old one when it is whole."""
     out = out.resolve()  # a link stays
     return out.with_name(f".{out.name}.part")
@@ -31,14 +31,14 @@ def check_out(out: Path, suffix: str, *beside: str, by_part: bool = False) -> No
         out: what `--out` says.
         suffix: what it has to end in.
         beside: the ends of the files that go beside it, behind its name without that suffix.
-        by_part: it is written by way of `part_of` it.
+        by_part: it is written by way of its `part_file`.
 
     Raises:
         typer.BadParameter: it ends otherwise, or one of them cannot be written.
     """
     if out.suffix.lower() != suffix:
         raise typer.BadParameter(f"{out} does not end in {suffix}. Name such a file.", param_hint="--out")
-    for path in (out, *(out.with_name(out.stem + end) for end in beside), *([part_of(out)] if by_part else [])):
+    for path in (out, *(out.with_name(out.stem + end) for end in beside), *([part_file(out)] if by_part else [])):
         if not _writable(path):
             raise typer.BadParameter(f"{path} cannot be written. Name one that can, in a folder that exists.", param_hint="--out")
 

@@ -122,14 +122,17 @@ def missed(record: run.Record) -> str:
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resume", action="store_true", help="keep what is measured already, by the same versions on the same machine")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what is measured already, by the same code and versions on the same machine"
+    )
     parser.add_argument("--channels-last", action="store_true", help="lay out models and images in torch.channels_last")
     parser.add_argument("--section", help="of the page; else it follows from the layout")
     arguments = parser.parse_args()
-    section, command = arguments.section or "survey", COMMAND
+    usual, command = "survey", COMMAND
     models: tuple[str, ...] = MODELS
     if arguments.channels_last:
-        section, command, models = arguments.section or "survey-channels-last", f"{COMMAND} --channels-last", cases.MODELS
+        usual, command, models = "survey-channels-last", f"{COMMAND} --channels-last", cases.MODELS
+    section = arguments.section or usual
     if marks(section, command)[0] not in PAGE.read_text():  # rather than after an hour
         parser.error(f"docs/{PAGE.name} has no section {section} of `{command}`. Write its marks there first.")
     numbers = check.results(section)

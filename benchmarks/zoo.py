@@ -26,6 +26,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from attrreg.evidence.ledger import mend
 from attrreg.progress import bar
 from benchmarks import zoo_report
 from benchmarks.zoo_models import Entry, catalog, ranked
@@ -94,6 +95,7 @@ def _named(entries: list[Entry], names: list[str]) -> list[Entry]:
 
 def _read(file: Path, again: bool) -> dict[str, Record]:
     """What was measured already; the last line of a model counts. Those that say not when and where are measured anew."""
+    mend(file)
     if not file.exists():
         return {}
     records = {record["key"]: record for record in map(json.loads, file.read_text().splitlines())}

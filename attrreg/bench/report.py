@@ -15,7 +15,7 @@ from attrreg.bench.measure import Cost
 from attrreg.bench.run import Plan, Record, names, ratios
 from attrreg.bench.strategies import ATTACHED, CHUNKED, DETACHED, FLOORS, INTEGRATED_GRADIENTS
 from attrreg.environment import sentence
-from attrreg.options import part_of
+from attrreg.options import part_file
 from attrreg.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ AXES = {"batch": "images a batch", "resolution": "pixels a side", "steps": "step
 
 def save(record: Record, path: Path) -> None:
     """As JSON; the file is whole at every time, whatever stops the run."""
-    part = part_of(path)
+    part = part_file(path)
     part.write_text(json.dumps(asdict(record), indent=1) + "\n")
     part.replace(path.resolve())
 
