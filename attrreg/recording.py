@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -280,23 +280,27 @@ def _counts(module: nn.Module) -> bool:
 def _state(model: nn.Module) -> tuple[list[object], list[int], list[tuple[object, ...]]]:
     """Modules, hooks, parameters and buffers; modes, what is trained, and versions; all that each module holds."""
     found = modules(model)
-    objects: list[object] = [*found]
-    parameters: list[Tensor] = []
-    buffers: list[Tensor] = []
-    for module in found:
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            if hooks:
-                objects.extend(hooks.values())
-        parameters.extend(parameter for parameter in module._parameters.values() if parameter is not None)
-        buffers.extend(buffer for buffer in module._buffers.values() if buffer is not None)
+    # Comprehensions, and no calls: a step asks twice, of models of hundreds of modules.
+    hooks = [hook for module in found for held in (module._forward_pre_hooks, module._forward_hooks) if held for hook in held.values()]
+    parameters = [each for module in found if module._parameters for each in module._parameters.values() if each is not None]
+    buffers = [each for module in found if module._buffers for each in module._buffers.values() if each is not None]
     numbers: list[int] = [module.training for module in found]
-    numbers += [*(parameter.requires_grad for parameter in parameters), *map(version, parameters), *map(version, buffers)]
-    return [*objects, *parameters, *buffers], numbers, [tuple(module.__dict__.values()) for module in found]
+    numbers += [parameter.requires_grad for parameter in parameters]
+    numbers += [*versions(parameters), *versions(buffers)]
+    return [*found, *hooks, *parameters, *buffers], numbers, [tuple(module.__dict__.values()) for module in found]
 
 
 def version(tensor: Tensor) -> int:
     """How often a tensor was written to, as far as PyTorch counts."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Those of several."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # one made under inference_mode has none
+        return [version(tensor) for tensor in tensors]
 
 
 def image_state(x: Tensor) -> tuple[int, bool]:

@@ -65,7 +65,7 @@ class Buffers:
     """
 
     def __init__(self, model: nn.Module, moment: Moment = NOW) -> None:
-        self._originals = [(module, dict(module._buffers)) for module in modules(model)]
+        self._originals = [(module, dict(module._buffers) if module._buffers else {}) for module in modules(model)]
         self._copies: dict[int, Tensor] = {}  # one shared by two modules stays shared
         for module, buffers in self._originals:
             for name, buffer in buffers.items():

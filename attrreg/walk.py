@@ -12,10 +12,11 @@ def modules(model: nn.Module) -> list[nn.Module]:
     """What `model.modules()` gives, each once and the model first, but in another order and without its nested generators."""
     found, seen = [model], {model}
     for module in found:  # which grows meanwhile
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                found.append(child)
+        if children := module._modules:  # most have none
+            for child in children.values():
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    found.append(child)
     return found
 
 

@@ -3,8 +3,8 @@
 A function with PyTorch's arguments leaves to PyTorch what it is not sure of (`sound`), sees to the type (`precision`), and applies an
 autograd function. The backward of that asks `phase.wanted` which gradients of weights are asked for. Norms and attention go on by one
 pattern: where somebody differentiates again (`torch.is_grad_enabled`), a second autograd function takes the gradients, whose backward is
-the second derivative in closed form, and the last (`phase.once_differentiable`). What is linear, as convolutions, products and slopes that
-are constant by parts, is made of functions that are each other's derivatives.
+the second derivative in closed form, and the last (`phase.once_differentiable`). What is linear, as convolutions and products, is
+made of functions that are each other's derivatives, or of PyTorch's where these are as fast, as slopes that are constant by parts are.
 """
 
 from attrreg.ops.modes import twice_differentiable

@@ -97,28 +97,21 @@ class _Piecewise(Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         (seen,) = ctx.saved_tensors
-        if not torch.is_grad_enabled():  # nobody differentiates again
-            return ctx.kind.slope(gy, seen), None, None, None
-        return _PiecewiseGradient.apply(gy, seen.detach(), ctx.kind), None, None, None
-
-
-class _PiecewiseGradient(Function):
-    """gx = gy f': linear in gy, and its own adjoint."""
-
-    @staticmethod
-    def forward(ctx: Any, gy: Tensor, seen: Tensor, kind: Piecewise) -> Tensor:
-        ctx.save_for_backward(seen)
-        ctx.kind = kind
-        return kind.slope(gy, seen)
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        (seen,) = ctx.saved_tensors
-        return _PiecewiseGradient.apply(v, seen, ctx.kind) if torch.is_grad_enabled() else ctx.kind.slope(v, seen), None, None
+        # Detached: it is linear in the gradient, and constant in what was seen. PyTorch differentiates that without a pass over zeros.
+        return ctx.kind.slope(gy, seen.detach()), None, None, None
 
 
 RELU = Piecewise(torch.relu, torch.relu_, lambda gy, y: aten.threshold_backward(gy, y, 0), from_output=True)
-HARDSIGMOID = Piecewise(F.hardsigmoid, None, lambda gy, x: aten.hardsigmoid_backward(gy, x))
+SIXTH = 0.1666666716337204  # as float32 has it, by which PyTorch multiplies doubles too
+
+
+def _hardsigmoid_slope(gy: Tensor, x: Tensor) -> Any:
+    if torch.is_grad_enabled():  # PyTorch cannot differentiate its own
+        return aten.hardtanh_backward(gy, x, -3.0, 3.0).mul(SIXTH)
+    return aten.hardsigmoid_backward(gy, x)
+
+
+HARDSIGMOID = Piecewise(F.hardsigmoid, None, _hardsigmoid_slope)
 
 
 def _piecewise(input: Tensor, kind: Piecewise, inplace: bool) -> Tensor:

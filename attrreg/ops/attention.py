@@ -213,7 +213,7 @@ class _AttentionGradients(Function):
         d_v = torch.bmm(c.mT, go)
         d_mask = h.view(full).sum_to_size(mask.shape) if ctx.needs_input_grad[4] else None
         # No views: PyTorch adds the gradients of the loss itself to these in place.
-        found = (aten._unsafe_view(gradient, shape) for gradient, shape in zip((d_go, d_q, d_k, d_v), ctx.shapes, strict=True))
+        found = (gradient.view(shape).data for gradient, shape in zip((d_go, d_q, d_k, d_v), ctx.shapes, strict=True))
         return *found, d_mask, None, None, None
 
 

@@ -55,10 +55,7 @@ class Kernel:
 
     def back(self, x: Tensor, shape: torch.Size) -> Tensor:
         """What was laid so, as the tensor is. No view: a layer may go on to work in place, which on views is slow or refused."""
-        if not self.few:
-            return x
-        result: Tensor = aten._unsafe_view(x.contiguous(), shape)
-        return result
+        return x.contiguous().view(shape).data if self.few else x
 
     def first_order(
         self, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, mask: Sequence[bool] = (True, True, True)
@@ -90,10 +87,10 @@ class _BatchNorm(Function):
         count = x.numel() // x.shape[1]
         found = _statistics(x)
         if found is None:
-            y, mu, r, reserve, index = aten._batch_norm_impl_index(x, g, b, mean, var, True, momentum, eps, torch.backends.cudnn.enabled)
+            y, mu, r, reserve, index = torch._batch_norm_impl_index(x, g, b, mean, var, True, momentum, eps, torch.backends.cudnn.enabled)
         else:
             (mu, batch), index, reserve = found, 0, x.new_empty(0, dtype=torch.uint8)
-            y, r = aten.native_batch_norm(x, g, b, mu, batch, False, 0.0, eps)[0], (batch + eps).rsqrt_()
+            y, r = torch.native_batch_norm(x, g, b, mu, batch, False, 0.0, eps)[0], (batch + eps).rsqrt_()
             if mean is not None and var is not None:
                 # .data, as PyTorch's kernel writes them: without telling autograd, which would refuse an earlier graph that saved them.
                 mean.data.lerp_(mu, momentum)
@@ -139,18 +136,18 @@ class _InputGradient(Function):
         for_gy, v_xhat, _ = kernel.first_order(v, x, g, mu, r)
         # r sum(v (gy - mean(gy))): what the kernel sums for a tensor with this mean and this deviation. CUDA's reads the type of r.
         v_gy = aten.native_batch_norm_backward(v, gy, r, None, None, gy_sum / kernel.count, r, True, 0.0, [False, True, False])[1]
-        for_g = torch.addcmul(v_gy, v_xhat, gy_xhat * r, value=-1 / kernel.count)
+        share, along_gy = -1 / kernel.count, gy_xhat * r
+        for_g = torch.addcmul(v_gy, v_xhat, along_gy, value=share)
         fast = fused.kernels(x, for_gy, gx)
         if fast is not None:
             return for_gy, fast.planes(x, for_gy, gx, mu, r, g, v_xhat, gy_xhat, for_g), for_g, None, None, None
-        q = r / -kernel.count
-        slope = q * r * g * for_g
+        slope = (r * share).mul_(r).mul_(g).mul_(for_g)
         along = (1, -1, *[1] * (x.dim() - 2))
         if x.dtype == mu.dtype:  # of the operators that could compute k (x - mu), the one in a single vectorised pass
             for_x = torch.native_batch_norm(x, slope, None, mu, torch.ones_like(r), False, 0.0, 0.0)[0]
         else:
             for_x = (x - mu.view(along)).mul_(slope.view(along))
-        for_x.addcmul_(for_gy, (q * gy_xhat).view(along)).addcmul_(gx, (q * v_xhat).view(along))
+        for_x.addcmul_(for_gy, along_gy.view(along), value=share).addcmul_(gx, (v_xhat * r).view(along), value=share)
         return kernel.back(for_gy, shape), kernel.back(for_x, shape).to(x.dtype), for_g, None, None, None
 
 

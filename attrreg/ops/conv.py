@@ -3,7 +3,8 @@
 PyTorch takes the second-order weight gradient by a convolution of transposed tensors and, for grouped or depthwise
 convolutions, loops over the groups. But a convolution is bilinear in image and weight, so every derivative of every order is
 one of three operations: the convolution y(x, w), its input gradient gx(gy, w), its weight gradient gw(gy, x). PyTorch has
-native kernels for all three, grouped or not, and each is written here with the other two as its derivatives.
+native kernels for all three, grouped or not, and each is written here with the other two as its derivatives. On the CPU gx is
+PyTorch's transposed convolution: the same kernels, and nodes that start without Python, which weighs as much where images are small.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from attrreg.ops import depthwise, patches, pointwise, sound, strided
-from attrreg.ops.channels import adjacent, layout, of_convolution
+from attrreg.ops.channels import adjacent, dense, layout, of_convolution, suggested
 from attrreg.ops.linear import PLAIN, linear, product
 from attrreg.ops.phase import Phase, wanted
 from attrreg.ops.precision import as_autocast, autocasts
@@ -41,6 +42,7 @@ class Convolution:
         channels_last: these are laid out so.
         remainders: the gradient of images by remainders of the stride.
         weight_product: the gradient of weights from those of the output, images, weights and this; None: PyTorch's.
+        unseen: what the kernel's last step leaves of each axis, for gradients of images as transposed convolutions; None: others win.
     """
 
     stride: list[int]
@@ -53,6 +55,7 @@ class Convolution:
     channels_last: bool = False
     remainders: bool = False
     weight_product: Callable[[Tensor, Tensor, Tensor, Convolution], Tensor | None] | None = None
+    unseen: list[int] | None = None
 
     def convolve(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """y(x, w) + b."""
@@ -67,11 +70,11 @@ class Convolution:
             with full_precision(gy.device):
                 return self.backward(gy, x, w, image, weight, bias)
         gx = gw = gb = None
-        if self.pixels and layout(x) == torch.channels_last:  # two layouts in one operation are slow, here and in layers before
-            gy = gy.contiguous(memory_format=torch.channels_last)
-        if image and self.pixels:
-            gx = pointwise.input_gradient(gy, w)
-        elif image and self.remainders:
+        if self.pixels:
+            channels_last = layout(x) == torch.channels_last  # two layouts in one operation are slow, here and in layers before
+            gy = gy.contiguous(memory_format=torch.channels_last) if channels_last else pointwise.copied_once(gy)
+            gx = pointwise.input_gradient(gy, w, channels_last) if image else None
+        if image and self.remainders:
             gx = strided.input_gradient(gy, w, x.shape[2:], self.stride[0], self.padding)
         if weight and self.weight_product is not None:
             gw = self.weight_product(gy, x, w, self)
@@ -84,10 +87,14 @@ class Convolution:
             gx, gw = rest[0] if mask[0] else gx, rest[1] if mask[1] else gw
         return gx, gw, gb
 
+    def steps(self, image: Sequence[int], weight: Sequence[int]) -> list[tuple[int, int]]:
+        """Of each axis, how often the kernel moves, and what it leaves unseen."""
+        axes = zip(image[2:], weight[2:], self.stride, self.padding, self.dilation, strict=True)
+        return [divmod(size + 2 * pad - step * (kernel - 1) - 1, stride) for size, kernel, stride, pad, step in axes]
+
     def positions(self, image: Sequence[int], weight: Sequence[int]) -> int:
         """Of an output."""
-        seen = zip(image[2:], weight[2:], self.stride, self.padding, self.dilation, strict=True)
-        return math.prod((size + 2 * pad - step * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, pad, step in seen)
+        return math.prod(moves + 1 for moves, _ in self.steps(image, weight))
 
 
 @lru_cache(maxsize=4096)  # to find out costs as much as a small convolution
@@ -109,7 +116,7 @@ def _convolution(
         image: `(N, C, ...)`.
         weight: of the layer.
         stride, padding, dilation, groups, output_padding: as PyTorch's functions take them, lists as tuples, padding in numbers.
-        products: whether matrix products are to be considered.
+        products: whether what is faster than PyTorch's kernels is to be considered.
         channels_last: the image is laid out so; of groups, a slice of such a one too.
         transposed: the convolution is.
     """
@@ -118,21 +125,30 @@ def _convolution(
     settings = Convolution(numbers[0], numbers[1], numbers[2], numbers[3], transposed, groups)
     if not products or transposed or 0 in image:
         return settings
+    faster = _faster(settings, image, weight, channels_last) or {"unseen": [rest for _, rest in settings.steps(image, weight)]}
+    return replace(settings, **faster)
+
+
+def _faster(settings: Convolution, image: tuple[int, ...], weight: tuple[int, ...], channels_last: bool) -> dict[str, Any]:
+    """What is faster than PyTorch's kernels, as settings."""
+    groups = settings.groups
     if set(weight[2:]) == {1} and groups == 1 and not any(settings.padding):
         images, weights = pointwise.by_products(image[0], settings.positions(image, weight), weight[1], weight[0], channels_last)
-        pixels, weight_product = images and set(settings.stride) == {1}, _weight_of_pixels if weights else None
-        return replace(settings, pixels=pixels, channels_last=channels_last, weight_product=weight_product)
-    if axes != 2:
-        return settings
+        if not (images and set(settings.stride) == {1}):
+            return {"weight_product": _weight_of_pixels} if weights else {}
+        return {"pixels": True, "channels_last": channels_last, "weight_product": _weight_of_pixels if weights else None}
+    if len(weight) != 4:
+        return {}
     if strided.is_slow(image[1], weight[2:], settings.stride, settings.dilation, groups):
-        return replace(settings, remainders=True)
+        return {"remainders": True}
     # Weights are many and positions few, as in the last stage of a network on small images: a library mostly lays out the weights.
     if groups == 1 and image[0] * settings.positions(image, weight) <= weight[0] // 4:
-        return replace(settings, weight_product=_weight_of_columns)
+        return {"weight_product": _weight_of_columns}
     if groups == image[1] == weight[0]:
         than_products, than_last = depthwise.is_slow(image[2:], weight[2:], channels_last)
-        return replace(settings, weight_product=_weight_of_channels if than_products else _weight_in_other_layout if than_last else None)
-    return settings
+        if than_products or than_last:
+            return {"weight_product": _weight_of_channels if than_products else _weight_in_other_layout}
+    return {}
 
 
 def _weight_of_pixels(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor:
@@ -146,8 +162,7 @@ def _weight_of_pixels(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -
 
 def _weight_of_columns(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor:
     columns = F.unfold(x, tuple(w.shape[2:]), tuple(settings.dilation), tuple(settings.padding), tuple(settings.stride))
-    gw: Tensor = aten._unsafe_view(product(gy.transpose(0, 1).flatten(1), columns.transpose(0, 1).flatten(1)), w.shape)
-    return gw
+    return product(gy.transpose(0, 1).flatten(1), columns.transpose(0, 1).flatten(1)).view(w.shape).data
 
 
 def _weight_of_channels(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor:
@@ -178,9 +193,20 @@ class _Convolve(Function):
         for_x, for_w, for_b = wanted(ctx, 3)
         if not torch.is_grad_enabled():  # nobody differentiates again: one call for all three
             return *ctx.kind.backward(gy, x, w, for_x, for_w, for_b), None, None
-        gx = _InputGradient.apply(gy, w, x.detach(), ctx.kind, ctx.phase) if for_x else None
+        gx = _input_gradient(gy, w, x.detach(), ctx.kind, ctx.phase) if for_x else None
         gw = _WeightGradient.apply(gy, x, w.detach(), ctx.kind, ctx.phase) if for_w else None
         return gx, gw, _bias_gradient(gy) if for_b else None, None, None
+
+
+def _input_gradient(gy: Tensor, w: Tensor, like: Tensor, kind: Convolution, phase: Phase) -> Tensor:
+    """gx(gy, w), to be differentiated again: as a transposed convolution, whose node is PyTorch's own, which start faster than ours."""
+    if kind.unseen is None:
+        ours: Tensor = _InputGradient.apply(gy, w, like, kind, phase)
+        return ours
+    format = suggested(like)
+    if dense(gy) and suggested(gy) != format:  # else as it is: a node holds it, and would hold a copy besides
+        gy = gy.contiguous(memory_format=format)
+    return torch.convolution(gy, w, None, kind.stride, kind.padding, kind.dilation, True, kind.unseen, kind.groups)
 
 
 class _InputGradient(Function):
@@ -197,6 +223,7 @@ class _InputGradient(Function):
         gy, w = ctx.saved_tensors
         for_gy, for_w = wanted(ctx, 2)
         if not torch.is_grad_enabled():
+            v = pointwise.copied_once(v) if ctx.kind.pixels else v
             ggy = ctx.kind.convolve(v, w, None) if for_gy else None
             gw = ctx.kind.backward(gy, v, w, False, True, False)[1] if for_w else None
             return ggy, gw, None, None, None

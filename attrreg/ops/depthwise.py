@@ -42,8 +42,7 @@ def weight_gradient(gy: Tensor, x: Tensor, w: Tensor, stride: Sequence[int], pad
     """gw(gy, x), of the shape of w."""
     way = _by_positions if gy.shape[2:].numel() <= min(FEW, PER_IMAGE * gy.shape[0]) else _by_rows
     found = way(gy, x, w.shape[2:], stride, padding, dilation)
-    gw: Tensor = torch.ops.aten._unsafe_view(found, w.shape)  # no view: PyTorch adds to it in place then
-    return gw
+    return found.view(w.shape).data  # no view: PyTorch adds to it in place then
 
 
 def _by_positions(

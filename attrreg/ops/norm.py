@@ -76,13 +76,13 @@ class _LayerNormInputGradient(Function):
         gx, a, _ = _of_channels(product, shaped, mean, inverse)  # one pass, not worth keeping
         rpv, b, _ = _of_channels(v.reshape(rows), shaped, mean, inverse)
         torch.mul(gy.view(rows), rpv, out=product)  # a new tensor of this size costs as much as a pass over it
+        products, share = product[0], -1 / count  # a and b are sums here
+        phi = torch.addmv(mean, products, weight, beta=0, alpha=share)  # since sum(v gx) = sum(g gy r P(v)); no scalars, which take longer
+        for_x = (shaped - mean.view(-1, 1)).mul_((phi * inverse).mul_(inverse).view(-1, 1))
+        for_x.addcmul_(rpv, a.mul_(inverse).view(-1, 1), value=share).addcmul_(gx, b.mul_(inverse).view(-1, 1), value=share)
         # No views go out: PyTorch adds what else is a gradient of the same tensor to these in place.
-        for_g = aten._unsafe_view(product[0].sum(0), ctx.shape) if ctx.needs_input_grad[2] else None
-        phi = torch.mv(product[0], weight)  # since sum(v gx) = sum(g gy r P(v))
-        scale = inverse * (-1 / count)  # a and b are sums here
-        for_x = (shaped - mean[:, None]).mul_((phi * scale * inverse)[:, None])
-        for_x.addcmul_(rpv, (a * scale)[:, None]).addcmul_(gx, (b * scale)[:, None])
-        return aten._unsafe_view(rpv, v.shape).mul_(g), aten._unsafe_view(for_x, x.shape), for_g, None, None, None
+        for_g = products.sum(0).view(ctx.shape).data if ctx.needs_input_grad[2] else None
+        return rpv.view(v.shape).data.mul_(g), for_x.view(x.shape).data, for_g, None, None, None
 
 
 def _of_channels(u: Tensor, x: Tensor, mu: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -71,6 +71,8 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(backward)
     def call(ctx: Any, *gradients: Tensor | None) -> Any:
         device = next(gradient.device for gradient in gradients if gradient is not None)
+        if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device.type)):  # as mostly: to enter contexts takes longer than to ask
+            return backward(ctx, *gradients)
         with torch.no_grad(), full_precision(device):
             found = backward(ctx, *gradients)
         if not torch.is_grad_enabled():

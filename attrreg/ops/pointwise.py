@@ -9,10 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attrreg.ops.channels import layout
 from attrreg.ops.linear import product
 
-aten = torch.ops.aten
 FEW = 8  # positions: products of so few columns are slow, so that all images are put into one
 NARROW = 2**12  # values of a weight, up to which products win at any number of positions
 
@@ -36,6 +34,11 @@ def _takes_rows(x: Tensor) -> bool:
     return x.shape[2:].numel() <= FEW or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
+def copied_once(x: Tensor) -> Tensor:
+    """Images that several products take, laid out so that those of rows do not copy them each."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and _takes_rows(x) else x
+
+
 def as_rows(x: Tensor) -> Tensor:
     """The channels of each position of all images, `(N * positions, C)`."""
     return x.movedim(1, -1).reshape(-1, x.shape[1])
@@ -49,12 +52,10 @@ def convolve(x: Tensor, w: Tensor, b: Tensor | None, channels_last: bool) -> Ten
 def _times(matrix: Tensor, x: Tensor, b: Tensor | None, channels_last: bool) -> Tensor:
     """A matrix `(out, in)` times each position of `(N, in, ...)`. No view: autograd functions must not return one."""
     n, out, places = x.shape[0], matrix.shape[0], x.shape[2:]
-    result: Tensor
     if not _takes_rows(x):
         matrices, flat = matrix.expand(n, -1, -1), x.flatten(2)
         images = torch.bmm(matrices, flat) if b is None else torch.baddbmm(b[:, None], matrices, flat)
-        result = aten._unsafe_view(images, (n, out, *places))
-        return result
+        return images.view(n, out, *places).data
     rows = product(as_rows(x), matrix, b)
     shaped = rows.view(n, *places, out).movedim(-1, 1)
     if channels_last:
@@ -62,10 +63,10 @@ def _times(matrix: Tensor, x: Tensor, b: Tensor | None, channels_last: bool) -> 
     return shaped.clone(memory_format=torch.contiguous_format)
 
 
-def input_gradient(gy: Tensor, w: Tensor) -> Tensor:
-    """gx(gy, w)."""
+def input_gradient(gy: Tensor, w: Tensor, channels_last: bool) -> Tensor:
+    """gx(gy, w), laid out as said."""
     # Of a transposed matrix, products with each image are slow.
-    return _times(w.flatten(1).t() if _takes_rows(gy) else w.flatten(1).t().contiguous(), gy, None, layout(gy) == torch.channels_last)
+    return _times(w.flatten(1).t() if _takes_rows(gy) else w.flatten(1).t().contiguous(), gy, None, channels_last)
 
 
 def weight_gradient(gy: Tensor, x: Tensor, w: Tensor) -> Tensor:
@@ -77,5 +78,4 @@ def weight_gradient(gy: Tensor, x: Tensor, w: Tensor) -> Tensor:
         found = torch.bmm(gy.flatten(2), x.flatten(2).mT).sum(0)
     else:
         found = product(gy.transpose(0, 1).reshape(out, -1), x.transpose(0, 1).reshape(channels, -1))
-    result: Tensor = aten._unsafe_view(found, w.shape)
-    return result
+    return found.view(w.shape).data
