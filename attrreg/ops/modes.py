@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from attrreg.ops import activation, attention, batch_norm, concatenate, conv, distance, draws, linear, norm, pool
+from attrreg.ops import activation, attention, batch_norm, concatenate, conv, distance, draws, linear, norm, pool, recurrent
 from attrreg.ops.phase import Phase
 from attrreg.ops.process import BY_MATH, attention_by, attention_kernels, checkpoints_recompute_inside, transformed
 
@@ -45,7 +45,7 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
 }
 
 
-WITH_PHASE: dict[Callable[..., Any], Callable[..., Tensor]] = {
+WITH_PHASE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.conv1d: partial(conv.convolve, axes=1),
     F.conv2d: conv.convolve,
     F.conv3d: partial(conv.convolve, axes=3),
@@ -60,6 +60,7 @@ WITH_PHASE: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.instance_norm: norm.instance_norm,
     F.rms_norm: norm.rms_norm,
     F.normalize: norm.normalize,
+    torch.lstm: recurrent.lstm,
     **{function: partial(_drawn, function) for function in draws.KNOWN},
 }
 

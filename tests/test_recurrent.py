@@ -1,0 +1,155 @@
+"""LSTM layers: PyTorch's values, and derivatives of both orders."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from attrreg import InputGradient
+from attrreg.graph import nodes
+from attrreg.objectives import SquaredOutside
+from attrreg.ops import Phase, twice_differentiable
+from attrreg.scores import TargetLogit
+
+KINDS = [
+    {},
+    {"bidirectional": True, "batch_first": True},
+    {"num_layers": 2, "bidirectional": True, "bias": False},
+    {"num_layers": 3, "batch_first": True, "dropout": 0.5},  # which does nothing in eval mode
+]
+PARTS = [(0, 1, 2), (0,), (1,), (2,)]  # output, last hidden state, last cells: what is read
+
+
+def results(layer: nn.LSTM, x: Tensor, states: tuple[Tensor, Tensor], parts: tuple[int, ...]) -> Tensor:
+    y, last = layer(x, states)
+    return torch.stack([(y, *last)[part].sin().sum() for part in parts]).sum()
+
+
+def derivatives(layer: nn.LSTM, inputs: list[Tensor], parts: tuple[int, ...], ours: bool) -> list[Tensor]:
+    """The value, its gradients with respect to the inputs, and the gradients of both together with respect to all leaves."""
+    phase = Phase()
+    forward: AbstractContextManager[Any] = twice_differentiable(phase) if ours else nullcontext()
+    with forward:
+        total = results(layer, inputs[0], (inputs[1], inputs[2]), parts)
+    with phase.attributing():
+        slopes = torch.autograd.grad(total, inputs, create_graph=True)
+    found = "_RecurrenceGradientBackward" in {node.name() for node in nodes(*slopes)}
+    assert found == ours
+    penalty = torch.stack([(slope - 0.1).square().sum() for slope in slopes]).sum()
+    return [total, *slopes, *torch.autograd.grad(penalty + 0.3 * total, [*inputs, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives_are_pytorchs(kind: dict[str, Any], parts: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    layer = nn.LSTM(3, 4, **kind).double().eval()
+    directions = layer.num_layers * (1 + layer.bidirectional)
+    states = [torch.randn(directions, 5 if layer.batch_first else 6, 4, dtype=torch.float64) for _ in range(2)]
+    inputs = [tensor.requires_grad_() for tensor in (torch.randn(5, 6, 3, dtype=torch.float64), *states)]
+    got, expected = (derivatives(layer, inputs, parts, ours) for ours in (True, False))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_by_differences() -> None:
+    torch.manual_seed(0)
+    layer = nn.LSTM(2, 2, bidirectional=True).double()
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 2, 2), (2, 2, 2), (2, 2, 2))]
+
+    def outputs(x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        with twice_differentiable(Phase()):
+            y, last = layer(x, (h, c))
+        return y, *last
+
+    assert torch.autograd.gradcheck(outputs, inputs)
+    assert torch.autograd.gradgradcheck(outputs, inputs)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("case", ["packed", "projection", "dropout", "half"])
+def test_what_is_not_sure_is_pytorchs(case: str) -> None:
+    torch.manual_seed(0)
+    kinds: dict[str, dict[str, Any]] = {"projection": {"proj_size": 2}, "dropout": {"dropout": 0.5, "num_layers": 2}}
+    dtype = torch.bfloat16 if case == "half" else torch.float32
+    layer = nn.LSTM(3, 4, **kinds.get(case, {})).to(dtype)
+    x = torch.randn(5, 2, 3).to(dtype)
+    given: Any = pack_padded_sequence(x, torch.tensor([5, 3])) if case == "packed" else x
+    values = []
+    for context in (twice_differentiable(Phase()), nullcontext()):
+        torch.manual_seed(1)
+        with context:
+            values.append(layer(given))
+    torch.testing.assert_close(*values, rtol=0, atol=0)
+
+
+def test_what_states_of_another_batch_are_refused_by_is_pytorch() -> None:
+    layer, x, state = nn.LSTM(3, 4).double(), *(torch.randn(*shape, dtype=torch.float64) for shape in ((5, 2, 3), (1, 1, 4)))
+    arguments: Any = x, (state, state), layer._flat_weights, True, 1, 0.0, True, False, False
+    messages = []
+    for context in (twice_differentiable(Phase()), nullcontext()):
+        with context, pytest.raises(RuntimeError) as error:
+            torch.lstm(*arguments)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_model_may_write_into_the_output(both: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.LSTM(3, 4, bidirectional=both).double(), torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    found = []
+    for context in (twice_differentiable(Phase()), nullcontext()):
+        with context:
+            y = layer(x)[0]
+            y[0] = 0.5
+            total = y.sin_().sum()
+        (slope,) = torch.autograd.grad(total, x, create_graph=True)
+        found.append([slope, *torch.autograd.grad(slope.square().sum(), list(layer.parameters()), allow_unused=True)])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
+class Rows(nn.Module):
+    """Reads the rows of an image one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(24, 6, batch_first=True, bidirectional=True), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.lstm(x.transpose(1, 2).flatten(2))[0].mean(1))
+        return logits
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_penalty_on_a_model_of_them(attached: bool) -> None:
+    torch.manual_seed(0)
+    model, x, target = Rows().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 2])
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[..., :4] = 1
+    regularizer = InputGradient(score=TargetLogit(), objective=SquaredOutside())
+    images = x.clone().requires_grad_()
+    logits = model(images)
+    (slope,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), images, create_graph=True)
+    expected = ((slope * (1 - mask)).square().sum((1, 2, 3))).mean()
+    by_hand = torch.autograd.grad(expected + logits.logsumexp(1).sum(), list(model.parameters()))
+    if attached:
+        regularizer.attach(model)
+    loss = model(x).logsumexp(1).sum()
+    penalty = regularizer(model, x, mask, target)
+    torch.testing.assert_close(penalty, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss + penalty, list(model.parameters())), by_hand, rtol=1e-10, atol=1e-12)
+
+
+def test_third_derivatives_are_refused() -> None:
+    layer, x = nn.LSTM(3, 4).double(), torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    with twice_differentiable(Phase()):
+        total = layer(x)[0].sin().sum()
+    (slope,) = torch.autograd.grad(total, x, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="third derivative"):
+        torch.autograd.grad(curvature.square().sum(), x)
