@@ -87,7 +87,7 @@ def test_what_is_not_sure_is_pytorchs(case: str) -> None:
     torch.testing.assert_close(*values, rtol=0, atol=0)
 
 
-def test_what_states_of_another_batch_are_refused_by_is_pytorch() -> None:
+def test_states_of_another_batch_are_refused_in_pytorchs_words() -> None:
     layer, x, state = nn.LSTM(3, 4).double(), *(torch.randn(*shape, dtype=torch.float64) for shape in ((5, 2, 3), (1, 1, 4)))
     arguments: Any = x, (state, state), layer._flat_weights, True, 1, 0.0, True, False, False
     messages = []
@@ -111,6 +111,48 @@ def test_a_model_may_write_into_the_output(both: bool) -> None:
         (slope,) = torch.autograd.grad(total, x, create_graph=True)
         found.append([slope, *torch.autograd.grad(slope.square().sum(), list(layer.parameters()), allow_unused=True)])
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_are_as_pytorchs(kind: dict[str, Any]) -> None:
+    layer, x = nn.LSTM(3, 4, **kind).double().eval(), torch.randn(5, 2, 3, dtype=torch.float64)
+    found = []
+    for context in (twice_differentiable(Phase()), nullcontext()):
+        with context:
+            y, last = layer(x)
+            with torch.no_grad():
+                alone = layer(x)[0]
+        found.append([(part.shape, part.stride(), part.dtype, part.requires_grad) for part in (y, *last, alone)])
+    assert found[0] == found[1]
+
+
+def test_weights_made_of_the_images_and_frozen_ones() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.LSTM(3, 4).double(), torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    layer.bias_hh_l0.requires_grad_(False)
+    made = torch.randn(16, 4, 2, dtype=torch.float64, requires_grad=True)
+    state = torch.randn(1, 1, 4, dtype=torch.float64, requires_grad=True)
+    found = []
+    for context in (twice_differentiable(phase := Phase()), nullcontext()):
+        with context:
+            weights = {"weight_hh_l0": made @ x.mean((0, 2))}
+            y, last = torch.func.functional_call(layer, weights, (x, (state.expand(-1, 2, -1), state.detach().expand(-1, 2, -1))))
+        with phase.attributing():
+            (slope,) = torch.autograd.grad(y.sin().sum() + last[1].sum(), x, create_graph=True)
+        found.append([slope, *torch.autograd.grad(slope.square().sum(), [made, state, *list(layer.parameters())[::2]])])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
+def test_a_backward_under_autocast_does_not_round() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    found = []
+    for context in (torch.autocast("cpu", torch.bfloat16), nullcontext()):
+        with twice_differentiable(Phase()):
+            total = layer(x)[0].sin().sum()
+        with context:
+            found.append(torch.autograd.grad(total, list(layer.parameters())[1]))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 class Rows(nn.Module):

@@ -4,7 +4,7 @@ PyTorch takes the second-order weight gradient by a convolution of transposed te
 convolutions, loops over the groups. But a convolution is bilinear in image and weight, so every derivative of every order is
 one of three operations: the convolution y(x, w), its input gradient gx(gy, w), its weight gradient gw(gy, x). PyTorch has
 native kernels for all three, grouped or not, and each is written here with the other two as its derivatives. On the CPU gx is
-PyTorch's transposed convolution: the same kernels, and nodes that start without Python, which weighs as much where images are small.
+PyTorch's transposed convolution where nothing is faster: the same kernels, and nodes that start without Python.
 """
 
 from __future__ import annotations

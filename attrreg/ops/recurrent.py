@@ -10,14 +10,14 @@ The first order, from the last step to the first, with s the slopes of the gates
     dh = gh + h*,  dc = gc + c* + dh o (1 - a^2),  dp = s (dc g + gi, dc c' + gf, dc i + gg, dh a + go)
     for the step before: h* = dp w,  c* = dc f
 
-For v, the gradient with respect to dp, and y, x those with respect to h*, c* (of the step before, or of the first ones), from the first
-step to the last, with e = v + y w^T:
+For v, the gradient with respect to dp, and y, x those with respect to the h*, c* that a step hands to the one before, which are given for
+the first step, and for the next are its d_h*, d_c*, from the first step to the last, with e = v + y w^T:
 
     d_c* = d_gc = s_i g e_i + s_f c' e_f + s_g i e_g + x f,  d_h* = d_gh = s_o a e_o + o (1 - a^2) d_c*
     d_i = dc (s_g e_g + g (1 - 2i) e_i),  d_f = dc (x + c' (1 - 2f) e_f),  d_g = dc (s_i e_i - 2 g i e_g)
     d_o = dh ((1 - a^2) d_c* + a (1 - 2o) e_o),  d_c = dh (1 - a^2) (s_o e_o - 2 a o d_c*),  d_c' = dc s_f e_f,  d_w = sum dp^T y
 
-Gates and cells are results too, so these gradients join the first order of the loss in one way back through the steps.
+Gates and cells are results too, so these gradients join the first order of the loss in one pass back through the steps.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from torch.autograd import Function
 
 from attrreg.ops.linear import PLAIN, linear
 from attrreg.ops.phase import THIRD, Phase, once_differentiable, wanted
+from attrreg.ops.precision import autocasts
+from attrreg.state import full_precision
 
 TYPES = (torch.float32, torch.float64)
 
 
 class _Steps(NamedTuple):
-    """What all steps know before the way back.
+    """What is known of all steps at once.
 
     Attributes:
         before: c'.
@@ -71,15 +73,16 @@ def _back(
     steps = _Steps.of(c0, cells, gates)
     dp, dh, dc = torch.empty_like(gates), torch.empty_like(cells), torch.empty_like(cells)
     more = None if ggates is None else ggates * steps.slopes
-    h = c = torch.zeros_like(c0)
-    for t in reversed(range(len(cells))):
-        torch.add(gh[t], h, out=dh[t])
-        torch.addcmul(c if gc is None else c + gc[t], dh[t], steps.to_cell[t], out=dc[t])
-        torch.mul(dc[t].unsqueeze(-2), steps.by_cell[t], out=dp[t, ..., :3, :])
-        torch.mul(dh[t], steps.by_hidden[t], out=dp[t, ..., 3, :])
+    views = (dp, dp[..., :3, :], dp[..., 3, :], gh, dh, dc, steps.to_cell, steps.by_cell, steps.by_hidden, gates[..., 1, :])
+    h = c = torch.zeros_like(c0)  # h* and c*
+    for t, (all_four, three, last, g, of_h, of_c, to_cell, by_cell, by_hidden, f) in reversed([*enumerate(zip(*views, strict=True))]):
+        torch.add(g, h, out=of_h)
+        torch.addcmul(c if gc is None else c + gc[t], of_h, to_cell, out=of_c)
+        torch.mul(of_c.unsqueeze(-2), by_cell, out=three)
+        torch.mul(of_h, by_hidden, out=last)
         if more is not None:
-            dp[t] += more[t]
-        h, c = torch.bmm(dp[t].flatten(-2), w), dc[t] * gates[t, ..., 1, :]
+            all_four.add_(more[t])
+        h, c = torch.bmm(all_four.flatten(-2), w), of_c * f
     return dp, dh, dc, h, c
 
 
@@ -97,8 +100,8 @@ class _Recurrence(Function):
         gates = torch.empty_like(p)
         hidden, cells = (p.new_empty((len(p), *h0.shape)) for _ in range(2))
         h, c, across = h0, c0, w.mT
-        for z, before, values, each_h, each_c in zip(gates.flatten(-2), p.flatten(-2), gates, hidden, cells, strict=True):
-            torch.baddbmm(before, h, across, out=z)
+        for z, made, values, each_h, each_c in zip(gates.flatten(-2), p.flatten(-2), gates, hidden, cells, strict=True):
+            torch.baddbmm(made, h, across, out=z)
             values[..., :2, :].sigmoid_()
             i, f, g, o = values.unbind(-2)
             c = torch.addcmul(i * g.tanh_(), f, c, out=each_c)
@@ -113,68 +116,63 @@ class _Recurrence(Function):
         w, h0, c0, hidden, cells, gates = ctx.saved_tensors
         if gh is None:
             gh = torch.zeros_like(hidden)
-        if torch.is_grad_enabled():
-            dp, h, c = _RecurrenceGradient.apply(gh, gc, w, c0, cells, gates)
-            if ggates is not None:
-                found = zip((dp, h, c), _OfGates.apply(ggates, w, c0, cells, gates), strict=True)
-                dp, h, c = (one + other for one, other in found)
-        else:
-            dp, _, _, h, c = _back(gh, gc, ggates, w, c0, cells, gates)
-        for_p, for_w = wanted(ctx, 2)
-        return dp if for_p else None, _over_steps(dp, torch.cat((h0[None], hidden[:-1]))) if for_w else None, h, c, None
-
-
-class _OfGates(Function):
-    """What second derivatives add to the first order, where a loop asks for third ones."""
-
-    @staticmethod
-    def forward(ctx: Any, ggates: Tensor, w: Tensor, c0: Tensor, cells: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dp, _, _, h, c = _back(torch.zeros_like(cells), None, ggates, w, c0, cells, gates)
-        return dp, h, c
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> None:
-        raise RuntimeError(THIRD.decode())
+        with full_precision(w.device):  # as `once_differentiable`
+            if torch.is_grad_enabled():
+                dp, h, c = _RecurrenceGradient.apply(gh, gc, ggates, w, c0, cells, gates)
+            else:
+                dp, _, _, h, c = _back(gh, gc, ggates, w, c0, cells, gates)
+            for_p, for_w = wanted(ctx, 2)
+            gw = _over_steps(dp, torch.cat((h0[None], hidden[:-1]))) if for_w else None
+        return dp if for_p else None, gw, h, c, None
 
 
 class _RecurrenceGradient(Function):
     @staticmethod
     def forward(
-        ctx: Any, gh: Tensor, gc: Tensor | None, w: Tensor, c0: Tensor, cells: Tensor, gates: Tensor
+        ctx: Any, gh: Tensor, gc: Tensor | None, ggates: Tensor | None, w: Tensor, c0: Tensor, cells: Tensor, gates: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dp, dh, dc, h, c = _back(gh, gc, None, w, c0, cells, gates)
+        dp, dh, dc, h, c = _back(gh, gc, ggates, w, c0, cells, gates)
         ctx.save_for_backward(w, c0, cells, gates, dp, dh, dc)
+        ctx.third = ggates is not None  # which second derivatives alone make
         return dp, h, c
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v: Tensor, y0: Tensor, x0: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.third:
+            raise RuntimeError(THIRD.decode())
         w, c0, cells, gates, dp, dh, dc = ctx.saved_tensors
         steps, e = _Steps.of(c0, cells, gates), torch.empty_like(gates)
         y, x = (cells.new_empty((len(cells) + 1, *c0.shape)) for _ in range(2))
         y[0], x[0] = y0, x0
-        across = w.mT
-        for t, (z, before) in enumerate(zip(e.flatten(-2), v.flatten(-2), strict=True)):
-            torch.baddbmm(before, y[t], across, out=z)
-            torch.addcmul((e[t, ..., :3, :] * steps.by_cell[t]).sum(-2), x[t], gates[t, ..., 1, :], out=x[t + 1])
-            torch.addcmul(e[t, ..., 3, :] * steps.by_hidden[t], x[t + 1], steps.to_cell[t], out=y[t + 1])
+        across, outer = w.mT, (v.flatten(-2), y[:-1], x[:-1], y[1:], x[1:])
+        views = (e.flatten(-2), e[..., :3, :], e[..., 3, :], steps.to_cell, steps.by_cell, steps.by_hidden, gates[..., 1, :])
+        for u, of_h, of_c, next_h, next_c, z, three, last, to_cell, by_cell, by_hidden, f in zip(*outer, *views, strict=True):
+            torch.baddbmm(u, of_h, across, out=z)
+            torch.addcmul((three * by_cell).sum(-2), of_c, f, out=next_c)
+            torch.addcmul(last * by_hidden, next_c, to_cell, out=next_h)
         (i, f, g, o), (e_i, e_f, e_g, e_o) = gates.unbind(-2), e.unbind(-2)
-        # In place of e, as no more is asked of it then; a + b c in one pass over memory, and 1 - 2 a too.
+        # The results are written over e. addcmul and add: a + b c and 1 - 2 a, each in one pass over memory.
         se, one = steps.slopes.mul_(e), e.new_ones(())
         se_i, se_f, se_g, se_o = se.unbind(-2)
         for_cells = torch.addcmul(se_o, steps.a * o, x[1:], value=-2).mul_(steps.steep).mul_(dh)
         torch.addcmul(se_i, g * i, e_g, value=-2, out=e_g).mul_(dc)
-        for e_k, of, slope, rest in ((e_i, i, g, se_g), (e_f, f, steps.before, x[:-1]), (e_o, o, steps.a, steps.steep * x[1:])):
-            torch.addcmul(rest, torch.add(one, of, alpha=-2).mul_(slope), e_k, out=e_k).mul_(dh if of is o else dc)
+        of_cells = (e_i, i, g, se_g, dc), (e_f, f, steps.before, x[:-1], dc)
+        for e_k, gate, factor, rest, d in (*of_cells, (e_o, o, steps.a, steps.steep * x[1:], dh)):
+            torch.addcmul(rest, torch.add(one, gate, alpha=-2).mul_(factor), e_k, out=e_k).mul_(d)
         for_before = se_f * dc
         for_cells[:-1] += for_before[1:]
-        for_gc = x[1:] if ctx.needs_input_grad[1] else None
-        return y[1:], for_gc, _over_steps(dp, y[:-1]), for_before[0], for_cells, e
+        for_gc = x[1:].data if ctx.needs_input_grad[1] else None  # no views: PyTorch adds to it in place
+        gw = _over_steps(dp, y[:-1]) if ctx.needs_input_grad[3] else None
+        return y[1:].data, for_gc, None, gw, for_before[0], for_cells, e
 
 
 def lstm(phase: Phase, *args: Any, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`torch.lstm`, as `nn.LSTM` calls it; PyTorch's own with packed sequences, projections, dropout between layers or half types."""
-    if not _fits(*args, **settings):
+    """`torch.lstm`, as `nn.LSTM` calls it.
+
+    PyTorch's own with packed sequences, projections, dropout between layers, half types and autocast, and where there is no graph.
+    """
+    if not (torch.is_grad_enabled() and _fits(*args, **settings)):
         plain: tuple[Tensor, Tensor, Tensor] = torch.lstm(*args, **settings)
         return plain
     x, (h0, c0), weights, biased, layers, _, _, both, batch_first = args
@@ -185,11 +183,13 @@ def lstm(phase: Phase, *args: Any, **settings: Any) -> tuple[Tensor, Tensor, Ten
         parts = [weights[direction * count : (direction + 1) * count] for direction in range(own.start, own.stop)]
         bias = torch.cat([values[2] + values[3] for values in parts]) if biased else None
         made = linear(phase, x, torch.cat([values[0] for values in parts]), bias).unflatten(-1, (directions, 4, -1)).unbind(2)
-        p = torch.stack([made[0], made[1].flip(0)] if both else made, 1)
-        hidden, cells, _ = _Recurrence.apply(p, torch.stack([values[1] for values in parts]), h0[own], c0[own], phase)
-        x = torch.cat((hidden[:, 0], hidden[:, 1].flip(0)), -1) if both else hidden[:, 0].clone()  # into which a model may write
+        p = torch.stack([made[0], made[1].flip(0)], 1) if both else made[0].unsqueeze(1)
+        w = torch.stack([values[1] for values in parts]) if both else parts[0][1].unsqueeze(0)
+        hidden, cells, _ = _Recurrence.apply(p, w, h0[own], c0[own], phase)
+        x = torch.cat((hidden[:, 0], hidden[:, 1].flip(0)), -1) if both else hidden[:, 0]
         last.append((hidden[-1], cells[-1]))
     h, c = (torch.cat(parts) for parts in zip(*last, strict=True))
+    x = x if both else x.clone()  # a model may write into it
     return x.transpose(0, 1) if batch_first else x, h, c
 
 
@@ -200,8 +200,8 @@ def _fits(*args: Any, **settings: Any) -> bool:
     x, states, weights, biased, layers, dropout, training, both, batch_first = args
     tensors = [x, *states, *weights]
     alike = all(type(tensor) in PLAIN and tensor.dtype == x.dtype and tensor.device == x.device for tensor in tensors)
-    whole = len(weights) == layers * (1 + both) * (4 if biased else 2) and not (dropout and training and layers > 1)
-    if not (alike and whole and x.dtype in TYPES and x.dim() == 3 and x.numel() > 0) or torch.is_autocast_enabled(x.device.type):
+    whole = len(states) == 2 and len(weights) == layers * (1 + both) * (4 if biased else 2) and not (dropout and training and layers > 1)
+    if not (alike and whole and x.dtype in TYPES and x.dim() == 3 and x.numel() > 0) or autocasts(x):
         return False
     shape = layers * (1 + both), x.shape[0 if batch_first else 1], weights[1].shape[-1]
     return all(state.shape == shape for state in states)  # others would broadcast
