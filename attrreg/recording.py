@@ -286,7 +286,7 @@ def _state(model: nn.Module) -> tuple[list[object], list[int], list[tuple[object
     buffers = [each for module in found if module._buffers for each in module._buffers.values() if each is not None]
     numbers: list[int] = [module.training for module in found]
     numbers += [parameter.requires_grad for parameter in parameters]
-    numbers += [*versions(parameters), *versions(buffers)]
+    numbers += [*_counts_of_writes(parameters), *_counts_of_writes(buffers)]
     return [*found, *hooks, *parameters, *buffers], numbers, [tuple(module.__dict__.values()) for module in found]
 
 
@@ -295,8 +295,8 @@ def version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def versions(tensors: Sequence[Tensor]) -> list[int]:
-    """Those of several."""
+def _counts_of_writes(tensors: Sequence[Tensor]) -> list[int]:
+    """The `version` of each, quicker."""
     try:
         return [tensor._version for tensor in tensors]
     except RuntimeError:  # one made under inference_mode has none
