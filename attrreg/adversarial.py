@@ -80,10 +80,10 @@ class AdversarialInvariance:
             check_count(name, value, 1)
         if not is_number(rate) or rate <= 0:
             raise ValueError(f"rate must be a positive learning rate, got {rate!r}. Write for example rate=1e-3.")
-        if not is_integer(seed):
-            raise TypeError(f"seed must be an integer, got {seed!r}. Write for example seed=0.")
-        self._discriminator = _Discriminator(tuple(hidden), rate, int(seed))
-        confusion = _Confusion(FEATURES if layer == "auto" else layer, fill, every, self._discriminator)
+        if not is_integer(seed) or not -(2**63) <= seed < 2**64:
+            raise TypeError(f"seed must be an integer of 64 bits, got {seed!r}. Write for example seed=0.")
+        self._discriminator = _Discriminator(tuple(map(int, hidden)), rate, int(seed))
+        confusion = _Confusion(FEATURES if layer == "auto" else layer, fill, int(every), self._discriminator)
         self._sum: Sum = weight * confusion.named("AdversarialInvariance")
 
     @property

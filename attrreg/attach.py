@@ -19,6 +19,7 @@ from attrreg.hooks import Tap
 from attrreg.ops.process import transformed
 from attrreg.recording import Called, Recording, image_state, keep_buffers, parts
 from attrreg.sites import SPATIAL
+from attrreg.state import cut_off
 from attrreg.walk import modules
 from attrreg.wrappers import compiled, compiling, unwrap
 
@@ -132,8 +133,8 @@ class Attachment:
             self._tap = None
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if self.suspended or not self.live or compiling() or _transformed():
-            return None
+        if self.suspended or not self.live or compiling() or transformed() or torch._C._is_tracing():
+            return None  # under torch.func, forward-mode derivatives or a tracer it is not the loop's
         again = _recomputed()
         if not again:
             self._discard()  # the last step's graph, and what an interrupted forward left
@@ -164,6 +165,7 @@ class Attachment:
             return
         tap, self._tap = self._tap, None
         tap.close()
+        cut_off(model)  # also where the forward raised or repeats one
         called, self._called = self._called, None
         if output is None or _recomputed():  # the forward raised, or repeats one
             return
@@ -197,11 +199,6 @@ def recorded_output(call: Call) -> tuple[Any] | None:
 def _recomputed() -> bool:
     """Whether this is inside a backward, where a checkpointed block runs again: as it did, and not as a new pass."""
     return torch._C._current_graph_task_id() != -1
-
-
-def _transformed() -> bool:
-    """Whether torch.func, forward-mode derivatives or a tracer runs the model: such a forward is not the loop's."""
-    return transformed() or torch._C._is_tracing()
 
 
 def _inert() -> Attachment:

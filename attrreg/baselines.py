@@ -166,7 +166,7 @@ class Noise(Baseline):
 
 @dataclass(frozen=True, repr=False)
 class OtherImage(Baseline):
-    """Another image of the batch for each image, drawn at random, each for one, as expected gradients use."""
+    """Another image of the batch for each image, drawn at random, each for one: for expected gradients, in place of the training set."""
 
     draws: ClassVar[bool] = True
 
@@ -225,7 +225,9 @@ class Masked(Baseline):
 
     def __post_init__(self) -> None:
         if not isinstance(self.fill, Baseline):
-            raise TypeError(f"fill must be a baselines.Baseline, got {type(self.fill).__name__}. Use baselines.Shuffle(), for example.")
+            raise TypeError(
+                f"fill must be a baselines.Baseline, got {type(self.fill).__name__}. Use baselines.Fixed(image), or baselines.Shuffle()."
+            )
 
     @property
     def draws(self) -> bool:  # type: ignore[override]

@@ -161,7 +161,7 @@ class MaskedImageFolder(Dataset[Sample]):
     To leave such images out: `annotated & mask.flatten(1).any(1)`.
 
     Args:
-        root: a folder with a subfolder for each class, or for each of `classes`.
+        root: a folder with a subfolder for each class.
         masks: `MaskFolder(...)`, `BoxFile(...)`, or a source of your own.
         transforms: of image (uint8, `(3, H, W)`) and mask; returns both, the image as floats: `v2.ToDtype(torch.float32, scale=True)`.
         loader: reads an image file into anything that `v2.functional.to_image` takes. By default Pillow, as RGB.
@@ -222,7 +222,7 @@ class MaskedImageFolder(Dataset[Sample]):
         image = self._image(name)
         size = (image.shape[-2], image.shape[-1])
         mask = Mask(self.masks(name, size) if known else torch.ones(size, dtype=self._dtype))
-        if mask.shape[-2:] != size:
+        if mask.shape != size:
             raise ValueError(f"{type(self.masks).__name__} gave {name}, {size}, a mask {tuple(mask.shape)}. Let it be of the image's size.")
         moved = (image, mask) if self.transforms is None else self.transforms(image, mask)
         if not isinstance(moved, (tuple, list)) or len(moved) != 2:
@@ -263,7 +263,7 @@ class WithMasks:
         """Mix a batch.
 
         Raises:
-            TypeError, ValueError: the images are integers, the masks are soft or not of the images' size, or the mix is none of tensors.
+            TypeError, ValueError: images are integers, masks are soft or not of the images' size, or the mix changes their shape or type.
         """
         x, mask, label, annotated = batch
         if not x.is_floating_point():
@@ -283,7 +283,7 @@ class WithMasks:
                 "are lost. Use CutMix or MixUp of torchvision.transforms.v2, or timm.data.Mixup."
             )
         images, relevant, share = mixed[:, :-2], mixed[:, -2] > 0, mixed[:, -1]
-        whole = share.flatten(1).amin(dim=1) > 1 - 4 * torch.finfo(wide.dtype).eps  # shares of a blend add up to 1 but for rounding
+        whole = share.flatten(1).amin(dim=1) > 1 - 4 * torch.finfo(torch.float32).eps  # shares of a blend add up to 1 but for rounding
         return Sample(images.to(x.dtype).contiguous(), relevant | ~whole.view(-1, 1, 1), labels, whole)
 
     def collate(self, samples: list[Sample]) -> Sample:

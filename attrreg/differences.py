@@ -57,8 +57,14 @@ class Differences:
 
         Raises:
             RuntimeError: nothing behind the score can be trained.
+            ValueError: the automatic layer is overwritten, so that it cannot be moved where its gradient is.
         """
         found = self._runner.backward(recording, score, wanted, create_graph=False)
+        if sites.SPATIAL in wanted and self._runner.map in recording.overwritten:
+            raise ValueError(
+                f"layer='auto' is {self._runner.map!r}, whose output the model overwrites in place, so finite differences cannot move it. "
+                f"Name a layer: layer={self._runner.map!r} is its output before that."
+            )
         # Passes that move have no graph then, and would be refused as those of a model that detaches.
         value, x = self._runner.at(recording, score.site), self._runner.call.x
         if score.site == sites.OUTPUT and not x.requires_grad and next(trainable_leaves(value), None) is None:
@@ -101,4 +107,6 @@ class Differences:
         wanted = dict.fromkeys([taken.score.site, *layers], False)
         with isolated(self._runner.call.model, taken.replay), full_precision(image.device):
             recording = self._runner.forward(image, wanted, moves=layers)
+            for name in layers:
+                self._runner.at(recording, name)  # raises where it did not run this time, and so was not moved
             return self._runner.scores(recording, taken.score).sum()

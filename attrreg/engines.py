@@ -30,7 +30,7 @@ class DoubleBackward(Engine):
     """Differentiate the attribution's own backward: exact. The default.
 
     Cost:
-        Attached, twice the operations of a plain training step, the loss's own included.
+        Of an input gradient, attached, twice the operations of a plain training step, the loss's own included.
     """
 
     twice: ClassVar[bool] = True

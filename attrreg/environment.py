@@ -32,7 +32,8 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "processor": cpu.get("model name"),  # how fast the libraries' products are depends on who made it
-        "family": None if cuda else _family(cpu),  # and on which: cloud machines all give one name
+        # And on which of its designs, which x86 tells: cloud machines all give one name.
+        "family": None if cuda or not {"cpu family", "model"} <= cpu.keys() else f"family {cpu['cpu family']}, model {cpu['model']}",
         "capability": torch.backends.cpu.get_cpu_capability(),  # CPUs of another kind round in another way
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -56,11 +57,6 @@ def _code() -> str:
     for path in sorted(path for path in root.rglob("*.py") if path.is_file()):  # an editor's lock is a link to nothing
         found.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return found.hexdigest()[:12]
-
-
-def _family(cpu: Mapping[str, str]) -> str | None:
-    """Of its design, which x86 tells."""
-    return f"family {cpu['cpu family']}, model {cpu['model']}" if {"cpu family", "model"} <= cpu.keys() else None
 
 
 def sentence(where: Mapping[str, Any]) -> str:

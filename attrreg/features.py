@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from attrreg.graph import nodes
+from attrreg.graph import LEAF, nodes
+from attrreg.ops.process import transformed
 from attrreg.walk import modules
 
 LARGE = 4  # how many of the last layers are kept that may be a head and have large outputs; of those with vectors, all are
@@ -15,11 +16,16 @@ PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Head(NamedTuple):
-    """A layer that may be the classifier: what entered it, what left it, and that tensor's node, as a loop may write into it."""
+    """A layer that may be the classifier: what entered it, what left it, and that tensor's node, as a loop may write into it.
+
+    `named`: the model says that it is; `layer`: itself.
+    """
 
     entered: Tensor
     left: Tensor
     node: Any
+    named: bool
+    layer: nn.Module
 
 
 class Heads:
@@ -32,40 +38,61 @@ class Heads:
 
     def __init__(self, model: nn.Module) -> None:
         named = _classifiers(model)
+        self._named = bool(named)
         self.layers = named or [module for module in modules(model) if isinstance(module, PROJECTIONS)]
         self.entered: Tensor | None = None
         self._first = len(named) > 1  # of heads that the model names, the first is its main one; else the last that ran is
         self._found: list[Head] = []
 
-    def take(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """A forward hook."""
-        if not args or not isinstance(args[0], Tensor):
+    def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A forward hook, with keywords."""
+        entered = args[0] if args else kwargs.get("input")
+        if not isinstance(entered, Tensor) or transformed():
             return
         if self.entered is None or not self._first:
-            self.entered = args[0]
+            self.entered = entered
         if isinstance(output, Tensor):
             large = [head for head in self._found if head.left.dim() > 2]
             if output.dim() > 2 and len(large) == LARGE:
                 self._found = [head for head in self._found if head is not large[0]]
-            self._found.append(Head(args[0], output, output.grad_fn))
+            self._found.append(Head(entered, output, output.grad_fn, self._named, module))
 
     def found(self) -> tuple[Head, ...]:
         """Those that ran, the likeliest last."""
         return tuple(reversed(self._found) if self._first else self._found)
 
 
-def entering(heads: Sequence[Head], logits: Tensor) -> Tensor | None:
+def entering(heads: Sequence[Head], logits: Tensor, own: Sequence[Tensor]) -> Tensor | None:
     """What entered the likeliest layer that the logits come from: an auxiliary head may run after it; None: that cannot be told.
 
+    Args:
+        heads: the layers.
+        logits: the logits.
+        own: what they are read from of what the model returned: a head that `output=` applies does not count.
+
     Raises:
-        ValueError: they come from none.
+        ValueError: they come from none, or the classifier is no layer.
     """
     for head in reversed(heads):
         if head.left is logits or (head.node is not None and any(node is head.node for node in nodes(logits))):
+            if not head.named and _weights_after(heads, head, own):
+                raise ValueError(
+                    "Other weights than those of the last linear or convolutional layer come after it or beside it, so it may not be the "
+                    "classifier. Name the layer of the features."
+                )
             return _beside(heads, head, logits).entered
     if logits.grad_fn is not None and any(head.node is not None for head in heads):
         raise ValueError("The logits come from none of the layers that features are looked for in. Name the layer of the features.")
     return None
+
+
+def _weights_after(heads: Sequence[Head], head: Head, own: Sequence[Tensor]) -> bool:
+    """Whether matrices make the model's output past a layer that are the weights of none, as those of a head without a layer do."""
+    after = nodes(*own, around=[*(each.node for each in heads), head.entered.grad_fn])  # what it reads itself is before it
+    leaves = (getattr(node, "variable", None) for node in after)
+    found = [leaf for leaf in leaves if leaf is not None and sum(size > 1 for size in leaf.shape) > 1 and not hasattr(leaf, LEAF)]
+    known = {id(weight) for each in heads for weight in each.layer.parameters()} if found else set()
+    return any(id(leaf) not in known for leaf in found)
 
 
 def _beside(heads: Sequence[Head], last: Head, logits: Tensor) -> Head:
@@ -77,7 +104,7 @@ def _beside(heads: Sequence[Head], last: Head, logits: Tensor) -> Head:
         alike = head.entered.shape == first.entered.shape and head.left.shape == last.left.shape
         if head is first or head is last or not alike:
             continue
-        if head.node is None or any(node is head.node for node in nodes(logits, around=last.node)):
+        if head.node is None or any(node is head.node for node in nodes(logits, around=[last.node])):
             return head
     return last
 

@@ -75,7 +75,7 @@ class PathGradients:
             return False
         if sharded(call.model):  # FSDP2: each pass waits for all ranks, so all have as many, whatever their images
             return False
-        if isinstance(call.output, nn.Module) and not _separable(call.output, ours=False):  # which our operators do not see
+        if isinstance(call.output, nn.Module) and not _separable(call.output, ours=False):  # whose draws would not be of each place
             return False
         return shown(call.model, "places", *self._kind).found is not False and _separable(call.model, self._runner.twice)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -14,9 +14,9 @@ LITTLE = 64  # operators: heads have fewer, and all of a model would take time
 LEAF = "_attrreg_leaf"  # marks tensors that we made to be differentiated: its value is the phase of the pass
 
 
-def nodes(*values: Tensor, around: Any = None) -> Iterator[Any]:
-    """The nodes that values were computed by, each once, the nearest first; `around`: by no way through that node."""
-    pending, seen = deque(value.grad_fn for value in values), {around}
+def nodes(*values: Tensor, around: Iterable[Any] = ()) -> Iterator[Any]:
+    """The nodes that values were computed by, each once, the nearest first; `around`: by no way through those nodes."""
+    pending, seen = deque(value.grad_fn for value in values), {*around}
     while pending:
         node = pending.popleft()
         if node is None or node in seen:
@@ -60,4 +60,4 @@ def ends_in_half(value: Tensor) -> bool:
 
 def bypassed(total: Tensor, value: Tensor, earlier: Tensor) -> bool:
     """Whether a total reads an earlier value by a way around a later one, as by the shortcut around a residual branch."""
-    return any(node is earlier.grad_fn for node in nodes(total, around=value.grad_fn))
+    return any(node is earlier.grad_fn for node in nodes(total, around=[value.grad_fn]))

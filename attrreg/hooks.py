@@ -1,6 +1,6 @@
 """Hooks: record what a forward computes at named sites.
 
-All hooks on layers live here. A `Tap` opens before one forward and closes after it.
+A `Tap` opens before one forward and closes after it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from attrreg.features import Head, Heads
 from attrreg.graph import LEAF
 from attrreg.ops import Phase, checkpoints_recompute_inside, operators
 from attrreg.ops.draws import Draws
+from attrreg.ops.process import transformed
 from attrreg.ops.rectify import Rule, rectify
 from attrreg.recording import Called, Conditions, Recording, kept
 from attrreg.sites import FEATURES, INPUT, SPATIAL, SPECIAL, check_layer, varies
-from attrreg.state import Rng, autocast_type, own_buffers
+from attrreg.state import Rng, autocast_type, cut_off, own_buffers
 from attrreg.walk import modules
 
 MAPS = 128  # how many of the last maps are kept for layer="auto": more than the last block of any timm model has
@@ -67,12 +68,11 @@ class Tap:
         self._rectified = 0
         self._values: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
-        self._maps: deque[tuple[str, Tensor]] = deque(maxlen=MAPS)
+        self._maps: deque[tuple[str, Tensor, int]] = deque(maxlen=MAPS)  # with how often it had been written to
         self._heads: Heads | None = None
         self._leaves: list[nn.Module] = []
         self._runs: Counter[str] = Counter()
         self._output: Any = None
-        self._written = 0
         self._exits = ExitStack()
         self._begin: Callable[[], None] = lambda: None
         self._phase = Phase(places=places)
@@ -114,7 +114,7 @@ class Tap:
             )
         for site in self._sites.keys() - set(SPECIAL) - self._values.keys() - self._problems.keys():
             self._problems[site] = f"layer {site!r} did not run in the forward. Name a layer that the model uses."
-        maps = tuple((name, value) for name, value in self._maps if self._runs[name] == 1)  # or the name would say too little
+        maps = tuple((name, value) for name, value, _ in self._maps if self._runs[name] == 1)  # or the name would say too little
         if self._maps and not maps and self._map is None:
             self._problems[SPATIAL] = "every layer with a map ran more than once in one forward. Let the model run once on each image."
         if self._map is not None and maps:
@@ -133,6 +133,7 @@ class Tap:
             taken=self._taken,
             problems=self._problems,
             maps=maps,
+            overwritten=frozenset(name for name, value, written in self._maps if value._version != written),
             features=features,
             output=inner if called is None else kept(inner),
             returned=output,
@@ -160,7 +161,7 @@ class Tap:
             if site == FEATURES:
                 self._heads = Heads(self._model)
                 for module in self._heads.layers:
-                    self._hook(module, self._heads.take)
+                    self._hook(module, self._heads.take, with_kwargs=True)
             elif site == SPATIAL:
                 if self._map is not None and not self._is_there(self._map):
                     self._map = None
@@ -171,8 +172,8 @@ class Tap:
             elif site not in SPECIAL and self._is_there(site):
                 self._hook(self._model.get_submodule(site), self._take(site))
 
-    def _hook(self, module: nn.Module, hook: Any) -> None:
-        self._exits.enter_context(module.register_forward_hook(hook))
+    def _hook(self, module: nn.Module, hook: Any, with_kwargs: bool = False) -> None:
+        self._exits.enter_context(module.register_forward_hook(hook, with_kwargs=with_kwargs))
 
     def _is_there(self, site: str) -> bool:
         """Whether the model has a layer still; if not, that is for a penalty to say, and not for the loop's forward."""
@@ -200,6 +201,9 @@ class Tap:
 
     def _take(self, site: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
+            if transformed():
+                self._problems[site] = f"layer {site!r} ran under torch.func, where no hook can read it. Name a layer outside."
+                return None
             if problem := self._unfit(site, output):
                 self._problems[site] = problem
                 return None
@@ -242,20 +246,23 @@ class Tap:
     def _take_map(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
             self._runs[name] += 1
-            if isinstance(module, nn.AdaptiveAvgPool2d):  # may repeat one position to fill its grid
+            if isinstance(module, nn.AdaptiveAvgPool2d) or transformed():  # may repeat one position to fill its grid
                 return None
             if not isinstance(output, Tensor) or not varies(output, self._model, self._x, name):
                 return None
-            # Behind frozen layers the first map becomes the leaf that later ones hang on.
-            value = self._differentiable(output, module)
+            # Behind frozen layers the first map becomes the leaf that later ones hang on. Recorded is what goes on, as elsewhere.
+            value = on = self._differentiable(output, module)
+            if value is not output:
+                on = value.clone()
+                value = on if on.requires_grad else value  # under no_grad
             self._begin()
             if self._maps and self._maps[-1][1] is value:
-                if not self._maps[-1][0].startswith(f"{name}.") and value._version == self._written:
+                last, _, written = self._maps[-1]
+                if not last.startswith(f"{name}.") and value._version == written:
                     return None  # an identity
                 self._maps.pop()  # a container of the layer before, or one that works in place: the later name
-            self._written = value._version
-            self._maps.append((name, value))
-            return None if value is output else value.clone()
+            self._maps.append((name, value, value._version))
+            return None if on is output else on
 
         return hook
 
@@ -273,7 +280,10 @@ def _recomputing(model: nn.Module, phase: Phase, extra: bool, leaves: list[nn.Mo
         with ExitStack() as hooks, own_buffers(model) if extra or phase.inner else nullcontext():
             for module in leaves:
                 hooks.enter_context(module.register_forward_hook(leaf))
-            yield
+            try:
+                yield
+            finally:
+                cut_off(model)
 
     return recomputing
 

@@ -13,6 +13,7 @@ from attrreg import call as calls
 from attrreg import hooks, sites
 from attrreg.attach import suspended
 from attrreg.call import Call, Inputs
+from attrreg.ops.process import transformed
 from attrreg.state import isolated
 
 
@@ -58,7 +59,7 @@ def layers(model: nn.Module, x: Tensor, *, inputs: Inputs = None) -> list[LayerI
     found: list[LayerInfo] = []
 
     def see(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and (layout := sites.layout(output, call.model, x, name)) is not None:
+        if isinstance(output, Tensor) and not transformed() and (layout := sites.layout(output, call.model, x, name)) is not None:
             grid = sites.to_grid(output, call.model, x, name).shape[-2:]
             text = layout if isinstance(layout, str) else "tokens"
             found.append(LayerInfo(name, type(module).__name__, tuple(output.shape), text, (grid[0], grid[1])))

@@ -61,7 +61,7 @@ class Annotation:
         return total / (self.all.count if reduction == "mean" else self.all.batch).clamp(min=1).to(total.dtype)
 
     def part(self, indices: Tensor) -> Annotation:
-        """Some of the annotated images, to stand for all of them."""
+        """Some of the images, to stand for all: annotated ones, or a single one with another beside it."""
         return replace(self, relevant=self.relevant[indices], annotated=self.annotated[indices])
 
 

@@ -69,7 +69,15 @@ def check_engine(needs: Iterable[Need], engine: Engine) -> None:
     Raises:
         ValueError: it cannot.
     """
-    if isinstance(engine, FiniteDifference) and any(isinstance(need.at, Rectified) for need in needs):
+    if not isinstance(engine, FiniteDifference):
+        return
+    needs = list(needs)
+    if any(isinstance(need, Grad) and need.site in (sites.FEATURES, sites.OUTPUT) for need in needs):
+        raise ValueError(
+            "Finite differences move images and what layers give, and features are what enters one. Name the layer that gives them, or use "
+            "engines.DoubleBackward() for that term."
+        )
+    if any(isinstance(need.at, Rectified) for need in needs):
         raise ValueError(
             "Finite differences move a score, and what a rule for ReLU layers gives is the gradient of none. Use "
             "engines.DoubleBackward() for that term."

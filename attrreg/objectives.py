@@ -104,8 +104,8 @@ class NetOutside(Spec):
 class OutsideFraction(Spec):
     """sum o |phi| / (sum |phi| + eps): the share of attribution outside the mask, in [0, 1].
 
-    Free of the scale of the attributions, of the image size and of the batch size, so one weight carries over between
-    models. Zero, with zero gradient, where the map is zero everywhere (a head initialised with zeros).
+    Free of the scale of the attributions, of the image size and of the batch size. Zero, with zero gradient, where the map is zero
+    everywhere (a head initialised with zeros).
 
     Args:
         eps: keeps the share finite for a map that is zero everywhere; in units of the map, finite and at least 0.

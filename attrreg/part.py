@@ -39,7 +39,8 @@ def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
     """The call on the images that need a pass: a random share of the annotated ones, or all of those.
 
     Images without annotation are left out only where that changes nothing but dropout's draws: where the pass is the penalty's
-    own, the model does not couple the images, and no image or score is made by draws over the batch or given for each sample.
+    own, the model does not couple the images, and no image or score is made by draws over the batch or given for each sample. A single
+    annotated one keeps another beside it.
 
     Raises:
         ValueError: naming `fraction`.
@@ -59,6 +60,8 @@ def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
         if whole or drawn or _needs_all(call, needs, scores) or not images_apart(call):
             return call
     indices = annotation.annotated.nonzero().squeeze(1)
+    if annotation.count == 1 and fraction == 1:  # of a batch of one, some models drop an axis
+        indices = torch.cat([indices, (indices + 1) % annotation.batch]).sort().values
     if fraction < 1:
         device = torch.device("cpu") if call.generator is None else call.generator.device
         order = torch.randperm(annotation.count, generator=call.generator, device=device)

@@ -165,7 +165,7 @@ def _check_one_map(terms: Sequence[Term], call: Call) -> None:
         needs = [need for need in term.regularizer.needs() if need.site == sites.SPATIAL]
         found = {need.score.resolve(call.target).site for need in needs if isinstance(need, Grad)}
         read |= dict.fromkeys(found or ({sites.OUTPUT} if needs else ()), term.name)  # whose value alone is read hangs on the logits
-    if len(read) > 1 and read.keys() - {sites.OUTPUT, sites.FEATURES}:
+    if len(read) > 1:
         raise ValueError(
             f"layer='auto' is one layer for all terms of a sum, but the scores of {' and '.join(read.values())} read "
             f"{' and '.join(map(repr, read))}, and may depend on others. Name the layer of each."

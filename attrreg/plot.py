@@ -6,10 +6,11 @@ pyplot or set globally. Colours can be told apart by the colour-blind: viridis, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ Curve = Mapping[int, float]
 
 OUTLINE = (("black", 2.8), ("white", 1.3))  # seen on dark, bright and pale colours alike
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
-DASHES = ("-", "--", "-.", ":")
+STYLES = [(color, dash) for dash in ("-", "--", "-.", ":") for color in LINES]
 QUANTILE = 0.99
 
 
@@ -105,7 +106,7 @@ def training(penalties: Mapping[str, Curve], shares_inside: Mapping[str, Curve],
     figure.set_size_inches(6.4, 5.2)
     above, below = figure.subplots(2, 1, sharex=True)
     for axes, curves in ((above, penalties), (below, shares_inside)):
-        for (name, curve), (color, dash) in zip(curves.items(), _styles(), strict=False):
+        for (name, curve), (color, dash) in zip(curves.items(), cycle(STYLES), strict=False):
             marker = "o" if len(curve) < 30 else ""
             axes.plot(list(curve), list(curve.values()), color=color, linestyle=dash, marker=marker, markersize=3.5, label=name)
         axes.grid(alpha=0.3)
@@ -136,7 +137,9 @@ def _checked(
     captions: Mapping[str, Sequence[str]] | None,
 ) -> Annotation:
     """The mask, on the CPU."""
-    for argument, value in {"images": images, "mask": mask, **maps}.items():
+    if not isinstance(maps, Mapping):
+        raise TypeError(f'maps must be a mapping of titles to maps, got {type(maps).__name__}. Write {{"input gradient": phi}}.')
+    for argument, value in (("images", images), ("mask", mask), *maps.items()):
         if not isinstance(value, Tensor):
             raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}. Convert it, for example with torch.as_tensor.")
     if images.dim() != 4 or images.shape[0] == 0:
@@ -163,10 +166,6 @@ def _check_curves(penalties: Mapping[str, Curve], shares_inside: Mapping[str, Cu
     for name, curve in shares_inside.items():
         if any(share < 0 or share > 1 for share in curve.values()):
             raise ValueError(f"shares_inside[{name!r}] leaves [0, 1]. Give shares, not percentages.")
-
-
-def _styles() -> Iterator[tuple[str, str]]:
-    return zip(cycle(LINES), (dash for dash in cycle(DASHES) for _ in LINES), strict=False)
 
 
 def _bare(axes: Axes) -> None:
@@ -210,10 +209,10 @@ def _outline(axes: Axes, relevant: Tensor) -> None:
     height, width = relevant.shape
     if relevant.min() >= 0.5 or relevant.max() < 0.5:
         return  # there is no edge
-    columns = left + (torch.arange(width) + 0.5) * (right - left) / width
-    rows = top + (torch.arange(height) + 0.5) * (bottom - top) / height
+    columns = left + (numpy.arange(width) + 0.5) * (right - left) / width
+    rows = top + (numpy.arange(height) + 0.5) * (bottom - top) / height
     for color, width_of_line in OUTLINE:
-        axes.contour(columns.numpy(), rows.numpy(), relevant.numpy(), levels=[0.5], colors=color, linewidths=width_of_line)
+        axes.contour(columns, rows, relevant.numpy(), levels=[0.5], colors=color, linewidths=width_of_line)
 
 
 def _shares_inside(map: Tensor, relevant: Tensor, known: Tensor) -> list[str]:

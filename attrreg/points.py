@@ -19,16 +19,25 @@ from attrreg.spec import Key
 
 RULES = ("gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid")
 
+# Of Riemann sums: how far from the ends of the path the first and last place are, in steps.
+ENDS = {"riemann_left": (0, 1), "riemann_right": (1, 0), "riemann_middle": (0.5, 0.5), "riemann_trapezoid": (0, 0)}
+
 
 @cache
 def places(rule: str, steps: int) -> tuple[tuple[float, float], ...]:
     """The places on [0, 1] of a quadrature rule, by Captum's name, each with its weight."""
-    # Captum's own tables, and its own rounding: it has the Riemann places and all weights in float32.
+    # Captum's own tables, and its own rounding: it has the Riemann places and all weights in float32, where that is the default type.
     from captum.attr._utils.approximation_methods import approximation_parameters
 
     sizes, alphas = approximation_parameters(rule)
+    if rule in ENDS:
+        first, last = ENDS[rule]
+        ends = first / steps, 1 - last / steps
+        found = torch.linspace(*ends, steps, dtype=torch.float32, device="cpu").tolist()
+    else:
+        found = alphas(steps)
     weights = torch.tensor(sizes(steps), dtype=torch.float32, device="cpu").tolist()
-    return tuple((float(alpha), weight) for alpha, weight in zip(alphas(steps), weights, strict=True))
+    return tuple((float(alpha), weight) for alpha, weight in zip(found, weights, strict=True))
 
 
 @dataclass(frozen=True, eq=False)

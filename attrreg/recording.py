@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
 from itertools import chain
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from attrreg.call import Call
 from attrreg.features import Head
-from attrreg.ops import Phase
+from attrreg.ops import Phase, twice_differentiable
 from attrreg.ops.draws import Draws
 from attrreg.sites import INPUT, OUTPUT, SPATIAL
 from attrreg.state import Rng, autocast_type
@@ -123,7 +123,7 @@ class Recording:
         taken: the sites at which a gradient was to be taken: operators can be differentiated twice from there on.
         problems: for each site that could not be recorded, why.
         maps: for the site `SPATIAL`, the last layers whose output is a map, by name, in the order they ran; the known one
-            alone, if it is known.
+            alone, if it is known; `overwritten`: those that were written to later, in place.
         features: for the site `FEATURES`, the layers that could be it, the likeliest last.
         output: what the model returned, and `returned` what its wrappers made of that.
         rng: the state from which the forward drew, to replay it; `end`: that in which it ended.
@@ -137,6 +137,7 @@ class Recording:
     taken: frozenset[str]
     problems: Mapping[str, str]
     maps: tuple[tuple[str, Tensor], ...]
+    overwritten: frozenset[str]
     features: tuple[Head, ...]
     output: Any
     returned: Any
@@ -164,12 +165,15 @@ class Recording:
         return self.conditions is not None and self.conditions.unchanged(self.returned)
 
     def picked(self, call: Call) -> Tensor:
-        """The logits, picked as right after the forward: a function may be a head, which draws and computes in types as autocast says."""
+        """The logits, picked as in the forward: a function may be a head, which draws, and computes in types as autocast says."""
         device = self.x.device
-        within: AbstractContextManager[object] = nullcontext()
-        if self.autocast != autocast_type(device):
-            within = torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
-        with within:
+        with ExitStack() as within:
+            if self.autocast != autocast_type(device):
+                within.enter_context(torch.autocast(device.type, self.autocast, enabled=self.autocast is not None))
+            if self.twice and self.taken and callable(call.output):
+                within.enter_context(twice_differentiable(self.phase))
+                within.callback(setattr, self.phase, "running", False)
+                self.phase.running = True  # a backward now is the head's own
             return call.logits(self.output, self.end)
 
     def serves(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any, alone: bool) -> bool:

@@ -72,7 +72,7 @@ class AttributionRegularizer(Spec, ABC):
             inputs: all that the model is called with, if that is more than `x`: a tuple of arguments or a mapping of keywords,
                 with `x` itself among them. The others stay as they are in every pass.
             fraction: the share of the annotated images to compute the penalty on, drawn anew each call; in expectation the penalty
-                of all. It then runs a forward of its own, attached or not.
+                of all. It then runs a forward of its own, attached or not. Not with `inputs=`.
             group: over whose ranks means run. None: those of DDP or `fully_shard`, as the model is; False: this process's alone.
 
         Returns:
@@ -163,6 +163,10 @@ class AttributionRegularizer(Spec, ABC):
 
         Raises:
             TypeError: the regularizer is a sum, or has no map.
+            TypeError, ValueError, RuntimeError: as calling the regularizer, but gradients may be disabled and parameters frozen.
+
+        Cost:
+            The passes of a call, not differentiated again.
         """
         if isinstance(self, MapRegularizer):
             return penalty.attribute(self, model, x, target, mask, generator, output, inputs)

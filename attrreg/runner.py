@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
 from types import MappingProxyType
@@ -17,12 +17,12 @@ from attrreg.call import Call
 from attrreg.counting import counters
 from attrreg.distributed import sharded
 from attrreg.features import entering
-from attrreg.graph import checkpoints_reentrant, ends_in_half
+from attrreg.graph import checkpoints_reentrant, ends_in_half, which_are_read
 from attrreg.hooks import Tap
 from attrreg.masks import penalty_dtype
 from attrreg.ops import checkpoints_recompute_inside
 from attrreg.ops.rectify import Rule
-from attrreg.recording import Recording, version
+from attrreg.recording import Recording, parts, version
 from attrreg.scores import Score
 from attrreg.spec import is_own
 from attrreg.state import Rng, full_precision, own_buffers
@@ -40,6 +40,11 @@ REENTRANT = (
 FREED = (
     "A backward between the forward that was recorded and this penalty freed a part of its graph. Compute the penalty before that "
     "backward, or give it retain_graph=True."
+)
+
+FABRIC = (
+    "Fabric refuses gradients of what its wrapper returned outside fabric.backward. Give the penalty the model inside, under "
+    "fabric.autocast(): reg(model.module, x, mask)."
 )
 
 
@@ -110,7 +115,8 @@ class Runner:
         value = read_at.to(penalty_dtype(read_at.dtype))
         total = self._scores(value, score).sum()
         half = recording.half or read_at.dtype == torch.float16 or ends_in_half(read_at)
-        scale = _scale(total, value) if half else None
+        with _outside_fabric():
+            scale = _scale(total, value) if half else None
         find = sites.SPATIAL in wanted and sites.SPATIAL not in recording.values
         maps = self._maps(recording, score, total) if find else []
         named = [site for site in wanted if not (find and site == sites.SPATIAL)]
@@ -141,6 +147,11 @@ class Runner:
         return value.to(penalty_dtype(value.dtype))
 
     def _scores(self, value: Tensor, score: Score) -> Tensor:
+        if value.device != self.call.x.device:
+            raise ValueError(
+                f"{score!r} reads what is on {value.device}, but x is on {self.call.x.device}. Of a model on several devices, bring the "
+                "logits to that of x: output=lambda logits: logits.to(x.device), and name a layer there."
+            )
         score.check_value(value, self.call.target)
         given = [part for part in (value, self.call.target) if part is not None]
         before, start = list(map(version, given)), Rng.of(value.device) if _runs_own(score) else None
@@ -180,7 +191,8 @@ class Runner:
         if not total.requires_grad:
             raise RuntimeError("The score has no gradient: it detaches what it reads, or gives a constant. Let gradients through it.")
         try:
-            with apart, recording.phase.attributing(), full_precision(total.device):  # a backward runs in the types of its forward
+            # A backward runs in the types of its forward.
+            with _outside_fabric(), apart, recording.phase.attributing(), full_precision(total.device):
                 return torch.autograd.grad(total, inputs, create_graph=create_graph, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant=True" in str(error):
@@ -250,8 +262,24 @@ class Runner:
         found = None
         told = self.call.output is not None or isinstance(recording.output, Tensor)  # what the logits are
         if site == sites.FEATURES and len(recording.features) > 1 and told:
-            found = entering(recording.features, self.at(recording, sites.OUTPUT))
+            logits = self.at(recording, sites.OUTPUT)
+            own = [logits]
+            if callable(self.call.output):
+                given = parts(recording.output)
+                own = [part for part, is_read in zip(given, which_are_read(logits, given), strict=True) if is_read]
+            found = entering(recording.features, logits, own)
         return recording.values[site] if found is None else found
+
+
+@contextmanager
+def _outside_fabric() -> Iterator[None]:
+    """Say what to do where Lightning Fabric refuses a backward."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "fabric.backward" in str(error):
+            raise RuntimeError(FABRIC) from error
+        raise
 
 
 def _runs_own(score: Score) -> bool:

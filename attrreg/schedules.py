@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from attrreg import penalty
 from attrreg.attach import Attachment, recorded_output
@@ -131,7 +130,8 @@ class Product(Schedule):
 
     def __call__(self, step: int) -> float:
         """The product of the factors' weights at a step."""
-        return math.prod(factor(step) for factor in self.factors)
+        weights = [_number(factor(step)) for factor in self.factors]
+        return math.prod(weights) if all(weight >= 0 for weight in weights) else math.nan  # of two rewards, no penalty
 
     def __repr__(self) -> str:
         return " * ".join(map(repr, self.factors))
@@ -198,7 +198,7 @@ class Scheduled:
     def __call__(self, model: nn.Module, x: Tensor, mask: Tensor, target: Tensor | None = None, **settings: Any) -> Tensor:
         """Compute the weighted penalty, and count the step. See `AttributionRegularizer.__call__`."""
         weight = self.weight
-        value = weight * self.regularizer(model, x, mask, target, **settings) if weight else _zero(model, x)
+        value = weight * self.regularizer(model, x, mask, target, **settings) if weight else _zero(x)
         self.step += 1
         return value
 
@@ -212,7 +212,7 @@ class Scheduled:
         else:
             call = Call(model, x, inputs=settings.get("inputs"), as_compiled=True)
             (output,) = recorded_output(call) or (call.run(x, as_users_forward=True),)
-            zero = _zero(model, x)
+            zero = _zero(x)
             result = Penalty(zero, {term.name: zero.detach() for term in self.regularizer.terms}, output)
         self.step += 1
         return result
@@ -248,19 +248,7 @@ def _number(weight: Any) -> float:
         return math.nan
 
 
-class _Nothing(Function):
-    """Zero as a function of something, without a gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, anything: Tensor, like: Tensor) -> Tensor:
-        return torch.zeros((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-def _zero(model: nn.Module, x: Tensor) -> Tensor:
-    trainable = next((parameter for parameter in model.parameters() if parameter.requires_grad), x)
-    zero: Tensor = _Nothing.apply(trainable, x.detach())
-    return zero
+def _zero(x: Tensor) -> Tensor:
+    """Zero with a graph that leads to no parameter, whose hooks would be shown a gradient that is none."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.zeros((), dtype=dtype, device=x.device, requires_grad=True).clone()  # no leaf, which a loop could not add to in place

@@ -217,10 +217,10 @@ class RandomProjection(Score):
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Score `(N,)` of features `(N, ...)`."""
-        features = value.flatten(1)
+        features = value.reshape(*value.shape[:1], -1)  # one number an image is a feature too
         generator = torch.Generator(features.device).manual_seed(self.seed or 0)
         directions = torch.randn(features.shape, generator=generator, device=features.device, dtype=features.dtype)
-        return (features * directions).sum(dim=1)
+        return (features * directions).sum(dim=-1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -231,7 +231,7 @@ class MultiLabelLogit(Score):
 
     def check_target(self, target: Tensor) -> None:
         """Check that the target is multi-hot."""
-        if target.dim() != 2 or not bool(((target > -1e-6) & (target < 1 + 1e-6)).all()):
+        if target.dim() != 2 or not bool(((target.float() - 0.5).abs() < 0.5 + 1e-6).all()):  # of half types, 1 + 1e-6 is 1
             raise ValueError(f"target must be (N, C) in [0, 1] for MultiLabelLogit, got {tuple(target.shape)}. Pass multi-hot labels.")
 
     def check_value(self, value: Tensor, target: Tensor | None) -> None:

@@ -43,7 +43,7 @@ def keep_integer(spec: Any, name: str, or_none: bool = False) -> None:
     """The same of any integer; `or_none`: the setting may be left out.
 
     Raises:
-        TypeError: naming it.
+        TypeError, ValueError: naming it.
     """
     value = getattr(spec, name)
     if value is None and or_none:
@@ -51,6 +51,8 @@ def keep_integer(spec: Any, name: str, or_none: bool = False) -> None:
     if not is_integer(value):
         wanted = "None or an integer" if or_none else "an integer"
         raise TypeError(f"{type(spec).__name__}: {name} must be {wanted}, got {value!r}, a {type(value).__name__}. Pass an int.")
+    if not -(2**63) <= value < 2**64:  # as PyTorch takes seeds
+        raise ValueError(f"{type(spec).__name__}: {name} must fit 64 bits, got {value!r}. Give a smaller one.")
     object.__setattr__(spec, name, int(value))
 
 

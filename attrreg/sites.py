@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,8 @@ def check_by_image(value: Tensor, x: Tensor, site: str) -> None:
         )
 
 
+# What has such an attribute keeps positions in another order than the image in these of its parts.
+SHUFFLES = {"patch_area": ("transformer", "norm"), "patch_height": ("transformer", "layernorm"), "block_size": ("transformer_encoder",)}
 Layout = Literal["NCHW", "NHWC"] | int  # an int: tokens (N, L, C) behind so many prefix tokens
 
 
@@ -88,10 +90,14 @@ def layout(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Layout | No
     if not value.is_floating_point() or value.dim() not in (3, 4) or value.shape[0] != x.shape[0]:
         return None
     if value.dim() == 3:
+        if value.shape[0] == value.shape[1] and any(getattr(layer, "batch_first", True) is False for layer in modules(model)):
+            return None  # which axis has the images cannot be told
         backbone = _told_by(model, site, "patch_embed")
-        if value.shape[2] == 1 or _unrolled(value.shape[1], backbone):  # pooled to (N, C, 1), or in another order
-            return None
+        if value.shape[2] == 1 or _unrolled(value.shape[1], backbone, _told_by(model, site, "unroll_schedule")):
+            return None  # pooled to (N, C, 1), or in another order
         return _prefix_tokens(value.shape[1], backbone, height, width)
+    if _shuffled(model, site):
+        return None
     _, a, b, c = value.shape
     if _convolves_to(model, site, channels=a):
         return "NCHW"  # even a single position, for small images; what pooling leaves is no map
@@ -123,12 +129,17 @@ def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Tensor:
         tokens = value[:, found:]
         h, w = _grid(tokens.shape[1], backbone, x.shape[-2], x.shape[-1]) or (0, 0)
         return tokens.transpose(1, 2).reshape(value.shape[0], value.shape[2], h, w)
-    if value.dim() == 3 and _unrolled(value.shape[1], backbone):
+    if _shuffled(model, site):
+        raise ValueError(
+            f"layer {site!r} keeps positions in another order than the image, so a mask cannot be laid over them. Name the block around "
+            "it, or leave the choice to layer='auto'."
+        )
+    if value.dim() == 3 and _unrolled(value.shape[1], backbone, _told_by(model, site, "unroll_schedule")):
         raise ValueError(
             f"layer {site!r} keeps its tokens in the order of {type(backbone).__name__}'s mask units, not of the image, so a mask cannot "
             "be laid over them. Name a block of the last stage, or leave the choice to layer='auto'."
         )
-    if value.dim() == 3 and _before_drops(backbone) is not None:
+    if value.dim() == 3 and _before_drops(backbone, *x.shape[-2:]) is not None:
         raise ValueError(
             f"layer {site!r} has the patches that {type(backbone).__name__} kept at random, so a mask cannot be laid over them. Name a "
             "layer before its patch_drop, or leave the choice to layer='auto'."
@@ -166,7 +177,7 @@ def _output_is_nhwc(model: nn.Module) -> bool:
 
 
 def _grid(count: int, model: nn.Module, height: int, width: int) -> tuple[int, int] | None:
-    grid = _patches(model)
+    grid = _patches(model, height, width)
     if grid is not None and grid[0] * grid[1] == count:
         return grid
     if count < 4:
@@ -177,32 +188,47 @@ def _grid(count: int, model: nn.Module, height: int, width: int) -> tuple[int, i
     return None
 
 
-def _unrolled(length: int, model: nn.Module) -> bool:
+def _unrolled(length: int, model: nn.Module, other: nn.Module) -> bool:
     # Hiera lets the tokens of a mask unit lie one after the other until the last stage, where a unit is one token.
     unroll = getattr(model, "unroll", None)
+    config: Any = getattr(other, "config", None)
     size: list[int] | None = getattr(unroll, "size", None)
     strides: list[tuple[int, ...]] | None = getattr(unroll, "schedule", None)
+    if strides is None and hasattr(config, "patch_stride"):  # Hugging Face's
+        strides = getattr(other, "unroll_schedule", None)
+        size = [side // stride for side, stride in zip(config.image_size, config.patch_stride, strict=True)]
     if not size or strides is None:
         return False
     return length > math.prod(size) // math.prod(math.prod(stride) for stride in strides)
 
 
-def _patches(model: nn.Module) -> tuple[int, int] | None:
+def _shuffled(model: nn.Module, site: str) -> bool:
+    # Inside the blocks of MobileViT v2 and the levels of timm's NesT they lie by patch or block.
+    parts = site.split(".")
+    around = ((model.get_submodule(".".join(parts[:depth])), part) for depth, part in enumerate(parts))
+    return site not in SPECIAL and any(part in SHUFFLES[told] for module, part in around for told in SHUFFLES if hasattr(module, told))
+
+
+def _patches(model: nn.Module, height: int, width: int) -> tuple[int, int] | None:
     """How many rows and columns of patches timm's models say that they have."""
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    embed = getattr(model, "patch_embed", None)
+    grid = getattr(embed, "grid_size", None)
+    if not getattr(embed, "strict_img_size", True):  # that is of the size it was made for
+        size = getattr(embed, "dynamic_feat_size", None)
+        grid = None if size is None else size((height, width))  # without, the aspect tells
     return (int(grid[0]), int(grid[1])) if isinstance(grid, Sequence) and len(grid) == 2 else None
 
 
-def _before_drops(model: nn.Module) -> int | None:
+def _before_drops(model: nn.Module, height: int, width: int) -> int | None:
     """Patches of the whole image, where the model now goes on with some at random, as timm's `PatchDropout` does; else None."""
-    drop, grid = getattr(model, "patch_drop", None), _patches(model)
+    drop, grid = getattr(model, "patch_drop", None), _patches(model, height, width)
     dropping = isinstance(drop, nn.Module) and drop.training and getattr(drop, "prob", 0) > 0
     return math.prod(grid) if dropping and grid is not None else None
 
 
 def _prefix_tokens(length: int, model: nn.Module, height: int, width: int) -> int | None:
     # timm's attribute first; it is missing on some models that do have a class token
-    declared, whole = getattr(model, "num_prefix_tokens", 0), _before_drops(model)
+    declared, whole = getattr(model, "num_prefix_tokens", 0), _before_drops(model, height, width)
     for prefix in dict.fromkeys([declared if isinstance(declared, int) else 0, 0, 1, 2, 5]):
         if prefix < length and (whole is None or length - prefix == whole) and _grid(length - prefix, model, height, width) is not None:
             return prefix

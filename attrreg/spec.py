@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 def public_path(kind: Any) -> str:
     """Dotted path under which a class or function is reached after `import attrreg`."""
     module = kind.__module__
-    for package in ("attrreg.attributions", "attrreg.regularizer", "attrreg.captum"):
-        if module.startswith(package):  # re-exported at the top; where the file lies is not the user's business
-            module = package if package == "attrreg.captum" else "attrreg"
+    if module.startswith("attrreg.attributions"):  # re-exported at the top; where the file lies is not the user's business
+        module = "attrreg"
+    elif module.startswith("attrreg.captum"):
+        module = "attrreg.captum"
     return f"{module}.{kind.__qualname__}"
 
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from attrreg.graph import trainable_leaves
 from attrreg.walk import modules
 
 
@@ -103,6 +104,16 @@ class Buffers:
                         original.data = buffer.detach().clone()
                 else:  # the forward assigned a new tensor
                     module._buffers[name] = buffer
+
+
+def cut_off(model: nn.Module) -> None:
+    """Detach buffers whose graph leads to nothing but tensors that we made to be differentiated: in a plain step they have none."""
+    detached: dict[int, Tensor] = {}  # one shared by two modules stays shared
+    for module in modules(model):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.grad_fn is not None and next(trainable_leaves(buffer), None) is None:
+                # Not in place: what a graph has saved may be the buffer itself.
+                module._buffers[name] = detached.setdefault(id(buffer), buffer.detach())
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from attrreg.recompute import along
 from attrreg.recording import Recording, version
 from attrreg.runner import Runner
 from attrreg.scores import Score
-from attrreg.state import Buffers, Rng, isolated
+from attrreg.state import Buffers, Rng, cut_off, isolated
 
 __all__ = ["Passes", "Trace", "passes"]
 
@@ -185,6 +185,7 @@ class Trace:
         """Make what the clean pass did to the model's buffers final, where it stood in for the user's forward."""
         if self._own_forward is not None:
             self._own_forward.commit()
+            cut_off(self.call.model)
 
     def _clean_pass(self, wanted: dict[str, bool], as_users_forward: bool) -> None:
         call, asked = self.call, self._asked()

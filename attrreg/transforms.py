@@ -11,6 +11,7 @@ from attrreg import call as calls
 from attrreg import masks, own
 from attrreg.baselines import Baseline, Masked, Zero
 from attrreg.spec import Spec
+from attrreg.state import undone_on_error
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,9 +55,10 @@ class ReplaceOutside(Spec):
         calls.check_options(x, generator)
         annotation = masks.check(mask, x, annotated)
         source = torch.Generator(x.device)
-        if self.fill.draws:
-            device = torch.device("cpu") if generator is None else generator.device
-            source.manual_seed(int(torch.randint(2**62, (), generator=generator, device=device)))
-        with own.given(self.fill, x, annotation.relevant) as (images, relevant):
-            replaced = Masked(self.fill)(images, relevant, source)
+        with undone_on_error(x.device, generator):
+            if self.fill.draws:
+                device = torch.device("cpu") if generator is None else generator.device
+                source.manual_seed(int(torch.randint(2**62, (), generator=generator, device=device)))
+            with own.given(self.fill, x, annotation.relevant) as (images, relevant):
+                replaced = Masked(self.fill)(images, relevant, source)
         return torch.where(annotation.annotated.view(-1, 1, 1, 1), replaced, x)

@@ -33,17 +33,12 @@ COMMAND = "python -m benchmarks"
 
 def write_page(numbers: Path) -> None:
     """Put a run's tables between the page's marks, and its pictures beside the page."""
-    section = numbers.stem
-    pictures = []
-    for source, name, words in (
-        (numbers.with_suffix(".png"), f"performance-{section}.png", "time and memory of each way"),
-        (numbers.with_name(f"{section}-curves.png"), f"performance-{section}-curves.png", "time and memory against batch, size and steps"),
-    ):
-        if source.exists():
-            shutil.move(source, PAGE.with_name(name))
-        if PAGE.with_name(name).exists():
-            pictures.append(f"![{words}]({name})")
-    record = report.load(numbers)
+    section, record = numbers.stem, report.load(numbers)
+    kinds = {"": "time and memory of each way"} | ({"-curves": "time and memory against batch, size and steps"} if record.curves else {})
+    for kind in kinds:
+        if (source := numbers.with_name(f"{section}{kind}.png")).exists():
+            shutil.move(source, PAGE.with_name(f"performance-{section}{kind}.png"))
+    pictures = [f"![{words}](performance-{section}{kind}.png)" for kind, words in kinds.items()]
     write_section(PAGE, section, COMMAND, report.markdown(record), check.missed(record), *pictures)
     if section == SUMMARIZED:
         write_section(README, "cost", COMMAND, *summary(record))
@@ -53,8 +48,8 @@ def write_page(numbers: Path) -> None:
 def summary(record: Record) -> tuple[str, str, str]:
     """A row a penalty: what it costs here and in the ways of today."""
     columns = (ways.ATTACHED, ways.TODAY, ways.CAPTUM)
-    rows = {penalty: (penalty, columns) for penalty in record.plan.penalties}
-    rows["the same, `chunk=1`"] = (ways.INTEGRATED_GRADIENTS, (ways.CHUNKED, "", ""))
+    rows = {f"{name}, `chunk=None`" if name == ways.INTEGRATED_GRADIENTS else name: (name, columns) for name in record.plan.penalties}
+    rows["the same, `chunk=1`, the default"] = (ways.INTEGRATED_GRADIENTS, (ways.CHUNKED, "", ""))
     lines = []
     for label, (penalty, names) in rows.items():
         found = [[cost for _, cost in ratios(record, penalty, way)] for way in names]

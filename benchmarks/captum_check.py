@@ -1,11 +1,10 @@
 """Is the parameter gradient of each Captum attribution right? Measured in float64 on a small network.
 
-The reference is Captum's own map, differentiated numerically: no graph has a part in it.
+The reference is Captum's own map, differentiated numerically, or where that draws or is of one image our own: no graph has a part in it.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
@@ -273,7 +272,7 @@ def check(case: Case) -> Result:
 
 def graph(case: Case, create_graph: bool) -> float | str | None:
     """The error of the graph of Captum's own map; None: it has none. An exception is given by its message."""
-    model = copy.deepcopy(network(case))
+    model = network(case)
     try:
         map = captums(case, model, create_graph)
         if not map.requires_grad:

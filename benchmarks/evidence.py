@@ -4,7 +4,7 @@ python -m benchmarks.evidence          `attrreg evidence` at its full size, then
 python -m benchmarks.evidence --page   the page alone, from the results that there are
 
 Other options are those of `attrreg evidence`, such as --packages; with --data, --method or --epochs the page shows what the results have of
-the full plan.
+the full plan. With --help, --quick or --out, page and records stay as they are.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from benchmarks.page import ROOT, write_section
 RESULTS = ROOT / "benchmarks" / "results" / "evidence.jsonl"
 PAGE = ROOT / "docs" / "evidence.md"
 COMMAND = "python -m benchmarks.evidence"
+OTHERS = {"--help", "--quick", "--out"}  # with one of these, page and records stay as they are
 
 
 def write_page() -> None:
@@ -40,6 +41,8 @@ def main() -> None:
     if words[:1] != ["--page"]:
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         app.command()(evidence)
+        if OTHERS & {word.split("=")[0] for word in words}:
+            app(args=words, prog_name=COMMAND)  # and ends
         if ended := app(args=[*words, "--out", str(RESULTS)], standalone_mode=False, prog_name=COMMAND):
             sys.exit(ended)  # interrupted, or --rerun found other numbers
         for suffix in (".md", ".png"):  # which the page has

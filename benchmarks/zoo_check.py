@@ -132,9 +132,6 @@ def _guarded(result: Result, function: Callable[[Result, Case], None], case: Cas
     except Exception as error:  # whatever attrreg, the model or PyTorch raises is a result
         result.status = "refused" if _is_ours(error) else "fail"
         result.cause = _where(error)
-    finally:
-        for parameter in case.model.parameters():
-            parameter.grad = None
     left = "" if function is _check_float64 else _difference(before, _snapshot(case))
     if left:
         result.status, result.cause = "fail", f"left behind: {left}. {result.cause}"

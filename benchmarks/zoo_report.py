@@ -19,7 +19,7 @@ INTRODUCTION = """# Any model: what was measured
 
 One small model of every timm architecture module and torchvision classification family ({which} by number of parameters; timm's
 toy `test_*` models left out) under four regularizers (maps of `TargetLogit` under `SquaredOutside`), with random weights,
-batches of 2 (4 with BatchNorm), and dropout and drop-path as they are; deepseek_vit and gemma4_vit, large
+batches of 2 (4 with BatchNorm, up to 128 px), and dropout and drop-path as they are; deepseek_vit and gemma4_vit, large
 and without a small version, with 2 blocks. Written by
 `python -m benchmarks.zoo{rank}`, measured {date}: attrreg {attrreg}, torch {torch},
 timm {timm}, torchvision {torchvision}, Python {python}, {cores} cores, one thread a model.

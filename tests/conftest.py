@@ -51,6 +51,14 @@ def four() -> Iterator[Ranks]:
     ranks.close()
 
 
+@pytest.fixture
+def half_by_default() -> Iterator[None]:
+    """The default type as Lightning's "bf16-true" has it within each step."""
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(autouse=True)
 def deterministic() -> Iterator[None]:
     """Same draws whatever runs before; one thread, so that sums round alike."""

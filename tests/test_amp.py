@@ -110,11 +110,13 @@ def test_second_derivatives_do_not_overflow(name: str, dtype: torch.dtype) -> No
 def test_convolutions_in_full_precision_keep_it_in_a_backward_under_autocast(filters: tuple[int, ...], settings: Any) -> None:
     x, w = (torch.randn(shape, requires_grad=True) for shape in ((2, filters[1] * settings.get("groups", 1), 12, 12), filters))
     found = []
-    for context in (nullcontext(), twice_differentiable(Phase())):
-        with context:
+    for ours in (False, True):
+        with twice_differentiable(Phase()) if ours else nullcontext():
             y = F.conv2d(x, w, **settings)
-        with torch.autocast(DEVICE, torch.bfloat16):
-            found.append(torch.autograd.grad(y.square().sum(), [x, w]))
+        (slope,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=ours):
+            first = torch.autograd.grad(y.square().sum(), [x, w], retain_graph=True)
+            found.append((*first, *torch.autograd.grad(slope.square().sum(), [x, w])))
     for want, got in zip(*found, strict=True):
         assert (got - want).norm() <= 1e-5 * want.norm()
 
@@ -132,6 +134,17 @@ def test_every_penalty_is_in_full_precision(dtype: torch.dtype, inside: bool) ->
             value = regularizer(model, x, mask, target) if value is None else value
         assert value.dtype == torch.float32
         assert float(value.detach()) == pytest.approx(float(exact.detach()), rel=0.01)
+
+
+@pytest.mark.parametrize(("kind", "weight"), [("smoothgrad_sq", 300.0), ("vargrad", 1e-3)])
+def test_squares_of_half_activations_neither_overflow_nor_vanish(kind: Any, weight: float) -> None:
+    layer = nn.Conv2d(2, 4, 1, bias=False)
+    nn.init.constant_(layer.weight, weight)
+    model = nn.Sequential(layer, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    term = attrreg.captum.NoiseTunnel(attrreg.captum.LayerActivation("0"), kind, std=0.1)
+    with torch.autocast(DEVICE, torch.float16):
+        phi = term.attribute(model, 1 + torch.rand(2, 2, 8, 8))
+    assert phi.isfinite().all() and (phi > 0).all()
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -48,6 +48,10 @@ def test_replacing_draws_from_the_generator_alone() -> None:
     assert torch.equal(first, second) and torch.equal(state, torch.get_rng_state())
     assert not torch.equal(ReplaceOutside(baselines.Shuffle())(x, mask), first)
     assert eval(repr(ReplaceOutside(baselines.Shuffle()))) == ReplaceOutside(baselines.Shuffle())
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="OtherImage"):
+        ReplaceOutside(baselines.OtherImage())(x[:1], mask)
+    assert torch.equal(state, torch.get_rng_state())
 
 
 # Adversarial invariance
@@ -298,7 +302,7 @@ DATA = batch(3)
         (lambda: attrreg.AdversarialInvariance(every=0), ValueError, r"every must be.*\. "),
         (lambda: attrreg.AdversarialInvariance(rate=0.0), ValueError, r"rate must be.*\. "),
         (lambda: attrreg.AdversarialInvariance(rate="1e-3"), ValueError, r"rate must be.*\. "),  # type: ignore[arg-type]
-        (lambda: attrreg.AdversarialInvariance(seed=1.0), TypeError, r"seed must be an integer.*\. "),  # type: ignore[arg-type]
+        (lambda: attrreg.AdversarialInvariance(seed=1.0), TypeError, r"seed must be an integer of 64 bits.*\. "),  # type: ignore[arg-type]
         (lambda: attrreg.AdversarialInvariance(hidden=8), TypeError, r"hidden must be the widths.*\. "),  # type: ignore[arg-type]
         (lambda: attrreg.AdversarialInvariance(weight=-1.0), ValueError, r"weight of AdversarialInvariance must be.*\. "),
         (lambda: attrreg.AdversarialInvariance(layer=nn.Linear(1, 1)), TypeError, r"layer must be the dotted name.*\. "),  # type: ignore[arg-type]

@@ -68,6 +68,11 @@ def _heads(x: Tensor) -> Tensor:
     return heads.transpose(1, 2)
 
 
+def _masked(x: Tensor, *shape: int | None) -> Tensor:
+    q = _heads(x)
+    return F.scaled_dot_product_attention(q, q, q, q.new_zeros([size or q.shape[-2] for size in shape]))
+
+
 OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     **_convolution(1),
     **_convolution(1, stride=2),
@@ -96,6 +101,9 @@ OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "cat": lambda x: torch.cat([x, x], 1),
     "attention": lambda x: F.scaled_dot_product_attention(x, x, x),
     "attention of heads": lambda x: F.scaled_dot_product_attention(_heads(x), _heads(x), _heads(x)),
+    "attention of heads, mask of tokens": lambda x: _masked(x, 1, 1, 1, None),
+    "attention of heads, mask of rows": lambda x: _masked(x, None, 1),
+    "attention of heads, mask of three axes": lambda x: _masked(x, 1, None, None),
     "attention of matrices": lambda x: F.scaled_dot_product_attention(x[0], x[0], x[0]),
 }
 EITHER = ("group norm", "batch norm, eval")  # of one position or one image: the same in memory, and goes on as PyTorch's or as the input
@@ -135,10 +143,6 @@ def test_the_suggested_layout_is_pytorchs(x: Tensor) -> None:
         assert suggested(images) == torch._prims_common.suggest_memory_format(images)
 
 
-def _residual(function: Any) -> Callable[[Tensor], Tensor]:
-    return lambda h: function(h * 1).add_(h)
-
-
 IN_PLACE_AFTER = {
     "leaky relu": F.leaky_relu,
     "relu6": F.relu6,
@@ -159,10 +163,15 @@ IN_PLACE_AFTER = {
 
 @pytest.mark.parametrize("name", IN_PLACE_AFTER)
 def test_what_follows_may_work_in_place(name: str) -> None:
+    check_in_place(IN_PLACE_AFTER[name])
+
+
+def check_in_place(function: Any) -> None:
+    """A residual added in place behind a function, against PyTorch."""
     h = torch.randn(N, C, SIDE, SIDE, dtype=torch.float64, requires_grad=True)
     found = []
-    for run in (ours, lambda function, h: function(h)):
-        y = run(_residual(IN_PLACE_AFTER[name]), h)
+    for run in (ours, lambda call, h: call(h)):
+        y = run(lambda h: function(h * 1).add_(h), h)
         (first,) = torch.autograd.grad(y.square().sum(), h, create_graph=True)
         found.append([y, first, *torch.autograd.grad(first.square().sum(), h)])
     for got, want in zip(*found, strict=True):

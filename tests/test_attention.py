@@ -18,6 +18,7 @@ from attrreg.objectives import SquaredOutside
 from attrreg.ops import Phase, attention, twice_differentiable
 from attrreg.scores import TargetLogit
 from tests import oracles
+from tests.test_as_pytorch import check_in_place
 from tests.test_ops import check
 
 
@@ -88,6 +89,9 @@ ATTENTION: dict[str, Callable[..., Tensor]] = {
     "with a constant bias": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m.detach()) + m.sum(),
     "with a bias of each head": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m[0] + q[0, :, :1, :1]),
     "with a bias of all": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m[0, 0]),
+    "with a bias of each token": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m[:, :, :1]),
+    "with a constant bias of each token": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m[:, :, :1].detach()) + m.sum(),
+    "with a constant bias of each query": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m[0, 0, :, :1].detach()) + m.sum(),
     "with a bias that hides some": lambda q, k, v, m: F.scaled_dot_product_attention(
         q, k, v, m.masked_fill(torch.eye(4, 5) > 0, -torch.inf)
     ),
@@ -184,3 +188,15 @@ def test_attention_with_dropout_draws_as_pytorchs() -> None:
         with context:
             found.append(F.scaled_dot_product_attention(q, q, q, dropout_p=0.5))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda h: F.scaled_dot_product_attention(h.mT, h.mT, h.mT), id="not dense"),
+        pytest.param(lambda h: F.scaled_dot_product_attention(h, h, h, h[:, :1]), id="a trainable mask"),
+    ],
+)
+def test_what_follows_may_work_in_place_where_pytorch_takes_its_math_path(function: Callable[[Tensor], Tensor]) -> None:
+    check_in_place(function)

@@ -313,3 +313,7 @@ def test_models_that_do_not_run_are_refused_before_others_are_measured(
 def test_losses_are_named() -> None:
     assert "slower (4.50 to 4.00) than *own forward" in report.markdown(record_with(4.5, 2.0))
     assert "Nowhere in this run" in report.markdown(record_with(2.0, 2.0))
+    record = record_with(2.0, 2.0)
+    of = next(iter(record.costs.values()))[strategies.INPUT_GRADIENT]
+    of[strategies.MOVED] = replace(of[strategies.ATTACHED], ratio=4.5)
+    assert f"{strategies.INPUT_GRADIENT}, finite difference, " in report.markdown(record)

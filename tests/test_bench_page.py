@@ -12,8 +12,11 @@ import pytest
 import typer
 
 import benchmarks.__main__ as tool
+from attrreg.bench import report
 from benchmarks import check, evidence
 from benchmarks.__main__ import PAGE, main
+from benchmarks.page import marks
+from tests.test_bench import record_with
 
 pytestmark = pytest.mark.cpu
 
@@ -71,6 +74,36 @@ def test_each_run_for_the_page_fills_its_section(arguments: list[str], section: 
     monkeypatch.setattr("benchmarks.__main__.write_page", written.append)
     main()
     assert measured == written == [check.results(section)]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--quick"], ["--out=x.jsonl"], ["--out", "x.jsonl", "--data", "crosses"]], ids=" ".join)
+def test_other_comparisons_leave_page_and_records_alone(arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    outs: list[str] = []
+    written: list[Any] = []
+
+    def compare(quick: bool = False, out: str = "own", data: str = "") -> None:
+        outs.append(out)
+
+    for name, value in (("evidence", compare), ("write_page", lambda: written.append(None)), ("RESULTS", tmp_path / "evidence.jsonl")):
+        monkeypatch.setattr(evidence, name, value)
+    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        evidence.main()
+    assert ended.value.code in (None, 0) and not written
+    assert outs == {"--help": [], "--quick": ["own"]}.get(arguments[0], ["x.jsonl"])
+
+
+def test_a_run_without_curves_shows_none_of_an_older_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page, numbers = tmp_path / "performance.md", tmp_path / "mine.json"
+    page.write_text("\n".join(marks("mine", tool.COMMAND)))
+    report.save(record_with(2.0, 2.0), numbers)
+    numbers.with_suffix(".png").write_bytes(b"new")
+    for name in ("performance-mine.png", "performance-mine-curves.png"):
+        (tmp_path / name).write_bytes(b"old")
+    monkeypatch.setattr(tool, "PAGE", page)
+    tool.write_page(numbers)
+    assert "(performance-mine.png)" in page.read_text() and "-curves.png" not in page.read_text()
+    assert (tmp_path / "performance-mine.png").read_bytes() == b"new" and not numbers.with_suffix(".png").exists()
 
 
 def test_an_empty_option_is_no_run_for_the_page(monkeypatch: pytest.MonkeyPatch) -> None:

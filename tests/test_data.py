@@ -239,8 +239,9 @@ def test_transforms_that_leave_the_mask_are_found(folder: MaskedImageFolder) -> 
         data[0]
     with pytest.raises(TypeError, match=r"transforms returned a Image for disc/000\.jpg and its mask\. Return both"):
         MaskedImageFolder(folder.root, folder.masks, lambda image, mask: image)[0]
-    with pytest.raises(ValueError, match=r"InTheImage gave disc/000\.jpg, \(32, 32\), a mask \(16, 16\)\. Let it be of the image's size"):
-        MaskedImageFolder(folder.root, InTheImage(torch.zeros(16, 16, dtype=torch.bool)))[0]
+    for shape, said in (((16, 16), r"\(16, 16\)"), ((1, 32, 32), r"\(1, 32, 32\)")):
+        with pytest.raises(ValueError, match=rf"InTheImage gave disc/000\.jpg, \(32, 32\), a mask {said}\. Let it be of the image's size"):
+            MaskedImageFolder(folder.root, InTheImage(torch.zeros(shape, dtype=torch.bool)))[0]
 
 
 def test_a_fill_is_for_images_alone() -> None:
@@ -260,9 +261,7 @@ def test_transforms_without_masks_are_refused(folder: MaskedImageFolder, transfo
 
 def batch() -> Sample:
     torch.manual_seed(1)
-    return Sample(
-        torch.rand(4, 3, 16, 16), torch.rand(4, 16, 16) < 0.3, torch.tensor([0, 1, 2, 1]), torch.tensor([True, True, False, True])
-    )
+    return Sample(torch.rand(4, 3, 16, 16), torch.rand(4, 16, 16) < 0.3, torch.tensor([0, 1, 2, 1]), torch.tensor([1, 1, 0, 1]).bool())
 
 
 def made_from(images: Tensor, mixed: Tensor, pixelwise: bool) -> Tensor:
@@ -324,15 +323,17 @@ def test_a_mix_goes_to_spawned_workers(folder: MaskedImageFolder) -> None:
 
 
 def test_a_little_of_an_unannotated_image_counts_in_half_precision_too() -> None:
-    given = batch()
-    given = given._replace(image=given.image.bfloat16(), annotated=torch.zeros(len(given.image), dtype=torch.bool))
-    given.annotated[0] = True
-
-    def blend(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return 0.99 * images + 0.01 * images.roll(1, 0), labels
-
-    mixed = WithMasks(blend)(given)
+    given, known = batch(), torch.tensor([True, False, False, False])
+    mix = WithMasks(lambda images, labels: (0.99 * images + 0.01 * images.roll(1, 0), labels))
+    mixed = mix(given._replace(image=given.image.bfloat16(), annotated=known))
     assert mixed.image.dtype == torch.bfloat16 and not mixed.annotated.any()
+
+
+def test_shares_in_single_precision_add_up_in_double_precision_too() -> None:
+    given, (share, rest) = batch(), torch.tensor([0.1, 0.9]).tolist()  # timm's are in float32: these two add up to 1 - 2e-8
+    mix = WithMasks(lambda images, labels: (share * images + rest * images.flip(0), labels))
+    given = given._replace(image=given.image.double(), annotated=torch.ones(4, dtype=torch.bool))
+    assert mix(given).annotated.all()
 
 
 def test_what_cannot_be_mixed() -> None:

@@ -61,8 +61,8 @@ def test_products_of_positions_where_they_are_few_for_so_many_images() -> None:
 
 @pytest.mark.cpu
 def test_where_they_are_used() -> None:
-    def used(size: int, kernel: int, groups: int = 8, channels_last: bool = False, sliced: bool = False) -> bool:
-        x, w = torch.randn(2, 16 if sliced else 8, size, size), torch.randn(8, 8 // groups, kernel, kernel, requires_grad=True)
+    def used(size: int, kernel: int, groups: int = 8, channels_last: bool = False, sliced: bool = False, width: int | None = None) -> bool:
+        x, w = torch.randn(2, 16 if sliced else 8, size, width or size), torch.randn(8, 8 // groups, kernel, kernel, requires_grad=True)
         x = (x.to(memory_format=torch.channels_last) if channels_last else x)[:, :8]
         with patch.object(depthwise, "weight_gradient", wraps=depthwise.weight_gradient) as spy:
             with twice_differentiable(Phase()):
@@ -72,7 +72,7 @@ def test_where_they_are_used() -> None:
 
     assert used(14, 5) and used(7, 7) and used(2, 3) and used(4, 5, channels_last=True)
     assert not used(14, 3) and not used(64, 5) and not used(8, 5, channels_last=True)  # PyTorch's is fast, or the product too large
-    assert not used(14, 5, groups=2) and not used(2, 1)
+    assert not used(14, 5, groups=2) and not used(2, 1) and not used(2, 3, width=19) and used(2, 3, width=18)
     assert used(4, 5, channels_last=True, sliced=True) and used(14, 5, sliced=True) and not used(8, 5, channels_last=True, sliced=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrizations import spectral_norm
 
 import attrreg
-from attrreg import baselines, engines, scores
-from attrreg.regularizer import AttributionRegularizer
-from attrreg.trace import Passes, passes
+from attrreg import baselines, engines, scores, sites
+from attrreg.needs import Grad, Need
+from attrreg.regularizer import AttributionRegularizer, SingleRegularizer
+from attrreg.trace import Passes, Trace, passes
 from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
 
 FINE = engines.FiniteDifference(step=1e-4)
@@ -130,6 +132,22 @@ def test_a_path_draws_what_the_recorded_forward_drew() -> None:
             torch.rand(7)
             found.append(regularizer(model, x, mask, target))
     torch.testing.assert_close(*found, rtol=1e-9, atol=0)
+
+
+@dataclass(frozen=True, repr=False)
+class _AtFeatures(SingleRegularizer):
+    def needs(self) -> tuple[Need, ...]:
+        return (Grad(sites.FEATURES, scores.TargetLogit()),)
+
+    def per_image(self, trace: Trace) -> Tensor:
+        return trace.grad(sites.FEATURES, scores.TargetLogit()).square().flatten(1).sum(1)
+
+
+def test_what_cannot_be_moved_is_refused() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    assert _AtFeatures()(model, x, mask, target) > 0
+    with pytest.raises(ValueError, match=r"^Finite differences move images and what layers give.* Name the layer that gives them"):
+        _AtFeatures().using(FINE)(model, x, mask, target)
 
 
 def test_a_recording_that_cannot_be_differentiated_twice_is_not_used() -> None:

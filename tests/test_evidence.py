@@ -78,6 +78,20 @@ def test_the_seed_is_that_of_draws_nobody_else_seeds() -> None:
     assert losses[0] == losses[1]
 
 
+def test_weights_do_not_depend_on_whether_the_data_were_kept() -> None:
+    job._task.cache_clear()
+    losses = [job.run(replace(JOB, source=Draws()), CPU).outcomes["valid"]["loss"] for _ in range(2)]
+    assert losses[0] == losses[1]
+
+
+def test_maps_are_judged_where_there_are_masks() -> None:
+    task = TINY.task(0)
+    model, known = TINY.model(task, 0).eval(), torch.arange(len(task.test)) % 2 == 0
+    part = replace(task.test, annotated=known)
+    assert job._judgements(model, part) == job._judgements(model, task.test.take(known.nonzero()[:, 0]))
+    assert job._judgements(model, replace(part, annotated=torch.zeros_like(known))) is None
+
+
 def test_names_tell_jobs_apart() -> None:
     changes: dict[str, Any] = {
         "source": replace(TINY, train=25),
@@ -140,6 +154,20 @@ class Drops(Mine):
     """Another, whose model draws while it trains."""
 
     kind: ClassVar[str] = "drops"
+
+    def model(self, task: Task, seed: int) -> nn.Module:
+        return nn.Sequential(nn.Dropout(0.5), super().model(task, seed))
+
+
+@dataclass(frozen=True)
+class Draws(Mine):
+    """Another, whose data and model draw from the default generator."""
+
+    kind: ClassVar[str] = "draws"
+
+    def task(self, seed: int) -> Task:
+        torch.rand(3)
+        return super().task(seed)
 
     def model(self, task: Task, seed: int) -> nn.Module:
         return nn.Sequential(nn.Dropout(0.5), super().model(task, seed))

@@ -67,6 +67,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "negative class": (lambda root: relabel(root, "_3.npy,1", "_3.npy,-1"), r"train_img_3\.npy has the class '-1'"),
     "classes from 1": (lambda root: relabel(root, ".npy,0", ".npy,2"), r"train has the classes \[1, 2\], .* Number them from 0"),
     "class of the test alone": (lambda root: relabel(root, "_3.npy,1", "_3.npy,2", "test"), r"all splits \[0, 1, 2\]\. Number them from 0"),
+    "image twice": (lambda root: relabel(root, "train_img_3", "train_img_2"), r"train_img_2\.npy is there twice.* Leave one row"),
     "image of two splits": (
         lambda root: relabel(root, "test_img_3", "train_img_3", "test"),
         r"train_img_3\.npy is in train and in test, which must have images of its own\. Take it out",

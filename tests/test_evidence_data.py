@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy
@@ -39,6 +40,18 @@ def test_shares_of_annotated_images() -> None:
     assert annotate(data, 1.0, "exact", 0).annotated is None
     other = annotate(data, 0.2, "exact", seed=4).annotated
     assert other is not None and not torch.equal(other, before)
+
+
+def test_images_without_a_mask_stay_without_one() -> None:
+    known = torch.arange(200) % 8 < 5  # all of the first class, half of each other one
+    data = dataclasses.replace(split(), annotated=known)
+    assert annotate(data, 1.0, "boxes", 0).annotated is known
+    annotated = annotate(data, 0.2, "exact", seed=3).annotated
+    assert annotated is not None and not (annotated & ~known).any()
+    assert [int(annotated[data.labels == label].sum()) for label in range(4)] == [10, 5, 5, 5]
+    none = dataclasses.replace(data, annotated=torch.zeros(200, dtype=torch.bool))
+    found = annotate(none, 0.2, "exact", seed=3).annotated
+    assert found is not None and not found.any()
 
 
 def test_who_is_annotated_does_not_depend_on_the_order_of_training() -> None:

@@ -314,6 +314,17 @@ def test_features_are_what_enters_the_classifier() -> None:
     torch.testing.assert_close(features, model.forward_head(model.forward_features(x), pre_logits=True))
 
 
+class _ByKeyword(SmoothNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(input=self.drop(self.body(self.stem(x)).mean((2, 3))))  # type: ignore[no-any-return]
+
+
+def test_features_enter_a_classifier_by_keyword_too() -> None:
+    model, (x, mask, target) = _ByKeyword().double(), smooth_batch()
+    features = attrreg.ActivationDifference(fill=baselines.Zero())(model, x, mask, target)
+    torch.testing.assert_close(features, attrreg.ActivationDifference("drop", baselines.Zero())(model, x, mask, target))
+
+
 def test_a_pool_that_enlarges_is_no_map() -> None:
     model = torchvision.models.alexnet(num_classes=4).eval()
     x = torch.randn(1, 3, 64, 64)  # features.12 leaves one position, avgpool makes it 6 x 6

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
@@ -43,7 +44,8 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def train(rank: int, flags: tuple[str, str], settings: dict[str, Any]) -> tuple[list[Tensor], dict[str, float]]:
+def train(rank: int, flags: tuple[str, str], settings: dict[str, Any], world: bool | None = None) -> tuple[list[Tensor], dict[str, float]]:
+    group: Any = None if world is None else (lambda: dist.group.WORLD) if world else False
     samples: Any = [Sample(*sample) for sample in zip(*shares(2)[rank], annotated(flags[rank]), strict=True)]
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
     with patch.dict(os.environ, {name: str(value) for name, value in place.items()}), warnings.catch_warnings():
@@ -54,7 +56,7 @@ def train(rank: int, flags: tuple[str, str], settings: dict[str, Any]) -> tuple[
             strategy=DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo", **settings),
             use_distributed_sampler=False,  # each rank has its own samples
             max_epochs=2,
-            callbacks=[AttributionPenalty(TERMS, model="net")],
+            callbacks=[AttributionPenalty(TERMS, model="net", group=group)],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -73,3 +75,13 @@ def test_gradients_and_logged_terms_are_those_of_one_process(two: Ranks, flags: 
         assert_close(found, want, 1e-6)
         assert logged.keys() == {f"penalty/{term.name}" for term in TERMS.terms}
         assert sum(logged.values()) == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize("world", [True, False])
+def test_means_run_over_the_group_that_is_named(two: Ranks, world: bool) -> None:
+    value, own = alone(Case(UNEVEN), step=0)[0], []
+    for (x, mask, target), flags in zip(shares(2), UNEVEN, strict=True):
+        own.append(float(TERMS(Case(()).model(), x, mask, target, annotated=annotated(flags)).detach()))
+    assert value != pytest.approx(sum(own) / 2, rel=1e-4)  # 3 images and 1 are annotated
+    for _, logged in two(train, UNEVEN, {}, world):
+        assert sum(logged.values()) == pytest.approx(value if world else sum(own) / 2, rel=1e-6)

@@ -70,6 +70,40 @@ def test_modules_of_logits() -> None:
     assert area.compute().item() == pytest.approx(metrics.auc(logits, target))
 
 
+def test_counts_stay_exact_where_a_module_is_brought_to_half_precision() -> None:
+    metric = modules.ShareInside()
+    module = nn.ModuleList([metric, nn.Linear(2, 2)])
+    map, mask = torch.rand(257, 1, 2, 2), torch.ones(2, 2).triu()  # 257 is 256 in bfloat16
+    for _ in range(2):
+        module.to(torch.bfloat16)  # as Lightning's "bf16-true" does
+        metric.update(map, mask)
+        assert metric.images == 257
+        assert metric.compute().item() == pytest.approx(metrics.share_inside(map, mask).double().mean().item())
+        metric.reset()  # to what the cast has made of the first values
+    module.to("meta").to_empty(device="cpu")
+    assert metric.total.dtype == torch.float64
+    metric.set_dtype(torch.float32)  # asked of the metric itself
+    assert metric.total.dtype == torch.float32
+
+
+def test_values_are_exact_whatever_the_default_type(half_by_default: None) -> None:
+    logits = torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.0, 4.0], [3.0, 0.0]])
+    target = torch.tensor([0, 1, 1, 1])
+    worst, area = modules.WorstGroupAccuracy(2), modules.LogitDifferenceAUC()
+    worst.update(logits, target, target)
+    area.update(logits, target)
+    assert [worst.compute().item(), area.compute().item()] == pytest.approx([2 / 3, 2 / 3])
+    map, mask = torch.tensor([[[[1.0, 1.0, 1.0, 0.0]]]], dtype=torch.float32), torch.tensor([[[True, False, False, False]]])
+    assert metrics.iou_at_mask_size(map, mask).item() == pytest.approx(0.2)  # a third of one pixel
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric .* was called before")
+def test_of_nothing_the_value_has_the_type_that_others_have(half_by_default: None) -> None:
+    made: list[tuple[Any, torch.dtype]] = [(modules.WorstGroupAccuracy(2), torch.float32), (modules.LogitDifferenceAUC(), torch.float64)]
+    for metric, dtype in made:
+        assert metric.compute().dtype == dtype and metric.compute().isnan()
+
+
 def test_judged_module() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch(4)
     attribution = attrreg.InputXGradient().attribute

@@ -87,6 +87,16 @@ def test_a_perfect_map() -> None:
     assert metrics.pointing_game(map, ~mask).item() == 0
 
 
+def test_an_object_that_a_coarse_map_cannot_show_is_no_miss() -> None:
+    map, mask = torch.zeros(3, 1, 7, 7), torch.zeros(3, 224, 224, dtype=torch.bool)
+    map[:, :, 2, 3] = 1
+    mask[0, 70:90, 100:120] = True  # 20 x 20 pixels within that cell of 32 x 32
+    mask[1, 64:96, 96:128] = True
+    missed, hit, empty = metrics.pointing_game(map, mask).tolist()
+    assert math.isnan(missed) and (hit, empty) == (1, 0)
+    assert metrics.pointing_game(nn.Upsample(scale_factor=32)(map), mask)[0] == 400 / 1024  # its pixels share the vote
+
+
 def test_undefined_is_nan_and_never_a_number() -> None:
     zero, mask = torch.zeros(2, 3, 4, 4), torch.ones(4, 4).triu().bool()
     for measure in (metrics.share_inside, metrics.energy_pointing_game, metrics.pointing_game, metrics.iou_at_mask_size):

@@ -51,6 +51,15 @@ def test_images_without_annotation_are_left_out_and_nothing_else_changes(reducti
     assert_close(gradients(model, value), gradients(model, whole), 1e-10)
 
 
+def test_one_image_is_not_left_alone() -> None:
+    model, (x, mask, target) = Watched(nn.Sequential(SmoothNet(), squeeze := nn.Flatten(0)).double()), smooth_batch(5)
+    squeeze.forward = torch.squeeze  # type: ignore[method-assign]
+    for annotated in torch.eye(5).bool()[[0, 4]]:
+        value = TERM(model, x, mask, target, annotated=annotated)
+        assert_close([value], [TERM.evaluate(model, x, mask, target, annotated=annotated).total], 1e-12)
+    assert model.seen == [5, 2, 5, 5, 2, 5]  # it shows at the first call and at the second
+
+
 def test_coupled_images_all_take_part() -> None:
     family = FAMILIES["resnet"]
     model, (x, mask, target) = Watched(family.build()), batch(4, size=family.size)

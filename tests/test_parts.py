@@ -8,12 +8,13 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from captum.attr._utils.approximation_methods import approximation_parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import attrreg
-from attrreg import baselines, objectives, presets, scores, sites
+from attrreg import baselines, objectives, points, presets, scores, sites
 from tests import oracles
 from tests.models import DEVICE, SmoothNet, assert_close, gradients, smooth_batch
 
@@ -308,3 +309,14 @@ def test_a_number_is_a_baseline(number: float | Tensor) -> None:
     model, (x, _, target) = SmoothNet().double(), smooth_batch()
     want = oracles.integrated_gradients(model, x, target, oracles.score_target_logit, 3, torch.full_like(x, 0.5))
     torch.testing.assert_close(attrreg.IntegratedGradients(3, number).attribute(model, x, target), want.detach())
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("rule", points.RULES)
+def test_places_are_captums_whatever_the_default_type(rule: str, half_by_default: None) -> None:
+    points.places.cache_clear()
+    found = points.places(rule, 50)
+    torch.set_default_dtype(torch.float32)
+    sizes, alphas = approximation_parameters(rule)
+    assert [alpha for alpha, _ in found] == list(alphas(50))
+    assert [weight for _, weight in found] == torch.tensor(sizes(50), dtype=torch.float32).tolist()

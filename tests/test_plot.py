@@ -214,6 +214,17 @@ def test_arrays_are_no_tensors(change: str) -> None:
         plot.attributions(arguments["images"], arguments["mask"], {"phi": arguments["phi"]})
 
 
+def test_maps_have_titles() -> None:
+    x, mask, phi = case()
+    with pytest.raises(TypeError, match=r'maps must be a mapping of titles to maps, got Tensor\. Write \{"input gradient": phi\}'):
+        plot.attributions(x, mask, phi)  # type: ignore[arg-type]
+
+
+def test_the_default_type_is_that_of_no_picture(half_by_default: None) -> None:
+    x, mask, phi = (value.float() for value in case())
+    assert rendered(plot.attributions(x, mask, {"phi": phi})).startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("penalties", "shares", "message"),
     [

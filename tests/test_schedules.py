@@ -210,6 +210,23 @@ def test_the_zero_of_a_skipped_step_is_in_full_precision_and_passes_by_what_is_f
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_the_zero_of_a_skipped_step_shows_hooks_nothing() -> None:
+    model, x, mask, target = case()
+    seen: list[Any] = []
+    next(model.parameters()).register_hook(seen.append)
+    value = Scheduled(attrreg.InputGradient(), schedules.Linear(4))(model, x, mask, target)
+    value += 1.0  # as a loop may add what else it has
+    value.backward()
+    assert not seen
+
+
+@pytest.mark.parametrize("weight", [None, -2.0])
+def test_no_product_hides_a_factor_that_is_no_weight(weight: Any) -> None:
+    regularizer = Scheduled(attrreg.InputGradient(), Own(weight) * Own(weight))
+    with pytest.raises(ValueError, match=r"Product gives nan at step 0, .* must be finite and at least 0"):
+        regularizer(*case())
+
+
 def test_state_goes_through_a_checkpoint() -> None:
     regularizer = Scheduled(attrreg.InputGradient(), schedules.Every(3))
     regularizer.step = 5

@@ -30,6 +30,7 @@ from tests.models import SmoothNet, smooth_batch
         (lambda: scores.TaskLoss(nn.CrossEntropyLoss), TypeError, r"the class CrossEntropyLoss\. Pass an instance.*'none'"),  # type: ignore[arg-type]
         (lambda: scores.TaskLoss(3), TypeError, r"function must be a loss.*got 3\. Leave it out"),  # type: ignore[arg-type]
         (lambda: scores.RandomProjection(seed=1.5), TypeError, r"seed must be None or an integer, got 1\.5, a float\. "),  # type: ignore[arg-type]
+        (lambda: scores.RandomProjection(seed=2**70), ValueError, r"RandomProjection: seed must fit 64 bits, got 11805\d+\. "),
         (lambda: scores.RandomProjection(seed=True), TypeError, r"RandomProjection: seed must be.*a bool\. "),
         (lambda: scores.SegmentationLogit(None), TypeError, r"SegmentationLogit: ignore_index must be an integer, got None.*\. "),  # type: ignore[arg-type]
         (lambda: scores.SegmentationLogit("255"), TypeError, r"ignore_index must be an integer, got '255', a str\. "),  # type: ignore[arg-type]
@@ -162,6 +163,11 @@ def test_counts_are_pythons_own() -> None:
     scheduled.load_state_dict({"step": steps})  # type: ignore[dict-item]
     assert scheduled.step * 2 == 400
     assert metrics.pointing_game(torch.rand(1, 1, 4, 4), torch.ones(4, 4), steps) == 1  # type: ignore[arg-type]
+    invariance = attrreg.AdversarialInvariance(every=numpy.uint8(2), hidden=(8,))  # type: ignore[arg-type]
+    invariance.load_state_dict({**invariance.state_dict(), "step": 256})  # no remainder by a uint8
+    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
+    invariance(model, x, mask)
+    assert invariance.step == 257
 
 
 def test_the_weight_of_a_schedule_is_a_number() -> None:

@@ -59,6 +59,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "multi-label": lambda: (SmoothNet(), scores.MultiLabelLogit(), HOT, multi_label),
     "multi-label, float": lambda: (SmoothNet(), scores.MultiLabelLogit(), HOT.float() * 0.5, multi_label),
     "multi-label, mixed": lambda: (SmoothNet(), scores.MultiLabelLogit(), HOT.float() * (1 + 2.0**-22), multi_label),
+    "multi-label, half": lambda: (SmoothNet(), scores.MultiLabelLogit(), HOT.bfloat16(), multi_label),
     "multi-label, by the target's shape": lambda: (SmoothNet(), scores.ByTarget(), HOT, multi_label),
     "one logit": lambda: (SmoothNet(classes=1), scores.BinaryLogit(), torch.tensor([1, 0, 1]), binary),
     "one logit, float": lambda: (SmoothNet(classes=1), scores.BinaryLogit(), torch.tensor([[1.0], [0.0], [1.0]]), binary),

@@ -77,6 +77,16 @@ class Forgetful(attrreg.InputGradient):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
+class Filling(attrreg.InputGradient):
+    """Leaves gradients of parameters behind."""
+
+    def per_image(self, trace: Trace) -> Tensor:
+        for parameter in trace.call.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        return super().per_image(trace)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Nothing(attrreg.InputGradient):
     """A penalty that is always zero."""
 
@@ -102,6 +112,7 @@ def outcome(regularizer: attrreg.AttributionRegularizer, monkeypatch: pytest.Mon
         (attrreg.InputGradient(), ""),
         (Detached(), "the derivative along a direction is"),
         (Forgetful(), "left behind: hooks"),
+        (Filling(), "left behind: flags"),
         (Nothing(), "the penalty is zero"),
     ],
 )

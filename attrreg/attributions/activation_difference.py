@@ -44,7 +44,7 @@ class ActivationDifference(SingleRegularizer):
 
     Source:
         ActDiff, arXiv 1910.00199. Its code reduces only the last axis of 4-d activations, and adds 1e-6 to each difference;
-        here they are flattened, and nothing is added. For its exact form see `presets.actdiff_viviano2019`.
+        here they are flattened, and nothing is added. `presets.actdiff_viviano2019` has its mean over the batch.
     """
 
     layers: str | Sequence[str] = "auto"  # kept as a tuple, which can be hashed

@@ -23,7 +23,7 @@ class InputGradient(MapRegularizer):
     Args:
         score: what is differentiated; by default what `scores.ByTarget` says: the target's logit against the best other.
         objective: what is asked of phi.
-        absolute: phi = |d score / d x|, which only objectives that read the sign (`Energy`, `NetOutside`) tell from the gradient.
+        absolute: phi = |d score / d x|, which `Energy`, `NetOutside` and `TotalVariation` tell from the gradient.
 
     Cost:
         One backward (and its double backward); no forward when attached.

@@ -95,7 +95,7 @@ class ExpectedGradients(MapRegularizer):
         the steps of `IntegratedGradients` do.
 
     Source:
-        Erion et al. 2021, arXiv 1906.10670.
+        Erion et al. 2021, arXiv 1906.10670, where baselines come from the training set.
     """
 
     samples: int = 1

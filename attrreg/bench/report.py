@@ -13,7 +13,7 @@ from rich.table import Table
 
 from attrreg.bench.measure import Cost
 from attrreg.bench.run import Plan, Record, names, ratios
-from attrreg.bench.strategies import ATTACHED, CHUNKED, DETACHED, FLOORS, INTEGRATED_GRADIENTS
+from attrreg.bench.strategies import ATTACHED, CHUNKED, DETACHED, FLOORS, INTEGRATED_GRADIENTS, MOVED
 from attrreg.environment import sentence
 from attrreg.options import part_file
 from attrreg.tables import markdown_table
@@ -124,7 +124,7 @@ def _losses(record: Record) -> str:
             if way.startswith("attrreg") or way == DETACHED:  # which is not a penalty that trains anything
                 continue
             for model, theirs in ratios(record, penalty, way):
-                for own in (ATTACHED, CHUNKED):
+                for own in (ATTACHED, CHUNKED, MOVED):
                     ours = record.costs[model][penalty].get(own)
                     if ours is not None and (worse := _worse(ours, theirs)):
                         lines.append(f"- {penalty}{own.removeprefix(ATTACHED)}, {model}: {worse} than *{way}*")

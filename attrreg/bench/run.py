@@ -57,7 +57,7 @@ class Plan:
     def rounds_of(self, penalty: str) -> tuple[int, int]:
         """Rounds that count, and those before."""
         if penalty == strategies.INTEGRATED_GRADIENTS:
-            return max(3, self.rounds // 3), 2  # a model's first, second, fourth ... path also shows that places may share a batch
+            return max(3, self.rounds // 3), 3  # a model's first, second, fourth ... path also shows that places may share a batch
         return self.rounds, self.warmup
 
     def batch_of(self, penalty: str) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attrreg.attributions.path import check_rule
-from attrreg.baselines import Baseline, as_baseline, keep_baseline
+from attrreg.baselines import Baseline, keep_baseline
 from attrreg.points import At, places
 
 
@@ -31,10 +31,9 @@ class Between(Baseline):
         return start + self.alpha * (x - start)
 
 
-def stops(baseline: Baseline | Tensor | float, rule: str, steps: int) -> list[tuple[At, float]]:
-    """The places of a quadrature rule on the path from a baseline, as points, each with its weight."""
-    start = as_baseline(baseline)
-    return [(At(Between(start, alpha)), weight) for alpha, weight in places(rule, steps)]
+def stops(path: Any, more: int = 0) -> list[tuple[At, float]]:
+    """The places of a path that `check_path` has checked, or of one with some more steps, as points, each with its weight."""
+    return [(At(Between(path.baseline, alpha)), weight) for alpha, weight in places(path.rule, path.steps + more)]
 
 
 def check_path(regularizer: Any, least: int = 2) -> None:

@@ -132,16 +132,13 @@ class InternalInfluence(MapRegularizer):
         check_layer_name(self.layer)
         check_path(self)
 
-    def _places(self) -> list[tuple[At, float]]:
-        return stops(self.baseline, self.rule, self.steps)
-
     def needs(self) -> tuple[Need, ...]:
         """The gradient at each place."""
-        return tuple(Grad(self.layer, self.score, at) for at, _ in self._places())
+        return tuple(Grad(self.layer, self.score, at) for at, _ in stops(self))
 
     def attribution(self, trace: Trace) -> Tensor:
         """The weighted sum."""
-        weighted = [weight * trace.grad(self.layer, self.score, at) for at, weight in self._places()]
+        weighted = [weight * trace.grad(self.layer, self.score, at) for at, weight in stops(self)]
         return trace.grid(self.layer, torch.stack(weighted).sum(dim=0))
 
 
@@ -184,7 +181,7 @@ class LayerConductance(MapRegularizer):
         check_path(self, least=1)  # between two places
 
     def _points(self) -> list[At]:
-        return [at for at, _ in stops(self.baseline, self.rule, self.steps + 1)]
+        return [at for at, _ in stops(self, 1)]
 
     def needs(self) -> tuple[Need, ...]:
         """The activations at each place, and their gradient at each but the last."""

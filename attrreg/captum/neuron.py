@@ -13,7 +13,6 @@ from attrreg.baselines import Baseline, Zero, as_baseline
 from attrreg.captum.between import check_path, stops
 from attrreg.needs import Grad, Need, Value
 from attrreg.objectives import LogOutside, Objective
-from attrreg.points import At
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
 from attrreg.settings import is_integer
@@ -106,18 +105,15 @@ class NeuronConductance(MapRegularizer):
         if self.multiply:  # by zero where the baseline is the image
             check_share(self)
 
-    def _places(self) -> list[tuple[At, float]]:
-        return stops(self.baseline, self.rule, self.steps)
-
     def needs(self) -> tuple[Need, ...]:
         """At each place, the score's gradient at the layer and the neuron's at the image."""
-        pairs = [(Grad(self.neuron.layer, self.score, at), Grad(INPUT, self.neuron, at)) for at, _ in self._places()]
+        pairs = [(Grad(self.neuron.layer, self.score, at), Grad(INPUT, self.neuron, at)) for at, _ in stops(self)]
         return (Value(INPUT), *(need for pair in pairs for need in pair))
 
     def attribution(self, trace: Trace) -> Tensor:
         """The weighted sum of products."""
         products = []
-        for at, weight in self._places():
+        for at, weight in stops(self):
             onward = self.neuron(trace.grad(self.neuron.layer, self.score, at), None)
             products.append(weight * onward.view(-1, 1, 1, 1) * trace.grad(INPUT, self.neuron, at))
         total = torch.stack(products).sum(dim=0)

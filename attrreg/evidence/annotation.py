@@ -17,8 +17,8 @@ def annotate(split: Split, share: float, quality: str, seed: int) -> Split:
     """The split as if only a share of its images had been annotated, and in a certain way.
 
     Args:
-        split: with a mask for every image.
-        share: of the images that keep theirs, drawn at random, each class alike and at least one of each if there are any.
+        split: its images, of which those that have no mask stay without one.
+        share: of the images that have one and keep it, drawn at random, each class alike and at least one of each if there are any.
         quality: "exact"; "dilated" by a tenth of the image's side; "boxes" around the mask; "shifted" sidewards by a tenth of the side.
         seed: of who is annotated. A larger share contains a smaller one.
 
@@ -29,17 +29,20 @@ def annotate(split: Split, share: float, quality: str, seed: int) -> Split:
         raise ValueError(f"share must be in [0, 1], got {share}. Write for example 0.05.")
     if quality not in QUALITIES:
         raise ValueError(f"quality {quality!r} is unknown. Use one of {', '.join(map(repr, QUALITIES))}.")
-    return replace(split, masks=_drawn(split.masks, quality), annotated=None if share == 1 else _chosen(split.labels, share, seed))
+    annotated = split.annotated if share == 1 else _chosen(split, share, seed)
+    return replace(split, masks=_drawn(split.masks, quality), annotated=annotated)
 
 
-def _chosen(labels: Tensor, share: float, seed: int) -> Tensor:
+def _chosen(split: Split, share: float, seed: int) -> Tensor:
+    labels = split.labels.cpu()
+    known = torch.ones(len(split), dtype=torch.bool) if split.annotated is None else split.annotated.cpu()
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     # Of a seed of its own: from that of the training, this would be the order of its first epoch.
     order = torch.randperm(len(labels), generator=Generator().manual_seed(seed + OFFSET))
     for label in labels.unique().tolist():
-        own = order[labels.cpu()[order] == label]
+        own = order[((labels == label) & known)[order]]
         chosen[own[: max(1, round(share * len(own))) if share > 0 else 0]] = True
-    return chosen.to(labels.device)
+    return chosen.to(split.labels.device)
 
 
 def _drawn(masks: Tensor, quality: str) -> Tensor:

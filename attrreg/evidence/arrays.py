@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -141,6 +142,8 @@ def _table(root: Path, name: str) -> tuple[list[str], list[int]]:
     names = [row["file"].replace("\\", "/").rsplit("/", 1)[-1] for row in rows]
     if unnamed := [name for name in names if "img" not in name]:
         raise ValueError(f"{table}: {unnamed[0]} has no `img` in its name, so its mask, named `seg` there, cannot be found. Rename it.")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{table}: {twice[0]} is there twice, so a part that is held back would not be apart. Leave one row of it.")
     return names, labels
 
 

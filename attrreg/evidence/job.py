@@ -129,19 +129,20 @@ def run(job: Job, device: torch.device, note: Note = lambda epochs: None, tested
         packages.Missing: a package that the data comes from is not here.
     """
     with _one_thread(), torch.random.fork_rng():
-        torch.manual_seed(job.seed)  # for a model or data of the user's that draw from the default generators
         return _run(job, device, note, tested)
 
 
 @lru_cache(maxsize=2)
 def _task(source: Source, seed: int) -> Task:
     """The data; kept, because the next job is often on the same."""
+    torch.manual_seed(seed)  # for data of the user's that draw from the default generators
     return source.task(seed)
 
 
 def _run(job: Job, device: torch.device, note: Note, tested: bool) -> Record:
     start = time.perf_counter()
     task = _task(job.source, job.seed).to(device)
+    torch.manual_seed(job.seed)  # for such a model: the same whether the data were made or kept
     model = job.source.model(task, job.seed).to(device)
     best = _train(job, model, task, note)
     outcomes: dict[str, dict[str, Any]] = {}
@@ -213,9 +214,11 @@ def _accuracy(model: nn.Module, split: Split) -> float:
     return metrics.accuracy(predict(model, split.images), split.labels)
 
 
-def _judgements(model: nn.Module, split: Split) -> dict[str, dict[str, float | None]]:
-    """Share inside and IoU on a sample of the test, by three attributions of which at most one was trained."""
-    some = split.sample(SAMPLE)
+def _judgements(model: nn.Module, split: Split) -> dict[str, dict[str, float | None]] | None:
+    """Share inside and IoU on a sample of the test, by three attributions of which at most one was trained; None: it has no masks."""
+    some = (split if split.annotated is None else split.take(split.annotated.nonzero()[:, 0])).sample(SAMPLE)
+    if not len(some):
+        return None
     window = max(2, some.images.shape[-1] // 7)
     judges: dict[str, metrics.Attribution] = {**JUDGES, "occlusion": metrics.Occlusion(window, window)}
     found: dict[str, dict[str, float | None]] = {}

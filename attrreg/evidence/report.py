@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrreg.environment import machine
-from attrreg.evidence.job import SELECTIONS, Record
+from attrreg.evidence.job import SAMPLE, SELECTIONS, Record
 from attrreg.evidence.ledger import Ledger
 from attrreg.evidence.methods import PLAIN, method
 from attrreg.evidence.study import Plan, Training, best_of, masks, rows
@@ -103,7 +103,8 @@ def _conditions(plan: Plan, training: Training, ledger: Ledger) -> str:
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return (
         f"`{training.source!r}`, {training.epochs} epochs in batches of {training.batch}, {plan.trials} settings tried for each method. "
-        f"Measured {when} on {machines}. Any row again: `attrreg evidence --rerun '{training.source.kind}/METHOD' --out {ledger.path}`."
+        f"Measured {when} on {machines}. Any row again: `attrreg evidence --rerun '{training.source.kind}/METHOD' --out {ledger.path}`; "
+        "those of fewer or worse masks by the name of a record."
     )
 
 
@@ -154,7 +155,10 @@ def _maps(plan: Plan, training: Training, ledger: Ledger) -> str:
         if any(maps):
             cells = [" / ".join(spread([each and each[judge][what] for each in maps]) for what in ("inside", "iou")) for judge in judges]
             lines.append([name, *cells])
-    words = "Share of attribution inside the mask / IoU at mask size on the test, chosen on shifted validation, by three attributions:"
+    words = (
+        f"Share of attribution inside the mask / IoU at mask size by three attributions, on {SAMPLE} test images, at the settings and the "
+        "epoch chosen on shifted validation:"
+    )
     return f"{words}\n\n{markdown_table(['method', *judges], lines)}" if lines else ""
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from attrreg import penalty as penalties
 from attrreg.attach import Attachment
 from attrreg.call import Select
+from attrreg.distributed import Group
 from attrreg.penalty import Penalty
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.schedules import Scheduled
@@ -80,6 +81,8 @@ class AttributionPenalty(Callback):
             default the batch is such a tuple, as those of `attrreg.data.MaskedImageFolder` are.
         model: dotted name of the submodule that maps images to logits; "": the `LightningModule` itself, by its `forward`.
         output: where the logits are in what that returns, as in calling the regularizer.
+        group: over whose ranks means run, as there, needed where the strategy is neither DDP nor FSDP2; or a function that gives it, since
+            there is no group before `fit`: `lambda: torch.distributed.group.WORLD`.
 
     Raises:
         TypeError: `regularizer` is none; at the first step: `batch` gives something else.
@@ -93,10 +96,11 @@ class AttributionPenalty(Callback):
         batch: Callable[[Any], Batch] = tuple,
         model: str = "",
         output: Select = None,
+        group: Group | Callable[[], Group] = None,
     ) -> None:
         if not isinstance(regularizer, (AttributionRegularizer, Scheduled)):
             raise TypeError(f"regularizer must be a regularizer, got {regularizer!r}. Write attrreg.InputGradient(), for example.")
-        self.regularizer, self.batch, self.model, self.output = regularizer, batch, model, output
+        self.regularizer, self.batch, self.model, self.output, self.group = regularizer, batch, model, output, group
         self._attachment: Attachment | None = None
         self._step: _Step | None = None
 
@@ -136,12 +140,10 @@ class AttributionPenalty(Callback):
             self.regularizer.load_state_dict(state_dict)
 
     def _remove(self) -> None:
-        if self._attachment is not None:
-            self._attachment.remove()
-            self._attachment = None
-        if self._step is not None:
-            self._step.remove()
-            self._step = None
+        for held in (self._attachment, self._step):
+            if held is not None:
+                held.remove()
+        self._attachment = self._step = None
 
     def _checked(self, pl_module: LightningModule) -> nn.Module:
         if not pl_module.automatic_optimization:
@@ -191,7 +193,8 @@ class AttributionPenalty(Callback):
                 zero = regularizer(model, x, mask, target, annotated=annotated)
                 return Penalty(zero, dict.fromkeys(names, zero.detach()), None)
             regularizer = regularizer.weight * regularizer.regularizer
-        call = penalties.check(regularizer.terms, model, x, mask, target, annotated, None, self.output, None, None)
+        group = self.group() if callable(self.group) else self.group
+        call = penalties.check(regularizer.terms, model, x, mask, target, annotated, None, self.output, None, group)
         found = penalties.compute(regularizer.terms, call, regularizer.engine, as_users_forward=False)
         if isinstance(self.regularizer, Scheduled):
             self.regularizer.step += 1

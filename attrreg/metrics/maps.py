@@ -6,6 +6,7 @@ Of no images, as of a batch in which none is annotated, there are no numbers: `(
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,7 +67,8 @@ def pointing_game(map: Tensor, mask: Tensor, tolerance: int = 0, signed: bool = 
         signed: take the sum of phi over channels, as for Grad-CAM; else of |phi|, as for gradients.
 
     Returns:
-        `(N,)`; NaN where the map is constant, so that nothing is pointed at.
+        `(N,)`; NaN where the map is constant, so that nothing is pointed at, or so coarse that the mask fills half of none of its pixels:
+        enlarge it.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -78,9 +80,11 @@ def pointing_game(map: Tensor, mask: Tensor, tolerance: int = 0, signed: bool = 
     tolerance = int(tolerance)  # small ones of NumPy's overflow
     map, relevant = _aligned(map, mask)
     height = _height(map, signed)
-    allowed = torch.nn.functional.max_pool2d((relevant >= 0.5).to(height.dtype), 2 * tolerance + 1, stride=1, padding=tolerance).flatten(1)
+    inside = relevant >= 0.5
+    lost = (relevant > 0).flatten(1).any(dim=1) & ~inside.flatten(1).any(dim=1)
+    allowed = torch.nn.functional.max_pool2d(inside.to(height.dtype), 2 * tolerance + 1, stride=1, padding=tolerance).flatten(1)
     highest = (height == height.amax(dim=1, keepdim=True)).to(height.dtype)
-    return _defined((highest * allowed).sum(dim=1) / highest.sum(dim=1), height)
+    return _defined((highest * allowed).sum(dim=1) / highest.sum(dim=1), height).masked_fill(lost, math.nan)
 
 
 @dataclass(frozen=True, repr=False)
@@ -123,7 +127,7 @@ def iou_at_mask_size(map: Tensor, mask: Tensor, signed: bool = False) -> Tensor:
     ordered = height.sort(dim=1, descending=True).values
     threshold = ordered.gather(1, (size - 1).clamp(min=0).unsqueeze(1))
     above, level = height > threshold, height == threshold
-    part = ((size - above.sum(dim=1)) / level.sum(dim=1)).to(height.dtype)
+    part = (size - above.sum(dim=1)).to(height.dtype) / level.sum(dim=1)
     both = (above & inside).sum(dim=1) + part * (level & inside).sum(dim=1)
     return _defined(both / (2 * size - both), height)
 

@@ -6,6 +6,7 @@ Import it by name: `from attrreg.metrics import modules`. It needs the package t
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,15 @@ class _Mean(Metric):
         super().persistent(mode)
         for name in self._defaults.keys() - {"total", "images", "undefined"}:
             self._persistent[name] = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        """Move to a device alone: half types, to which `module.to(dtype)` would bring its metrics too, cannot count."""
+
+        def moved(state: Tensor) -> Tensor:
+            found = fn(state)
+            return found.to(state.dtype) if state.is_meta else state.to(found.device)  # after `to_empty` there is nothing to move
+
+        return super()._apply(fn if self._dtype_convert else moved, exclude_state)  # which `set_dtype` asks for
 
     def add(self, values: Tensor) -> None:
         """Count values `(N,)` of images with a mask."""
@@ -198,8 +208,8 @@ class WorstGroupAccuracy(Metric):
         """The lowest, 0-dim; NaN before any image."""
         found = self.images > 0
         if not bool(found.any()):
-            return torch.full((), float("nan"), device=self.images.device)
-        return (self.correct[found] / self.images[found]).amin()
+            return torch.full((), float("nan"), dtype=torch.float32, device=self.images.device)
+        return (self.correct[found].float() / self.images[found]).amin()
 
 
 class LogitDifferenceAUC(Metric):
@@ -241,6 +251,6 @@ class LogitDifferenceAUC(Metric):
     def compute(self) -> Tensor:
         """The area, 0-dim; NaN before any image."""
         if isinstance(self.scores, list) and not self.scores:
-            return torch.tensor(float("nan"))
+            return torch.tensor(float("nan"), dtype=torch.float64)
         scores, targets = (torch.cat([part] if isinstance(part, Tensor) else part) for part in (self.scores, self.targets))
-        return torch.tensor(area(scores, targets), device=scores.device)
+        return torch.tensor(area(scores, targets), dtype=torch.float64, device=scores.device)

@@ -114,7 +114,8 @@ def _hardsigmoid_slope(gy: Tensor, x: Tensor) -> Any:
 HARDSIGMOID = Piecewise(F.hardsigmoid, None, _hardsigmoid_slope)
 
 
-def _piecewise(input: Tensor, kind: Piecewise, inplace: bool) -> Tensor:
+def piecewise(input: Tensor, kind: Piecewise, inplace: bool = False) -> Tensor:
+    """Such an activation: `F.relu`, `torch.relu`, `F.hardsigmoid`."""
     result: Tensor
     if not inplace:
         result = _Piecewise.apply(input, kind, None, None)
@@ -127,29 +128,14 @@ def _piecewise(input: Tensor, kind: Piecewise, inplace: bool) -> Tensor:
     return result
 
 
-def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """`F.relu`, `torch.relu`."""
-    return _piecewise(input, RELU, inplace)
-
-
-def relu_(input: Tensor) -> Tensor:
-    """`torch.relu_`."""
-    return _piecewise(input, RELU, True)
-
-
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
-    """`F.hardtanh`."""
+    """`F.hardtanh`, `F.relu6`."""
     kind = Piecewise(
         lambda x: F.hardtanh(x, min_val, max_val),
         lambda x: F.hardtanh(x, min_val, max_val, inplace=True),
         lambda gy, y: aten.hardtanh_backward(gy, y, float(min_val), float(max_val)),  # which takes Python's alone
     )
-    return _piecewise(input, kind, inplace)
-
-
-def relu6(input: Tensor, inplace: bool = False) -> Tensor:
-    """`F.relu6`."""
-    return hardtanh(input, 0.0, 6.0, inplace)
+    return piecewise(input, kind, inplace)
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
@@ -161,12 +147,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
         lambda x: F.leaky_relu(x, negative_slope, inplace=True),
         lambda gy, y: aten.leaky_relu_backward(gy, y, float(negative_slope), False),  # as above
     )
-    return _piecewise(input, kind, inplace)
-
-
-def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    """`F.hardsigmoid`."""
-    return _piecewise(input, HARDSIGMOID, inplace)
+    return piecewise(input, kind, inplace)
 
 
 @dataclass(frozen=True)
@@ -268,23 +249,14 @@ GELU = {
 HARDSWISH = Smooth(F.hardswish, lambda gy, x, out: aten.hardswish_backward.out(gy, x, out=out), _hardswish_curvature, "HARDSWISH")
 
 
-def _smooth(input: Tensor, kind: Smooth, inplace: bool) -> Tensor:
+def smooth(input: Tensor, kind: Smooth, inplace: bool = False) -> Tensor:
+    """Such an activation: `F.silu`, `F.hardswish`."""
     result: Tensor = _in_place(input, _Smooth, kind) if inplace else _Smooth.apply(input, kind, None)
     return result
-
-
-def silu(input: Tensor, inplace: bool = False) -> Tensor:
-    """`F.silu`."""
-    return _smooth(input, SILU, inplace)
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """`F.gelu`."""
     if approximate not in GELU:  # PyTorch says what is wrong
         return F.gelu(input, approximate=approximate)
-    return _smooth(input, GELU[approximate], False)
-
-
-def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
-    """`F.hardswish`."""
-    return _smooth(input, HARDSWISH, inplace)
+    return smooth(input, GELU[approximate], False)

@@ -76,14 +76,13 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _fits_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Whether the CPU's kernel computes this: PyTorch's own conditions, but that no gradient of a mask is asked of it."""
+    """Whether the CPU's kernel computes this, but for the gradient of a mask: PyTorch's own conditions, and masks of three axes."""
     if q.device.type != "cpu" or q.dim() != 4 or q.shape[-1] != v.shape[-1]:
         return False
     if mask is None:
         return True
-    full = (*q.shape[:-1], k.shape[-2])
-    sizes = zip(reversed(mask.shape), reversed(full), (False, False, True, True), strict=False)
-    return 2 <= mask.dim() <= 4 and mask.dtype == q.dtype and all(size == of or (size == 1 and one) for size, of, one in sizes)
+    sizes = zip(reversed(mask.shape), reversed((*q.shape[:-1], k.shape[-2])), strict=False)
+    return 2 <= mask.dim() <= 4 and mask.dtype == q.dtype and all(size in (1, of) for size, of in sizes)
 
 
 def _few(q: Tensor, k: Tensor) -> bool:
@@ -91,17 +90,18 @@ def _few(q: Tensor, k: Tensor) -> bool:
     return q.device.type == "cpu" and k.shape[-2] <= KEPT * q.shape[-1]
 
 
-def _order(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> list[int]:
-    """The axes of the result in their order in memory: where PyTorch takes its CPU kernel, as those of the queries."""
-    axes = list(range(q.dim()))
+def _order(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> list[int] | None:
+    """The axes of the result in their order in memory, which PyTorch's CPU kernel gives it; None: PyTorch takes its math path."""
     dense = all(tensor.stride(-1) == 1 for tensor in (q, k, v))
-    if not (dense and _fits_kernel(q, k, v, mask)) or 0 in q.stride() or (mask is not None and mask.requires_grad):
-        return axes
-    return sorted(axes, key=q.stride, reverse=True)
+    if not (dense and _fits_kernel(q, k, v, mask)) or (mask is not None and (mask.dim() == 3 or mask.requires_grad)):
+        return None
+    axes = list(range(q.dim()))
+    return axes if 0 in q.stride() else sorted(axes, key=q.stride, reverse=True)
 
 
-def _for_kernel(mask: Tensor | None) -> Tensor | None:
-    return mask if mask is None else _rows(mask[(None,) * (4 - mask.dim())])
+def _for_kernel(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """With a value for each pair of tokens."""
+    return None if mask is None else _rows(mask.expand(*mask.shape[:-2], q.shape[-2], k.shape[-2])[(None,) * (4 - mask.dim())])
 
 
 def _gradients(
@@ -117,7 +117,7 @@ def _gradients(
     """
     if kept and not (kind.few or for_mask):
         kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return (*kernel(_rows(go), q, k, v, *kept, 0.0, False, attn_mask=_for_kernel(mask), scale=kind.scale), None), (go,)
+        return (*kernel(_rows(go), q, k, v, *kept, 0.0, False, attn_mask=_for_kernel(mask, q, k), scale=kind.scale), None), (go,)
     shapes = q.shape, k.shape, v.shape
     # One copy of what comes as views of a projection; then every product is one call, with its scale.
     go, q, k, v = (_matrices(tensor) for tensor in (go, q, k, v))
@@ -142,19 +142,21 @@ def _slope(go: Tensor, v: Tensor, p: Tensor) -> Tensor:
 
 class _Attention(Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, order: list[int], phase: Phase) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, order: list[int] | None, phase: Phase
+    ) -> Tensor:
         ctx.kind, ctx.phase = Kind(scale, _blind(mask), (*q.shape[:-1], k.shape[-2]), _few(q, k)), phase
         if ctx.kind.few:
             p = ctx.kind.weights(_matrices(q), _matrices(k), mask)
-            o = torch.empty_permuted((*q.shape[:-1], v.shape[-1]), order, dtype=q.dtype, device=q.device)
+            o = torch.empty_permuted((*q.shape[:-1], v.shape[-1]), order or list(range(q.dim())), dtype=q.dtype, device=q.device)
             o.copy_(torch.bmm(p, _matrices(v)).view(o.shape))
             ctx.save_for_backward(q, k, v, mask, p)
         elif _fits_kernel(q, k, v, mask) and not ctx.kind.blind:  # called by name for what its backward needs
             kernel = aten._scaled_dot_product_flash_attention_for_cpu
-            o, log_sum = kernel(q, k, v, 0.0, False, attn_mask=_for_kernel(mask), scale=scale)
-            if ctx.needs_input_grad[3]:
-                o = o.contiguous()  # as of PyTorch's math path, which it takes then
-            ctx.save_for_backward(q, k, v, mask, o, log_sum)
+            kept, log_sum = kernel(q, k, v, 0.0, False, attn_mask=_for_kernel(mask, q, k), scale=scale)
+            # The math path makes a contiguous result and saves none: a layer may work in place on it.
+            o = kept.clone(memory_format=torch.contiguous_format) if order is None else kept
+            ctx.save_for_backward(q, k, v, mask, kept, log_sum)
         else:
             with attention_by(FUSED):
                 o = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)

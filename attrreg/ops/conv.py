@@ -42,7 +42,7 @@ class Convolution:
         channels_last: these are laid out so.
         remainders: the gradient of images by remainders of the stride.
         weight_product: the gradient of weights from those of the output, images, weights and this; None: PyTorch's.
-        unseen: what the kernel's last step leaves of each axis, for gradients of images as transposed convolutions; None: others win.
+        unseen: what the kernel's last step leaves of each axis, for gradients of images as transposed convolutions; None: `_InputGradient`.
     """
 
     stride: list[int]
@@ -59,17 +59,20 @@ class Convolution:
 
     def convolve(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """y(x, w) + b."""
+        if torch.is_autocast_enabled(x.device.type):  # as in `backward`
+            with full_precision(x.device):
+                return self.convolve(x, w, b)
         if self.pixels:
-            return pointwise.convolve(x, w, b, self.channels_last)
+            return pointwise.times(w.flatten(1), x, b, self.channels_last)
         return torch.convolution(x, w, b, self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
 
-    def backward(self, gy: Tensor, x: Tensor, w: Tensor, image: bool, weight: bool, bias: bool) -> tuple[Tensor | None, ...]:
-        """The gradients with respect to image, weight and bias that are asked for."""
-        own = self.pixels or self.remainders or self.weight_product is not None
+    def backward(self, gy: Tensor, x: Tensor, w: Tensor, image: bool, weight: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients with respect to image and weight that are asked for."""
+        own = self.remainders or self.weight_product is not None
         if own and torch.is_autocast_enabled(gy.device.type):  # a loop may call backward in it: it rounds products, not PyTorch's kernels
             with full_precision(gy.device):
-                return self.backward(gy, x, w, image, weight, bias)
-        gx = gw = gb = None
+                return self.backward(gy, x, w, image, weight)
+        gx = gw = None
         if self.pixels:
             channels_last = layout(x) == torch.channels_last  # two layouts in one operation are slow, here and in layers before
             gy = gy.contiguous(memory_format=torch.channels_last) if channels_last else pointwise.copied_once(gy)
@@ -78,14 +81,12 @@ class Convolution:
             gx = strided.input_gradient(gy, w, x.shape[2:], self.stride[0], self.padding)
         if weight and self.weight_product is not None:
             gw = self.weight_product(gy, x, w, self)
-        if bias:
-            gb = _bias_gradient(gy)
         mask = [image and gx is None, weight and gw is None, False]
         if mask[0] or mask[1]:
             sizes = (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
             rest = aten.convolution_backward(gy, x, w, None, *sizes, mask)
             gx, gw = rest[0] if mask[0] else gx, rest[1] if mask[1] else gw
-        return gx, gw, gb
+        return gx, gw
 
     def steps(self, image: Sequence[int], weight: Sequence[int]) -> list[tuple[int, int]]:
         """Of each axis, how often the kernel moves, and what it leaves unseen."""
@@ -134,9 +135,10 @@ def _faster(settings: Convolution, image: tuple[int, ...], weight: tuple[int, ..
     groups = settings.groups
     if set(weight[2:]) == {1} and groups == 1 and not any(settings.padding):
         images, weights = pointwise.by_products(image[0], settings.positions(image, weight), weight[1], weight[0], channels_last)
-        if not (images and set(settings.stride) == {1}):
-            return {"weight_product": _weight_of_pixels} if weights else {}
-        return {"pixels": True, "channels_last": channels_last, "weight_product": _weight_of_pixels if weights else None}
+        if not weights:
+            return {}
+        pixels: dict[str, Any] = {"pixels": True, "channels_last": channels_last} if images and set(settings.stride) == {1} else {}
+        return {**pixels, "weight_product": _weight_of_pixels}
     if len(weight) != 4:
         return {}
     if strided.is_slow(image[1], weight[2:], settings.stride, settings.dilation, groups):
@@ -171,11 +173,7 @@ def _weight_of_channels(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution)
 
 def _weight_in_other_layout(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor | None:
     gy, x = (images.contiguous(memory_format=torch.channels_last) for images in (gy, x))
-    return replace(settings, weight_product=None).backward(gy, x, w, False, True, False)[1]
-
-
-def _bias_gradient(gy: Tensor) -> Tensor:
-    return gy.sum(dim=(0, *range(2, gy.dim())))
+    return replace(settings, weight_product=None).backward(gy, x, w, False, True)[1]
 
 
 class _Convolve(Function):
@@ -191,11 +189,12 @@ class _Convolve(Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         for_x, for_w, for_b = wanted(ctx, 3)
-        if not torch.is_grad_enabled():  # nobody differentiates again: one call for all three
-            return *ctx.kind.backward(gy, x, w, for_x, for_w, for_b), None, None
+        gb = gy.sum(dim=(0, *range(2, gy.dim()))) if for_b else None
+        if not torch.is_grad_enabled():  # nobody differentiates again: one call for both
+            return *ctx.kind.backward(gy, x, w, for_x, for_w), gb, None, None
         gx = _input_gradient(gy, w, x.detach(), ctx.kind, ctx.phase) if for_x else None
         gw = _WeightGradient.apply(gy, x, w.detach(), ctx.kind, ctx.phase) if for_w else None
-        return gx, gw, _bias_gradient(gy) if for_b else None, None, None
+        return gx, gw, gb, None, None
 
 
 def _input_gradient(gy: Tensor, w: Tensor, like: Tensor, kind: Convolution, phase: Phase) -> Tensor:
@@ -216,7 +215,7 @@ class _InputGradient(Function):
     def forward(ctx: Any, gy: Tensor, w: Tensor, like: Tensor, kind: Convolution, phase: Phase) -> Tensor | None:
         ctx.save_for_backward(gy, w)
         ctx.kind, ctx.phase = kind, phase
-        return kind.backward(gy, like, w, True, False, False)[0]
+        return kind.backward(gy, like, w, True, False)[0]
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
@@ -225,7 +224,7 @@ class _InputGradient(Function):
         if not torch.is_grad_enabled():
             v = pointwise.copied_once(v) if ctx.kind.pixels else v
             ggy = ctx.kind.convolve(v, w, None) if for_gy else None
-            gw = ctx.kind.backward(gy, v, w, False, True, False)[1] if for_w else None
+            gw = ctx.kind.backward(gy, v, w, False, True)[1] if for_w else None
             return ggy, gw, None, None, None
         ggy = _Convolve.apply(v, w, None, ctx.kind, ctx.phase) if for_gy else None
         gw = _WeightGradient.apply(gy, v, w.detach(), ctx.kind, ctx.phase) if for_w else None
@@ -239,7 +238,7 @@ class _WeightGradient(Function):
     def forward(ctx: Any, gy: Tensor, x: Tensor, like: Tensor, kind: Convolution, phase: Phase) -> Tensor | None:
         ctx.save_for_backward(gy, x)
         ctx.kind, ctx.phase = kind, phase
-        return kind.backward(gy, x, like, False, True, False)[1]
+        return kind.backward(gy, x, like, False, True)[1]
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
@@ -258,11 +257,10 @@ def _hashable(value: Any) -> Any:
 
 
 def _kind(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, *rest: Any) -> Convolution:
-    # On the CPU, in the types that its kernels for convolutions are slow in.
-    products = x.device.type == "cpu" and x.dtype in PRODUCTS
     format = of_convolution(x, w) if groups == 1 and w.shape[2:].numel() == 1 else None
     channels_last = adjacent(x) if format is None else format == torch.channels_last
-    products = products and format != torch.channels_last_3d
+    # On the CPU, in the types that its kernels for convolutions are slow in.
+    products = x.device.type == "cpu" and x.dtype in PRODUCTS and format != torch.channels_last_3d
     return _convolution(x.shape, w.shape, stride, padding, dilation, groups, products, channels_last, *rest)
 
 
@@ -297,7 +295,7 @@ def convolve(
     stride, padding, dilation = _hashable(stride), _hashable(padding), _hashable(dilation)
     if not sound.convolves(sound.convolution, axes, input, weight, bias, stride, padding, dilation, groups):
         return (F.conv1d, F.conv2d, F.conv3d)[axes - 1](input, weight, bias, stride, padding, dilation, groups)
-    if patches.are(input.dim(), tuple(weight.shape), stride, padding, dilation, groups):
+    if patches.are(input.dim(), weight.shape, stride, padding, dilation, groups):
         return patches.convolve(phase, input, weight, bias)
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(each(dilation, axes), weight.shape[2:], strict=True)]
@@ -325,7 +323,7 @@ def convolve_if_faster(
         settings = _hashable(stride), _hashable(padding), _hashable(dilation), groups
         if sound.convolves(sound.convolution, 2, input, weight, bias, *settings):
             kind = _kind(input, weight, *settings)
-            if kind.pixels or kind.weight_product is not None:
+            if kind.weight_product is not None:
                 return convolve(phase, input, weight, bias, *settings)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 

@@ -31,7 +31,7 @@ FEW, PER_IMAGE = 100, 2  # positions of an output, in all and for each image of 
 def is_slow(image: Sequence[int], kernel: Sequence[int], channels_last: bool) -> tuple[bool, bool]:
     """Whether PyTorch's, of images `(H, W)` and kernels `(h, w)`, is slower than products, or than itself in `channels_last`."""
     (height, width), (high, wide) = image, kernel
-    if height < high or width < wide:
+    if (height < high or width < wide) and width <= wide * EXCESS:
         return high * wide > 1, False
     if channels_last or wide < WIDE:
         return False, False

@@ -29,8 +29,8 @@ def two_norm(x: Tensor, dim: Any = None, keepdim: bool = False, dtype: torch.dty
     if x.dtype != wide(x):  # which has room for the squares
         return widely(two_norm, x, dim, keepdim)
     squared = x.square().sum(dim=tuple(range(x.dim())) if dim is None else dim, keepdim=keepdim)
-    zero = squared == 0
-    return torch.where(zero, torch.zeros_like(squared), torch.where(zero, torch.ones_like(squared), squared).sqrt())
+    zero = squared == 0  # where sqrt has no derivatives
+    return squared.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
 
 def _widens(x: Tensor, dtype: torch.dtype | None) -> bool:

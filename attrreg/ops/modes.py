@@ -26,14 +26,14 @@ def _drawn(function: Callable[..., Tensor], phase: Phase, *args: Any, **kwargs: 
 
 # What takes the arguments of the function that it replaces; and below, what takes the phase of the pass before them.
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), activation.relu),
-    **dict.fromkeys((torch.relu_, Tensor.relu_), activation.relu_),
-    F.relu6: activation.relu6,
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), partial(activation.piecewise, kind=activation.RELU)),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), partial(activation.piecewise, kind=activation.RELU, inplace=True)),
+    F.relu6: partial(activation.hardtanh, min_val=0.0, max_val=6.0),
     F.hardtanh: activation.hardtanh,
     F.leaky_relu: activation.leaky_relu,
-    F.hardsigmoid: activation.hardsigmoid,
-    F.hardswish: activation.hardswish,
-    F.silu: activation.silu,
+    F.hardsigmoid: partial(activation.piecewise, kind=activation.HARDSIGMOID),
+    F.hardswish: partial(activation.smooth, kind=activation.HARDSWISH),
+    F.silu: partial(activation.smooth, kind=activation.SILU),
     F.gelu: activation.gelu,
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), concatenate.concatenate),
     F.multi_head_attention_forward: attention.by_math(F.multi_head_attention_forward),  # no mode sees inside

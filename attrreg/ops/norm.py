@@ -35,11 +35,10 @@ aten = torch.ops.aten
 class _LayerNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, g: Tensor, b: Tensor, shape: list[int], eps: float, phase: Phase) -> Tensor:
-        y, mu, r = aten.native_layer_norm(x, shape, g, b, eps)
+        y, mu, r = torch.native_layer_norm(x, shape, g, b, eps)
         ctx.save_for_backward(x, g, b, mu, r)
         ctx.shape, ctx.eps, ctx.phase = shape, eps, phase
-        result: Tensor = y
-        return result
+        return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:

@@ -44,13 +44,11 @@ def as_rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
-def convolve(x: Tensor, w: Tensor, b: Tensor | None, channels_last: bool) -> Tensor:
-    """y(x, w) + b, laid out as said, which is as x is, but where it has a single position."""
-    return _times(w.flatten(1), x, b, channels_last)
+def times(matrix: Tensor, x: Tensor, b: Tensor | None, channels_last: bool) -> Tensor:
+    """A matrix `(out, in)` times each position of `(N, in, ...)`, and b; where all are rows of one product, laid out as said.
 
-
-def _times(matrix: Tensor, x: Tensor, b: Tensor | None, channels_last: bool) -> Tensor:
-    """A matrix `(out, in)` times each position of `(N, in, ...)`. No view: autograd functions must not return one."""
+    No view: autograd functions must not return one.
+    """
     n, out, places = x.shape[0], matrix.shape[0], x.shape[2:]
     if not _takes_rows(x):
         matrices, flat = matrix.expand(n, -1, -1), x.flatten(2)
@@ -66,7 +64,7 @@ def _times(matrix: Tensor, x: Tensor, b: Tensor | None, channels_last: bool) -> 
 def input_gradient(gy: Tensor, w: Tensor, channels_last: bool) -> Tensor:
     """gx(gy, w), laid out as said."""
     # Of a transposed matrix, products with each image are slow.
-    return _times(w.flatten(1).t() if _takes_rows(gy) else w.flatten(1).t().contiguous(), gy, None, channels_last)
+    return times(w.flatten(1).t() if _takes_rows(gy) else w.flatten(1).t().contiguous(), gy, None, channels_last)
 
 
 def weight_gradient(gy: Tensor, x: Tensor, w: Tensor) -> Tensor:

@@ -1,0 +1,108 @@
+"""Layers and heads that look like something else: tokens of another size, positions in another order, heads without a layer."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+import attrreg
+from attrreg import baselines
+from tests.models import SmoothNet, gradients, smooth_batch
+
+TARGET = torch.tensor([0, 1])
+DIFFERENCE = attrreg.ActivationDifference(fill=baselines.Zero())
+
+
+@pytest.mark.parametrize("size", [(80, 320), (160, 160), (320, 80)])
+def test_tokens_lie_as_those_of_the_images_at_hand(size: tuple[int, int]) -> None:
+    model = timm.create_model("test_vit", num_classes=2, img_size=160, dynamic_img_size=True).eval()  # made for 10 x 10 patches
+    x, grid = torch.rand(2, 3, *size), (size[0] // 16, size[1] // 16)
+    for cam in (attrreg.GradCAM(), attrreg.GradCAM("blocks.2.norm1")):
+        assert cam.attribute(model, x, target=TARGET).shape[2:] == grid
+    assert {layer.grid for layer in attrreg.layers(model, x) if layer.name.startswith("blocks")} == {grid}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "layer"),
+    [
+        ("mobilevitv2_050", 64, "stages.3.1.transformer.0"),
+        ("mobilevitv2_050", 64, "stages.3.1.norm"),
+        ("nest_tiny", 64, "levels.0.transformer_encoder.1"),
+    ],
+)
+def test_positions_in_another_order_are_no_map(name: str, size: int, layer: str) -> None:
+    model = timm.create_model(name, num_classes=2, **({"img_size": size} if name.startswith("nest") else {})).eval()
+    x = torch.rand(2, 3, size, size)
+    assert layer not in {found.name for found in attrreg.layers(model, x)}
+    with pytest.raises(ValueError, match=rf"layer '{layer}' keeps positions in another order than the image.* Name the block around it"):
+        attrreg.GradCAM(layer).attribute(model, x, target=TARGET)
+    assert attrreg.GradCAM().attribute(model, x, target=TARGET).std() > 0
+
+
+class Cosine(SmoothNet):
+    """A head that is a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Identity()  # type: ignore[assignment]
+        self.classes = nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 16 * F.linear(F.normalize(super().forward(x)), F.normalize(self.classes))
+
+
+def test_a_head_without_a_layer_is_no_layer_before() -> None:
+    model, (x, mask, target) = Cosine().double(), smooth_batch()
+    with pytest.raises(ValueError, match=r"so it may not be the classifier\. Name the layer"):
+        DIFFERENCE(model, x, mask, target)
+    assert attrreg.ActivationDifference("head", baselines.Zero())(model, x, mask, target) > 0
+
+
+class Averaging(SmoothNet):
+    """Two classifiers behind one body, on a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other, self.scale = nn.Linear(5, 3), nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(self.stem(x).tanh()).mean((2, 3))
+        return self.scale * (self.head(h) + self.other(h.tanh()))  # type: ignore[no-any-return]
+
+
+def test_several_classifiers_are_layers() -> None:
+    model, (x, mask, target) = Averaging().double(), smooth_batch()
+    assert DIFFERENCE(model, x, mask, target) > 0
+
+
+class Members(nn.Module):
+    """An ensemble whose members run at once, by torch.func."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        parameters = [dict(member.named_parameters()) for member in self.members]
+        stacked = {name: torch.stack([each[name] for each in parameters]) for name in parameters[0]}
+        logits: Tensor = vmap(lambda own: functional_call(self.members[0], own, (x,)))(stacked).mean(0)
+        return logits
+
+
+def test_layers_under_a_transform_are_not_there() -> None:
+    model, (x, mask, target) = Members().double(), smooth_batch()
+    assert gradients(model, attrreg.InputGradient()(model, x, mask, target))[0].any()
+    assert not attrreg.layers(model, x)
+    with pytest.raises(ValueError, match=r"layer 'members\.0\.1' ran under torch\.func, where no hook can read it\. Name a layer outside"):
+        attrreg.GradCAM("members.0.1")(model, x, mask, target)
+    for reg in (attrreg.GradCAM(), DIFFERENCE):
+        with reg.attach(model):
+            assert model(x).shape == (3, 3)
+            with pytest.raises(ValueError, match="Name a layer"):
+                reg(model, x, mask, target)
