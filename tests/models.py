@@ -97,10 +97,12 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 def batch(n: int = 3, channels: int = 3, size: int = 24, classes: int = 5, dtype: torch.dtype = torch.float32) -> Batch:
-    """Images, masks with a relevant rectangle, and targets."""
+    """Images, masks with a relevant rectangle, another one for each image, and targets."""
     x = torch.randn(n, channels, size, size, dtype=dtype, device="cpu").to(DEVICE)
     mask = torch.zeros(n, size, size, dtype=torch.bool)
     mask[:, size // 4 : size // 2, size // 4 : -size // 4] = True
+    for i in range(n):  # so that a penalty that judged an image by the mask of another would show
+        mask[i] = mask[i].roll(i * (size // 8), 0)
     return x, mask, torch.randint(0, classes, (n,), device="cpu").to(DEVICE)
 
 

@@ -79,15 +79,23 @@ def test_a_loop_may_call_backward_under_autocast(name: str, dtype: torch.dtype) 
     assert (found[1] - found[0]).norm() <= 0.02 * found[0].norm()
 
 
+HALF_OPERATORS: dict[str, Any] = {
+    "layer norm": lambda x: F.layer_norm(x, (5,)),
+    "group norm": lambda x: F.group_norm(x, 2),
+    "group norm, weights": lambda x: F.group_norm(x, 2, *torch.tensor([[0.25, 1.5, 0.75, 1.25], [1, 2, 3, 4]]).to(x)),  # exact in all types
+    "instance norm": F.instance_norm,
+    "gelu": F.gelu,
+    "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("name", ["layer norm of a constant", "instance norm of a constant", "gelu", "gelu tanh", "silu"])
 def test_second_derivatives_do_not_overflow(name: str, dtype: torch.dtype) -> None:
-    functions: dict[str, Any] = {
+    functions = HALF_OPERATORS | {
         "layer norm of a constant": lambda x: F.layer_norm(x, (8,), eps=1e-6),
         "instance norm of a constant": lambda x: F.instance_norm(x[None], eps=1e-6)[0],
-        "gelu": F.gelu,
-        "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
-        "silu": F.silu,
     }
     x = torch.full((3, 8), 500.0, dtype=dtype, requires_grad=True)
     with twice_differentiable(Phase()):
@@ -96,6 +104,25 @@ def test_second_derivatives_do_not_overflow(name: str, dtype: torch.dtype) -> No
     (slope,) = torch.autograd.grad(y.float().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad((slope * torch.linspace(0.5, 1, 8)).sum(), x)
     assert slope.isfinite().all() and second.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("size", [1.0, 30.0])
+@pytest.mark.parametrize("name", HALF_OPERATORS)
+def test_second_derivatives_of_half_inputs_are_rounded_once(name: str, size: float, dtype: torch.dtype) -> None:
+    x, gy, v = (torch.randn(3, 4, 6, 5).to(dtype) for _ in range(3))
+    x, found, type = (size * x.float()).to(dtype), [], torch.finfo(dtype)
+    for wide in (True, False):
+        leaf, outer = ((each.double() if wide else each.clone()).requires_grad_() for each in (x, gy))
+        with nullcontext() if wide else twice_differentiable(Phase()):
+            y = HALF_OPERATORS[name](leaf)
+        (slope,) = torch.autograd.grad(y, leaf, outer, create_graph=True)
+        found.append(torch.autograd.grad(slope, [leaf, outer], v.to(slope.dtype)))
+    for want, got in zip(*found, strict=True):
+        assert got.dtype == dtype and want.any()
+        # By half an eps of each value, or half of the smallest number that the type has; float32 has rounded before, far less.
+        once = (type.eps * want.abs()).clamp(min=type.tiny * type.eps) / 2
+        assert ((got.double() - want).abs() <= once + 1e-5 * want.abs().max()).all()
 
 
 @pytest.mark.parametrize(
@@ -274,8 +301,10 @@ def test_finite_differences_run_in_full_precision(dtype: torch.dtype) -> None:
     model, (x, mask, target) = family.build().eval(), batch(3, size=family.size)
     regularizer = attrreg.InputGradient() + attrreg.GradCAM(family.layer)
     want = flat(gradients(model, regularizer(model, x, mask, target)))
-    with torch.autocast(DEVICE, dtype):
+    seen: list[torch.dtype] = []
+    with model.register_forward_hook(lambda module, args, output: seen.append(output.dtype)), torch.autocast(DEVICE, dtype):
         value = regularizer.using(engines.FiniteDifference())(model, x, mask, target)
+    assert seen[0] == dtype and len(seen) > 2 and set(seen[1:]) == {torch.float32}
     got = flat(gradients(model, value * 2.0**8))
     assert float(F.cosine_similarity(got, want, dim=0)) > 0.98
 

@@ -146,3 +146,23 @@ def test_distances_that_nobody_differentiates_are_pytorchs() -> None:
     with twice_differentiable(Phase()), torch.no_grad(), _Largest() as largest:
         assert torch.equal(torch.cdist(x1, x2), torch.cdist(x1.detach(), x2))
     assert largest.values == 40 * 30
+
+
+@pytest.mark.cpu  # whose autocast it is
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_distances_under_autocast_have_a_second_derivative(dtype: torch.dtype) -> None:
+    x, found = torch.randn(4, 8).to(dtype), []
+    x[0] = 0  # at a distance of zero
+    for wide in (True, False):
+        leaf = (x.double() if wide else x.clone()).requires_grad_()
+        if wide:
+            squared = (leaf[:, None] + leaf).square().sum(-1)
+            y = squared.where(squared > 0, 1).sqrt().where(squared > 0, 0)
+        else:
+            with torch.autocast("cpu", torch.bfloat16), twice_differentiable(Phase()):
+                y = torch.cdist(leaf, -leaf)
+            assert y.dtype == torch.float32
+        (slope,) = torch.autograd.grad(y.sin().sum(), leaf, create_graph=True)
+        found.append(torch.autograd.grad(slope.double().square().sum(), leaf)[0].double())
+    # Each half of the distance gives a gradient of the type, as does their sum, in both orders: some eight roundings.
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 8 * max(torch.finfo(dtype).eps, 1e-6)

@@ -53,6 +53,8 @@ def test_every_method_trains(known: Any) -> None:
     for outcome in record.outcomes.values():
         assert 0 <= outcome["worst"] <= outcome["test"] <= 1 and 0 <= outcome["auc"] <= 1
         assert outcome["loss"] < float("inf")
+    plain = job.run(JOB, CPU)
+    assert (record.outcomes["valid"]["loss"] == plain.outcomes["valid"]["loss"]) == (known.name == "plain")
 
 
 @pytest.mark.parametrize("name", ["ActDiff", "masked", "feature path"])

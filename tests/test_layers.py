@@ -195,9 +195,13 @@ def test_small_images_do_not_hide_the_map_in_a_branch(name: str, layer: str) -> 
 
 
 def test_a_frozen_net_with_a_trainable_head_of_several_layers() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).requires_grad_(False)
-    model.append(nn.Linear(4, 3))
-    assert DIFFERENCE(model.requires_grad_(True), X, MASK).isfinite()
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4), nn.Linear(4, 3))
+    model[:3].requires_grad_(False)
+    value, want = DIFFERENCE(model, X, MASK), distance(model[:4])  # of what enters the last layer, which the one before it can change
+    torch.testing.assert_close(value, want)
+    found = gradients(model, value)
+    assert_close(found, gradients(model, want), 1e-5)
+    assert len(found) == 4 and found[0].any()
 
     class Adapted(nn.Module):
         def __init__(self) -> None:

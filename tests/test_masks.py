@@ -12,8 +12,9 @@ from torch import Tensor
 from torchvision.tv_tensors import BoundingBoxes
 
 import attrreg
-from attrreg import masks, objectives, scores
-from tests.models import DEVICE, SmoothNet, assert_close, gradients, smooth_batch
+from attrreg import baselines, masks, objectives, scores
+from attrreg.transforms import ReplaceOutside
+from tests.models import DEVICE, WAYS, SmoothNet, assert_close, gradients, logits_and_penalty, smooth_batch
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**31))
@@ -182,3 +183,27 @@ def test_boxes_that_say_their_format() -> None:
     assert masks.from_boxes([corners], (8, 8)).sum() == 9
     with pytest.raises(ValueError, match=r"boxes\[0\] are XYWH.*ConvertBoundingBoxFormat"):
         masks.from_boxes([sizes], (8, 8))
+
+
+ZERO = baselines.Zero()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "regularizer",
+    [
+        attrreg.InputGradient(),
+        attrreg.GradCAM("body"),
+        attrreg.IntegratedGradients(steps=2, baseline=baselines.Masked(ZERO)),
+        attrreg.IntegratedGradients(steps=2, baseline=baselines.Masked(ZERO), chunk=None),
+        attrreg.ActivationDifference(fill=ZERO),
+        attrreg.PGDEx(epsilon=0.2, steps=2),
+    ],
+)
+def test_no_gradient_flows_into_the_mask(regularizer: attrreg.AttributionRegularizer, way: str) -> None:
+    model, (x, _, target) = SmoothNet().double(), smooth_batch()
+    made = torch.randn(3, 8, 8, dtype=torch.float64, requires_grad=True)
+    _, value = logits_and_penalty(way, regularizer, model, (x, made.sigmoid(), target))
+    (slope,) = torch.autograd.grad(value, made, allow_unused=True)
+    assert slope is None
+    assert not ReplaceOutside()(x, made.sigmoid()).requires_grad

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import attrreg
 from attrreg import baselines, objectives, points, presets, scores, sites
+from attrreg.transforms import ReplaceOutside
 from tests import oracles
 from tests.models import DEVICE, SmoothNet, assert_close, gradients, smooth_batch
 
@@ -128,6 +129,22 @@ def test_fills() -> None:
     torch.testing.assert_close(baselines.Blur(50.0)(torch.ones_like(x), None, GENERATOR), torch.ones_like(x))
     drawn = baselines.Noise(3.0, 1.0)(torch.zeros(4, 3, 64, 64), None, torch.Generator(DEVICE).manual_seed(0))
     assert abs(float(drawn.std()) - 3) < 0.1 and abs(float(drawn.mean()) - 1) < 0.1
+
+
+@pytest.mark.parametrize("fill", [baselines.Zero(), baselines.Mean(), baselines.Blur(1.5)])
+def test_a_soft_mask_blends_the_image_and_its_fill(fill: baselines.Baseline) -> None:
+    model, (x, _, _) = SmoothNet().double(), smooth_batch()
+    mask = torch.rand(3, 8, 8, dtype=torch.float64)
+    soft = mask[:, None]
+    want = soft * x + (1 - soft) * fill(x, soft, GENERATOR)
+    torch.testing.assert_close(baselines.Masked(fill)(x, soft, GENERATOR), want)
+    torch.testing.assert_close(ReplaceOutside(fill)(x, mask), want)
+    layers = nn.Sequential(model.stem, model.act, model.body)
+    difference = (layers(x) - layers(want)).flatten(1).norm(dim=1).mean()
+    torch.testing.assert_close(attrreg.ActivationDifference("body", fill)(model, x, mask), difference)
+    small = oracles.resize_by_area(mask, 4)  # and one that has to be resized: each of its values is that of four pixels
+    repeated = small.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
+    torch.testing.assert_close(ReplaceOutside(fill)(x, small), repeated * x + (1 - repeated) * fill(x, repeated, GENERATOR))
 
 
 def test_another_image_is_never_the_image_itself_and_any_of_the_others() -> None:

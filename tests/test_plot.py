@@ -91,10 +91,15 @@ def test_images_without_annotation_show_no_mask() -> None:
         assert bool(map.collections) == known and bool(map.get_xlabel()) == known
 
 
-@pytest.mark.parametrize("mask", [torch.ones(24, 24, dtype=torch.long), torch.zeros(3, 1, 24, 24), torch.rand(3, 11, 13)])
+@pytest.mark.parametrize(
+    "mask", [torch.ones(24, 24, dtype=torch.long).triu(), (torch.rand(3, 1, 24, 24) > 0.5).float(), torch.rand(3, 11, 13)]
+)
 def test_masks_of_any_shape(mask: Tensor) -> None:
     x, _, phi = case()
-    rendered(plot.attributions(x, mask, {"phi": phi, "coarse": phi[:, :1, :4, :4]}))
+    figure = plot.attributions(x, mask, {"phi": phi, "coarse": phi[:, :1, :4, :4]})
+    rendered(figure)
+    for row, region in zip(grid(figure, 4), mask.float().view(-1, *mask.shape[-2:]).expand(3, -1, -1), strict=True):
+        numpy.testing.assert_array_equal(drawn(row[1]), region)
 
 
 def test_outlines_lie_on_the_mask_whatever_the_maps_size() -> None:

@@ -60,6 +60,31 @@ def test_settings_of_layers_count() -> None:
     torch.testing.assert_close(value, REG(model, x, mask, target), rtol=1e-12, atol=0)
 
 
+class Switched(SmoothNet):
+    """Computes as a number, a text and a truth value say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.kind, self.squares = 2, "plain", False
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.scale * super().forward(x)
+        logits = logits.sigmoid() if self.kind == "soft" else logits
+        return logits.square() if self.squares else logits
+
+
+@pytest.mark.parametrize(("name", "value"), [("scale", 3), ("kind", "soft"), ("squares", True)])
+def test_settings_of_every_kind_count(name: str, value: Any) -> None:
+    model, (x, mask, target) = Switched().double(), smooth_batch()
+    with REG.attach(model):
+        model(x)
+        setattr(model, name, value)
+        with passes() as counted:
+            found = REG(model, x, mask, target)
+    assert counted.forward == 1
+    torch.testing.assert_close(found, REG(model, x, mask, target), rtol=1e-12, atol=0)
+
+
 class Scaled(SmoothNet):
     """Scales its logits by a list of numbers."""
 

@@ -19,6 +19,11 @@ LAST = H.to(memory_format=torch.channels_last)
 Operator = Callable[[], Tensor]
 
 
+def G(*shape: int) -> Tensor:
+    """As of a model in training: distances of others are left to PyTorch at once."""
+    return torch.randn(*shape, requires_grad=True)
+
+
 def slope(function: Callable[[Tensor], Tensor]) -> Tensor:
     """The first derivative: some refuse there."""
     leaf = H.clone().requires_grad_()
@@ -67,9 +72,9 @@ REFUSED: dict[str, Operator] = {
     "group_norm, groups do not divide": lambda: F.group_norm(H, 3),
     "group_norm, weight of one": lambda: F.group_norm(R(4, 16), 4, ONES(1)),
     "group_norm, another type of weights": lambda: F.group_norm(H.double(), 4, ONES(16), ONES(16)),
-    "cdist, other columns": lambda: torch.cdist(R(3, 5), R(4, 1)),
-    "cdist of one axis": lambda: torch.cdist(R(5), R(4, 5)),
-    "cdist, negative p": lambda: torch.cdist(R(3, 5), R(4, 5), p=-1),
+    "cdist, other columns": lambda: torch.cdist(G(3, 5), G(4, 1)),
+    "cdist of one axis": lambda: torch.cdist(G(5), G(4, 5)),
+    "cdist, negative p": lambda: torch.cdist(G(3, 5), G(4, 5), p=-1),
     "attention, another type of mask": lambda: F.scaled_dot_product_attention(H, H, H, R(8, 8).double()),
     "linalg.norm, fro of four axes": lambda: torch.linalg.norm(H, "fro"),
     "linalg.norm of three axes": lambda: torch.linalg.norm(H, dim=(1, 2, 3)),
@@ -84,7 +89,7 @@ TAKEN: dict[str, Operator] = {
     "group_norm, wide weights, channels last": lambda: F.group_norm(
         H.bfloat16().to(memory_format=torch.channels_last), 4, ONES(16), ONES(16)
     ),
-    "cdist of no columns": lambda: torch.cdist(R(3, 0), R(4, 0), p=float("inf")),
+    "cdist of no columns": lambda: torch.cdist(G(3, 0), G(4, 0), p=float("inf")),
     "attention of no width": lambda: F.scaled_dot_product_attention(H[..., :0], H[..., :0], H),
     "attention, half with a wide mask": lambda: F.scaled_dot_product_attention(H.half(), H.half(), H.half(), R(8, 8)),
     "norm of three axes, by default": lambda: torch.norm(H, None, (1, 2, 3)),

@@ -94,17 +94,17 @@ ONE_OF = baselines.OneOf(IMAGES)
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("call", "cause"),
     [
-        lambda: InternalInfluence("body", baseline=ONE_OF),
-        lambda: ShapleyValues(torch.zeros(32, 32, dtype=torch.long), ONE_OF),
-        lambda: NoiseTunnel(FeatureAblation(torch.zeros(32, 32, dtype=torch.long), ONE_OF)),
-        lambda: attrreg.IntegratedGradients(baseline=baselines.Masked(ONE_OF), objective=objectives.Energy()),
-        lambda: attrreg.from_captum(captum.attr.GradientShap, baselines=IMAGES.tolist()),
+        (lambda: InternalInfluence("body", baseline=ONE_OF), "each place would draw another OneOf"),
+        (lambda: ShapleyValues(torch.zeros(32, 32, dtype=torch.long), ONE_OF), "OneOf would draw anew for each set of segments"),
+        (lambda: NoiseTunnel(FeatureAblation(torch.zeros(32, 32, dtype=torch.long), ONE_OF)), "a map that reads the images as they are"),
+        (lambda: attrreg.IntegratedGradients(baseline=baselines.Masked(ONE_OF), objective=objectives.Energy()), "the share of attribution"),
+        (lambda: attrreg.from_captum(captum.attr.GradientShap, baselines=IMAGES.tolist()), r"baselines must be a tensor \(K, C, H, W\)"),
     ],
 )
-def test_a_refusal_prints_no_images(call: Callable[[], Any]) -> None:
-    with pytest.raises((TypeError, ValueError)) as caught:
+def test_a_refusal_prints_no_images(call: Callable[[], Any], cause: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=cause) as caught:
         call()
     assert len(str(caught.value)) < 300
 

@@ -185,3 +185,14 @@ def test_every_score_objective_and_engine_is_held_to_the_tests_of_gradients() ->
     assert public(scores) == tested
     assert public(objectives) == {type(objective) for objective, _ in OBJECTIVES.values()}
     assert public(engines) == {type(engine) for engine in ENGINES}
+
+
+@pytest.mark.parametrize("term", [attrreg.InputGradient(), attrreg.GradCAM("body"), attrreg.IntegratedGradients(steps=2)])
+def test_an_image_without_any_label_is_not_penalised(term: attrreg.AttributionRegularizer) -> None:
+    model, (x, mask, _), hot, others = SmoothNet().double(), smooth_batch(), HOT.clone(), [0, 2]
+    hot[1] = 0
+    value, want = term.reduced("sum")(model, x, mask, hot), term.reduced("sum")(model, x[others], mask[others], hot[others])
+    torch.testing.assert_close(value, want)
+    assert_close(gradients(model, value), gradients(model, want), 1e-9)
+    nothing = term(model, x, mask, torch.zeros_like(hot))
+    assert nothing == 0 and not any(gradient.any() for gradient in gradients(model, nothing))

@@ -1,7 +1,7 @@
 """Norms and distances that can be differentiated twice, at zero too.
 
-PyTorch's second derivative of a 2-norm at zero is NaN, and `cdist` has none but for 2-norms of many rows. Here both derivatives at zero
-are zero.
+PyTorch's second derivative of a 2-norm at zero is NaN, and in older versions `cdist` has none but for 2-norms of many rows. Here both
+derivatives at zero are zero.
 """
 
 from __future__ import annotations
