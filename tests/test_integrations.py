@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
@@ -196,3 +197,23 @@ def test_hugging_face_trainer(fresh_accelerate: Any, tmp_path: Path, accumulate:
     assert_close(parameters(model), parameters(expected), 1e-4)
     assert trainer.seen == pytest.approx(found, rel=1e-3) and found[-4] < found[0]
     assert trainer.evaluate()["eval_loss"] > 0  # without gradients there is no penalty
+
+
+# Fabric
+
+
+def test_under_fabric_the_model_inside_is_penalised() -> None:
+    torch.manual_seed(0)
+    net: Any = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    x, mask, target = torch.rand(3, 2, 8, 8), torch.zeros(8, 8).index_fill(0, torch.arange(4), 1), torch.tensor([0, 1, 2])
+    want = REGULARIZER(net, x, mask, target)
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    model: Any = fabric.setup(net, torch.optim.SGD(net.parameters(), 0.1))[0]
+    with pytest.raises(RuntimeError, match=r"^Fabric refuses gradients .*: reg\(model\.module, x, mask\)\.$"):
+        REGULARIZER(model, x, mask, target)
+    with fabric.autocast():
+        penalty = REGULARIZER(model.module, x, mask, target)
+        loss = F.cross_entropy(model(x), target) + penalty
+    fabric.backward(loss)
+    assert float(penalty.detach()) == pytest.approx(float(want.detach()), rel=0.05)
+    assert net[0].weight.grad.any()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from transformers import HieraConfig, HieraForImageClassification
 
 import attrreg
 from attrreg import baselines
@@ -41,6 +44,16 @@ def test_positions_in_another_order_are_no_map(name: str, size: int, layer: str)
     with pytest.raises(ValueError, match=rf"layer '{layer}' keeps positions in another order than the image.* Name the block around it"):
         attrreg.GradCAM(layer).attribute(model, x, target=TARGET)
     assert attrreg.GradCAM().attribute(model, x, target=TARGET).std() > 0
+
+
+def test_tokens_of_mask_units_are_no_map() -> None:
+    stages: dict[str, Any] = {"depths": [1, 1], "num_heads": [1, 2], "masked_unit_attention": [True, False], "num_query_pool": 1}
+    sizes: dict[str, Any] = {"image_size": (64, 64), "query_stride": (2, 2), "masked_unit_size": (4, 4)}
+    model = HieraForImageClassification(HieraConfig(embed_dim=16, num_labels=2, **stages, **sizes)).eval()
+    x, layer = torch.rand(2, 3, 64, 64), "hiera.encoder.stages.{}.layers.0.layernorm_before"
+    with pytest.raises(ValueError, match=r"keeps its tokens in the order of HieraForImageClassification's mask units"):
+        attrreg.GradCAM(layer.format(0)).attribute(model, x, target=TARGET, output="logits")
+    assert attrreg.GradCAM().attribute(model, x, target=TARGET, output="logits").shape == (2, 1, 8, 8)
 
 
 class Cosine(SmoothNet):
