@@ -19,7 +19,7 @@ from attrreg.needs import Need, Value
 from attrreg.penalty import Penalty
 from attrreg.points import At
 from attrreg.regularizer import SingleRegularizer, Sum
-from attrreg.settings import check_count, is_integer, is_number
+from attrreg.settings import check_count, has_64_bits, is_integer, is_number
 from attrreg.sites import FEATURES, check_by_image, check_layer_name
 from attrreg.trace import Trace
 
@@ -80,7 +80,7 @@ class AdversarialInvariance:
             check_count(name, value, 1)
         if not is_number(rate) or rate <= 0:
             raise ValueError(f"rate must be a positive learning rate, got {rate!r}. Write for example rate=1e-3.")
-        if not is_integer(seed) or not -(2**63) <= seed < 2**64:
+        if not is_integer(seed) or not has_64_bits(seed):
             raise TypeError(f"seed must be an integer of 64 bits, got {seed!r}. Write for example seed=0.")
         self._discriminator = _Discriminator(tuple(map(int, hidden)), rate, int(seed))
         confusion = _Confusion(FEATURES if layer == "auto" else layer, fill, int(every), self._discriminator)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from attrreg.graph import LEAF, nodes
+from attrreg.graph import nodes, trainable_leaves
 from attrreg.ops.process import transformed
 from attrreg.walk import modules
 
@@ -88,9 +88,8 @@ def entering(heads: Sequence[Head], logits: Tensor, own: Sequence[Tensor]) -> Te
 
 def _weights_after(heads: Sequence[Head], head: Head, own: Sequence[Tensor]) -> bool:
     """Whether matrices make the model's output past a layer that are the weights of none, as those of a head without a layer do."""
-    after = nodes(*own, around=[*(each.node for each in heads), head.entered.grad_fn])  # what it reads itself is before it
-    leaves = (getattr(node, "variable", None) for node in after)
-    found = [leaf for leaf in leaves if leaf is not None and sum(size > 1 for size in leaf.shape) > 1 and not hasattr(leaf, LEAF)]
+    before = [*(each.node for each in heads), head.entered.grad_fn]  # what it reads itself, too
+    found = [leaf for leaf in trainable_leaves(*own, around=before) if sum(size > 1 for size in leaf.shape) > 1]
     known = {id(weight) for each in heads for weight in each.layer.parameters()} if found else set()
     return any(id(leaf) not in known for leaf in found)
 

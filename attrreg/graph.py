@@ -26,9 +26,9 @@ def nodes(*values: Tensor, around: Iterable[Any] = ()) -> Iterator[Any]:
         pending.extend(parent for parent, _ in node.next_functions)
 
 
-def trainable_leaves(*values: Tensor) -> Iterator[Tensor]:
-    """The leaves that a graph leads to, those left out that we made ourselves to be differentiated."""
-    for node in nodes(*values):
+def trainable_leaves(*values: Tensor, around: Iterable[Any] = ()) -> Iterator[Tensor]:
+    """The leaves that a graph leads to, those left out that we made ourselves to be differentiated; `around`: as of `nodes`."""
+    for node in nodes(*values, around=around):
         variable = getattr(node, "variable", None)
         if variable is not None and not hasattr(variable, LEAF):
             yield variable

@@ -115,7 +115,7 @@ class Runner:
         value = read_at.to(penalty_dtype(read_at.dtype))
         total = self._scores(value, score).sum()
         half = recording.half or read_at.dtype == torch.float16 or ends_in_half(read_at)
-        with _outside_fabric():
+        with _explained(recording):
             scale = _scale(total, value) if half else None
         find = sites.SPATIAL in wanted and sites.SPATIAL not in recording.values
         maps = self._maps(recording, score, total) if find else []
@@ -190,16 +190,9 @@ class Runner:
         apart = own_buffers(self.call.model) if recomputes else nullcontext()
         if not total.requires_grad:
             raise RuntimeError("The score has no gradient: it detaches what it reads, or gives a constant. Let gradients through it.")
-        try:
-            # A backward runs in the types of its forward.
-            with _outside_fabric(), apart, recording.phase.attributing(), full_precision(total.device):
-                return torch.autograd.grad(total, inputs, create_graph=create_graph, retain_graph=True, allow_unused=True)
-        except RuntimeError as error:
-            if "use_reentrant=True" in str(error):
-                raise RuntimeError(REENTRANT) from error
-            if recording.conditions is not None and "a second time" in str(error):
-                raise RuntimeError(FREED) from error
-            raise
+        # A backward runs in the types of its forward.
+        with _explained(recording), apart, recording.phase.attributing(), full_precision(total.device):
+            return torch.autograd.grad(total, inputs, create_graph=create_graph, retain_graph=True, allow_unused=True)
 
     def _scaled_gradients(
         self, recording: Recording, total: Tensor, scale: Tensor, inputs: list[Tensor], create_graph: bool
@@ -272,11 +265,15 @@ class Runner:
 
 
 @contextmanager
-def _outside_fabric() -> Iterator[None]:
-    """Say what to do where Lightning Fabric refuses a backward."""
+def _explained(recording: Recording) -> Iterator[None]:
+    """Say what to do where PyTorch, or what wraps the model, refuses a backward."""
     try:
         yield
     except RuntimeError as error:
+        if "use_reentrant=True" in str(error):
+            raise RuntimeError(REENTRANT) from error
+        if recording.conditions is not None and "a second time" in str(error):
+            raise RuntimeError(FREED) from error
         if "fabric.backward" in str(error):
             raise RuntimeError(FABRIC) from error
         raise

@@ -17,6 +17,11 @@ def is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def has_64_bits(value: int) -> bool:
+    """Whether PyTorch can take it, as a seed for example."""
+    return -(2**63) <= value < 2**64
+
+
 def check_count(name: str, value: Any, least: int) -> None:
     """Check a setting that counts.
 
@@ -51,7 +56,7 @@ def keep_integer(spec: Any, name: str, or_none: bool = False) -> None:
     if not is_integer(value):
         wanted = "None or an integer" if or_none else "an integer"
         raise TypeError(f"{type(spec).__name__}: {name} must be {wanted}, got {value!r}, a {type(value).__name__}. Pass an int.")
-    if not -(2**63) <= value < 2**64:  # as PyTorch takes seeds
+    if not has_64_bits(value):
         raise ValueError(f"{type(spec).__name__}: {name} must fit 64 bits, got {value!r}. Give a smaller one.")
     object.__setattr__(spec, name, int(value))
 
