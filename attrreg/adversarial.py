@@ -19,8 +19,8 @@ from attrreg.needs import Need, Value
 from attrreg.penalty import Penalty
 from attrreg.points import At
 from attrreg.regularizer import SingleRegularizer, Sum
-from attrreg.settings import check_count, has_64_bits, is_integer, is_number
-from attrreg.sites import FEATURES, check_by_image, check_layer_name
+from attrreg.settings import check_count, fits_64_bits, is_integer, is_number
+from attrreg.sites import check_by_image, check_layer_name, feature_site
 from attrreg.trace import Trace
 
 
@@ -38,22 +38,23 @@ class AdversarialInvariance:
     each process trains a D of its own.
 
     Args:
-        weight: of the penalty.
+        weight: of the penalty; finite and at least 0.
         layer: dotted name of the layer with the features, or "auto": those that enter the classifier.
-        fill: what takes the place of the irrelevant pixels.
-        every: D is trained at each `every`-th call.
-        rate: learning rate of D's Adam.
-        hidden: widths of D's hidden layers.
-        seed: of D's first weights.
+        fill: what takes the place of the irrelevant pixels; None: `Shuffle()`.
+        every: D is trained at each `every`-th call, from the first on; at least 1.
+        rate: learning rate of D's Adam; positive.
+        hidden: widths of D's hidden layers, each at least 1.
+        seed: of D's first weights; an integer of 64 bits.
 
     Attributes:
         step: how many calls there were.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: naming the argument; in a call, where features have another width than in the first.
 
     Cost:
-        One forward on x~ and first-order gradients through it; the clean forward is free when attached. D's two passes.
+        One forward on x~ and first-order gradients through it; the clean forward is free when attached. One forward of D on both kinds of
+        features, and where it is trained a second one with its backward.
 
     Source:
         The adversarial arm of the founding paper, arXiv 1910.00199, after Ganin et al. 2016, arXiv 1505.07818, and with the spectral
@@ -76,14 +77,15 @@ class AdversarialInvariance:
         Masked(fill)  # which checks it
         if isinstance(hidden, str) or not isinstance(hidden, Sequence):
             raise TypeError(f"hidden must be the widths of the hidden layers, got {hidden!r}. Write for example hidden=(1024,).")
-        for name, value in (("every", every), *(("hidden", width) for width in hidden)):
-            check_count(name, value, 1)
+        check_count("every", every, 1)
+        for width in hidden:
+            check_count("hidden", width, 1)
         if not is_number(rate) or rate <= 0:
             raise ValueError(f"rate must be a positive learning rate, got {rate!r}. Write for example rate=1e-3.")
-        if not is_integer(seed) or not has_64_bits(seed):
+        if not is_integer(seed) or not fits_64_bits(seed):
             raise TypeError(f"seed must be an integer of 64 bits, got {seed!r}. Write for example seed=0.")
         self._discriminator = _Discriminator(tuple(map(int, hidden)), rate, int(seed))
-        confusion = _Confusion(FEATURES if layer == "auto" else layer, fill, int(every), self._discriminator)
+        confusion = _Confusion(feature_site(layer), fill, int(every), self._discriminator)
         self._sum: Sum = weight * confusion.named("AdversarialInvariance")
 
     @property
@@ -166,9 +168,9 @@ class _Discriminator:
     def logits(self, features: Tensor) -> Tensor:
         """Of features `(N, ...)`; no gradient reaches the network's parameters."""
         assert self.network is not None
-        self._join(features.device)
+        entered = self._entered(features)
         constants = {name: value.detach() for name, value in self.network.named_parameters()}
-        logits: Tensor = torch.func.functional_call(self.network, constants, (self._flat(features),))
+        logits: Tensor = torch.func.functional_call(self.network, constants, (entered,))
         return logits.squeeze(1)
 
     def train(self, whole: Tensor, without: Tensor) -> None:
@@ -178,19 +180,19 @@ class _Discriminator:
             self.build(width, whole.device, penalty_dtype(whole.dtype))
         assert self.network is not None and self.optimizer is not None
         if width != self.width:
-            raise ValueError(f"The features are {width} wide, but were {self.width}. Use one object a layer and image size.")
+            raise ValueError(f"The features are {width} wide, but were {self.width}. Use one object for each layer and image size.")
         if not len(whole):
             return
-        self._join(whole.device)
+        entered = [self._entered(features.detach()) for features in (whole, without)]
         parameters = list(self.network.parameters())
         self.network.train()
         try:
-            real, fake = (self.network(self._flat(features.detach())).squeeze(1) for features in (whole, without))
+            real, fake = (self.network(each).squeeze(1) for each in entered)
         finally:
             self.network.eval()
         loss = (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
         gradients = torch.autograd.grad(loss, parameters)
-        if not torch.stack([part.isfinite().all() for part in (loss, *gradients)]).all():  # after one such step there is no way back
+        if not torch.stack([part.isfinite().all() for part in (loss, *gradients)]).all():  # or its weights would be NaN for ever
             return
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -215,16 +217,14 @@ class _Discriminator:
             loaded.optimizer.load_state_dict(state["optimizer"])
         self.__dict__.update(loaded.__dict__)
 
-    def _join(self, device: torch.device) -> None:
-        """Move to where the features are: a checkpoint may have been loaded elsewhere."""
+    def _entered(self, features: Tensor) -> Tensor:
+        """Features `(N, ...)` as the network takes them. It moves to their device: a checkpoint may have been loaded elsewhere."""
         assert self.network is not None and self.optimizer is not None
-        if next(self.network.parameters()).device != device:
-            self.network.to(device)
+        weight = next(self.network.parameters())
+        if weight.device != features.device:
+            self.network.to(features.device)
             self.optimizer.load_state_dict(self.optimizer.state_dict())  # which moves its moments to their parameters
-
-    def _flat(self, features: Tensor) -> Tensor:
-        assert self.network is not None
-        return features.flatten(1).to(next(self.network.parameters()).dtype)
+        return features.flatten(1).to(weight.dtype)
 
     def __repr__(self) -> str:
         return f"discriminator of {self.width or '?'}-{'-'.join(map(str, self.hidden))}-1, rate {self.rate}, seed {self.seed}"

@@ -33,13 +33,14 @@ class Shown:
     calls: int = 0
     found: bool | None = None
 
-    def due(self) -> int:
-        """Which call this is, if it has to show; else 0.
+    def due(self) -> bool:
+        """Count a call; whether it has to show.
 
-        It is shown again at the second, fourth, eighth ... call: what starts at zero, as the gate of a branch, shows nothing at first.
+        Until something was shown each call has to, then the second, fourth, eighth ...: what starts at zero, as the gate of a branch, shows
+        nothing at first.
         """
         self.calls += 1
-        return self.calls if self.found is None or self.calls & (self.calls - 1) == 0 else 0
+        return self.found is None or self.calls & (self.calls - 1) == 0  # a power of two
 
 
 _SHOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Shown]] = WeakKeyDictionary()
@@ -50,8 +51,8 @@ def shown(model: nn.Module, *kind: Hashable) -> Shown:
     return _SHOWN.setdefault(model, {}).setdefault(kind, Shown())
 
 
-def head(output: Select) -> Hashable:
-    """Which `output=` it is, by its code or the name of its type: these themselves may hold the model."""
+def output_key(output: Select) -> Hashable:
+    """A key for an `output=`: the code of a function, the name of another callable's type; these themselves may hold the model."""
     kind: Any = type(output)
     return getattr(output, "__code__", f"{kind.__module__}.{kind.__qualname__}") if callable(output) else (output,)
 
@@ -63,15 +64,15 @@ def images_apart(call: Call) -> bool:
         return False
     if sharded(model):  # other ranks may not run the pass that shows it, which would wait for them
         return False
-    apart = shown(model, "images", tuple(modes(model)), head(call.output))
-    if count := apart.due():
-        # Others each time: only some images may meet, as pairs.
-        order = torch.randperm(len(call.x), generator=torch.Generator().manual_seed(count), device="cpu")
+    apart = shown(model, "images", tuple(modes(model)), output_key(call.output))
+    if apart.due():
+        # Another half of the images each time: only some of them may meet, as in pairs.
+        order = torch.randperm(len(call.x), generator=torch.Generator().manual_seed(apart.calls), device="cpu")
         chosen = torch.zeros_like(order, dtype=torch.bool)
         chosen[order[: len(order) // 2]] = True
         try:
             gradient = _spread(call, chosen.to(call.x.device))
-        except (RuntimeError, NotImplementedError):  # none can be taken; a term that needs one will say so
+        except RuntimeError:  # no gradient can be taken; a term that needs one will say so
             gradient = None
         if gradient is not None and not bool(gradient[chosen].any()):  # a head that starts at zero shows nothing yet
             return False

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef  # which keeps an address from being given anew
+from torch.multiprocessing.reductions import StorageWeakRef  # compares storages; while it is held, no new storage gets the address
 from torch.utils.hooks import RemovableHandle
 
 from attrreg import automatic
@@ -23,14 +23,24 @@ from attrreg.state import cut_off
 from attrreg.walk import modules
 from attrreg.wrappers import compiled, compiling, unwrap
 
-FORWARDS = 64  # how many of the last are remembered, to be recomputed as they ran
+FORWARDS = 64  # how many of the last forwards are remembered, so that checkpointing runs them again as they ran
 
 
 class Attachment:
     """Handle of `reg.attach(model)`: records the loop's own forwards until it is removed.
 
-    A context manager; `remove()` does the same as leaving it. Nothing is recorded while gradients are disabled, and the output
-    alone when it is not `due`: a schedule skips the step.
+    A context manager; `remove()` does the same as leaving it. While gradients are disabled, nothing is recorded.
+
+    Args:
+        entry: the model, in its wrappers.
+        sites: what to record of each forward; True where a gradient will be taken.
+        due: asked before each forward; False: a schedule skips this step, so the output alone is recorded.
+        twice: gradients will be differentiated again.
+        alone: penalties run no pass beside the recorded one, so nobody will ask whether the forward moved buffers.
+
+    Raises:
+        RuntimeError: the model already has an attachment.
+        TypeError: it is TorchScript.
     """
 
     def __init__(
@@ -92,9 +102,12 @@ class Attachment:
             call: the call.
             sites: what it reads; True where it takes a gradient.
             twice: it differentiates gradients.
-            asked: of the layer for `layer="auto"`: `automatic.asked`; None: nothing.
-            alone: it runs no other pass, which would have to start from the same buffers.
-            returned: it gives back what the model returned.
+            asked: which question `layer="auto"` answers in it, from `automatic.asked`; None: no term has `layer="auto"`.
+            alone: it runs no other pass; one would have to start from the same buffers.
+            returned: it returns the model's output to the user.
+
+        Returns:
+            The recording; None: the call must run its own forward.
         """
         recording = self._recording
         if recording is None or ((any(sites.values()) or SPATIAL in sites) and self._hooked(recording)):
@@ -134,28 +147,29 @@ class Attachment:
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if self.suspended or not self.live or compiling() or transformed() or torch._C._is_tracing():
-            return None  # under torch.func, forward-mode derivatives or a tracer it is not the loop's
+            return None  # what runs under torch.func, forward-mode derivatives or a tracer is not the loop's forward
         again = _recomputed()
         if not again:
             self._discard()  # the last step's graph, and what an interrupted forward left
         arguments: dict[int | str, Any] = dict(enumerate(args)) | kwargs
-        tensors = [(key, value) for key, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point()]
-        images = next((item for item in tensors if item[1].dim() == 4), None)
-        hooks, own = model._forward_hooks, self._hooks[1].id
-        if not torch.is_grad_enabled() or images is None or own not in hooks:  # somebody may have cleared all hooks
+        images = (key for key, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 4)
+        place = next(images, None)
+        hooks, own = model._forward_hooks, self._hooks[1].id  # `own`: the hook that calls `_after`
+        if not torch.is_grad_enabled() or place is None or own not in hooks:  # somebody may have cleared all hooks
             return None
-        place, x = images
+        x = arguments[place]
         image = StorageWeakRef(x.untyped_storage())
         if not again:
-            sites = self._sites if self._due() else {}  # of a skipped step the output alone, for `Scheduled.evaluate`
+            sites = self._sites if self._due() else {}  # a step that a schedule skips: the output alone, for `Scheduled.evaluate`
             self._kind = automatic.kind(x, model)
             asked, map = automatic.only(model, self._kind) or (None, None)
             framed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
             self._called = Called(args, kwargs, image_state(x), framed, asked, None if self._alone else keep_buffers(model))
             self._ran.pop(image, None)  # the last is to be last
             self._ran = dict([*self._ran.items(), (image, (sites, map))][-FORWARDS:])
-            hooks[own] = hooks.pop(own)  # the last, as others may change what the model returns
-        sites, map = self._ran.get(image, next(reversed(self._ran.values()), ({}, None)))  # a recomputed image is another one
+            hooks[own] = hooks.pop(own)  # moved to the end: hooks that came later may change what the model returns
+        # A block may be recomputed on a copy of its images, which is not found: then it runs as the last forward ran.
+        sites, map = self._ran.get(image, next(reversed(self._ran.values()), ({}, None)))
         self._tap = Tap(model, sites, own=False, map=map, twice=self._twice)
         arguments[place] = self._tap.open(x)
         return tuple(arguments[i] for i in range(len(args))), {name: arguments[name] for name in kwargs}
@@ -189,13 +203,6 @@ def attached(model: nn.Module) -> Attachment | None:
     return None
 
 
-def recorded_output(call: Call) -> tuple[Any] | None:
-    """What the loop's own forward returned, if it was the one of a call and recorded."""
-    attachment = attached(call.model)
-    recording = None if attachment is None else attachment.take(call, {}, twice=False, asked=None, alone=True, returned=True)
-    return None if recording is None else (recording.returned,)
-
-
 def _recomputed() -> bool:
     """Whether this is inside a backward, where a checkpointed block runs again: as it did, and not as a new pass."""
     return torch._C._current_graph_task_id() != -1
@@ -209,9 +216,10 @@ def _inert() -> Attachment:
 
 @contextmanager
 def suspended(model: nn.Module, as_users_forward: bool = False) -> Iterator[bool]:
-    """Run passes of our own, which an attachment, to the model or to a part of it, must not take for the loop's.
+    """Run passes of our own, which an attachment to the model, or to a part of it, must not take for the loop's forwards.
 
-    One that stands in for the loop's own forward ends what was recorded, as that would.
+    Yields whether there is such an attachment. A pass that stands in for the loop's forward (`as_users_forward`) also drops what was
+    recorded, as that forward would.
     """
     found = [attachment for module in modules(model) if (attachment := attached(module)) is not None and not attachment.suspended]
     for attachment in found:

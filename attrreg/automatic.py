@@ -1,4 +1,4 @@
-"""Which layer `layer="auto"` is."""
+"""Which layer `layer="auto"` stands for in a model, and what is remembered of it."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Question(NamedTuple):
     site: str
 
 
-# What it was in a model, by kind and question: from there on alone, layers must be differentiable twice.
-_KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, dict[Question, str]]] = WeakKeyDictionary()
+# The layer that was found for each question about a model: only what runs from there on must be differentiable twice.
+_KNOWN: WeakKeyDictionary[nn.Module, dict[Question, str]] = WeakKeyDictionary()
 
 
 def kind(x: Tensor, model: nn.Module) -> Hashable:
-    """Forwards in which it is one layer, as far as a forward knows."""
-    # As many modules: behind a layer that was the last, there may be others since.
+    """What the layer depends on that a forward itself tells: the shape of an image, the mode, the number of modules."""
+    # The number, because others may have been added behind the layer that was the last.
     return x.shape[1:], model.training, len(modules(model))
 
 
@@ -47,26 +47,25 @@ def asked(call: Call, score: Score | None) -> Question:
 
 
 def known(call: Call, question: Question | None) -> str | None:
-    """The layer for earlier calls alike; None: to be found."""
+    """The layer that an earlier call with the same question found, which the model may have lost since; None: it has to be found."""
     if question is None or question.picked_by is ... or isinstance(question.picked_by, CodeType):  # may pick by what it is given
         return None
-    name = _KNOWN.get(call.model, {}).get(question.kind, {}).get(question)
-    return name if name is not None and name in dict(call.model.named_modules()) else None
+    return _KNOWN.get(call.model, {}).get(question)
 
 
 def forget(model: nn.Module) -> None:
-    """Find layers anew: the loop that attaches now may ask otherwise than earlier calls, of a model that was changed."""
+    """Forget what was found for a model: it may have changed, and the loop that attaches now may ask another question."""
     _KNOWN.pop(model, None)
 
 
 def only(model: nn.Module, kind: Hashable) -> tuple[Question, str] | None:
-    """The one question that was asked of forwards of a kind, and the layer; None: there was none, or another one, too."""
-    found = list(_KNOWN.get(model, {}).get(kind, {}).items())
+    """The question that all calls on forwards of a kind asked, with its layer; None: none was asked, several were, or it may change."""
+    found = [item for item in _KNOWN.get(model, {}).items() if item[0].kind == kind]
     return found[0] if len(found) == 1 and found[0][0].picked_by is not ... else None
 
 
 def candidates(runner: Runner, recording: Recording, total: Tensor) -> list[NamedMap]:
-    """The last map that a score depends on; if that is of tokens, those alike before it, too. Empty: it depends on none.
+    """The last map that a score depends on; if that is of tokens, also the earlier maps of its shape. Empty: it depends on none.
 
     Raises:
         ValueError: no layer has a map.
@@ -119,12 +118,15 @@ def choose(call: Call, score: Score | None, maps: list[NamedMap], grads: Sequenc
         return len(maps) - 1
     question = asked(call, score)
     if question.picked_by is not ... or not call.shown:  # a map that is looked at is no question of the loop's
-        _KNOWN.setdefault(call.model, {}).setdefault(question.kind, {})[question] = maps[decided[-1]][0]
+        _KNOWN.setdefault(call.model, {})[question] = maps[decided[-1]][0]
     return decided[-1]
 
 
 def _before_block(model: nn.Module, total: Tensor, maps: list[NamedMap], last: NamedMap) -> NamedMap:
-    """The last map, or what enters its block, where that gives none: of small images, it is one that the score reads past."""
+    """The last map; or the map that enters its block, if a shortcut leads around the last one.
+
+    On small images a residual block's own output may be a single position, which is no map: the last one then lies in its branch.
+    """
     first, end = maps[0][1], next(place for place, (name, _) in enumerate(maps) if name == last[0])
     if last[1].dim() != 4 or not bypassed(total, last[1], first):
         return last

@@ -10,14 +10,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from attrreg import masks
-from attrreg.settings import is_number
+from attrreg.settings import is_number, is_real
 from attrreg.spec import Key
 
 
@@ -25,11 +24,7 @@ class Baseline(Key, ABC):
     """An image made from an image."""
 
     draws: ClassVar[bool] = False
-
-    @property
-    def needs_mask(self) -> bool:
-        """Whether a mask is required."""
-        return False
+    needs_mask: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -51,6 +46,9 @@ class Fixed(Baseline):
 
     Args:
         image: the tensor. Two of these are equal when their tensors are.
+
+    Raises:
+        ValueError: the tensor is empty or not finite; in a call, it does not broadcast to `x`.
     """
 
     image: Tensor
@@ -63,13 +61,7 @@ class Fixed(Baseline):
 
     def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
         """The image, broadcast to the shape of `x`."""
-        try:
-            return self.image.to(device=x.device, dtype=x.dtype).expand_as(x)
-        except RuntimeError as error:
-            raise ValueError(
-                f"baseline of shape {tuple(self.image.shape)} does not broadcast to x of shape {tuple(x.shape)}. Pass a scalar "
-                "tensor, one image (C, H, W), or one image a sample."
-            ) from error
+        return _broadcast(self.image, x)
 
     def __eq__(self, other: object) -> bool:
         # By values, wherever they lie.
@@ -88,6 +80,9 @@ class OneOf(Baseline):
 
     Args:
         images: `(K, C, H, W)`.
+
+    Raises:
+        TypeError, ValueError: `images` is not a finite tensor of that shape.
     """
 
     images: Fixed | Tensor
@@ -106,7 +101,7 @@ class OneOf(Baseline):
         assert isinstance(self.images, Fixed)
         images = self.images.image  # all of which may be many, and elsewhere
         chosen = images[torch.randint(images.shape[0], (x.shape[0],), generator=generator, device=x.device).to(images.device)]
-        return Fixed(chosen)(x, mask, generator)
+        return _broadcast(chosen, x)
 
 
 @dataclass(frozen=True, repr=False)
@@ -124,6 +119,9 @@ class Blur(Baseline):
 
     Args:
         sigma: standard deviation in pixels.
+
+    Raises:
+        ValueError: `sigma` is not positive.
     """
 
     sigma: float = 5.0
@@ -148,6 +146,9 @@ class Noise(Baseline):
     Args:
         std: standard deviation, in units of `x`.
         mean: mean, in units of `x`.
+
+    Raises:
+        ValueError: `std` is negative, or a setting is not finite.
     """
 
     std: float = 1.0
@@ -166,7 +167,11 @@ class Noise(Baseline):
 
 @dataclass(frozen=True, repr=False)
 class OtherImage(Baseline):
-    """Another image of the batch for each image, drawn at random, each for one: for expected gradients, in place of the training set."""
+    """Another image of the batch for each image, by a random permutation: for expected gradients, in place of the training set.
+
+    Raises:
+        ValueError: in a call, the batch has one image alone.
+    """
 
     draws: ClassVar[bool] = True
 
@@ -174,7 +179,10 @@ class OtherImage(Baseline):
         """For each image of `x` one of the others."""
         count = x.shape[0]
         if count == 1:
-            raise ValueError("OtherImage: a batch of one has no other image, so every attribution would be zero. Use another baseline.")
+            raise ValueError(
+                "OtherImage: a batch of one has no other image, so every attribution would be zero. Use drop_last=True in the "
+                "DataLoader if it is the rest of an epoch, or another baseline."
+            )
         order = torch.randperm(count, generator=generator, device=x.device)
         # To each image the one before it in a random round: a permutation that leaves none in its place.
         return x[torch.empty_like(order).scatter_(0, order, order.roll(1))]
@@ -190,11 +198,7 @@ class Shuffle(Baseline):
     """
 
     draws: ClassVar[bool] = True
-
-    @property
-    def needs_mask(self) -> bool:
-        """True: which pixels move depends on the mask."""
-        return True
+    needs_mask: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
         """`x` with the pixels outside `mask` permuted."""
@@ -222,6 +226,7 @@ class Masked(Baseline):
     """
 
     fill: Baseline = Shuffle()
+    needs_mask: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.fill, Baseline):
@@ -233,11 +238,6 @@ class Masked(Baseline):
     def draws(self) -> bool:  # type: ignore[override]
         """Whether the fill draws."""
         return self.fill.draws
-
-    @property
-    def needs_mask(self) -> bool:
-        """True: what is replaced depends on the mask."""
-        return True
 
     def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
         """`x` inside the mask, the fill outside."""
@@ -253,8 +253,10 @@ def as_baseline(value: Baseline | Tensor | float, name: str = "baseline") -> Bas
     """
     if isinstance(value, Baseline):
         return value
-    if isinstance(value, (Tensor, Real)) and not isinstance(value, bool):
-        return Fixed(value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64))
+    if isinstance(value, Tensor):
+        return Fixed(value)
+    if is_real(value):
+        return Fixed(torch.tensor(float(value), dtype=torch.float64))
     raise TypeError(
         f"{name} must be a tensor, a number or a baselines.Baseline, got {type(value).__name__}. Use baselines.Zero(), for example."
     )
@@ -275,7 +277,7 @@ def made_of(part: object) -> Iterator[Baseline]:
     """The baselines that a point or a baseline is made of, those inside others included."""
     if isinstance(part, Baseline):
         yield part
-    if is_dataclass(part) and not isinstance(part, (Fixed, OneOf)):
+    if is_dataclass(part) and not isinstance(part, OneOf):  # what it draws from is not one image a sample
         for field in fields(part):
             yield from made_of(getattr(part, field.name))
 
@@ -294,3 +296,14 @@ def _mask(baseline: Baseline, mask: Tensor | None) -> Tensor:
     if mask is None:
         raise ValueError(f"{baseline!r} needs a mask. Pass `mask=`.")
     return mask
+
+
+def _broadcast(image: Tensor, x: Tensor) -> Tensor:
+    """An image on the device, of the type and of the shape of `x`."""
+    try:
+        return image.to(device=x.device, dtype=x.dtype).expand_as(x)
+    except RuntimeError as error:
+        raise ValueError(
+            f"baseline of shape {tuple(image.shape)} does not broadcast to x of shape {tuple(x.shape)}. Pass a scalar "
+            "tensor, one image (C, H, W), or one image a sample."
+        ) from error

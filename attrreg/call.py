@@ -32,9 +32,9 @@ class Call:
         target: on the device of `x`, or None.
         output: picks the logits out of what the model returns.
         inputs: all that the model is called with, `x` among it; None: `x` alone.
-        as_compiled: compiled parts of the model may run as that; otherwise as they are written.
+        as_compiled: parts under `torch.compile` may run compiled; otherwise they run eagerly.
         groups: the process groups over which means run.
-        shown: a map is asked for, and no penalty.
+        shown: this is a call of `.attribute`, for a map, and not for a penalty.
     """
 
     entry: nn.Module
@@ -74,7 +74,11 @@ class Call:
         return None if self.annotation is None else self.annotation.relevant
 
     def logits(self, output: Any, start: Rng | None = None) -> Tensor:
-        """Pick the logits out of what the model returned; `start`: from where a function draws, None: the present state.
+        """Pick the logits out of what the model returned.
+
+        Args:
+            output: what it returned.
+            start: the random state from which a function draws; None: the present one.
 
         Raises:
             TypeError: it is not a tensor, and no selector was given, or the selector does not fit.
@@ -83,7 +87,7 @@ class Call:
             chosen = self._chosen(output, start)
         except (KeyError, IndexError, AttributeError, TypeError) as error:
             remedy = "Select the logits in it."
-            if isinstance(output, Tensor):
+            if isinstance(output, Tensor) and not callable(self.output):
                 remedy = "Leave output= out, or pass a function if the model returns something else in train mode."
             raise TypeError(f"output={self.output!r} does not fit {_described(output)}, which the model returned. {remedy}") from error
         if not isinstance(chosen, Tensor):
@@ -97,7 +101,8 @@ class Call:
     def _chosen(self, output: Any, start: Rng | None) -> Any:
         if self.output is None:
             return output
-        if callable(self.output):  # it may draw, or be or run a head with norms that count
+        if callable(self.output):  # a head, or a function that may run one: it may draw, and its norms may count the batch
+            # Of a function that cannot hold the model, no buffers need be set aside: those of an empty module.
             held = self.model if picked_by(self.output) is ... else nn.Module()
             with isolated(self.output if isinstance(self.output, nn.Module) else held, start, self.x.device):
                 return self.output(output)
@@ -109,7 +114,11 @@ class Call:
 
 
 def picked_by(output: Select) -> Hashable:
-    """How `output=` picks the logits, as it can be remembered: a function of its argument alone by its code; `...`: may hold the model."""
+    """A key for how `output=` picks the logits, under which a result can be remembered without keeping anything alive.
+
+    An index, a key or a name is its own; of a function that reads nothing but its argument it is the code. `...` (Ellipsis) stands for
+    every other callable: it may hold the model, and pick otherwise at another time, so nothing may be remembered by it.
+    """
     if not callable(output):
         return output
     if not isinstance(output, FunctionType) or output.__closure__ or output.__defaults__ or output.__kwdefaults__:
@@ -145,13 +154,13 @@ def check_options(x: Tensor, generator: torch.Generator | None = None, output: S
 
 
 def out_of_inference(*arguments: Any) -> tuple[Any, ...]:
-    """Arguments of which a graph can save: tensors made under inference_mode are cloned, each once; all else as it is."""
+    """The arguments, with tensors made under inference_mode cloned, each once: a graph cannot save those. The rest stays as it is."""
     clones: dict[int, Tensor] = {}
 
     def normal(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_inference():
-            return value
-        return clones[id(value)] if id(value) in clones else clones.setdefault(id(value), value.clone())
+        if isinstance(value, Tensor) and value.is_inference():
+            return clones.setdefault(id(value), value.clone())
+        return value
 
     def whole(argument: Any) -> Any:
         if isinstance(argument, Mapping):
@@ -175,9 +184,10 @@ def check_differentiable(model: nn.Module, x: Tensor, output: Select, inputs: In
         )
     if any(parameter.requires_grad for parameter in model.parameters()):
         return
-    # What made x, what else the model gets or holds, or a function that makes the logits, may be trained; the graph will tell.
-    others = (value for value in tree_leaves((inputs, *model.buffers(), *attributes(model))) if value is not x)
+    # All parameters are frozen. Still trainable may be: what made x, a function that makes the logits, other inputs, and tensors that the
+    # model holds. Where there is such a thing, the penalty's graph tells later whether it is reached.
     elsewhere = callable(output) or (x.requires_grad and not x.is_leaf)
+    others = (value for value in tree_leaves((inputs, *model.buffers(), *attributes(model))) if value is not x)
     if not elsewhere and not any(isinstance(value, Tensor) and value.requires_grad for value in others):
         raise RuntimeError(
             "All parameters of the model are frozen, so the penalty could train nothing. Set requires_grad on those to be trained."

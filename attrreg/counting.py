@@ -43,5 +43,5 @@ def passes() -> Iterator[Passes]:
 
 
 def counters() -> tuple[Passes, ...]:
-    """Those of the blocks around this call."""
+    """The counters of the `passes` blocks around this call."""
     return _counting.get()

@@ -102,7 +102,7 @@ class MaskFolder(MaskSource):
         path = self.path(name)
         with Image.open(path) as file:
             found = numpy.array(file)
-        if found.dtype.kind == "u" and found.dtype.itemsize > 1:  # of which PyTorch compares few, and none in another byte order
+        if found.dtype.kind == "u" and found.dtype.itemsize > 1:  # 16 bits: PyTorch compares few such types, and takes no other byte order
             found = found.astype(numpy.int64)
         values = torch.as_tensor(found)
         if values.dim() != 2:
@@ -116,7 +116,7 @@ class MaskFolder(MaskSource):
 class BoxFile(MaskSource):
     """Bounding boxes in a COCO-style JSON file: a pixel is relevant where any box of its image touches it.
 
-    Read are `images` (`id`, `file_name`: the path below the image root) and `annotations` (`image_id`, `bbox`: x, y, width,
+    It reads `images` (`id`, `file_name`: the path below the image root) and `annotations` (`image_id`, `bbox`: x, y, width,
     height in pixels). All boxes of an image count, whatever their category. An image that `images` lists without any
     box was looked at, and nothing in it is relevant. An image that it does not list is not annotated.
 
@@ -173,7 +173,8 @@ class MaskedImageFolder(Dataset[Sample]):
         annotated: whether each image has a mask, `(len,)` bool.
 
     Raises:
-        TypeError, ValueError: naming the argument: no images, none with a mask (take torchvision's `ImageFolder`), transforms without any.
+        TypeError, ValueError: naming the argument: there are no images, none has a mask (then take torchvision's `ImageFolder`), masks lie
+            among the images, or the transforms are of a kind that moves no masks.
     """
 
     def __init__(
@@ -199,7 +200,7 @@ class MaskedImageFolder(Dataset[Sample]):
 
     @cached_property
     def _dtype(self) -> torch.dtype:
-        """The type of the masks, those that nobody drew included: a batch has one."""
+        """The type of all masks, also of those that stand for missing ones: a batch has one type. Reads the first annotated image."""
         name = self.names[int(self.annotated.int().argmax())]
         height, width = self._image(name).shape[-2:]
         return self.masks(name, (height, width)).dtype
@@ -300,9 +301,7 @@ def _check_folder(who: str, root: str | Path, remedy: str = "") -> None:
 
 
 def _check_transforms(transforms: Transforms | None) -> None:
-    from torchvision.transforms import transforms as first
-
-    if type(transforms).__module__ == first.__name__:  # also what timm.data.create_transform makes
+    if type(transforms).__module__ == "torchvision.transforms.transforms":  # also what timm.data.create_transform makes
         raise TypeError(
             f"transforms is a {type(transforms).__name__} of torchvision.transforms, which moves an image without its mask. Use that of "
             "torchvision.transforms.v2."

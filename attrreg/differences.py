@@ -1,4 +1,4 @@
-"""Finite differences in the place of a double backward: gradients come as leaves, and the penalty's slope there is moved along."""
+"""Finite differences in place of a double backward: the penalty reads gradients as leaves, and sites move along its slope there."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ from attrreg.scores import Score
 from attrreg.state import Rng, full_precision, isolated
 
 
-def _no_path(score: Score) -> RuntimeError:
-    return RuntimeError(f"{score!r} has no path to any trainable parameter, so its term could train nothing. Unfreeze some.")
-
-
 @dataclass(frozen=True)
 class Taken:
     """A gradient that was taken, to be differentiated by moving the places where it was.
 
     Attributes:
         image: what the pass ran on.
+        score: whose gradient it is.
+        chosen: the same score, with what it chose in that pass.
         places: the sites' values, by the names under which they can be moved.
         leaves: the gradients there, in the same order.
         replay: from where the pass drew.
@@ -34,6 +32,7 @@ class Taken:
 
     image: Tensor
     score: Score
+    chosen: Score
     places: Mapping[str, Tensor]
     leaves: Sequence[Tensor]
     replay: Rng
@@ -56,7 +55,6 @@ class Differences:
         """The gradients at the wanted sites, as leaves to be moved by.
 
         Raises:
-            RuntimeError: nothing behind the score can be trained.
             ValueError: the automatic layer is overwritten, so that it cannot be moved where its gradient is.
         """
         found = self._runner.backward(recording, score, wanted, create_graph=False)
@@ -65,15 +63,11 @@ class Differences:
                 f"layer='auto' is {self._runner.map!r}, whose output the model overwrites in place, so finite differences cannot move it. "
                 f"Name a layer: layer={self._runner.map!r} is its output before that."
             )
-        # Passes that move have no graph then, and would be refused as those of a model that detaches.
-        value, x = self._runner.at(recording, score.site), self._runner.call.x
-        if score.site == sites.OUTPUT and not x.requires_grad and next(trainable_leaves(value), None) is None:
-            raise _no_path(score)
         names = [self._runner.map if site == sites.SPATIAL else site for site in wanted]
-        # The automatic layer may be asked for by its name too. Moved is one layer once, by what both terms make of its gradient.
+        # Another term may name the layer that `layer="auto"` is. It then moves once, along what both terms make of its gradient.
         leaves = {name: gradient.detach().requires_grad_() for name, gradient in zip(names, found, strict=True)}
         places = {name: self._runner.at(recording, site).detach() for name, site in zip(names, wanted, strict=True)}
-        self._taken.append(Taken(recording.x, self._runner.chosen(recording, score), places, list(leaves.values()), replay))
+        self._taken.append(Taken(recording.x, score, self._runner.chosen(recording, score), places, list(leaves.values()), replay))
         return [leaves[name] for name in names]
 
     def differentiated(self, total: Tensor) -> Tensor:
@@ -89,7 +83,9 @@ class Differences:
         for taken in self._taken:
             slope = self._slope(taken, [next(found) for _ in taken.leaves])
             if not any(leaf is not self._runner.call.x for leaf in trainable_leaves(slope)):
-                raise _no_path(taken.score)
+                raise RuntimeError(
+                    f"{taken.score!r} has no path to any trainable parameter, so its term could train nothing. Unfreeze some."
+                )
             total = total + (slope - slope.detach())
         return total
 
@@ -99,14 +95,14 @@ class Differences:
         scale = self._engine.scale(places, directions)
         moves = {name: scale * way for name, way in zip(taken.places, directions, strict=True)}
         there, back = (self._moved_score(taken, {name: sign * move for name, move in moves.items()}) for sign in (1, -1))
-        return (there - back) / (2 * torch.where(scale > 0, scale, torch.ones_like(scale)))
+        return (there - back) / (2 * torch.where(scale > 0, scale, 1.0))  # without a direction, both are the same
 
     def _moved_score(self, taken: Taken, moves: dict[str, Tensor]) -> Tensor:
         layers = {name: move for name, move in moves.items() if name != sites.INPUT}
         image = taken.image + moves[sites.INPUT].to(taken.image.dtype) if sites.INPUT in moves else taken.image
-        wanted = dict.fromkeys([taken.score.site, *layers], False)
+        wanted = dict.fromkeys([taken.chosen.site, *layers], False)
         with isolated(self._runner.call.model, taken.replay), full_precision(image.device):
             recording = self._runner.forward(image, wanted, moves=layers)
             for name in layers:
                 self._runner.at(recording, name)  # raises where it did not run this time, and so was not moved
-            return self._runner.scores(recording, taken.score).sum()
+            return self._runner.scores(recording, taken.chosen).sum()

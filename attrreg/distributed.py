@@ -3,9 +3,10 @@
 DDP and FSDP2 average gradients over ranks. So that the average of the penalties' gradients is the gradient of one process on all
 images, each rank returns
 
-    ranks * (sum over its own annotated images) / (number of annotated images on all ranks),
+    ranks * (sum over its own annotated images) / (number of annotated images on all ranks).
 
-which for the task loss's mean over equal batches is that mean. The average of what the ranks return is the penalty of one process.
+The average of what the ranks return is the penalty of one process. Where all ranks have as many annotated images, each returns its own
+mean, as the task's loss does.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
 from attrreg.graph import trainable_leaves
-from attrreg.masks import All, Annotation
+from attrreg.masks import AllRanks, Annotation
 from attrreg.ops.phase import executes
 from attrreg.walk import modules
 from attrreg.wrappers import data_parallel
@@ -84,11 +85,11 @@ def everywhere(annotation: Annotation, groups: Groups) -> Annotation:
     totals = torch.tensor([annotation.count, annotation.batch], device=annotation.annotated.device)
     for group in groups:
         dist.all_reduce(totals, group=group)
-    return replace(annotation, all=All(totals[0], totals[1], math.prod(group.size() for group in groups)))
+    return replace(annotation, all=AllRanks(totals[0], totals[1], math.prod(group.size() for group in groups)))
 
 
 def synchronises(model: nn.Module) -> bool:
-    """Whether forwards meet those of other ranks: of `SyncBatchNorm` in train mode, on several."""
+    """Whether a forward waits for those of other ranks: it has `SyncBatchNorm` in train mode, in a group of several."""
     coupled = (module for module in modules(model) if isinstance(module, nn.SyncBatchNorm) and module.training)
     return several() and any(dist.get_world_size(module.process_group) > 1 for module in coupled)
 
@@ -128,7 +129,7 @@ def prepare_backward(entry: nn.Module, total: Tensor, twice: bool) -> None:
 
 
 def _when_over(call: Callable[[], None]) -> None:
-    """Call when the running backward ends, after the callbacks of a wrapper, which still reduce gradients: so it is queued twice."""
+    """Call something when the running backward ends. Queued twice, to come after a wrapper's own callbacks, which reduce gradients."""
     engine = Variable._execution_engine
     engine.queue_callback(lambda: engine.queue_callback(call))
 
@@ -142,7 +143,7 @@ def sharded(model: nn.Module) -> list[nn.Module]:
 
 
 def _of_fsdp(model: nn.Module, kind: str) -> list[nn.Module]:
-    """The modules of a kind of FSDP's, which is not imported here: a third of a second, for nothing where nobody did."""
+    """The modules of a class of `torch.distributed.fsdp`. Where nobody imported that, none; the import would take a third of a second."""
     found = getattr(sys.modules.get("torch.distributed.fsdp"), kind, None)
     return [] if found is None else [module for module in modules(model) if isinstance(module, found)]
 

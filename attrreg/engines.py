@@ -30,7 +30,7 @@ class DoubleBackward(Engine):
     """Differentiate the attribution's own backward: exact. The default.
 
     Cost:
-        Of an input gradient, attached, twice the operations of a plain training step, the loss's own included.
+        A training step with an attached `InputGradient` takes twice the operations of one without, the loss's own passes counted in both.
     """
 
     twice: ClassVar[bool] = True
@@ -71,11 +71,21 @@ class FiniteDifference(Engine):
             raise ValueError(f"step must be a positive number, got {self.step!r}. Write for example FiniteDifference(step=1e-2).")
 
     def scale(self, places: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
-        """Eps: the least over sites of step |a| / |v|, 0-dim; 0 where no direction leads anywhere."""
+        """The factor eps by which all sites move along their directions: the least over sites of step |a| / |v|.
+
+        Args:
+            places: the values a at the sites, of any shape.
+            directions: the directions v, of the same shapes.
+
+        Returns:
+            A 0-dim tensor; 0 where all directions are zero.
+        """
         with torch.no_grad():
-            norms = [place.to(way.dtype).norm() for place, way in zip(places, directions, strict=True)]
-            # A place that is zero everywhere, such as the start of a path, has no length: there the step is that of units.
-            lengths = [torch.where(norm > 0, norm, math.sqrt(place.numel())) for norm, place in zip(norms, places, strict=True)]
-            ratios = torch.stack([length / way.norm() for length, way in zip(lengths, directions, strict=True)])
+            found = []
+            for place, way in zip(places, directions, strict=True):
+                norm = place.to(way.dtype).norm()
+                # A place that is zero everywhere, such as the start of a path, has no length: there the step is that of units.
+                found.append(torch.where(norm > 0, norm, math.sqrt(place.numel())) / way.norm())
+            ratios = torch.stack(found)
             least = self.step * torch.where(ratios.isfinite() & (ratios > 0), ratios, math.inf).amin()
             return torch.where(least.isfinite(), least, 0.0)

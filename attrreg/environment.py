@@ -21,7 +21,7 @@ PACKAGES = ("torch", "timm", "captum")
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Now and here, for JSON."""
+    """When and where this runs, as values that JSON can hold."""
     cuda, cpu = torch.device(device).type == "cuda", processor.fields()
     tf32 = {"convolutions": torch.backends.cudnn.allow_tf32, "products": torch.backends.cuda.matmul.allow_tf32}
     return {
@@ -32,7 +32,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "processor": cpu.get("model name"),  # how fast the libraries' products are depends on who made it
-        # And on which of its designs, which x86 tells: cloud machines all give one name.
+        # And on its design, which x86 CPUs tell by two numbers: on cloud machines, the names of several are the same.
         "family": None if cuda or not {"cpu family", "model"} <= cpu.keys() else f"family {cpu['cpu family']}, model {cpu['model']}",
         "capability": torch.backends.cpu.get_cpu_capability(),  # CPUs of another kind round in another way
         "cores": os.cpu_count(),
@@ -52,7 +52,7 @@ def machine(where: Mapping[str, Any]) -> str:
 
 @cache
 def _code() -> str:
-    """Of the code of the library, which changes more often than its version: what it computes, and how fast, goes with it."""
+    """A hash of the library's code, which changes more often than its version: results and speed belong to one state of the code."""
     root, found = Path(attrreg.__file__).parent, hashlib.sha256()
     for path in sorted(path for path in root.rglob("*.py") if path.is_file()):  # an editor's lock is a link to nothing
         found.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
@@ -60,7 +60,7 @@ def _code() -> str:
 
 
 def sentence(where: Mapping[str, Any]) -> str:
-    """An environment without a full stop."""
+    """An environment in words: a sentence without its full stop."""
     packages = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     load = "" if where["load"] is None else f", load {where['load']}"
     tf32 = f", float32 {' and '.join(where['tf32'])} in TF32" if where.get("tf32") else ""

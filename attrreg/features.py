@@ -11,14 +11,18 @@ from attrreg.graph import nodes, trainable_leaves
 from attrreg.ops.process import transformed
 from attrreg.walk import modules
 
-LARGE = 4  # how many of the last layers are kept that may be a head and have large outputs; of those with vectors, all are
+LARGE = 4  # how many of the last layers are kept whose outputs are maps or tokens, which take memory; those of vectors are all kept
 PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Head(NamedTuple):
-    """A layer that may be the classifier: what entered it, what left it, and that tensor's node, as a loop may write into it.
+    """A layer that may be the classifier, in one forward.
 
-    `named`: the model says that it is; `layer`: itself.
+    Attributes:
+        entered, left: its input and its output.
+        node: the output's node in the graph, kept because a loop that writes into the output gives it another one.
+        named: the model itself names the layer as its classifier.
+        layer: the module.
     """
 
     entered: Tensor
@@ -32,8 +36,8 @@ class Heads:
     """The layers of a model that may be the classifier, in one forward.
 
     Attributes:
-        layers: those that are to call `take`: what the model names, or all that project.
-        entered: what entered the likeliest; None: nothing so far.
+        layers: those to register `take` on: the classifiers that the model names, or else all linear layers and convolutions.
+        entered: what entered the likeliest of them so far; None: none has run.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -71,7 +75,7 @@ def entering(heads: Sequence[Head], logits: Tensor, own: Sequence[Tensor]) -> Te
         own: what they are read from of what the model returned: a head that `output=` applies does not count.
 
     Raises:
-        ValueError: they come from none, or the classifier is no layer.
+        ValueError: the logits come from none of the layers, or the classifier is no layer.
     """
     for head in reversed(heads):
         if head.left is logits or (head.node is not None and any(node is head.node for node in nodes(logits))):

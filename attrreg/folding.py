@@ -13,11 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from attrreg import sites
-from attrreg.apart import close, couples, difference, head, shown
+from attrreg.apart import close, couples, difference, output_key, shown
 from attrreg.differences import Differences
 from attrreg.distributed import sharded
 from attrreg.graph import trainable_leaves
-from attrreg.ops.channels import dense, layout
+from attrreg.ops.channels import dense, memory_format
 from attrreg.ops.draws import Draws
 from attrreg.recording import Recording
 from attrreg.runner import Runner
@@ -25,8 +25,8 @@ from attrreg.scores import Score
 from attrreg.state import Rng, isolated
 from attrreg.walk import modes, modules
 
-# What may be raised at another number of images.
-SHAPES = (RuntimeError, ValueError, AssertionError, LookupError, TypeError, AttributeError)
+# What may be raised by a model or a baseline that expects a certain number of images, where it gets another one.
+SIZE_ERRORS = (RuntimeError, ValueError, AssertionError, LookupError, TypeError, AttributeError)
 
 
 class PathGradients:
@@ -57,9 +57,9 @@ class PathGradients:
         self._scores = scores
         self._replay = replay
         self._differences = differences
-        self._kind = (tuple(modes(self.call.model)), head(self.call.output), tuple(score.site for score in scores))
+        self._kind = (tuple(modes(self.call.model)), output_key(self.call.output), tuple(score.site for score in scores))
         self._coupled = any(map(couples, modules(self.call.model)))
-        self._separable = self._may_share()
+        self._shares = self._may_share()
         self.reached: dict[int, Tensor] = {}
         self._once: tuple[Rng, list[torch.Size]] | None = None  # where a pass over the images alone ends, and what it drew
 
@@ -81,7 +81,7 @@ class PathGradients:
 
     def room(self, pending: int) -> int:
         """How many of the places that are left may come as one batch: as many in each, rather than a small rest."""
-        if not self._separable:
+        if not self._shares:
             return 1
         x = self.call.x
         batches = math.ceil(pending / max(1, budget(x.device) // x.numel()))
@@ -89,18 +89,18 @@ class PathGradients:
 
     def __call__(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]]:
         """For each place, one gradient a score, of the shape of its images."""
-        if len(images) > 1:
-            try:
-                together = self._together(images, create_graph)
-            except SHAPES:  # a model may know how many images it gets; what else is wrong comes again
-                together = None
-            if together is not None:
-                return together
-            self._separable = False
-        alone = [self._alone(image, create_graph) for image in images]
-        if len(images) > 1:  # which run one by one, so what failed together is no mistake of the call
+        if len(images) == 1:
+            return [self._alone(images[0], create_graph)]
+        try:
+            found = self._together(images, create_graph)
+        except SIZE_ERRORS:  # a model may know how many images it gets; any other mistake is raised again below
+            found = None
+        if found is None:
+            self._shares = False
+            found = [self._alone(image, create_graph) for image in images]
+            # They ran one by one, so what failed together was no mistake of the call: it is remembered.
             shown(self.call.model, "places", *self._kind).found = False
-        return alone
+        return found
 
     def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:
         recording = self._pass(images)
@@ -118,14 +118,15 @@ class PathGradients:
             return self._runner.forward(images, self._wanted, check=check)
 
     def _note(self, runner: Runner, recording: Recording, create_graph: bool) -> None:
-        if not create_graph or not self.reached:  # else it is repeated
+        """Remember the leaves that the scores of a pass were computed from."""
+        if not create_graph or not self.reached:  # else the pass repeats one that was noted, to have its graph
             leaves = trainable_leaves(*(runner.at(recording, score.site) for score in self._scores))
             self.reached.update((id(leaf), leaf) for leaf in leaves)
 
     def _together(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]] | None:
         places = len(images)
         # The places of an image lie side by side, so that batch normalisation can see them as channels. Stacked, they lose their layout.
-        batch = torch.stack(list(images), dim=1).flatten(0, 1).contiguous(memory_format=layout(self.call.x))
+        batch = torch.stack(list(images), dim=1).flatten(0, 1).contiguous(memory_format=memory_format(self.call.x))
         runner = self._runner.repeated(batch.detach(), places)
         with isolated(runner.call.model, self._replay):
             recording = runner.forward(batch, self._wanted)
@@ -175,8 +176,8 @@ class PathGradients:
 
 
 def budget(device: torch.device) -> int:
-    """Values in one pass's images. Small passes leave a machine idle between operators; in larger ones there is nothing left to gain."""
-    return 2**21 if device.type == "cpu" else 2**25  # what others compute in the time that Python takes to start an operator
+    """How many values the images of one pass may have. Smaller passes leave a machine idle between operators; larger ones gain nothing."""
+    return 2**21 if device.type == "cpu" else 2**25  # an accelerator computes more in the time that Python takes to start an operator
 
 
 def _separable(model: nn.Module, ours: bool) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LITTLE = 64  # operators: heads have fewer, and all of a model would take time
+LITTLE = 64  # how many operators before a value are looked at: a head has fewer, and to look at a whole model would take time
 LEAF = "_attrreg_leaf"  # marks tensors that we made to be differentiated: its value is the phase of the pass
 
 
@@ -27,7 +27,7 @@ def nodes(*values: Tensor, around: Iterable[Any] = ()) -> Iterator[Any]:
 
 
 def trainable_leaves(*values: Tensor, around: Iterable[Any] = ()) -> Iterator[Tensor]:
-    """The leaves that a graph leads to, those left out that we made ourselves to be differentiated; `around`: as of `nodes`."""
+    """The leaves that a graph leads to, without those that a pass made to be differentiated; `around`: see `nodes`."""
     for node in nodes(*values, around=around):
         variable = getattr(node, "variable", None)
         if variable is not None and not hasattr(variable, LEAF):
@@ -35,7 +35,7 @@ def trainable_leaves(*values: Tensor, around: Iterable[Any] = ()) -> Iterator[Te
 
 
 def leads_to_ours(node: Any, phase: Any) -> bool:
-    """Whether a gradient at a node would only reach a tensor that a pass made to be differentiated; quick where it would reach more."""
+    """Whether a gradient at a node would reach nothing but the leaf that this pass made: no, at the first node with several inputs."""
     while len(following := node.next_functions) == 1 and following[0][0] is not None:
         ((node, _),) = following
     return not following and getattr(getattr(node, "variable", None), LEAF, None) is phase

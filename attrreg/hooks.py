@@ -80,9 +80,8 @@ class Tap:
     def open(self, x: Tensor) -> Tensor:
         """Put the hooks in place, for a forward on `x`; returns the tensor to call the model with."""
         self._x, self._rng, self._autocast = x, Rng.of(x.device), autocast_type(x.device)
-        places, self._phase.rows = self._phase.places, x.shape[0]
-        self._phase.running = True
-        self._phase.draws = Draws(x.shape[0] // places, places, self._rng)
+        self._phase.running, self._phase.rows = True, x.shape[0]
+        self._phase.draws = Draws(x.shape[0] // self._phase.places, self._phase.places, self._rng)
         try:
             self._register()
             self._exits.enter_context(checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra, self._leaves)))
@@ -106,7 +105,7 @@ class Tap:
         self._phase.running = False
 
     def recording(self, output: Any, called: Called | None = None) -> Recording:
-        """What was recorded, for a forward that returned `output`; `called`: of the loop's own."""
+        """What was recorded, for a forward that returned `output`; `called`: how the loop called the model, if the forward is its own."""
         if self._rule is not None and not self._rectified:
             raise ValueError(
                 "No nn.ReLU layer ran in the forward, so a rule for gradients through them changes nothing. Use InputGradient, or write "
@@ -114,7 +113,7 @@ class Tap:
             )
         for site in self._sites.keys() - set(SPECIAL) - self._values.keys() - self._problems.keys():
             self._problems[site] = f"layer {site!r} did not run in the forward. Name a layer that the model uses."
-        maps = tuple((name, value) for name, value, _ in self._maps if self._runs[name] == 1)  # or the name would say too little
+        maps = tuple((name, value) for name, value, _ in self._maps if self._runs[name] == 1)  # a name does not tell which run
         if self._maps and not maps and self._map is None:
             self._problems[SPATIAL] = "every layer with a map ran more than once in one forward. Let the model run once on each image."
         if self._map is not None and maps:
@@ -176,7 +175,7 @@ class Tap:
         self._exits.enter_context(module.register_forward_hook(hook, with_kwargs=with_kwargs))
 
     def _is_there(self, site: str) -> bool:
-        """Whether the model has a layer still; if not, that is for a penalty to say, and not for the loop's forward."""
+        """Whether the model still has a layer; if not, keep the problem for the penalty to raise: the loop's own forward must not fail."""
         try:
             check_layer(self._model, site)
         except ValueError as error:
@@ -250,7 +249,7 @@ class Tap:
                 return None
             if not isinstance(output, Tensor) or not varies(output, self._model, self._x, name):
                 return None
-            # Behind frozen layers the first map becomes the leaf that later ones hang on. Recorded is what goes on, as elsewhere.
+            # Behind frozen layers the first map becomes a leaf, from which the later ones are computed. Recorded is what goes on.
             value = on = self._differentiable(output, module)
             if value is not output:
                 on = value.clone()

@@ -49,9 +49,10 @@ def layers(model: nn.Module, x: Tensor, *, inputs: Inputs = None) -> list[LayerI
 
     Raises:
         TypeError, ValueError: naming the argument.
+        RuntimeError: the call is being compiled.
 
     Cost:
-        One forward.
+        One forward, without gradients.
     """
     calls.check_images(model, x)
     calls.check_options(x, inputs=inputs)

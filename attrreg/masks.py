@@ -22,7 +22,7 @@ def penalty_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class All:
+class AllRanks:
     """The images of all ranks: how many are annotated, how many there are, on how many ranks."""
 
     count: Tensor
@@ -37,22 +37,23 @@ class Annotation:
     Attributes:
         relevant: `(N, 1, H, W)` in [0, 1], on the device of `x`; ones for the images without annotation.
         annotated: boolean `(N,)`.
-        count: how many are annotated, and `batch` how many images there are, of the whole batch where this is a part of it.
-        all: the same on all ranks of a distributed run; None: this process is alone.
+        count: number of annotated images; where this is a `part`, still that of the whole batch.
+        batch: number of images, likewise.
+        all: these numbers over all ranks of a distributed run; None: this process is alone.
     """
 
     relevant: Tensor
     annotated: Tensor
     count: int
     batch: int
-    all: All | None = None
+    all: AllRanks | None = None
 
     def mean(self, per_image: Tensor, reduction: str) -> Tensor:
         """Reduce a penalty `(N,)` over the annotated images; exactly 0, still connected, when there are none.
 
-        The sum here is divided by the count of all ranks, and multiplied by their number, by which gradients will be divided.
+        On several ranks the sum is divided by the count of all, and multiplied by their number, by which DDP and FSDP2 divide gradients.
         """
-        mean = torch.where(self.annotated, per_image, torch.zeros_like(per_image)).sum() / self.annotated.sum().clamp(min=1)
+        mean = torch.where(self.annotated, per_image, 0).sum() / self.annotated.sum().clamp(min=1)
         if self.all is None:
             return mean if reduction == "mean" else mean * (self.count if reduction == "sum" else self.count / self.batch)
         total = mean * (self.count * self.all.ranks)
@@ -61,7 +62,7 @@ class Annotation:
         return total / (self.all.count if reduction == "mean" else self.all.batch).clamp(min=1).to(total.dtype)
 
     def part(self, indices: Tensor) -> Annotation:
-        """Some of the images, to stand for all: annotated ones, or a single one with another beside it."""
+        """The annotation of some of the images, which stand for the whole batch: its counts are kept."""
         return replace(self, relevant=self.relevant[indices], annotated=self.annotated[indices])
 
 
@@ -98,7 +99,7 @@ def check(mask: Tensor, x: Tensor, annotated: Tensor | None, needs_region: str |
             "with `annotated=`, or use objectives.LogOutside(), which accepts empty masks."
         )
     relevant = relevant.clamp(0, 1) if slack else relevant
-    return Annotation(torch.where(flags.view(-1, 1, 1, 1), relevant, torch.ones_like(relevant)), flags, count, x.shape[0])
+    return Annotation(torch.where(flags.view(-1, 1, 1, 1), relevant, 1), flags, count, x.shape[0])
 
 
 def _canonical(mask: Tensor, x: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ def from_boxes(boxes: Sequence[Tensor | Sequence[Sequence[float]] | None], size:
         Boolean `(N, H, W)`.
 
     Raises:
-        ValueError: a box that is not finite, is empty, or lies outside the image.
+        ValueError: naming `size` or the entry of `boxes`: not `(K, 4)`, in another format, or a box is empty, not finite or outside.
     """
     if not (isinstance(size, Sequence) and len(size) == 2):
         raise ValueError(f"size must be (H, W), got {size!r}. Give the height and width of the images in pixels.")

@@ -58,8 +58,8 @@ def sites_at(point: Point, needs: Iterable[Need]) -> dict[str, bool]:
     return result
 
 
-def alone(needs: Iterable[Need]) -> bool:
-    """Whether the clean pass is the only one that needs ask for."""
+def only_clean(needs: Iterable[Need]) -> bool:
+    """Whether all needs are met by the pass on the clean images."""
     return all(need.at == CLEAN for need in needs)
 
 
@@ -74,8 +74,8 @@ def check_engine(needs: Iterable[Need], engine: Engine) -> None:
     needs = list(needs)
     if any(isinstance(need, Grad) and need.site in (sites.FEATURES, sites.OUTPUT) for need in needs):
         raise ValueError(
-            "Finite differences move images and what layers give, and features are what enters one. Name the layer that gives them, or use "
-            "engines.DoubleBackward() for that term."
+            "Finite differences move images and what layers give: neither the features, which enter a layer, nor the logits. Name "
+            "the layer that gives them, or use engines.DoubleBackward() for that term."
         )
     if any(isinstance(need.at, Rectified) for need in needs):
         raise ValueError(
@@ -118,4 +118,6 @@ def check_layers(needs: Iterable[Need], model: nn.Module, name: str) -> None:
 
 
 def _scores_of(need: Need) -> list[Score]:
-    return [*([] if isinstance(need, Value) else [need.score]), *([need.at.score] if isinstance(need.at, Ascent) else [])]
+    """The scores that meeting a need takes: its own, and the one that finds its images."""
+    scores = [] if isinstance(need, Value) else [need.score]
+    return [*scores, need.at.score] if isinstance(need.at, Ascent) else scores

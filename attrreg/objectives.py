@@ -109,6 +109,9 @@ class OutsideFraction(Spec):
 
     Args:
         eps: keeps the share finite for a map that is zero everywhere; in units of the map, finite and at least 0.
+
+    Raises:
+        ValueError: `eps` is negative or not finite.
     """
 
     eps: float = 1e-12
@@ -133,6 +136,9 @@ class Energy(Spec):
 
     Args:
         eps: keeps the share finite for a map that is zero everywhere; in units of the map, finite and at least 0.
+
+    Raises:
+        ValueError: `eps` is negative or not finite.
 
     Source: the energy loss of Rao et al. 2023 (Model Guidance), arXiv 2303.11932, without their treatment of maps
         that are nowhere positive.
@@ -159,6 +165,9 @@ class TotalVariation(Spec):
 
     A prior that does not look at the mask, which may then be any, as `torch.zeros(H, W)`. To compare with: if it helps as much, it was not
     the masks that helped. Not scale-free.
+
+    Raises:
+        ValueError: in a call, the map has one cell, which has no neighbours.
 
     Source: the image prior of Erion et al. 2021, arXiv 1906.10670 (there of expected gradients).
     """

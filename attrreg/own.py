@@ -1,4 +1,4 @@
-"""Parts of one's own: what attributions and objectives give is checked before it is read, and what baselines get is left alone."""
+"""Attributions, objectives and baselines of the user's own: what they return is checked, and also that they write into nothing."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def given(part: Baseline | Point, x: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Images and mask to make images from, outside autocast; copies for somebody's own baseline, which may write into them.
+    """The images and the mask that a baseline makes images from, outside autocast. The user's own get copies, as they may write into them.
 
     Raises:
-        ValueError: it did.
+        ValueError: a baseline wrote into what it got.
     """
     if any(map(is_own, made_of(part))):
         x, mask = x.clone(), None if mask is None else mask.clone()
@@ -59,8 +59,8 @@ def map_of(regularizer: MapRegularizer, trace: Trace) -> Tensor:
 def penalties(objective: Objective, map: Tensor, annotation: masks.Annotation) -> Tensor:
     """What an objective makes of a map, under the mask at the map's size. Other terms may read the same tensors.
 
-    Images without annotation get a mask that is neither empty nor full: of a mean over what lies outside, for example, their part of the
-    gradient would else be not a number, though nobody counts their penalty.
+    Images without annotation get a mask of 0.5 everywhere. Their penalty is not counted, but an objective that divides by the area outside,
+    for example, would be NaN for a full mask, and so would the gradient of the whole batch.
 
     Raises:
         TypeError, ValueError: naming the objective.
@@ -68,7 +68,7 @@ def penalties(objective: Objective, map: Tensor, annotation: masks.Annotation) -
     map = map.to(masks.penalty_dtype(map.dtype))
     mask = masks.resize(annotation.relevant, (map.shape[-2], map.shape[-1]))
     if annotation.count < annotation.batch:
-        mask = torch.where(annotation.annotated.view(-1, 1, 1, 1), mask, torch.full_like(mask, 0.5))
+        mask = torch.where(annotation.annotated.view(-1, 1, 1, 1), mask, 0.5)
     before = version(map), version(mask)
     value: Any = objective(map, mask)
     if (version(map), version(mask)) != before:

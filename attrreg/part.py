@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -14,9 +13,10 @@ from attrreg.apart import close, images_apart
 from attrreg.attach import attached
 from attrreg.baselines import Baseline, Fixed, OtherImage, made_of
 from attrreg.call import Call
-from attrreg.folding import SHAPES
+from attrreg.folding import SIZE_ERRORS
 from attrreg.needs import Need, Value
 from attrreg.scores import Score
+from attrreg.settings import is_real
 from attrreg.spec import is_own
 from attrreg.state import Rng
 
@@ -27,7 +27,7 @@ def check_fraction(fraction: float, call: Call) -> None:
     Raises:
         TypeError, ValueError: naming `fraction`.
     """
-    if isinstance(fraction, bool) or not isinstance(fraction, Real):
+    if not is_real(fraction):
         raise TypeError(f"fraction must be a number, got {type(fraction).__name__}. Write for example fraction=0.25.")
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}. Write for example fraction=0.25.")
@@ -52,37 +52,36 @@ def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
     needs = list(needs)
     scores = [need.score for need in needs if not isinstance(need, Value)]
     if fraction < 1:
-        if remedy := _needs_all(call, needs, scores):
-            raise ValueError(f"fraction cannot be used with {remedy} leave fraction out.")
-    else:
-        whole = annotation.count == annotation.batch or attached(call.model) is not None
-        drawn = any(need.at.draws for need in needs) or any(score.draws for score in scores)
-        if whole or drawn or _needs_all(call, needs, scores) or not images_apart(call):
-            return call
-    indices = annotation.annotated.nonzero().squeeze(1)
-    if annotation.count == 1 and fraction == 1:  # of a batch of one, some models drop an axis
-        indices = torch.cat([indices, (indices + 1) % annotation.batch]).sort().values
-    if fraction < 1:
+        if obstacle := _needs_all(call, needs, scores):
+            raise ValueError(f"fraction cannot be used with {obstacle}, or leave fraction out.")
         device = torch.device("cpu") if call.generator is None else call.generator.device
         order = torch.randperm(annotation.count, generator=call.generator, device=device)
-        indices = indices[order[: max(1, math.ceil(round(float(fraction) * annotation.count, 9)))].to(indices.device).sort().values]
+        drawn = order[: max(1, math.ceil(round(float(fraction) * annotation.count, 9)))]
+        indices = annotation.annotated.nonzero().squeeze(1)
+        indices = indices[drawn.to(indices.device).sort().values]
+    else:
+        whole = annotation.count == annotation.batch or attached(call.model) is not None
+        draws = any(need.at.draws for need in needs) or any(score.draws for score in scores)
+        if whole or draws or _needs_all(call, needs, scores) or not images_apart(call):
+            return call
+        indices = annotation.annotated.nonzero().squeeze(1)
+        if annotation.count == 1:  # of a batch of one, some models drop an axis
+            indices = torch.cat([indices, (indices + 1) % annotation.batch]).sort().values
     target = None if call.target is None else call.target[indices]
     return replace(call, x=call.x[indices], annotation=annotation.part(indices), target=target)
 
 
 def _needs_all(call: Call, needs: Sequence[Need], scores: Sequence[Score]) -> str:
-    """What is another thing for a part of the batch, also in expectation, and what to do; empty: nothing."""
+    """What would make the penalty of a part of the batch another one, also in expectation, and a remedy; empty: nothing."""
     made = [part for point in dict.fromkeys(need.at for need in needs) for part in made_of(point)]
     if any(isinstance(part, OtherImage) for part in made):
-        return (
-            "baselines.OtherImage, which would draw from the images that fraction left alone. Give it images: baselines.OneOf(images), or"
-        )
+        return "baselines.OtherImage, which would draw from the images that fraction left alone. Give it images: baselines.OneOf(images)"
     if any(isinstance(part, Fixed) and part.image.dim() == 4 and len(part.image) > 1 for part in made):
-        return "a baseline that holds one image a sample. Give one image for all, or"
+        return "a baseline that holds one image a sample. Give one image for all"
     if any(score.by_place and not score.draws for score in scores):
-        return "a score whose seed goes by the places of images in the batch. Let it draw anew, or"
+        return "a score whose seed goes by the places of images in the batch. Let it draw anew"
     if mixing := next((part for part in made if is_own(part) and not part.draws and _mixes(part, call)), None):
-        return f"{mixing!r}, which makes an image from others of the batch, or draws without draws = True. Mend that, or"
+        return f"{mixing!r}, which makes an image from others of the batch, or draws without draws = True. Mend that"
     return ""
 
 
@@ -101,7 +100,7 @@ def _mixes(baseline: Baseline, call: Call) -> bool:
         whole = made(every)
         try:
             alone = made(kept)
-        except SHAPES:  # it may hold something for each image of the batch
+        except SIZE_ERRORS:  # it may hold something for each image of the batch
             return True
     finally:
         before.restore()

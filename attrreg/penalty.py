@@ -16,7 +16,7 @@ from attrreg.call import Call, Inputs, Select
 from attrreg.distributed import Group
 from attrreg.engines import DoubleBackward, Engine
 from attrreg.graph import trainable_leaves
-from attrreg.needs import Grad, Need, alone, check_engine, check_layers, check_needs, sites_at
+from attrreg.needs import Grad, Need, check_engine, check_layers, check_needs, only_clean, sites_at
 from attrreg.part import check_fraction, part_of
 from attrreg.points import CLEAN
 from attrreg.state import full_precision, undone_on_error
@@ -59,7 +59,7 @@ def attach(terms: Sequence[Term], model: nn.Module, engine: Engine, due: Callabl
         check_layers(term.regularizer.needs(), unwrap(model), term.name)
     needs = needs_of(terms)
     check_engine(needs, engine)
-    return Attachment(model, sites_at(CLEAN, needs), due, engine.twice, alone=engine.twice and alone(needs))
+    return Attachment(model, sites_at(CLEAN, needs), due, engine.twice, alone=engine.twice and only_clean(needs))
 
 
 def check(
@@ -101,7 +101,7 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
     needs = needs_of(terms)
     check_engine(needs, engine)
     with undone_on_error(call.x.device, call.generator):
-        given = call.x
+        images = call.x  # the whole batch; where a part is taken, its graph leads back here
         assert call.annotation is not None  # check requires a mask
         call = replace(call, annotation=distributed.everywhere(call.annotation, call.groups))
         call = call if as_users_forward else part_of(call, needs, fraction)
@@ -117,7 +117,7 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
                     f"{term.name}: the penalty is {tuple(per_image.shape)}, but must be ({call.x.shape[0]},), one an image. Reduce the map "
                     "over channels and pixels only."
                 )
-            _check_trainable(term.name, per_image, given)
+            _check_trainable(term.name, per_image, images)
             wide = per_image.to(masks.penalty_dtype(per_image.dtype))
             parts[term.name] = term.weight * trace.annotation.mean(wide, term.reduction)
         first, *_ = parts.values()
@@ -160,20 +160,22 @@ def attribute(
 
 def _check_one_map(terms: Sequence[Term], call: Call) -> None:
     """Check that `layer="auto"`, the last layer that a score depends on, is one layer for all terms."""
-    read: dict[str, str] = {}
+    terms_by_site: dict[str, str] = {}  # what the scores read that decide the layer, each with a term's name
     for term in terms:
         needs = [need for need in term.regularizer.needs() if need.site == sites.SPATIAL]
-        found = {need.score.resolve(call.target).site for need in needs if isinstance(need, Grad)}
-        read |= dict.fromkeys(found or ({sites.OUTPUT} if needs else ()), term.name)  # whose value alone is read hangs on the logits
-    if len(read) > 1:
+        if needs:
+            read = {need.score.resolve(call.target).site for need in needs if isinstance(need, Grad)}
+            # A term that reads the layer's value and no gradient takes the last layer that the logits depend on.
+            terms_by_site |= dict.fromkeys(read or {sites.OUTPUT}, term.name)
+    if len(terms_by_site) > 1:
         raise ValueError(
-            f"layer='auto' is one layer for all terms of a sum, but the scores of {' and '.join(read.values())} read "
-            f"{' and '.join(map(repr, read))}, and may depend on others. Name the layer of each."
+            f"layer='auto' is one layer for all terms of a sum, but the scores of {' and '.join(terms_by_site.values())} read "
+            f"{' and '.join(map(repr, terms_by_site))}, and may depend on different layers. Name the layer of each."
         )
 
 
 def _check_trainable(name: str, per_image: Tensor, x: Tensor) -> None:
-    """Never a silent no-op: some parameter, or whatever made x, must lie behind the penalty."""
+    """Check that the penalty depends on a trainable parameter, the model's or one that made x, so that it is never a silent no-op."""
     if any(leaf is not x for leaf in trainable_leaves(per_image)):
         return
     raise RuntimeError(

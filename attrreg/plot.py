@@ -45,13 +45,13 @@ def attributions(
     map. Each panel has a scale of its own, up to the 99th percentile of its values: panels tell where, not how much.
 
     Args:
-        images: `(N, C, H, W)`. Three channels are drawn as colours, of any other number the first, in grey. An image with values
-            outside [0, 1], such as a normalised one, is stretched by itself.
+        images: `(N, C, H, W)`, in [0, 1], or uint8 up to 255. Three channels are drawn in colour; otherwise the first is drawn in grey. An
+            image with values outside [0, 1], such as a normalised one, is stretched to that range by itself.
         mask: `(N, H, W)`, `(N, 1, H, W)` or `(H, W)`, 1 = relevant.
         maps: title to map `(N, C, h, w)`, as `.attribute` returns it, of any size.
         annotated: boolean `(N,)`: the images that have a mask. None: all.
-        captions: what stands below the panels of a column, by its title: "image", "mask", or one of `maps`; a string an image. By
-            default the share of the absolute attribution inside the mask below the maps, and nothing below the others.
+        captions: texts below the panels, by the title of the column ("image", "mask", or one of `maps`): one text for each image. By
+            default, maps have the share of their absolute attribution that is inside the mask, and the other columns have none.
         signed: draw the sum over channels, around zero, instead of the sum of absolute values.
         title: above everything.
 
@@ -71,10 +71,11 @@ def attributions(
     for row, image in enumerate(images):
         _draw_image(axes[row, 0], image)
         _draw_mask(axes[row, 1], relevant[row, 0], bool(known[row]))
+        size = (image.shape[-2], image.shape[-1])
         for column, map in enumerate(maps.values(), start=2):
-            _draw_map(axes[row, column], map[row], signed, (image.shape[-2], image.shape[-1]))
+            _draw_map(axes[row, column], map[row], signed, size)
             if known[row]:
-                _outline(axes[row, column], relevant[row, 0])
+                _outline(axes[row, column], relevant[row, 0], size)
     written = {name: _shares_inside(map, relevant, known) for name, map in maps.items()} | dict(captions or {})
     for column, name in enumerate(columns):
         axes[0, column].set_title(name, fontsize=10)
@@ -204,13 +205,13 @@ def _draw_map(axes: Axes, map: Tensor, signed: bool, size: tuple[int, int]) -> N
     _bare(axes)
 
 
-def _outline(axes: Axes, relevant: Tensor) -> None:
-    left, right, bottom, top = axes.get_images()[0].get_extent()
-    height, width = relevant.shape
+def _outline(axes: Axes, relevant: Tensor, size: tuple[int, int]) -> None:
     if relevant.min() >= 0.5 or relevant.max() < 0.5:
         return  # there is no edge
-    columns = left + (numpy.arange(width) + 0.5) * (right - left) / width
-    rows = top + (numpy.arange(height) + 0.5) * (bottom - top) / height
+    height, width = relevant.shape
+    # The centres of the mask's pixels, in pixels of the image.
+    columns = (numpy.arange(width) + 0.5) * size[1] / width - 0.5
+    rows = (numpy.arange(height) + 0.5) * size[0] / height - 0.5
     for color, width_of_line in OUTLINE:
         axes.contour(columns, rows, relevant.numpy(), levels=[0.5], colors=color, linewidths=width_of_line)
 

@@ -17,16 +17,16 @@ from attrreg.ops.rectify import Rule
 from attrreg.scores import Score
 from attrreg.spec import Key
 
-RULES = ("gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid")
-
-# Of Riemann sums: how far from the ends of the path the first and last place are, in steps.
+# For each Riemann rule: how many steps the first place is from the start of the path, and the last one from its end.
 ENDS = {"riemann_left": (0, 1), "riemann_right": (1, 0), "riemann_middle": (0.5, 0.5), "riemann_trapezoid": (0, 0)}
+
+RULES = ("gausslegendre", *ENDS)
 
 
 @cache
 def places(rule: str, steps: int) -> tuple[tuple[float, float], ...]:
     """The places on [0, 1] of a quadrature rule, by Captum's name, each with its weight."""
-    # Captum's own tables, and its own rounding: it has the Riemann places and all weights in float32, where that is the default type.
+    # Captum's tables, rounded as Captum rounds them where float32 is the default type: the Riemann places and all weights to float32.
     from captum.attr._utils.approximation_methods import approximation_parameters
 
     sizes, alphas = approximation_parameters(rule)
@@ -67,11 +67,7 @@ class Point(Key, ABC):
     """Where the model is evaluated."""
 
     draws: ClassVar[bool] = False
-
-    @property
-    def needs_mask(self) -> bool:
-        """Whether a mask is required."""
-        return False
+    needs_mask: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -98,7 +94,7 @@ class At(Point):
         return self.image.draws
 
     @property
-    def needs_mask(self) -> bool:
+    def needs_mask(self) -> bool:  # type: ignore[override]
         """Whether making the image requires a mask."""
         return self.image.needs_mask
 
@@ -116,7 +112,7 @@ class Rectified(Point):
 
 @dataclass(frozen=True, repr=False)
 class Ascent(Point):
-    """Where a score is high near each image, outside its mask: found by steps along the sign of the gradient, from the image itself.
+    """An image near each image, changed outside its mask so that a score is high: by steps along the sign of the score's gradient.
 
     No gradient flows to x, nor through the way there.
 
@@ -124,7 +120,7 @@ class Ascent(Point):
         score: what ascends; nothing that draws.
         epsilon: how far any value may move, times the irrelevance of its pixel.
         steps: number of steps.
-        rate: how far a step goes, likewise.
+        rate: how far one step moves a value, times the irrelevance of its pixel.
         low, high: the range of valid images, widened to where an image itself is.
     """
 
@@ -134,11 +130,7 @@ class Ascent(Point):
     rate: float
     low: float
     high: float
-
-    @property
-    def needs_mask(self) -> bool:
-        """True: what may move depends on the mask."""
-        return True
+    needs_mask: ClassVar[bool] = True
 
     def step(self, x: Tensor, image: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:
         """One step from `image`, which stays near `x`."""
@@ -153,14 +145,14 @@ class Ascent(Point):
 class Path(Point, ABC):
     """Several places between a baseline and x, over which gradients are summed.
 
-    Subclasses have the fields `baseline` and `chunk`: how many places' graphs are held at a time (None: all).
+    Subclasses have the fields `baseline`, where the path starts, and `chunk`: of how many places graphs are held at a time (None: all).
     """
 
     baseline: Baseline
     chunk: int | None
 
     @property
-    def needs_mask(self) -> bool:
+    def needs_mask(self) -> bool:  # type: ignore[override]
         """Whether the baseline requires a mask."""
         return self.baseline.needs_mask
 

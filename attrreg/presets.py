@@ -62,7 +62,7 @@ def actdiff_viviano2019(weight: float = 1.0) -> Sum:
 
 
 def actdiff_gradmask_viviano2019(actdiff: float = 1.0, gradmask: float = 0.203439) -> Sum:
-    """ActDiff and GradMask together: the sum of the two presets, in one shared pass. Needs targets.
+    """ActDiff and GradMask together: the sum of the two presets, whose terms share the clean pass. Needs targets.
 
     Args:
         actdiff, gradmask: the weights of the two, each found by itself: the sum's own were not published.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-Advance = Callable[[str, float], None]  # what is being done, and how many steps of it are over
+Advance = Callable[[str, float], None]  # called with what is being done, and how many more steps of it are done
 
 
 @contextmanager

@@ -116,17 +116,15 @@ class _Step:
 
 @contextmanager
 def _without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Set the hooks of leaves aside: they will be shown the whole gradient, once."""
-    hooks = [leaf._backward_hooks for leaf in leaves]
+    """Set the hooks of leaves aside: the outer backward will call them, once, with the whole gradient."""
+    hooked = [(leaf, leaf._backward_hooks) for leaf in leaves if leaf._backward_hooks]
     try:
-        for leaf, own in zip(leaves, hooks, strict=True):
-            if own:
-                leaf._backward_hooks = None
+        for leaf, _ in hooked:
+            leaf._backward_hooks = None
         yield
     finally:
-        for leaf, own in zip(leaves, hooks, strict=True):
-            if own:
-                leaf._backward_hooks = own
+        for leaf, hooks in hooked:
+            leaf._backward_hooks = hooks
 
 
 class _Recomputed(Function):

@@ -25,8 +25,9 @@ from attrreg.state import Rng, autocast_type
 from attrreg.walk import modules
 
 PLAIN = (bool, int, float, str)
+# Buffers of the types in COMPARED are compared by value; of others, the version alone tells.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-COMPARED = (*FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # buffers of these types are
+COMPARED = (*FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 Kept = tuple[Tensor, int, Tensor | None]  # a buffer, its version and its value
 Version = tuple[Tensor, int, Any]  # a tensor, how often it was written to, and its node in the graph
 
@@ -86,8 +87,8 @@ class Conditions:
         return same and self._settings_hold(call.model, settings) and _as_then(self._tensors) and self._called_with(call)
 
     def still_in(self, output: Any) -> bool:
-        """Whether the tensors that the model returned are in its output still; deep in an object, the loop may have put others."""
-        held = iter(parts(output))  # among others: an object may compute some as it is asked for them
+        """Whether the output still holds the tensors that the model returned, in order: the loop may have put others deep in an object."""
+        held = iter(parts(output))  # an iterator, so that each search goes on behind the last; there may be more, computed on demand
         return all(any(tensor is part for part in held) for tensor, _, _ in self._output)
 
     def unchanged(self, output: Any) -> bool:
@@ -101,7 +102,8 @@ class Conditions:
 
     def _settings_hold(self, model: nn.Module, now: list[tuple[object, ...]]) -> bool:
         """Whether modules still say how to compute by the same values; the tensors that some keep do not count."""
-        if all(map(is_, chain(*self._settings), chain(*now))) and list(map(len, now)) == list(map(len, self._settings)):  # quick, as usual
+        # The usual case, compared by identity, which is quick.
+        if all(map(is_, chain(*self._settings), chain(*now))) and list(map(len, now)) == list(map(len, self._settings)):
             return True
         pairs = zip(modules(model), self._settings, now, strict=True)
         return all(_counts(module) or _plain(then) == _plain(values) for module, then, values in pairs)
@@ -118,7 +120,6 @@ class Recording:
 
     Attributes:
         x: the tensor that the model was called with.
-        twice: whether it can be differentiated twice.
         values: at each recorded site, the tensor, with its graph.
         taken: the sites at which a gradient was to be taken: operators can be differentiated twice from there on.
         problems: for each site that could not be recorded, why.
@@ -129,6 +130,7 @@ class Recording:
         rng: the state from which the forward drew, to replay it; `end`: that in which it ended.
         conditions: of the loop's own forward; None for a pass of our own.
         phase: shared with the operators of the forward, to be told what a backward is for.
+        twice: whether its operators are those that can be differentiated twice.
         autocast: what autocast computed in; None: it was off.
     """
 
@@ -180,8 +182,8 @@ class Recording:
         """Whether this is the pass that a call would run itself; for the arguments see `Attachment.take`."""
         if (twice and not self.twice) or self.x is not call.x or self.conditions is None or not self.conditions.same_for(call):
             return False
-        differences = not twice and any(sites.values())  # whose passes start from the same buffers, and leave autocast anyway
-        if (differences or not alone) and self.conditions.moved:  # the other passes would differ
+        differences = not twice and any(sites.values())  # finite differences start from the same buffers, but leave the loop's autocast
+        if (differences or not alone) and self.conditions.moved:  # the call's other passes would compute with other buffers
             return False
         if not alone and self.autocast != autocast_type(call.x.device):
             return False
@@ -192,9 +194,12 @@ class Recording:
             if site not in self.problems and (not found or (differentiated and site not in self.taken and INPUT not in self.taken)):
                 return False
         if OUTPUT in sites:
-            if not self.conditions.still_in(self.output) or not self.conditions.logits_unchanged(logits := self.picked(call)):
+            if not self.conditions.still_in(self.output):
                 return False
-            self.values[OUTPUT] = logits
+            logits = self.picked(call)
+            if not self.conditions.logits_unchanged(logits):
+                return False
+            self.values[OUTPUT] = logits  # kept for the call, so that a function that picks them runs once: it may draw
         return True
 
 
@@ -241,11 +246,11 @@ def _as_then(versions: list[Version]) -> bool:
 
 def buffers_read(model: nn.Module) -> list[Tensor]:
     """Buffers that a forward may compute with and change."""
-    return [buffer for module in modules(model) if not _adds_up(module) for buffer in module._buffers.values() if buffer is not None]
+    return [buffer for module in modules(model) if not _accumulates(module) for buffer in module._buffers.values() if buffer is not None]
 
 
 def keep_buffers(model: nn.Module) -> list[Kept]:
-    """Those buffers, each with its version, and its value, as `.data` changes without a word."""
+    """Those buffers, each with its version and a copy of its values: a write through `.data` leaves the version as it was."""
     return [(buffer, version(buffer), buffer.detach().clone() if _compares(buffer) else None) for buffer in buffers_read(model)]
 
 
@@ -255,13 +260,13 @@ def _compares(buffer: Tensor) -> bool:
     return plain and buffer.dtype in COMPARED
 
 
-def _adds_up(module: nn.Module) -> bool:
-    """Whether a norm reads nothing in train mode of what it moves: those of PyTorch and timm, but not all that inherit from them."""
+def _accumulates(module: nn.Module) -> bool:
+    """Whether a module only accumulates statistics, unread in train mode: norms of PyTorch and timm. Subclasses may read theirs."""
     return isinstance(module, _NormBase) and type(module).forward.__module__.startswith(("torch.", "timm."))
 
 
 def _differences(now: list[Tensor], before: list[Kept]) -> list[bool | Tensor]:
-    """Whether each buffer is another; where that takes a look at values, on their device still: a GPU is not to be waited for."""
+    """For each buffer, whether it changed; where values were compared, a tensor on their device, so that nobody waits for a GPU yet."""
     found: list[bool | Tensor] = [len(now) != len(before)]
     for buffer, (earlier, then, value) in zip(now, before, strict=False):
         same = buffer is earlier and version(buffer) == then

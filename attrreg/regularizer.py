@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -20,6 +19,7 @@ from attrreg.needs import Need
 from attrreg.objectives import Objective
 from attrreg.penalty import Penalty
 from attrreg.scores import Score
+from attrreg.settings import is_real
 from attrreg.spec import Spec, source
 from attrreg.trace import Trace
 
@@ -30,7 +30,8 @@ class AttributionRegularizer(Spec, ABC):
     """A penalty on where a model looks: a single term, or a weighted sum of terms.
 
     Regularizers are immutable values: comparable, and, where functions in them are plain functions, picklable and with a `repr` that
-    rebuilds them. `+`, `*`, `sum([...])`, `named` and `reduced` make one flat sum of them, whose terms share forwards and backwards.
+    rebuilds them. `+`, `*`, `sum([...])`, `named`, `reduced` and `using` make one flat sum of them, whose terms share forwards and
+    backwards.
 
     A new kind of term subclasses `SingleRegularizer` with `needs` and `per_image`, or `MapRegularizer` if it has an attribution map.
     """
@@ -82,7 +83,8 @@ class AttributionRegularizer(Spec, ABC):
         Raises:
             TypeError, ValueError: an argument is not as above; raised before any pass where that can be known.
             RuntimeError: the penalty could not train anything (gradients disabled, all parameters frozen, no path from a
-                term to a trainable parameter).
+                term to a trainable parameter); it is called under `torch.compile`; or several processes run, and how they train the
+                model cannot be seen or handled (docs/distributed.md).
 
         Cost:
             One forward and one backward for each distinct point and score, and the double backward that the loss's own backward then
@@ -119,6 +121,9 @@ class AttributionRegularizer(Spec, ABC):
 
         Raises:
             As calling the regularizer.
+
+        Cost:
+            As calling the regularizer; the clean forward takes the place of the loop's own, so that none is added.
         """
         call = penalty.check(self.terms, model, x, mask, target, annotated, generator, output, inputs, group)
         return penalty.compute(self.terms, call, self.engine, as_users_forward=True)
@@ -133,9 +138,9 @@ class AttributionRegularizer(Spec, ABC):
             A handle: a context manager with `.remove()`.
 
         Raises:
-            TypeError: the model is no module, or is TorchScript's.
+            TypeError: the model is not an `nn.Module`, or it is TorchScript.
             ValueError: the model does not have a layer, or the engine cannot differentiate a term.
-            RuntimeError: the model already has an attachment, or this is being compiled.
+            RuntimeError: the model already has an attachment, or this is called under `torch.compile`.
         """
         return penalty.attach(self.terms, model, self.engine)
 
@@ -150,7 +155,7 @@ class AttributionRegularizer(Spec, ABC):
         output: Select = None,
         inputs: Inputs = None,
     ) -> Tensor:
-        """Compute the attribution map itself, as Captum defines it: a default score with a target is then the target's logit.
+        """Compute the attribution map itself, as Captum defines it: with a target, the default score is here the target's logit.
 
         Works also under `no_grad` and on a frozen model.
 
@@ -159,7 +164,7 @@ class AttributionRegularizer(Spec, ABC):
             mask: needed only by baselines made from it.
 
         Returns:
-            The map, detached: `(N, C, H, W)` for input attributions, `(N, 1, h, w)` for Grad-CAM.
+            The map, detached: `(N, C, H, W)` for input attributions, `(N, 1, h, w)` for Grad-CAM, `(N, c, h, w)` for other layer maps.
 
         Raises:
             TypeError: the regularizer is a sum, or has no map.
@@ -178,7 +183,11 @@ class AttributionRegularizer(Spec, ABC):
         return regularizer.attribute(model, x, target, mask=mask, generator=generator, output=output, inputs=inputs)
 
     def named(self, name: str) -> Sum:
-        """The same term under another name, the key of `Penalty.terms`; a ValueError where there are several, or the name is no text."""
+        """The same term under another name, which is its key in `Penalty.terms`.
+
+        Raises:
+            ValueError: this is a sum of several terms, or `name` is not a non-empty string.
+        """
         if len(self.terms) != 1:
             raise ValueError(f"named({name!r}): a sum of {len(self.terms)} terms has no single name. Name each term before adding.")
         if not isinstance(name, str) or not name:
@@ -186,18 +195,25 @@ class AttributionRegularizer(Spec, ABC):
         return Sum((replace(self.terms[0], name=name),), self.engine)
 
     def reduced(self, reduction: Reduction) -> Sum:
-        """The same terms, reduced over the batch in another way; a ValueError where it is unknown.
+        """The same terms, reduced over the batch in another way.
 
         Args:
             reduction: "mean" over the annotated images (the default of every term); "sum" over them, as some papers do,
                 whose weight then depends on the batch size; "batchmean": the sum over the size of the whole batch.
+
+        Raises:
+            ValueError: `reduction` is none of these.
         """
         if reduction not in get_args(Reduction):
             raise ValueError(f"reduced: unknown reduction {reduction!r}. Use one of {', '.join(map(repr, get_args(Reduction)))}.")
         return Sum(tuple(replace(term, reduction=reduction) for term in self.terms), self.engine)
 
     def using(self, engine: Engine) -> Sum:
-        """The same terms, with another engine (see `attrreg.engines`); a TypeError where it is none."""
+        """The same terms, with another engine: see `attrreg.engines`.
+
+        Raises:
+            TypeError: `engine` is not one of the library's two.
+        """
         if not isinstance(engine, (DoubleBackward, FiniteDifference)):
             raise TypeError(
                 f"using: an engine is engines.DoubleBackward() or engines.FiniteDifference(), got {engine!r}. Pass one of them."
@@ -205,7 +221,7 @@ class AttributionRegularizer(Spec, ABC):
         return Sum(self.terms, engine)
 
     def __mul__(self, weight: float) -> Sum:
-        if isinstance(weight, bool) or not isinstance(weight, Real):
+        if not is_real(weight):
             raise TypeError(f"weight must be a number, got {type(weight).__name__}. Write for example 0.5 * reg, or weight.item() * reg.")
         return Sum(tuple(replace(term, weight=term.weight * float(weight)) for term in self.terms), self.engine)
 
@@ -251,7 +267,7 @@ class MapRegularizer(SingleRegularizer):
 
     Attributes:
         score: what is differentiated.
-        objective: what is asked of the map.
+        objective: the penalty of the map under the mask, `(map, mask) -> (N,)`: see `attrreg.objectives`.
     """
 
     score: Score
@@ -298,7 +314,7 @@ class Sum(AttributionRegularizer):
         ValueError: there are no terms, two have the same name, or a weight is negative or not finite.
     """
 
-    terms: tuple[Term, ...] = ()  # a default, because a dataclass would take the property of the base for one
+    terms: tuple[Term, ...] = ()  # without a default, the dataclass would take the base's property for it
     engine: Engine = DoubleBackward()
 
     def __post_init__(self) -> None:

@@ -71,7 +71,7 @@ class Runner:
         self._counters = counters()
 
     def repeated(self, images: Tensor, times: int) -> Runner:
-        """A runner for a batch that has each image so many times, side by side, and that counts for the same blocks."""
+        """A runner for a batch that has each image `times` times, side by side. Its passes count in the same `passes` blocks."""
         target = None if self.call.target is None else self.call.target.repeat_interleave(times, dim=0)
         runner = copy(self)
         runner.call, runner.places = replace(self.call, x=images, target=target), times
@@ -87,12 +87,21 @@ class Runner:
         map: str | None = None,
         check: bool = False,
     ) -> Recording:
-        """Run the model once on an image in place of `x`, recording the sites. For `check` see `Passes`, for the others `hooks.Tap`."""
+        """Run the model once on an image in place of `x`, recording the sites.
+
+        Args:
+            image: what the model gets.
+            wanted: the sites; True where a gradient will be taken.
+            as_users_forward: the pass stands in for the loop's own forward.
+            moves, rule, map: see `hooks.Tap`.
+            check: count it among `Passes.checks`.
+        """
         for counter in self._counters:
             counter.forward += not check
             counter.checks += check
         x = self.call.x
-        if image.stride() != x.stride() and image.shape == x.shape:  # layers lay out what they make as images are, and draw in that order
+        # Layers lay their outputs out in memory as the images are, and dropout draws in the order of memory.
+        if image.stride() != x.stride() and image.shape == x.shape:
             image = torch.empty_like(x, dtype=image.dtype).copy_(image)
         model, extra = self.call.model, not as_users_forward
         tap = Tap(model, wanted, own=True, map=map, twice=self.twice, moves=moves, places=self.places, rule=rule, extra=extra)
@@ -128,11 +137,13 @@ class Runner:
         found = dict(zip(named, grads, strict=False))
         if find:
             found[sites.SPATIAL] = self._choose_map(recording, score, maps, grads[len(named) :])
-        for site, grad in found.items():
-            if grad is None:
+        gradients: list[Tensor] = []
+        for site in wanted:
+            if (grad := found[site]) is None:
                 raise RuntimeError(_unreached(score, site, total))
             self._check_patches(site, grad)
-        return [grad.to(penalty_dtype(grad.dtype)) for site in wanted if (grad := found[site]) is not None]
+            gradients.append(grad.to(penalty_dtype(grad.dtype)))
+        return gradients
 
     def scores(self, recording: Recording, score: Score) -> Tensor:
         """The score of each image, `(N,)`, in float32 at least."""
@@ -149,8 +160,8 @@ class Runner:
     def _scores(self, value: Tensor, score: Score) -> Tensor:
         if value.device != self.call.x.device:
             raise ValueError(
-                f"{score!r} reads what is on {value.device}, but x is on {self.call.x.device}. Of a model on several devices, bring the "
-                "logits to that of x: output=lambda logits: logits.to(x.device), and name a layer there."
+                f"{score!r} reads a tensor on {value.device}, but x is on {self.call.x.device}. For a model on several devices, move the "
+                "logits to that of x by output=lambda logits: logits.to(x.device), and name layers that run there."
             )
         score.check_value(value, self.call.target)
         given = [part for part in (value, self.call.target) if part is not None]
@@ -208,7 +219,7 @@ class Runner:
 
     def _check_patches(self, site: str, grad: Tensor) -> None:
         # Class-token pooling: the score reads the class token alone, so at the last layers patches have no gradient at all.
-        if site in sites.SPECIAL or grad.dim() != 3 or grad.shape[0] != self.call.x.shape[0]:
+        if site in sites.SPECIAL or grad.dim() != 3:
             return
         prefix = sites.layout(grad, self.call.model, self.call.x, site)
         if isinstance(prefix, int) and prefix and not grad[:, prefix:].any() and grad.any():
@@ -242,26 +253,32 @@ class Runner:
         return grads[place]
 
     def at(self, recording: Recording, site: str) -> Tensor:
-        """What was recorded at a site."""
-        if site == sites.OUTPUT:
-            if site not in recording.values:
-                recording.values[site] = recording.picked(self.call)
-            return recording.values[site]
+        """What was recorded at a site.
+
+        Raises:
+            ValueError: nothing was, or it cannot be told which tensor the features are.
+        """
+        if site == sites.OUTPUT and site not in recording.values:
+            recording.values[site] = recording.picked(self.call)
         if site in recording.problems or site not in recording.values:
             missing = f"Value({site!r}) was read, but not declared. Let needs() of the term return it."
             if site == sites.FEATURES:
                 missing = "The model has no linear or convolutional layer, whose input would be the features. Name a layer."
             raise ValueError(recording.problems.get(site, missing))
-        found = None
-        told = self.call.output is not None or isinstance(recording.output, Tensor)  # what the logits are
-        if site == sites.FEATURES and len(recording.features) > 1 and told:
-            logits = self.at(recording, sites.OUTPUT)
-            own = [logits]
-            if callable(self.call.output):
-                given = parts(recording.output)
-                own = [part for part, is_read in zip(given, which_are_read(logits, given), strict=True) if is_read]
-            found = entering(recording.features, logits, own)
-        return recording.values[site] if found is None else found
+        return self._features(recording) if site == sites.FEATURES else recording.values[site]
+
+    def _features(self, recording: Recording) -> Tensor:
+        """What enters the classifier: of several layers that may be it, the one that made the logits, where it is known what these are."""
+        likeliest = recording.values[sites.FEATURES]
+        if len(recording.features) < 2 or (self.call.output is None and not isinstance(recording.output, Tensor)):
+            return likeliest
+        logits = self.at(recording, sites.OUTPUT)
+        own = [logits]
+        if callable(self.call.output):
+            given = parts(recording.output)
+            own = [part for part, is_read in zip(given, which_are_read(logits, given), strict=True) if is_read]
+        found = entering(recording.features, logits, own)
+        return likeliest if found is None else found
 
 
 @contextmanager

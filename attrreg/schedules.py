@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attrreg import penalty
-from attrreg.attach import Attachment, recorded_output
+from attrreg.attach import Attachment, attached
 from attrreg.call import Call
 from attrreg.penalty import Penalty
 from attrreg.regularizer import AttributionRegularizer
@@ -28,7 +28,7 @@ class Schedule(Spec, ABC):
 
     @abstractmethod
     def __call__(self, step: int) -> float:
-        """The weight at a step, counted from 0: finite and at least 0, which skips the penalty and its passes."""
+        """The weight at a step, counted from 0: finite and at least 0. A weight of 0 skips the penalty and its passes."""
 
     def __mul__(self, other: object) -> Product:
         return Product(_factors(self) + _factors(other)) if isinstance(other, Schedule) else NotImplemented
@@ -131,7 +131,8 @@ class Product(Schedule):
     def __call__(self, step: int) -> float:
         """The product of the factors' weights at a step."""
         weights = [_number(factor(step)) for factor in self.factors]
-        return math.prod(weights) if all(weight >= 0 for weight in weights) else math.nan  # of two rewards, no penalty
+        # Two negative weights must not make a positive one: of NaN, `Scheduled` says what is wrong.
+        return math.prod(weights) if all(weight >= 0 for weight in weights) else math.nan
 
     def __repr__(self) -> str:
         return " * ".join(map(repr, self.factors))
@@ -152,8 +153,8 @@ def _check_weights(first: float, last: float) -> None:
 class Scheduled:
     """A regularizer whose weight follows a schedule; it counts its own steps, one a call.
 
-    Called, evaluated and attached like the regularizer itself. At a step of weight 0 nothing is computed, an attached forward is
-    left alone, and the penalty is exactly 0, with a graph.
+    Called, evaluated and attached like the regularizer itself. At a step of weight 0 no penalty is computed, an attached forward runs as
+    the model is written, and the penalty is exactly 0, with a graph. `evaluate` then runs the plain forward, unless one was recorded.
 
         reg = attrreg.Scheduled(attrreg.InputGradient(), attrreg.schedules.Every(4))
 
@@ -206,12 +207,12 @@ class Scheduled:
         """Compute the weighted penalty in place of the loop's forward, and count the step. See `AttributionRegularizer.evaluate`."""
         weight = self.weight
         if weight:
-            whole = self.regularizer.evaluate(model, x, mask, target, **settings)
-            terms = {name: weight * value for name, value in whole.terms.items()}
-            result = Penalty(weight * whole.total, terms, whole.output)
+            result = (weight * self.regularizer).evaluate(model, x, mask, target, **settings)
         else:
             call = Call(model, x, inputs=settings.get("inputs"), as_compiled=True)
-            (output,) = recorded_output(call) or (call.run(x, as_users_forward=True),)
+            attachment = attached(call.model)
+            recording = None if attachment is None else attachment.take(call, {}, twice=False, asked=None, alone=True, returned=True)
+            output = call.run(x, as_users_forward=True) if recording is None else recording.returned
             zero = _zero(x)
             result = Penalty(zero, {term.name: zero.detach() for term in self.regularizer.terms}, output)
         self.step += 1
@@ -241,7 +242,7 @@ class Scheduled:
 
 
 def _number(weight: Any) -> float:
-    """What a schedule of the user's returned, which may be NumPy's number or a 0-dim tensor; NaN where it is none."""
+    """What a user's schedule returned, as a float: a number of Python's or NumPy's, or a 0-dim tensor; NaN where it is none of these."""
     try:
         return math.nan if isinstance(weight, (str, bytes)) else float(weight.detach() if isinstance(weight, Tensor) else weight)
     except (TypeError, ValueError, RuntimeError):
@@ -249,6 +250,6 @@ def _number(weight: Any) -> float:
 
 
 def _zero(x: Tensor) -> Tensor:
-    """Zero with a graph that leads to no parameter, whose hooks would be shown a gradient that is none."""
+    """Zero, 0-dim, with a graph so that a loop can call backward on it. It leads to no parameter, whose hooks would see a gradient of 0."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.zeros((), dtype=dtype, device=x.device, requires_grad=True).clone()  # no leaf, which a loop could not add to in place
+    return torch.zeros((), dtype=dtype, device=x.device, requires_grad=True).clone()  # a loop may add to it in place, not to a leaf

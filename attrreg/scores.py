@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrreg.settings import check_loss, keep_integer
-from attrreg.sites import FEATURES, OUTPUT, check_layer_name
+from attrreg.sites import OUTPUT, check_layer_name, feature_site
 from attrreg.spec import Key
 from attrreg.targets import check_classes, check_logits, check_maps, required
 
@@ -24,7 +24,8 @@ class Score(Key, ABC):
     """A number an image, to be differentiated.
 
     Subclasses implement `__call__`; set `needs_target` if they need labels, `classes` to the fewest they make sense for, `draws` if they
-    draw, `by_place` if what they give goes by places in the batch; override `site` to read a layer, and the checks for another task.
+    draw, `by_place` if an image's score depends on its place in the batch; override `site` to read a layer, and the checks for another
+    task.
     """
 
     needs_target: ClassVar[bool] = False
@@ -46,9 +47,9 @@ class Score(Key, ABC):
         return self
 
     def chosen(self, value: Tensor, target: Tensor | None) -> Score:
-        """The score with what it chooses by the value, such as the predicted class, kept as it is here: itself where it chooses nothing.
+        """The score with its choice, such as the predicted class, fixed to the one for this value: itself where it chooses nothing.
 
-        Finite differences move the images by a step, on which another choice would count for more than the slope.
+        Finite differences compare two scores a step apart: if they chose differently, that would count for more than the slope.
         """
         return self
 
@@ -58,7 +59,7 @@ class Score(Key, ABC):
             check_classes(target)
 
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
-        """Check what it is about to read, by default an output, or what has classes: logits `(N, C)`; a ValueError says what is wrong."""
+        """Check a value before it is scored: outputs, and what a score with `classes` reads, must be logits `(N, C)`, else a ValueError."""
         if self.site == OUTPUT or self.classes:
             check_logits(type(self).__name__, value, max(1, self.classes), target if self.needs_target else None)
 
@@ -209,7 +210,7 @@ class RandomProjection(Score):
     @property
     def site(self) -> str:
         """The layer projected."""
-        return FEATURES if self.layer == "auto" else self.layer
+        return feature_site(self.layer)
 
     def drawn(self, seed: int) -> Score:
         """The same projection with its directions fixed."""
@@ -231,7 +232,7 @@ class MultiLabelLogit(Score):
 
     def check_target(self, target: Tensor) -> None:
         """Check that the target is multi-hot."""
-        if target.dim() != 2 or not bool(((target.float() - 0.5).abs() < 0.5 + 1e-6).all()):  # of half types, 1 + 1e-6 is 1
+        if target.dim() != 2 or not bool(((target.float() - 0.5).abs() < 0.5 + 1e-6).all()):  # half types round 0.5 + 1e-6 to 0.5
             raise ValueError(f"target must be (N, C) in [0, 1] for MultiLabelLogit, got {tuple(target.shape)}. Pass multi-hot labels.")
 
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
@@ -295,7 +296,7 @@ class SegmentationLogit(Score):
         kept = required(target) != self.ignore_index
         value = torch.cat((-value, value), dim=1) if value.shape[1] == 1 else value
         chosen = value.gather(1, torch.where(kept, required(target), 0).unsqueeze(1)).squeeze(1)
-        return torch.where(kept, chosen, torch.zeros_like(chosen)).sum(dim=(1, 2))
+        return torch.where(kept, chosen, 0).sum(dim=(1, 2))
 
 
 @dataclass(frozen=True, repr=False)
@@ -324,11 +325,10 @@ class RegressionOutput(Score):
 
 @dataclass(frozen=True, repr=False)
 class ByTarget(Score):
-    """The default of every regularizer: without `target=` it is `SumLogProb`; with it, what the target's shape says.
+    """The default of every regularizer: `SumLogProb` in a call without `target=`; in one with it, by the target's shape.
 
-    `(N,)` class indices: `Contrast`, because a shortcut can also act on the other logits. `(N, C)`, C > 1: `MultiLabelLogit`.
-    `(N, H, W)`: `SegmentationLogit`. A map that is only shown, by `.attribute`, is Captum's: of `TargetLogit`, not `Contrast`;
-    without `contrast` so are penalties.
+    `(N,)` class indices: `Contrast`, because a shortcut can also act on the other logits; but `TargetLogit`, as in Captum, in `.attribute`,
+    and everywhere with `contrast=False`. `(N, C)` with C > 1: `MultiLabelLogit`. `(N, H, W)`: `SegmentationLogit`.
     """
 
     contrast: bool = True

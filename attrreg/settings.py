@@ -1,15 +1,20 @@
-"""Checks of settings that several kinds share: numbers, counts, places, seeds; and of a loss."""
+"""Checks of settings that several kinds share: numbers, counts, integers; and the check of a loss."""
 
 from __future__ import annotations
 
 import math
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeGuard
+
+
+def is_real(value: object) -> TypeGuard[float]:
+    """Whether it is a real number by its type, NumPy's included; a bool is not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
     """Whether it is a finite number, and no text that looks like one."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return is_real(value) and math.isfinite(value)
 
 
 def is_integer(value: object) -> bool:
@@ -17,8 +22,8 @@ def is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def has_64_bits(value: int) -> bool:
-    """Whether PyTorch can take it, as a seed for example."""
+def fits_64_bits(value: int) -> bool:
+    """Whether it is in the range that PyTorch takes, for example as a seed."""
     return -(2**63) <= value < 2**64
 
 
@@ -45,7 +50,7 @@ def keep_count(spec: Any, name: str, least: int) -> None:
 
 
 def keep_integer(spec: Any, name: str, or_none: bool = False) -> None:
-    """The same of any integer; `or_none`: the setting may be left out.
+    """Check an integer of a frozen dataclass, and keep it as Python's own; `or_none`: None is allowed too.
 
     Raises:
         TypeError, ValueError: naming it.
@@ -56,7 +61,7 @@ def keep_integer(spec: Any, name: str, or_none: bool = False) -> None:
     if not is_integer(value):
         wanted = "None or an integer" if or_none else "an integer"
         raise TypeError(f"{type(spec).__name__}: {name} must be {wanted}, got {value!r}, a {type(value).__name__}. Pass an int.")
-    if not has_64_bits(value):
+    if not fits_64_bits(value):
         raise ValueError(f"{type(spec).__name__}: {name} must fit 64 bits, got {value!r}. Give a smaller one.")
     object.__setattr__(spec, name, int(value))
 

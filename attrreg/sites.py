@@ -30,6 +30,11 @@ def spatial(layer: str) -> str:
     return SPATIAL if layer == "auto" else layer
 
 
+def feature_site(layer: str) -> str:
+    """The site of a layer with features; "auto": those that enter the classifier."""
+    return FEATURES if layer == "auto" else layer
+
+
 def check_layer_name(name: object) -> None:
     """Check that a layer is given by name.
 
@@ -75,7 +80,7 @@ def check_by_image(value: Tensor, x: Tensor, site: str) -> None:
         )
 
 
-# What has such an attribute keeps positions in another order than the image in these of its parts.
+# Modules with such an attribute, of MobileViT (timm, Hugging Face) and NesT (timm), keep positions by patch or block in these parts.
 SHUFFLES = {"patch_area": ("transformer", "norm"), "patch_height": ("transformer", "layernorm"), "block_size": ("transformer_encoder",)}
 Layout = Literal["NCHW", "NHWC"] | int  # an int: tokens (N, L, C) behind so many prefix tokens
 
@@ -151,7 +156,7 @@ def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Tensor:
 
 
 def _told_by(model: nn.Module, site: str, name: str) -> nn.Module:
-    """The module nearest around a layer that has an attribute by which it tells how that lies: a backbone may be a part of the model."""
+    """The innermost module around a layer with an attribute, which describes the layout there: a backbone may be a part of the model."""
     if site in SPECIAL:
         return model
     parts = site.split(".")
@@ -203,7 +208,7 @@ def _unrolled(length: int, model: nn.Module, other: nn.Module) -> bool:
 
 
 def _shuffled(model: nn.Module, site: str) -> bool:
-    # Inside the blocks of MobileViT v2 and the levels of timm's NesT they lie by patch or block.
+    """Whether a layer keeps positions in another order than the image: see `SHUFFLES`."""
     parts = site.split(".")
     around = ((model.get_submodule(".".join(parts[:depth])), part) for depth, part in enumerate(parts))
     return site not in SPECIAL and any(part in SHUFFLES[told] for module, part in around for told in SHUFFLES if hasattr(module, told))
@@ -227,7 +232,8 @@ def _before_drops(model: nn.Module, height: int, width: int) -> int | None:
 
 
 def _prefix_tokens(length: int, model: nn.Module, height: int, width: int) -> int | None:
-    # timm's attribute first; it is missing on some models that do have a class token
+    """How many tokens before the patches leave a grid: class and register tokens. None: no number does."""
+    # timm's attribute first; some models that have a class token lack it
     declared, whole = getattr(model, "num_prefix_tokens", 0), _before_drops(model, height, width)
     for prefix in dict.fromkeys([declared if isinstance(declared, int) else 0, 0, 1, 2, 5]):
         if prefix < length and (whole is None or length - prefix == whole) and _grid(length - prefix, model, height, width) is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from numbers import Integral, Real
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
+
+from attrreg.settings import is_real
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -24,7 +26,7 @@ def source(value: Any) -> str:
     """Python source of a setting: `repr`, but with functions written as the path that imports them."""
     if not isinstance(value, Spec) and callable(value) and hasattr(value, "__qualname__"):
         return public_path(value)
-    if isinstance(value, Real) and not isinstance(value, bool):  # NumPy's name themselves
+    if is_real(value):  # NumPy's repr is np.float64(0.5), which would need numpy
         return repr(int(value) if isinstance(value, Integral) else float(value))
     if isinstance(value, tuple):
         return "(" + "".join(f"{source(item)}, " for item in value).rstrip() + ")"
@@ -32,7 +34,7 @@ def source(value: Any) -> str:
 
 
 def is_own(part: object) -> bool:
-    """Whether it is of the user's code."""
+    """Whether its class is the user's own, defined outside the library."""
     return not type(part).__module__.startswith("attrreg.")
 
 
@@ -55,14 +57,14 @@ class Spec:
 
 
 class Key(Spec):
-    """One that terms share, because equal ones have one pass.
+    """Base of scores, baselines and points: passes are looked up by them, so that terms with equal ones share a pass.
 
     Raises:
-        TypeError: the dataclass is not frozen.
+        TypeError: the class has no hash, as a dataclass that is not frozen.
     """
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
-        """An object with a hash."""
+        """Refuse a class without a hash. Not in `__init_subclass__`, because `@dataclass` takes the hash away only afterwards."""
         if cls.__hash__ is None:
             raise TypeError(
                 f"{cls.__name__} has no hash, by which equal scores and baselines find the passes that they share. Make it a frozen "

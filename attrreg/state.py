@@ -1,4 +1,4 @@
-"""What extra passes must not leave behind: buffers and random number generators."""
+"""The state that passes run in, and must not leave changed: buffers, random number generators, autocast."""
 
 from __future__ import annotations
 
@@ -41,6 +41,12 @@ class Rng:
         torch.set_rng_state(self.cpu)
         if self.accelerator is not None:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
+
+
+def drawn_seed(generator: torch.Generator | None) -> int:
+    """Draw a seed from a generator; None: from PyTorch's default generator on the CPU."""
+    device = torch.device("cpu") if generator is None else generator.device
+    return int(torch.randint(2**62, (), generator=generator, device=device))
 
 
 Moment = Mapping[tuple[int, str], Tensor]  # what buffers held, by the id of their module and by name

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attrreg import automatic, own, sites
-from attrreg.apart import head, shown
+from attrreg.apart import output_key, shown
 from attrreg.attach import attached
 from attrreg.call import Call
 from attrreg.counting import Passes, passes
@@ -24,13 +24,13 @@ from attrreg.engines import Engine, FiniteDifference
 from attrreg.folding import PathGradients
 from attrreg.graph import which_are_read
 from attrreg.masks import Annotation
-from attrreg.needs import Grad, Need, Value, alone, sites_at
+from attrreg.needs import Grad, Need, Value, only_clean, sites_at
 from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
 from attrreg.recompute import along
 from attrreg.recording import Recording, version
 from attrreg.runner import Runner
 from attrreg.scores import Score
-from attrreg.state import Buffers, Rng, cut_off, isolated
+from attrreg.state import Buffers, Rng, cut_off, drawn_seed, isolated
 
 __all__ = ["Passes", "Trace", "passes"]
 
@@ -42,7 +42,7 @@ class Trace:
         call: the checked arguments.
         needs: of all terms together.
         differentiable: what is read will be differentiated with respect to parameters.
-        engine: how gradients then are.
+        engine: how the penalty's parameter gradient is then obtained.
     """
 
     def __init__(self, call: Call, needs: Iterable[Need], differentiable: bool, engine: Engine) -> None:
@@ -104,13 +104,17 @@ class Trace:
             )
 
     def sees_images(self, site: str, at: Point) -> bool:
-        """Whether the value at a site comes from the images, asked where it is nearly the same at a point; takes forwards, once."""
-        model, at = self.call.model, self._seen(at)
+        """Whether the value at a site depends on the images. Runs the model again, until the answer was yes once.
+
+        Args:
+            site: where the values hardly differ, perhaps by rounding alone.
+            at: a point whose images differ from the clean ones.
+        """
+        model, images = self.call.model, (self.call.x.detach(), self._recordings[at].x.detach())
         if sharded(model) or synchronises(model):  # a forward that other ranks do not run would wait for them
             return True
-        images = self.call.x.detach(), self._recordings[at].x.detach()
-        seen = shown(model, "sites", site, automatic.kind(self.call.x, model), head(self.call.output))
-        if seen.found or torch.equal(*images):
+        seen = shown(model, "sites", site, automatic.kind(self.call.x, model), output_key(self.call.output))
+        if seen.found:
             return True
 
         def again(image: Tensor, wanted: dict[str, bool]) -> Recording:
@@ -133,6 +137,7 @@ class Trace:
         return view
 
     def _seen(self, at: Point) -> Point:
+        """The point that a term means: in a view by `seen_from`, another one in place of the clean images."""
         return self._here if at == CLEAN else at
 
     def grid(self, site: str, value: Tensor) -> Tensor:
@@ -191,9 +196,9 @@ class Trace:
         call, asked = self.call, self._asked()
         attachment = attached(call.model) if self._differentiable else None
         recording = None
-        # Taken also where the images alone are read, which need no pass: the others replay its draws.
+        # The recording is taken even if only the images are read, which need no pass: passes at other points replay its draws.
         if attachment is not None:
-            recording = attachment.take(call, wanted, self._runner.twice, asked, alone(self._needs), as_users_forward)
+            recording = attachment.take(call, wanted, self._runner.twice, asked, only_clean(self._needs), as_users_forward)
         if recording is None and (as_users_forward or wanted not in ({}, {sites.INPUT: False})):
             for known in dict.fromkeys((automatic.known(call, asked), None)):
                 with isolated(call.model, device=call.x.device) as buffers:
@@ -222,13 +227,8 @@ class Trace:
         """One seed for each point and score that draws, in the order of the terms: equal ones share a draw."""
         for score in dict.fromkeys(need.score for need in self._needs if not isinstance(need, Value)):
             if score.draws:
-                self._score_seeds[score] = self._seed()
-        return {point: self._seed() if point.draws else 0 for point in self._points()}
-
-    def _seed(self) -> int:
-        generator = self.call.generator
-        device = torch.device("cpu") if generator is None else generator.device
-        return int(torch.randint(2**62, (), generator=generator, device=device))
+                self._score_seeds[score] = drawn_seed(self.call.generator)
+        return {point: drawn_seed(self.call.generator) if point.draws else 0 for point in self._points()}
 
     def _generator(self, seed: int) -> torch.Generator:
         return torch.Generator(self.call.x.device).manual_seed(seed)
@@ -291,7 +291,8 @@ class Trace:
         with own.given(path, self.call.x.detach(), self.call.mask) as (x, mask):
             stops = path.stops(x, mask, self._generator(seed))
         gradients = PathGradients(self._runner, concrete, replay, self._differences)
-        chunk = path.chunk if self._differences is None else None  # leaves are moved by in passes of their own: nothing is computed again
+        # Finite differences hold no graph of the gradients, so there is nothing to save by computing them again.
+        chunk = path.chunk if self._differences is None else None
         sums = dict(zip(concrete, along(stops, gradients, chunk, self._differentiable), strict=True))
         for need in needs:
             self._grads[need.site, need.score, path] = sums[self._concrete(need.score)]

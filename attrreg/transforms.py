@@ -11,7 +11,7 @@ from attrreg import call as calls
 from attrreg import masks, own
 from attrreg.baselines import Baseline, Masked, Zero
 from attrreg.spec import Spec
-from attrreg.state import undone_on_error
+from attrreg.state import drawn_seed, undone_on_error
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,11 +54,8 @@ class ReplaceOutside(Spec):
         calls.check_batch(x)
         calls.check_options(x, generator)
         annotation = masks.check(mask, x, annotated)
-        source = torch.Generator(x.device)
         with undone_on_error(x.device, generator):
-            if self.fill.draws:
-                device = torch.device("cpu") if generator is None else generator.device
-                source.manual_seed(int(torch.randint(2**62, (), generator=generator, device=device)))
+            seed = drawn_seed(generator) if self.fill.draws else 0
             with own.given(self.fill, x, annotation.relevant) as (images, relevant):
-                replaced = Masked(self.fill)(images, relevant, source)
+                replaced = Masked(self.fill)(images, relevant, torch.Generator(x.device).manual_seed(seed))
         return torch.where(annotation.annotated.view(-1, 1, 1, 1), replaced, x)

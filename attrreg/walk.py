@@ -21,12 +21,12 @@ def modules(model: nn.Module) -> list[nn.Module]:
 
 
 def modes(model: nn.Module) -> list[bool]:
-    """Which modules are in train mode, to be compared with what it was."""
+    """Whether each module is in train mode, in the order of `modules`."""
     return [module.training for module in modules(model)]
 
 
 def attributes(model: nn.Module) -> Iterator[Any]:
-    """All that modules hold, also in lists and such."""
+    """The values of all attributes of all modules, and those in the lists, tuples and dicts among them."""
     for module in modules(model):
         for value in vars(module).values():
             held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)

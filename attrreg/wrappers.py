@@ -40,7 +40,7 @@ def data_parallel(model: nn.Module) -> DistributedDataParallel | None:
 
 
 def undistributed(model: nn.Module) -> nn.Module:
-    """The module inside data-parallel wrappers, compiled as it may be."""
+    """The module inside data-parallel wrappers; it may be a compiled one."""
     while isinstance(model, (DataParallel, DistributedDataParallel)):
         model = model.module
     return model
@@ -49,7 +49,8 @@ def undistributed(model: nn.Module) -> nn.Module:
 def compiled(model: nn.Module) -> bool:
     """Whether any part of a model is compiled, by `torch.compile(module)` or `module.compile()`, or the forward of the whole."""
     forward = vars(undistributed(model)).get("forward")
-    if hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable"):  # which disabling leaves too
+    # `torch.compiler.disable` sets the first of these attributes too, and is told by the second.
+    if hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable"):
         return True
     return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in modules(model))
 
@@ -69,7 +70,7 @@ def refuse_compiling() -> None:
         _refuse_compiling()
 
 
-# What is traced cannot raise. As torch.compiler.disable, which would import the compiler.
+# Kept out of the trace, so that it raises in plain Python. torch.compiler.disable does the same, but imports the compiler.
 @torch._disable_dynamo  # type: ignore[attr-defined]
 def _refuse_compiling() -> None:
     raise RuntimeError(

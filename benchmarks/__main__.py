@@ -71,23 +71,24 @@ def _medians(costs: list[Cost], models: int) -> str:
 
 def main() -> None:
     """Run `attrreg bench` with its own options; without `--out` or `--quick`, for the page."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--section")  # the one option that is not `attrreg bench`'s
-    arguments = parser.parse_known_args()[1]
+    ours, theirs = (argparse.ArgumentParser(add_help=False, allow_abbrev=False) for _ in range(2))
+    ours.add_argument("--section")
+    named, arguments = ours.parse_known_args()  # all others are `attrreg bench`'s
+    # Those of them that say whether the run is for the page, and for which section, are read here and passed on.
     for flag in ("--help", "--quick", "--resume", "--channels-last", "--no-keep-memory"):
-        parser.add_argument(flag, action="store_true")
+        theirs.add_argument(flag, action="store_true")
     for option, usual in (("--out", None), ("--model", None), ("--penalty", None), ("--device", "cpu"), ("--autocast", "")):
-        parser.add_argument(option, default=usual)
-    given = parser.parse_known_args()[0]
+        theirs.add_argument(option, default=usual)
+    given = theirs.parse_known_args(arguments)[0]
     own = given.out is None and not (given.help or given.quick)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(bench)
     kind = "returned" if given.no_keep_memory else ""
     layout = "channels-last" if given.channels_last else ""
     by_options = "-".join(filter(None, [given.device.split(":")[0], given.autocast, layout, kind]))
-    numbers = check.results(given.section or by_options)
+    numbers = check.results(named.section or by_options)
     only = "Models of your own would take the place of the nine" if given.model is not None else "Some penalties would stand for all"
-    if own and (given.model, given.penalty) != (None, None) and not (given.section or kind or given.resume):
+    if own and (given.model, given.penalty) != (None, None) and not (named.section or kind or given.resume):
         sys.exit(f"{only} in docs/{PAGE.name}. Pass --out for a file of your own.")
     if own and marks(numbers.stem, COMMAND)[0] not in PAGE.read_text():  # rather than after an hour
         sys.exit(f"docs/{PAGE.name} has no section {numbers.stem}. Pass --out for a file of your own.")

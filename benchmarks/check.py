@@ -171,9 +171,9 @@ def _has_depthwise(name: str) -> bool:
     return any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels and m.groups > 1 for m in model.modules())
 
 
-def results(device: str) -> Path:
-    """Where the numbers of the page are kept."""
-    return ROOT / "benchmarks" / "results" / f"{device}.json"
+def results(section: str) -> Path:
+    """The record that a section of the page shows."""
+    return ROOT / "benchmarks" / "results" / f"{section}.json"
 
 
 def missed(record: Record) -> str:

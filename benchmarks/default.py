@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from attrreg import InputGradient, metrics, objectives
 from attrreg.environment import environment, sentence
 from attrreg.evidence.data import Split, Task
-from attrreg.evidence.ledger import cores, mend, processes
+from attrreg.evidence.ledger import cores, mend, processes, whole_lines
 from attrreg.evidence.methods import Method
 from attrreg.evidence.shortcuts import decoy_fashion_mnist, decoy_mnist
 from attrreg.evidence.training import Budget, predict, train
@@ -39,7 +39,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "default.jsonl"
 PAGE = ROOT / "docs" / "objectives.md"
 COMMAND = "python -m benchmarks.default"
 WEIGHTS = (0.1, 1.0, 10.0)
-SEEDS = (0,)
 NETWORKS: dict[str, dict[str, int]] = {
     "test_resnet": {"output_stride": 8},
     "test_efficientnet": {},
@@ -70,7 +69,7 @@ CANDIDATES: dict[str, InputGradient] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """Under which conditions is trained.
+    """The conditions of a training.
 
     Attributes:
         data, network: names in `DATA`, `NETWORKS`.
@@ -106,7 +105,7 @@ class Row:
     setting: Setting
     candidate: str | None
     weight: float
-    seed: int
+    seed: int = 0
 
     @property
     def name(self) -> str:
@@ -117,11 +116,10 @@ class Row:
 
 def rows() -> Iterator[Row]:
     """All trainings; those at weight 1 first."""
-    for seed in SEEDS:
-        for weight in (0.0, *sorted(WEIGHTS, key=lambda weight: weight != 1)):
-            for setting in SETTINGS:
-                for candidate in CANDIDATES if weight else (None,):
-                    yield Row(setting, candidate, weight, seed)
+    for weight in (0.0, *sorted(WEIGHTS, key=lambda weight: weight != 1)):
+        for setting in SETTINGS:
+            for candidate in CANDIDATES if weight else (None,):
+                yield Row(setting, candidate, weight)
 
 
 def run(row: Row) -> dict[str, Any]:
@@ -152,14 +150,13 @@ def _prepared(split: Split, task: Task, size: int) -> Split:
 
 def load() -> dict[str, dict[str, Any]]:
     """Lines of the results, by rows' names."""
-    mend(RESULTS)
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return {line["row"]: line for line in map(json.loads, lines)}
+    return {line["row"]: line for line in map(json.loads, whole_lines(RESULTS))}
 
 
 def measure() -> None:
     """Train what is missing, one training a core at a time. One that fails does not stop the others."""
     done = load()
+    mend(RESULTS)
     todo = [row for row in rows() if row.name not in done]
     failed: list[Exception] = []
     with processes(cores()) as pool:
@@ -179,17 +176,16 @@ def measure() -> None:
 def table(found: dict[str, dict[str, Any]]) -> str:
     """Accuracies at weight 1, in brackets those at the best weight where others were tried, and what is lost to the best one at 1."""
 
-    def mean(setting: Setting, candidate: str | None, weight: float) -> float | None:
-        names = [Row(setting, candidate, weight, seed).name for seed in SEEDS]
-        known = [found[name]["test"] for name in names if name in found]
-        return statistics.mean(known) if len(known) == len(SEEDS) else None
+    def accuracy(setting: Setting, candidate: str | None, weight: float) -> float | None:
+        line = found.get(Row(setting, candidate, weight).name)
+        return None if line is None else line["test"]
 
     lines = []
     lost: dict[str, list[float]] = {candidate: [] for candidate in CANDIDATES}
     for setting in SETTINGS:
-        plain = mean(setting, None, 0.0)
+        plain = accuracy(setting, None, 0.0)
         each = {
-            candidate: {weight: value for weight in WEIGHTS if (value := mean(setting, candidate, weight)) is not None}
+            candidate: {weight: value for weight in WEIGHTS if (value := accuracy(setting, candidate, weight)) is not None}
             for candidate in CANDIDATES
         }
         if plain is None or any(1.0 not in values for values in each.values()):

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from attrreg.evidence.ledger import mend
+from attrreg.evidence.ledger import mend, whole_lines
 from attrreg.progress import bar
 from benchmarks import zoo_report
 from benchmarks.zoo_models import Entry, catalog, ranked
@@ -94,12 +94,10 @@ def _named(entries: list[Entry], names: list[str]) -> list[Entry]:
 
 
 def _read(file: Path, again: bool) -> dict[str, Record]:
-    """What was measured already; the last line of a model counts. Those that say not when and where are measured anew."""
+    """What was measured already; the last line of a model counts. More will be added."""
     mend(file)
-    if not file.exists():
-        return {}
-    records = {record["key"]: record for record in map(json.loads, file.read_text().splitlines())}
-    return {key: record for key, record in records.items() if "environment" in record and (not again or zoo_report.passed(record))}
+    records = {record["key"]: record for record in map(json.loads, whole_lines(file))}
+    return {key: record for key, record in records.items() if not again or zoo_report.passed(record)}
 
 
 def _run(entries: list[Entry], jobs: int, limit: float, memory: float, quick: bool) -> Iterator[Record]:

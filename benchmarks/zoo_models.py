@@ -14,6 +14,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from attrreg.evidence.ledger import mend, whole_lines
+
 CLASSES = 5
 SIZES = (64, 96, 126, 128)  # 126: patches of 14, in threes
 # Models with hundreds of millions of parameters and nothing smaller in their module: fewer blocks, all of them alike.
@@ -58,10 +60,9 @@ def catalog(cache: Path, note: Callable[[str], None] = lambda text: None) -> lis
         cache: a file of one JSON line a model.
         note: told what is being counted.
     """
-    known: dict[tuple[str, str], Entry] = {}
-    if cache.exists():
-        entries = [Entry(**json.loads(line)) for line in cache.read_text().splitlines()]
-        known = {(entry.library, entry.name): entry for entry in entries}
+    mend(cache)
+    entries = [Entry(**json.loads(line)) for line in whole_lines(cache)]
+    known = {(entry.library, entry.name): entry for entry in entries}
     found = []
     with cache.open("a") as file:
         for library, family, name in _names():

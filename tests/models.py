@@ -26,7 +26,7 @@ class SmoothNet(nn.Module):
         self.stem = nn.Conv2d(2, 4, 3, padding=1)
         self.norm = nn.BatchNorm2d(4) if norm else nn.Identity()
         self.act = nn.Tanh()
-        self.body = nn.Conv2d(4, 5, 3, stride=2, padding=1, groups=1)
+        self.body = nn.Conv2d(4, 5, 3, stride=2, padding=1)
         self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(5, classes)
 
@@ -73,10 +73,6 @@ def _timm(name: str, **settings: object) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, pretrained=False, num_classes=5, **settings)
 
 
-def _torchvision(name: str) -> Callable[[], nn.Module]:
-    return lambda: torchvision.models.get_model(name, weights=None, num_classes=5)
-
-
 FAMILIES = {
     "resnet": Family(_timm("test_resnet"), 64, "layer4"),
     "resnet_torchvision": Family(lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5), 48, "layer3"),
@@ -88,7 +84,7 @@ FAMILIES = {
     "efficientnet": Family(_timm("test_efficientnet"), 64, "conv_head"),
     "nfnet": Family(_timm("test_nfnet"), 64, "final_conv"),
     "mobilenetv3": Family(_timm("mobilenetv3_small_050"), 64, "blocks.4"),
-    "squeezenet": Family(_torchvision("squeezenet1_1"), 64, "features.12"),
+    "squeezenet": Family(lambda: torchvision.models.squeezenet1_1(num_classes=5), 64, "features.12"),
     "inplace": Family(InplaceNet, 24, "last"),
 }
 

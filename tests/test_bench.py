@@ -20,6 +20,7 @@ from attrreg.bench.cases import Case, build
 from attrreg.bench.measure import Cost, Step
 from attrreg.cli import build_app
 from attrreg.environment import environment, sentence
+from attrreg.progress import Advance
 from benchmarks import check
 from tests.models import assert_close
 
@@ -189,7 +190,7 @@ def test_bad_options(arguments: list[str], tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     Path("folder.json").mkdir()
     Path("beside.md").mkdir()
-    Path(".part.json.part").mkdir()
+    Path("part.json.part").mkdir()
     Path("broken.json").write_text("{")
     Path("folder").mkdir()
     Path("other.json").write_text('{"plan": {"models": [], "colour": 1}}')
@@ -225,7 +226,7 @@ def test_curves_are_of_the_model_that_their_picture_names(monkeypatch: pytest.Mo
     record = record_with(2.0, 2.0)
     measured: list[str] = []
 
-    def curve(varied: str, plan: run.Plan, note: run.Note) -> dict[str, list[tuple[int, Cost]]]:
+    def curve(varied: str, plan: run.Plan, note: Advance) -> dict[str, list[tuple[int, Cost]]]:
         measured.append(plan.models[0])
         return {}
 

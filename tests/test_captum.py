@@ -23,7 +23,7 @@ from attrreg.captum.refusals import REFUSED
 from attrreg.trace import passes
 from benchmarks import captum_check
 from benchmarks.captum_check import TOLERANCE, Net, cases, check, ours
-from tests.models import FAMILIES, SmoothNet, smooth_batch
+from tests.models import FAMILIES, SmoothNet, smooth_batch, stir
 from tests.test_gradients import check_numerically
 from tests.test_side_effects import assert_same, snapshot
 
@@ -91,9 +91,7 @@ def test_captums_hooks_make_a_gradient_that_is_wrong_where_ours_is_right() -> No
 def test_maps_are_captums_on_real_models(family: str) -> None:
     known = FAMILIES[family]
     model, size = known.build().double().eval(), known.size
-    with torch.no_grad():
-        for parameter in model.parameters():  # some heads start at zero
-            parameter.add_(0.01 * torch.randn_like(parameter))
+    stir(model, 0.01)
     x, target = torch.randn(2, 3, size, size, dtype=torch.float64), torch.tensor([1, 3])
     half = torch.arange(size) // ((size + 1) // 2)
     fitting = {

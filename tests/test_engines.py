@@ -69,6 +69,27 @@ def test_gradients_reach_what_made_the_images(name: str) -> None:
     assert_close([found[1]], [found[0]], 1e-6)
 
 
+class Prototypes(nn.Module):
+    """A loss with weights of its own: the cross-entropy of distances to prototypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(3, dtype=torch.float64))
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(-(logits[:, None] - self.weight).square().sum(dim=2), target, reduction="none")
+
+
+def test_a_loss_may_have_the_only_weights_that_are_trained() -> None:
+    model, (x, mask, target), loss = SmoothNet().double().requires_grad_(False), smooth_batch(), Prototypes()
+    found = []
+    for engine in (engines.DoubleBackward(), FINE):
+        regularizer = attrreg.InputGradient(score=scores.TaskLoss(loss)).using(engine)
+        found.append(gradients(loss, regularizer(model, x, mask, target, output=lambda logits: logits)))
+    assert all(gradient.any() for gradient in found[0])
+    assert_close(found[1], found[0], 1e-6)
+
+
 def test_passes_are_counted() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     with passes() as counter:

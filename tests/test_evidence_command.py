@@ -134,7 +134,7 @@ def test_trainings_at_a_time(device: str, options: list[str], workers: int, tmp_
         asked.append(workers)
         raise ValueError("enough")
 
-    monkeypatch.setattr("attrreg.evidence.command.usable", torch.device)
+    monkeypatch.setattr("attrreg.evidence.command.check_device", torch.device)
     monkeypatch.setattr(ledger, "cores", lambda: 3)
     monkeypatch.setattr(ledger, "Ledger", stops)
     done = CliRunner().invoke(cli.build_app(), ["evidence", "--out", str(tmp_path / "x.jsonl"), "--device", device, *options])

@@ -141,6 +141,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "its deviation": (lambda: Dropped(lambda h: h + h.std(0).mean()), False),
     "a softmax over the batch": (lambda: Dropped(lambda h: h * h.softmax(0)), False),
     "a number of images in the model": (lambda: Dropped(lambda h: h.view(3, 4, 32, 32)), False),
+    "a number for each image": (lambda: Dropped(lambda h: torch.stack([(1.0, 2.0, 3.0)[i] * image for i, image in enumerate(h)])), False),
 }
 REGULARIZERS: dict[str, AttributionRegularizer] = {
     "integrated gradients": attrreg.IntegratedGradients(steps=4, chunk=None),

@@ -16,7 +16,7 @@ from attrreg.objectives import Objective
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.scores import Score
 from tests import oracles
-from tests.models import DEVICE, FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
+from tests.models import DEVICE, FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch, stir
 
 SCORES: dict[str, tuple[Score, oracles.ScoreFunction]] = {
     "sum_log_prob": (scores.SumLogProb(), oracles.score_sum_log_prob),
@@ -152,9 +152,7 @@ def test_equal_naive_double_backward_on_real_models(family: str, training: bool)
         for rate in ("p", "drop_prob"):  # dropout and drop-path: an oracle that draws its own masks is no oracle
             if isinstance(getattr(module, rate, None), float):
                 setattr(module, rate, 0.0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
+    stir(model, 0.01)
     x, mask, target = batch(2, size=known.size, classes=4, dtype=torch.float64)
     regularizer = attrreg.InputGradient() + attrreg.GradCAM(layer=known.layer)
     got = regularizer.evaluate(model, x, mask, target)
@@ -220,7 +218,7 @@ def test_a_third_derivative_is_right_or_refused(layer: nn.Module, by_name: bool)
     try:
         found = third(absolute(model, x, mask, target))
     except RuntimeError as error:
-        assert "third derivative, which a penalty has not" in str(error)
+        assert "third derivative, which a penalty does not have" in str(error)
     else:
         model.zero_grad()
         torch.testing.assert_close(found, third(plain))

@@ -274,18 +274,6 @@ def test_a_callback_for_each_of_two_networks(tmp_path: Path) -> None:
     assert [each.step for each in again] == [4, 7]
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_checkpoints_without_the_name_of_the_network_are_read(tmp_path: Path) -> None:
-    scheduled = Scheduled(REGULARIZER, schedules.Linear(8))
-    callback = AttributionPenalty(scheduled)
-    assert callback.state_key == "AttributionPenalty"
-    trainer = fit_both(Checked(), [callback])
-    trainer.save_checkpoint(tmp_path / "old.ckpt")
-    again = Scheduled(REGULARIZER, schedules.Linear(8))
-    fit_both(Checked(), [AttributionPenalty(again, model="net")], ckpt_path=tmp_path / "old.ckpt", weights_only=False)
-    assert again.step == scheduled.step == 4
-
-
 def test_a_module_can_be_saved_and_copied_while_it_trains(tmp_path: Path) -> None:
     copies, batch = list[Any](), next(iter(DataLoader(samples(), batch_size=6)))
 

@@ -43,7 +43,7 @@ def always_onednn() -> Iterator[list[tuple[int, ...]]]:
             result: Tensor = kernel.default(a, *rest)
             return result
 
-    with patch.multiple(linear, MUCH=0, WIDE=0, MKL_IS_SLOW=True, ONEDNN=Counted):
+    with patch.multiple(linear, MIN_MULTIPLICATIONS=0, MIN_SIDE=0, MKL_IS_SLOW=True, ONEDNN=Counted):
         yield calls
 
 
@@ -128,7 +128,7 @@ def test_one_output_whose_gradient_comes_transposed() -> None:
 def test_convolutions_by_products(kernel: int, side: int, format: torch.memory_format) -> None:
     x, w = torch.randn(3, 8, side, side).to(memory_format=format), torch.randn(320, 8, kernel, kernel) / 8
     stride, padding = (2, 0) if kernel == 2 else (1, kernel // 2)
-    with patch.object(pointwise, "NARROW", 0):
+    with patch.object(pointwise, "SMALL_WEIGHT", 0):
         compare(lambda x, w, b: F.conv2d(x, w, b, stride, padding), [x, w, torch.randn(320)])
 
 
@@ -149,7 +149,7 @@ def test_a_whole_model() -> None:
     x, mask, target = torch.randn(5, 3, 16, 16), torch.rand(5, 1, 16, 16).round(), torch.arange(5) % 4
     reg = attrreg.InputGradient(score=attrreg.scores.TargetLogit(), objective=attrreg.objectives.SquaredOutside())
     found = []
-    for context in (patch.object(linear, "MUCH", 10**12), always_onednn()):
+    for context in (patch.object(linear, "MIN_MULTIPLICATIONS", 10**12), always_onednn()):
         model.zero_grad()
         with context as calls:
             reg(model, x, mask, target=target).backward()

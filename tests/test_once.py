@@ -71,12 +71,12 @@ def counted() -> Iterator[list[tuple[int, ...]]]:
     """The weights of the convolutions that were ours."""
     ours: list[tuple[int, ...]] = []
 
-    def convolve(phase: Phase, input: Tensor, weight: Tensor, *settings: Any) -> Tensor:
-        ours.append(tuple(weight.shape))
-        return original(phase, input, weight, *settings)
+    def applied(x: Tensor, w: Tensor, *rest: Any) -> Tensor:
+        ours.append(tuple(w.shape))
+        return original(x, w, *rest)
 
-    original = conv.convolve
-    with patch.object(conv, "convolve", convolve):
+    original = conv._apply
+    with patch.object(conv, "_apply", applied):
         yield ours
 
 

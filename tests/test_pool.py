@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attrreg.ops import Phase, pool, twice_differentiable
-from attrreg.ops.channels import layout
+from attrreg.ops.channels import memory_format
 from tests.models import DEVICE
 
 
@@ -53,11 +53,11 @@ def test_as_pytorch(case: tuple[Tensor, dict[str, Any]], at_once: int) -> None:
         fits = False  # as the kernel is larger than the image
     assume(fits)
     want = derivatives(x, scale, given)
-    with patch.multiple(pool, MANY=0, AT_ONCE=at_once), twice_differentiable(Phase()):
+    with patch.multiple(pool, MIN_VALUES=0, VALUES_AT_ONCE=at_once), twice_differentiable(Phase()):
         found = derivatives(x, scale, given)
     for ours, pytorchs in zip(found, want, strict=True):
         torch.testing.assert_close(ours, pytorchs, rtol=1e-12, atol=1e-12)
-    assert all(ours.is_contiguous(memory_format=layout(x)) for ours in found[:3])
+    assert all(ours.is_contiguous(memory_format=memory_format(x)) for ours in found[:3])
 
 
 NUMBER: Any = numpy.int64(2)  # not in PyTorch's stubs

@@ -296,21 +296,6 @@ def test_a_leaf_frozen_before_a_chunked_backward_gets_nothing() -> None:
     torch.testing.assert_close(model.body.weight.grad, want[2])
 
 
-class PerImage(SmoothNet):
-    """Knows its images by a list."""
-
-    gains = (1.0, 2.0, 3.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([logits * self.gains[place] for place, logits in enumerate(super().forward(x))])
-
-
-def test_a_model_that_fails_on_more_images_runs_each_place_alone() -> None:
-    model, (x, mask, target) = PerImage().double(), smooth_batch()
-    want = attrreg.IntegratedGradients(4)(model, x, mask, target)
-    torch.testing.assert_close(attrreg.IntegratedGradients(4, chunk=None)(model, x, mask, target), want)
-
-
 class Branch(SmoothNet):
     """Decides over the whole batch, with no gradient."""
 

@@ -21,20 +21,23 @@ class GradCAM(MapRegularizer):
     phi = sum_c w_c A_c, w_c = mean over positions of d score / d A_c, `(N, 1, h, w)` at the layer's own resolution.
 
     Args:
-        layer: dotted name of a layer with a spatial map: `(N, C, h, w)`, `(N, h, w, C)` or tokens `(N, L, C)`. "auto": the
-            last layer that has one on which the score depends, taken as it is when the forward ends.
+        layer: dotted name of a layer with a spatial map: `(N, C, h, w)`, `(N, h, w, C)` or tokens `(N, L, C)`. "auto": the last such layer
+            on which the score depends; where the model overwrites its output in place, the map is of what it wrote.
         relu: clip the map at zero, as the paper does for display. Off by default, as in Captum: a map that is negative
             everywhere would be clipped to nothing, and its penalty would have no gradient.
-        semi: treat the weights w as constants when the penalty is differentiated. A different method, not an
-            approximation: gradients reach the activations alone.
-        score: what is differentiated; by default what `scores.ByTarget` says: the target's logit against the best other.
-        objective: what is asked of phi.
+        semi: treat the weights w as constants when the penalty is differentiated, so that gradients reach the activations alone. This is a
+            different method, not an approximation.
+        score: what is differentiated; by default chosen by the target (`scores.ByTarget`): for class indices the target's logit against the
+            best other, without a target the sum of log-probabilities.
+        objective: the penalty of phi under the mask, `(map, mask) -> (N,)`: see `attrreg.objectives`.
 
     Raises:
-        TypeError: `layer` is not a name.
+        TypeError: naming the setting.
+        ValueError, RuntimeError: in a call, if the layer has no spatial map, or the score does not depend on it.
 
     Cost:
-        One backward from the score down to the layer (and its double backward); no forward when attached.
+        One forward, none when attached, and one backward from the score down to the layer, which is differentiated again. "auto" costs more
+        in a model's first call: see docs/gradcam.md.
 
     Source:
         Selvaraju et al. 2017, arXiv 1610.02391; semi: RES (Gao et al. 2022, arXiv 2206.13413). Equals Captum's `LayerGradCam`

@@ -21,12 +21,16 @@ class InputGradient(MapRegularizer):
     phi = d score / d x, `(N, C, H, W)`, signed, in units of the score per unit of `x`.
 
     Args:
-        score: what is differentiated; by default what `scores.ByTarget` says: the target's logit against the best other.
-        objective: what is asked of phi.
-        absolute: phi = |d score / d x|, which `Energy`, `NetOutside` and `TotalVariation` tell from the gradient.
+        score: what is differentiated; by default chosen by the target (`scores.ByTarget`): for class indices the target's logit against the
+            best other, without a target the sum of log-probabilities.
+        objective: the penalty of phi under the mask, `(map, mask) -> (N,)`: see `attrreg.objectives`.
+        absolute: take |d score / d x|. This matters to objectives that see the sign: `Energy`, `NetOutside` and `TotalVariation`.
+
+    Raises:
+        TypeError: naming the setting.
 
     Cost:
-        One backward (and its double backward); no forward when attached.
+        One forward, none when attached, and one backward, which is differentiated again in the loss's backward.
 
     Source:
         Ross, Hughes and Doshi-Velez 2017, arXiv 1703.03717; as an attribution, Simonyan et al. 2013, arXiv 1312.6034.
@@ -55,11 +59,15 @@ class InputXGradient(MapRegularizer):
     with a zero baseline (Hesse et al. 2021, arXiv 2111.07668).
 
     Args:
-        score: what is differentiated; by default what `scores.ByTarget` says: the target's logit against the best other.
-        objective: what is asked of phi.
+        score: what is differentiated; by default chosen by the target (`scores.ByTarget`): for class indices the target's logit against the
+            best other, without a target the sum of log-probabilities.
+        objective: the penalty of phi under the mask, `(map, mask) -> (N,)`: see `attrreg.objectives`.
+
+    Raises:
+        TypeError: naming the setting.
 
     Cost:
-        One backward (and its double backward), shared with `InputGradient` of the same score.
+        That of `InputGradient`; in a sum with one of the same score, nothing more.
 
     Source:
         Shrikumar et al. 2016, arXiv 1605.01713. Equals Captum's `InputXGradient`.

@@ -29,18 +29,20 @@ class IntegratedGradients(MapRegularizer):
         steps: number of places on the path; at least 1, and 2 for the Riemann rules.
         baseline: where the path starts: a number, a tensor that broadcasts to `x`, or one of `attrreg.baselines`.
         rule: Captum's name of the quadrature rule.
-        chunk: how many steps' graphs are held in memory at a time. With fewer than `steps`, the memory is that of `chunk`
-            steps, and each step is computed once more. None: all at once. Steps of a chunk share a pass where images meet
-            in nothing but batch normalisation, which is then done step by step, and nothing is drawn but dropout and stochastic depth.
-        score: what is differentiated; by default what `scores.ByTarget` says: the target's logit against the best other.
-        objective: what is asked of phi.
+        chunk: how many steps' graphs are held in memory at a time; None: those of all. If that is fewer than `steps`, each step is computed
+            twice: for the map without its graph, and in the penalty's backward with it. The steps of a chunk run as one batch where that
+            gives the same map: where no layer mixes images but batch normalisation, which then normalises each step by itself, and the
+            model draws nothing but dropout and stochastic depth.
+        score: what is differentiated; by default chosen by the target (`scores.ByTarget`): for class indices the target's logit against the
+            best other, without a target the sum of log-probabilities.
+        objective: the penalty of phi under the mask, `(map, mask) -> (N,)`: see `attrreg.objectives`.
 
     Raises:
         TypeError, ValueError: naming the setting.
 
     Cost:
-        A forward and a backward for each of `steps`, the backward differentiated again; twice where the path is
-        chunked. Train-mode BatchNorm sees the batch at one step at a time, also where steps share a pass.
+        A forward and a backward for each of `steps`, the backward differentiated again; both twice where `chunk` is less than `steps`.
+        Nothing is saved by attaching. Steps that run as one batch are one pass.
 
     Source:
         Sundararajan et al. 2017, arXiv 1703.01365. Equals Captum's `IntegratedGradients` (its default has 50 steps), which
@@ -77,22 +79,22 @@ class ExpectedGradients(MapRegularizer):
     """Integrated gradients in expectation over baselines and places, by fresh draws each call.
 
     phi = mean over draws of (x - b) * d score / d z at z = b + a (x - b), with b a random baseline and a ~ U(0, 1), both
-    drawn for each image. One draw a step is an unbiased estimate of the expectation.
+    drawn for each image. One draw in each training step is an unbiased estimate of the expectation.
 
     Args:
-        samples: draws a call.
+        samples: how many pairs (b, a) are drawn in a call.
         baseline: what b is drawn from; by default the other images of the batch. `baselines.Masked(fill)` compares the image
             with itself without its irrelevant part.
-        chunk: how many draws' graphs are held in memory at a time, as in `IntegratedGradients`.
-        score: what is differentiated; by default what `scores.ByTarget` says: the target's logit against the best other.
-        objective: what is asked of phi.
+        chunk: how many samples' graphs are held in memory at a time, as in `IntegratedGradients`.
+        score: what is differentiated; by default chosen by the target (`scores.ByTarget`): for class indices the target's logit against the
+            best other, without a target the sum of log-probabilities.
+        objective: the penalty of phi under the mask, `(map, mask) -> (N,)`: see `attrreg.objectives`.
 
     Raises:
         TypeError, ValueError: naming the setting.
 
     Cost:
-        A forward and a backward a sample, the backward differentiated again; twice where chunked. Samples share passes as
-        the steps of `IntegratedGradients` do.
+        That of `IntegratedGradients` with as many steps.
 
     Source:
         Erion et al. 2021, arXiv 1906.10670, where baselines come from the training set.
@@ -123,15 +125,15 @@ class ExpectedGradients(MapRegularizer):
 
 
 def _keep_path(regularizer: Any) -> None:
-    """Check what both path methods have, and keep baseline and chunk in one form."""
+    """Check the settings that both path methods have; keep the baseline as a `Baseline` and the chunk as an `int`."""
     keep_baseline(regularizer)
-    check_share(regularizer)
+    check_share_varies(regularizer)
     if regularizer.chunk is not None:
         keep_count(regularizer, "chunk", 1)
 
 
-def check_share(regularizer: Any) -> None:
-    """Check that the baseline does not make the objective constant.
+def check_share_varies(regularizer: Any) -> None:
+    """Refuse an objective that is a share of attribution where only irrelevant pixels differ from the baseline: it would be constant.
 
     Raises:
         ValueError: naming the baseline.
@@ -145,7 +147,7 @@ def check_share(regularizer: Any) -> None:
 
 
 def check_rule(regularizer: Any, least: int = 2) -> None:
-    """Check a quadrature rule and its number of places (`least`: the fewest for Riemann rules), kept as Python's own integer.
+    """Check the quadrature rule and the number of steps, and keep that as an `int`; `least`: the fewest steps for a Riemann rule.
 
     Raises:
         ValueError: naming the setting.

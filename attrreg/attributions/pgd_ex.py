@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 
 from torch import Tensor
 
@@ -12,24 +11,24 @@ from attrreg.needs import Need, Value
 from attrreg.points import Ascent
 from attrreg.regularizer import SingleRegularizer
 from attrreg.scores import TaskLoss
-from attrreg.settings import is_number, keep_count
+from attrreg.settings import is_number, is_real, keep_count
 from attrreg.sites import OUTPUT
 from attrreg.trace import Trace
 
 
 @dataclass(frozen=True, repr=False)
 class PGDEx(SingleRegularizer):
-    """The loss on the image with its irrelevant part perturbed for the worst: the first-order way to ask that it should not matter.
+    """The loss under an adversarial perturbation of the irrelevant pixels: robustness outside the mask, without second derivatives.
 
-    Per image: loss(f(x + d), target), with d found by steps along the sign of the loss's gradient, |d| <= epsilon (1 - m).
+    Per image: loss(f(x + d), target), with |d| <= epsilon (1 - m) found by steps along the sign of the loss's gradient.
 
     Args:
         epsilon: how far an irrelevant value may move, in units of `x`.
         steps: number of steps.
-        rate: how far a step goes; None: 2.5 epsilon / steps, so that the border can be reached and left again.
-        bounds: the range of valid images, where there is one: (0, 1) for images that were not normalised. A value of `x` that lies
-            outside is not brought inside: it may move towards the range by epsilon, and no further away.
-        loss: the loss of each image; by default cross-entropy. It needs targets.
+        rate: length of a step, in units of `x`; None: 2.5 epsilon / steps, enough to reach the border and to leave it again.
+        bounds: least and greatest value of a valid image, for example (0, 1) if images were not normalised; None: there are none. A value
+            of `x` beyond them is not clipped: it may move towards the range by epsilon, but no further away.
+        loss: the loss of each image, which needs a target; by default cross-entropy.
 
     Raises:
         TypeError, ValueError: naming the setting.
@@ -49,13 +48,14 @@ class PGDEx(SingleRegularizer):
     loss: TaskLoss = TaskLoss()
 
     def __post_init__(self) -> None:
-        for name, value in (("epsilon", self.epsilon), ("rate", self.epsilon if self.rate is None else self.rate)):
+        given = {"epsilon": self.epsilon} if self.rate is None else {"epsilon": self.epsilon, "rate": self.rate}
+        for name, value in given.items():
             if not is_number(value) or value <= 0:
                 raise ValueError(f"{name} must be a positive number, in units of x, got {value!r}. Write for example {name}=0.1.")
         keep_count(self, "steps", 1)
         if self.bounds is not None:
             pair = tuple(self.bounds) if isinstance(self.bounds, (tuple, list)) else ()
-            if len(pair) != 2 or not all(isinstance(end, Real) and not isinstance(end, bool) for end in pair) or not pair[0] < pair[1]:
+            if len(pair) != 2 or not all(map(is_real, pair)) or not pair[0] < pair[1]:
                 raise ValueError(f"bounds must be the least and the greatest value of images, got {self.bounds!r}. Write (0.0, 1.0).")
             object.__setattr__(self, "bounds", tuple(map(float, pair)))
         if not isinstance(self.loss, TaskLoss):
@@ -64,7 +64,8 @@ class PGDEx(SingleRegularizer):
     @property
     def _worst(self) -> Ascent:
         low, high = self.bounds or (-math.inf, math.inf)
-        return Ascent(self.loss, self.epsilon, self.steps, 2.5 * self.epsilon / self.steps if self.rate is None else self.rate, low, high)
+        rate = 2.5 * self.epsilon / self.steps if self.rate is None else self.rate
+        return Ascent(self.loss, self.epsilon, self.steps, rate, low, high)
 
     def needs(self) -> tuple[Need, ...]:
         """The output on the worst images."""

@@ -29,7 +29,10 @@ class Case:
     """A model with a batch of images, labels and masks.
 
     Attributes:
-        name: timm's.
+        name: of the model, or of what is measured with it.
+        x: images `(N, C, H, W)`.
+        y: labels `(N,)` int64.
+        mask: `(N, H, W)` bool; True is relevant.
         autocast: the type to compute in, or None.
     """
 

@@ -10,7 +10,7 @@ import torch
 import typer
 
 import attrreg
-from attrreg.options import check_out, check_packages, usable
+from attrreg.options import check_device, check_out, check_packages
 
 NEEDED = ("matplotlib", "rich")
 
@@ -22,7 +22,9 @@ def bench(
     size: Annotated[int, typer.Option(min=16, help="Pixels a side.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds that count.")] = 15,
     warmup: Annotated[int, typer.Option(min=0, help="Rounds before those.")] = 3,
-    seconds: Annotated[float, typer.Option(min=0, help="More rounds where a plain step takes less, as long as if it took this.")] = 0.2,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Where a plain step takes less, more rounds: until plain steps took rounds x this.")
+    ] = 0.2,
     device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
     autocast: Annotated[str | None, typer.Option(help="Compute under autocast, for example in bfloat16.")] = None,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Lay out models and images in torch.channels_last.")] = False,
@@ -39,8 +41,8 @@ def bench(
 ) -> None:
     """Measure what each way to train with an attribution penalty costs here, as multiples of a plain training step."""
     check_packages("bench", NEEDED)
-    check_out(out, ".json", ".md", ".png", "-curves.png", by_part=True)
-    usable(device)
+    check_out(out, ".json", ".json.part", ".md", ".png", "-curves.png")
+    check_device(device)
     if not math.isfinite(seconds):
         raise typer.BadParameter(f"{seconds} seconds never end. Give a finite number.", param_hint="--seconds")
     if autocast not in (None, "bfloat16", "float16"):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from attrreg.bench.cases import Case
 from attrreg.bench.memory import LiveStorage
@@ -74,7 +74,7 @@ def costs(steps: Mapping[str, Step], rounds: int, warmup: int, note: Callable[[f
         rounds: in each, every step runs once; so many at least.
         warmup: rounds before those, not counted.
         note: called after each round with how many of `warmup + rounds` it stands for, the fewer the more there are.
-        seconds: where a plain step takes less, there are more rounds, for as long as if it took this: short steps differ more.
+        seconds: where a plain step takes less, there are more rounds, until plain steps took `rounds * seconds`: short steps vary more.
     """
     plain = next(iter(steps))
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -161,7 +161,7 @@ def _weighed(step: Step) -> tuple[int, float]:
 
 
 def _of_gradients_of_convolution(gy: Any, x: Any, w: Any, *settings: Any, out_val: Any) -> int:
-    """Each of the two as much as the convolution. PyTorch's formula takes the weights' for that of all channels, whatever the groups."""
+    """Each gradient that is asked for costs as much as the convolution. PyTorch's formula ignores the groups in that of the weights."""
     transposed, asked = settings[4], settings[-1]
     return int(sum(asked[:2]) * conv_flop_count(x.shape, w.shape, gy.shape, transposed))
 
@@ -170,21 +170,14 @@ def _of_a_product(a: Tensor, b: Tensor, *rest: Any, out_val: Tensor) -> int:
     return 2 * a.numel() * b.shape[0]
 
 
-def _of_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **settings: Any) -> int:
-    return int(sdpa_flop_count(q.shape, k.shape, v.shape))
-
-
-def _of_its_gradient(go: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **settings: Any) -> int:
-    return int(sdpa_backward_flop_count(go.shape, q.shape, k.shape, v.shape))
-
-
 FORMULAS = {
     **flop_registry,
     aten.convolution_backward: _of_gradients_of_convolution,
-    aten.addmm_: flop_registry[aten.addmm],
     ONEDNN: _of_a_product,
-    aten._scaled_dot_product_flash_attention_for_cpu: _of_attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _of_its_gradient,
+    # The same formulas for operators that PyTorch's registry lacks.
+    aten.addmm_: flop_registry[aten.addmm],
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[aten._scaled_dot_product_flash_attention_backward],
 }
 
 

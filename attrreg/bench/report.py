@@ -15,7 +15,6 @@ from attrreg.bench.measure import Cost
 from attrreg.bench.run import Plan, Record, names, ratios
 from attrreg.bench.strategies import ATTACHED, CHUNKED, DETACHED, FLOORS, INTEGRATED_GRADIENTS, MOVED
 from attrreg.environment import sentence
-from attrreg.options import part_file
 from attrreg.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -26,9 +25,10 @@ AXES = {"batch": "images a batch", "resolution": "pixels a side", "steps": "step
 
 def save(record: Record, path: Path) -> None:
     """As JSON; the file is whole at every time, whatever stops the run."""
-    part = part_file(path)
+    path = path.resolve()  # a link stays
+    part = path.with_suffix(".json.part")
     part.write_text(json.dumps(asdict(record), indent=1) + "\n")
-    part.replace(path.resolve())
+    part.replace(path)
 
 
 def load(path: Path) -> Record:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,9 +14,11 @@ from attrreg.bench.cases import Case
 from attrreg.bench.measure import Cost, costs
 from attrreg.environment import environment
 
+if TYPE_CHECKING:
+    from attrreg.progress import Advance
+
 PARTS = ("models", "penalties", "curves", "date", "load")  # what may differ between parts of a record
 PATH_IMAGES = 16
-Note = Callable[[str, float], None]  # called after each round, with what is being measured, and how many of `rounds` it stands for
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Plan:
             It also gets no more than `PATH_IMAGES` images a batch: a graph of eight passes of more of them fits on few machines.
         curves: whether to measure cost against batch, resolution, steps and number of terms too, on the first model.
         autocast: the type of torch.autocast, or None.
-        seconds: where a plain step takes less, there are more rounds, for as long as if it took this.
+        seconds: where a plain step takes less, there are more rounds: see `measure.costs`.
         keep_memory: whether `attrreg.keep_memory` was called, for all ways alike.
         channels_last: how models and images are laid out; else contiguous.
     """
@@ -92,11 +94,10 @@ class Record:
             ValueError: they were made in another way, elsewhere, or by another state of attrreg.
         """
         here = environment(plan.device)
-        ways = [(setting.name, getattr(self.plan, setting.name), getattr(plan, setting.name)) for setting in fields(Plan)]
-        places = [(name, self.environment.get(name), value) for name, value in here.items()]
-        for name, old, new in ways + places:
-            if name not in PARTS and old != new:
-                raise ValueError(f"it was measured with {name} {old!r}, not {new!r}. Measure all anew, or write to another file.")
+        then = asdict(self.plan) | self.environment
+        for name, now in (asdict(plan) | here).items():
+            if name not in PARTS and (old := then.get(name)) != now:
+                raise ValueError(f"it was measured with {name} {old!r}, not {now!r}. Measure all anew, or write to another file.")
         penalties = tuple(name for name in strategies.PENALTIES if name in {*self.plan.penalties, *plan.penalties})
         models = tuple(dict.fromkeys([*self.plan.models, *plan.models]))
         whole = replace(plan, models=models, penalties=penalties, curves=self.plan.curves or plan.curves)
@@ -140,7 +141,7 @@ def rounds(plan: Plan, record: Record) -> int:
     return parts + sum(len(CURVES[varied]) for varied in record.missing_curves(plan)) * (CURVE_ROUNDS + 1)
 
 
-def measure(plan: Plan, record: Record, note: Note, save: Callable[[Record], None] = lambda record: None) -> None:
+def measure(plan: Plan, record: Record, note: Advance, save: Callable[[Record], None] = lambda record: None) -> None:
     """Measure what a record lacks.
 
     Args:
@@ -152,16 +153,14 @@ def measure(plan: Plan, record: Record, note: Note, save: Callable[[Record], Non
     Raises:
         LookupError: a model does not exist; ValueError: it does not take images of a size that is measured; before anything is.
     """
-    remedies = {(model, plan.size): "" for model, _ in record.missing(plan)}
-    if "resolution" in record.missing_curves(plan):
-        for size in reversed(CURVES["resolution"]):
-            remedies.setdefault((record.plan.models[0], size), " That is a size of the curves: --no-curves leaves them out.")
-    case = None
-    for (model, size), remedy in reversed(remedies.items()):  # the smallest first; the one that is measured first last, and kept
+    for model in dict.fromkeys(model for model, _ in record.missing(plan)):
+        plan.case(model, plan.batch, plan.size)
+    for size in CURVES["resolution"] if "resolution" in record.missing_curves(plan) else ():
         try:
-            case = plan.case(model, plan.batch, size)
+            plan.case(record.plan.models[0], plan.batch, size)
         except ValueError as error:
-            raise ValueError(f"{error}{remedy}") from error.__cause__
+            raise ValueError(f"{error} That is a size of the curves: --no-curves leaves them out.") from error.__cause__
+    case: Case | None = None
     for model, penalty in record.missing(plan):
         batch = plan.batch_of(penalty)
         if case is None or (case.name, len(case.x)) != (model, batch):
@@ -173,14 +172,14 @@ def measure(plan: Plan, record: Record, note: Note, save: Callable[[Record], Non
         save(record)
 
 
-def _costs(case: Case, penalty: str, plan: Plan, note: Note) -> dict[str, Cost]:
+def _costs(case: Case, penalty: str, plan: Plan, note: Advance) -> dict[str, Cost]:
     chosen = strategies.strategies(penalty, case)
     rounds, warmup = plan.rounds_of(penalty)
     steps = {strategy.name: strategy.prepare(case) for strategy in chosen}
     return costs(steps, rounds, warmup, partial(note, f"{case.name}: {penalty}"), plan.seconds)
 
 
-def _curve(varied: str, plan: Plan, note: Note) -> dict[str, list[tuple[int, Cost]]]:
+def _curve(varied: str, plan: Plan, note: Advance) -> dict[str, list[tuple[int, Cost]]]:
     lines: dict[str, list[tuple[int, Cost]]] = {}
     for value in CURVES[varied]:
         usual = plan.batch_of(strategies.INTEGRATED_GRADIENTS) if varied == "steps" else plan.batch

@@ -30,7 +30,8 @@ IG_STEPS = 8
 INPUT_GRADIENT, GRAD_CAM, ACTIVATION_DIFFERENCE = "InputGradient", "GradCAM", "ActivationDifference"
 SUM, INTEGRATED_GRADIENTS = "all three", f"IntegratedGradients({IG_STEPS})"
 PENALTIES = (INPUT_GRADIENT, GRAD_CAM, ACTIVATION_DIFFERENCE, SUM, INTEGRATED_GRADIENTS)
-WRITTEN: dict[str, Any] = {"score": attrreg.scores.TargetLogit(), "objective": attrreg.objectives.SquaredOutside()}  # by people
+# The score and the objective that people write by hand.
+WRITTEN: dict[str, Any] = {"score": attrreg.scores.TargetLogit(), "objective": attrreg.objectives.SquaredOutside()}
 REGULARIZERS: dict[str, AttributionRegularizer] = {
     INPUT_GRADIENT: attrreg.InputGradient(**WRITTEN),
     GRAD_CAM: attrreg.GradCAM(**WRITTEN),
@@ -126,7 +127,7 @@ def _with(regularizer: AttributionRegularizer | Scheduled) -> Loss:
 
 
 class _Differentiable(TorchFunctionMode):
-    """What they have to put in place of operators without a second derivative."""
+    """Replaces activations that PyTorch cannot differentiate twice, as users without attrreg have to."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.hardsigmoid:

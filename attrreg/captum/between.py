@@ -1,4 +1,4 @@
-"""Places on the way from a baseline to the image, as points of their own: for terms that read more than gradients at the image."""
+"""Paths whose places are points of their own, for terms that read layers there: `points.Path` sums gradients at the image alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Between(Baseline):
     alpha: float
 
     @property
-    def needs_mask(self) -> bool:
+    def needs_mask(self) -> bool:  # type: ignore[override]
         """Whether the baseline requires a mask."""
         return self.baseline.needs_mask
 
@@ -31,13 +31,18 @@ class Between(Baseline):
         return start + self.alpha * (x - start)
 
 
-def stops(path: Any, more: int = 0) -> list[tuple[At, float]]:
-    """The places of a path that `check_path` has checked, or of one with some more steps, as points, each with its weight."""
-    return [(At(Between(path.baseline, alpha)), weight) for alpha, weight in places(path.rule, path.steps + more)]
+def path_points(path: Any, extra_steps: int = 0) -> list[tuple[At, float]]:
+    """The places of a path as points, each with its quadrature weight.
+
+    Args:
+        path: a regularizer with `baseline`, `rule` and `steps`, as `check_path` leaves them.
+        extra_steps: places beyond `steps`.
+    """
+    return [(At(Between(path.baseline, alpha)), weight) for alpha, weight in places(path.rule, path.steps + extra_steps)]
 
 
 def check_path(regularizer: Any, least: int = 2) -> None:
-    """Check the settings of a path whose places are points of their own, as `check_rule` does, and keep its baseline as an object.
+    """Check baseline, rule and steps of such a path, and keep the baseline as a `Baseline`; `least`: as in `check_rule`.
 
     Raises:
         TypeError, ValueError: naming the setting.

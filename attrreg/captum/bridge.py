@@ -20,12 +20,11 @@ from attrreg.captum.refusals import ABSTRACT, REFUSED
 from attrreg.objectives import LogOutside, Objective
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
-from attrreg.settings import is_number
 
 Index = int | tuple[int, ...]
 Images = Baseline | Tensor | float | None
 Builder = Callable[..., MapRegularizer]
-BY_TARGET, DEFAULT = ByTarget(contrast=False), LogOutside()
+DEFAULT_SCORE, DEFAULT_OBJECTIVE = ByTarget(contrast=False), LogOutside()
 
 # Captum's arguments that a call of the regularizer gives, and where.
 AT_THE_CALL = MappingProxyType(
@@ -39,7 +38,9 @@ AT_THE_CALL = MappingProxyType(
 )
 
 
-def from_captum(attribution: type, /, *, score: Score = BY_TARGET, objective: Objective = DEFAULT, **settings: Any) -> MapRegularizer:
+def from_captum(
+    attribution: type, /, *, score: Score = DEFAULT_SCORE, objective: Objective = DEFAULT_OBJECTIVE, **settings: Any
+) -> MapRegularizer:
     """A Captum attribution as a regularizer, trained through exactly.
 
         reg = attrreg.from_captum(captum.attr.IntegratedGradients, n_steps=8)
@@ -53,24 +54,24 @@ def from_captum(attribution: type, /, *, score: Score = BY_TARGET, objective: Ob
         attribution: a class of `captum.attr`.
         score: what is differentiated; by default the target's logit, as in Captum, or the sum of log-probabilities without
             targets. Neuron attributions have a score of their own.
-        objective: what is asked of the map.
-        settings: Captum's own, by its names, those of the class and those of its `attribute`, with its defaults. A layer is
+        objective: the penalty of the map under the mask, `(map, mask) -> (N,)`: see `attrreg.objectives`.
+        settings: Captum's settings with Captum's names and defaults, those of the class and those of its `attribute` method. A layer is
             given by its dotted name.
 
     Returns:
         A term; its `repr` says which.
 
     Raises:
-        TypeError: it is not an attribution of Captum's, or is one that cannot be trained through; the message has the reason
-            and the way out. A subclass of Captum's is refused too: nothing shows that its gradient is right.
-        ValueError: a setting that there is not, or that has no equal here.
+        TypeError: `attribution` is not one of Captum's classes (subclasses of your own are refused too, because nothing shows that their
+            gradient is right), or is one that cannot be trained through; the message has the reason and the way out.
+        ValueError: an unknown setting, one that is missing, or one that belongs to the call.
     """
     name = _known_name(attribution)
     builder = ACCEPTED[name]
     of_neuron = name.startswith("Neuron") and name != "NeuronConductance"  # the plain attribution, with the neuron as its score
     _check_settings(name, (_settings_of(_neuron) if of_neuron else {}) | _settings_of(builder), settings)
     if of_neuron:
-        if score != BY_TARGET:
+        if score != DEFAULT_SCORE:
             raise ValueError(f"from_captum: {name} differentiates a neuron, and no score. Leave score= out.")
         score = _neuron(settings.pop("layer"), settings.pop("neuron_selector"))
     return builder(score=score, objective=objective, **settings)
@@ -119,11 +120,13 @@ def _check_settings(name: str, known: Mapping[str, inspect.Parameter], settings:
             raise ValueError(f"from_captum: {name} needs {key}. Its settings: {names}.")
 
 
-def _start(baselines: Images) -> Baseline | Tensor | float:
+def _or_zero(baselines: Images) -> Baseline | Tensor | float:
+    """Where a path starts: None is zero, as in Captum."""
     return Zero() if baselines is None else baselines
 
 
 def _distribution(baselines: Baseline | Tensor) -> Baseline:
+    """What baselines are drawn from: a tensor holds the images."""
     if isinstance(baselines, Baseline):
         return baselines
     if not isinstance(baselines, Tensor):
@@ -138,7 +141,8 @@ def _neuron(layer: str, neuron_selector: Index) -> Neuron:
     return Neuron(layer, neuron_selector)
 
 
-# One builder an attribution: its parameters are Captum's settings, with Captum's names and defaults. A neuron's is that of the whole model.
+# One builder for each attribution: its parameters are Captum's settings, with Captum's names and defaults. A neuron attribution has the
+# builder of the attribution that it takes of the neuron.
 
 
 def _saliency(score: Score, objective: Objective, abs: bool = True) -> MapRegularizer:
@@ -152,7 +156,7 @@ def _gradient(score: Score, objective: Objective) -> MapRegularizer:
 def _integrated_gradients(
     score: Score, objective: Objective, baselines: Images = None, n_steps: int = 50, method: str = "gausslegendre"
 ) -> MapRegularizer:
-    return IntegratedGradients(n_steps, _start(baselines), method, score=score, objective=objective)
+    return IntegratedGradients(n_steps, _or_zero(baselines), method, score=score, objective=objective)
 
 
 def _gradient_shap(score: Score, objective: Objective, baselines: Baseline | Tensor, n_samples: int = 5) -> MapRegularizer:
@@ -178,13 +182,13 @@ def _layer_activation(score: Score, objective: Objective, layer: str) -> MapRegu
 def _internal_influence(
     score: Score, objective: Objective, layer: str, baselines: Images = None, n_steps: int = 50, method: str = "gausslegendre"
 ) -> MapRegularizer:
-    return InternalInfluence(layer, n_steps, _start(baselines), method, score, objective)
+    return InternalInfluence(layer, n_steps, _or_zero(baselines), method, score, objective)
 
 
 def _layer_conductance(
     score: Score, objective: Objective, layer: str, baselines: Images = None, n_steps: int = 50, method: str = "gausslegendre"
 ) -> MapRegularizer:
-    return LayerConductance(layer, n_steps, _start(baselines), method, score, objective)
+    return LayerConductance(layer, n_steps, _or_zero(baselines), method, score, objective)
 
 
 def _neuron_conductance(
@@ -198,7 +202,7 @@ def _neuron_conductance(
     method: str = "riemann_trapezoid",
 ) -> MapRegularizer:
     neuron = Neuron(layer, neuron_selector)
-    return NeuronConductance(neuron, n_steps, _start(baselines), method, multiply_by_inputs, score, objective)
+    return NeuronConductance(neuron, n_steps, _or_zero(baselines), method, multiply_by_inputs, score, objective)
 
 
 def _noise_tunnel(
@@ -207,19 +211,16 @@ def _noise_tunnel(
     attribution_method: type | MapRegularizer,
     nt_type: Kind = "smoothgrad",
     nt_samples: int = 5,
-    stdevs: float | tuple[float, ...] = 1.0,
+    stdevs: float = 1.0,
 ) -> MapRegularizer:
-    if isinstance(attribution_method, MapRegularizer) and score != BY_TARGET:
+    if isinstance(attribution_method, MapRegularizer) and score != DEFAULT_SCORE:
         raise ValueError("from_captum: the score of NoiseTunnel is that of its attribution_method. Give it there.")
     inside = attribution_method if isinstance(attribution_method, MapRegularizer) else from_captum(attribution_method, score=score)
-    std = stdevs[0] if isinstance(stdevs, tuple) and len(stdevs) == 1 else stdevs  # one for each of Captum's inputs
-    if isinstance(std, tuple) or not is_number(std):
-        raise ValueError(f"from_captum: stdevs must be a number, as there is one tensor of images; got {stdevs!r}. Write stdevs=0.1, say.")
-    return NoiseTunnel(inside, nt_type, nt_samples, std, objective)
+    return NoiseTunnel(inside, nt_type, nt_samples, stdevs, objective)
 
 
 def _feature_ablation(score: Score, objective: Objective, feature_mask: Tensor, baselines: Images = None) -> MapRegularizer:
-    return FeatureAblation(feature_mask, _start(baselines), score, objective)
+    return FeatureAblation(feature_mask, _or_zero(baselines), score, objective)
 
 
 def _feature_permutation(score: Score, objective: Objective, feature_mask: Tensor) -> MapRegularizer:
@@ -227,7 +228,7 @@ def _feature_permutation(score: Score, objective: Objective, feature_mask: Tenso
 
 
 def _shapley_values(score: Score, objective: Objective, feature_mask: Tensor, baselines: Images = None) -> MapRegularizer:
-    return ShapleyValues(feature_mask, _start(baselines), score, objective)
+    return ShapleyValues(feature_mask, _or_zero(baselines), score, objective)
 
 
 ACCEPTED: Mapping[str, Builder] = MappingProxyType(

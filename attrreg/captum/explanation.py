@@ -15,8 +15,8 @@ Maps = Tensor | tuple[Tensor]
 def explanation_func(regularizer: AttributionRegularizer, model: nn.Module, *, output: Select = None) -> Callable[..., Maps]:
     """A regularizer's map as the function that `captum.metrics.sensitivity_max` takes.
 
-    Captum passes the images in a tuple and wants the map in one. All else in Captum that reads a map (visualization,
-    `infidelity`) takes what `.attribute` returns.
+    `sensitivity_max` passes the images in a tuple and wants the map in one. The rest of Captum that reads maps (`visualization`,
+    `infidelity`) takes what `.attribute` returns, as it is.
 
     Args:
         regularizer: a single term that has a map.
@@ -24,7 +24,10 @@ def explanation_func(regularizer: AttributionRegularizer, model: nn.Module, *, o
         output: where the logits are, as in calling the regularizer.
 
     Returns:
-        `(inputs, target=None) -> map`.
+        `(inputs, target=None) -> map`, of images `(N, C, H, W)` or a tuple that holds them; the map comes in the same form.
+
+    Cost:
+        Each call costs what `regularizer.attribute` does, and raises what that raises.
     """
 
     def explain(inputs: Maps, target: Tensor | None = None) -> Maps:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attrreg.baselines import Baseline, Zero
-from attrreg.captum.between import check_path, stops
+from attrreg.captum.between import check_path, path_points
 from attrreg.needs import Grad, Need, Value
 from attrreg.objectives import LogOutside, Objective
 from attrreg.points import At
@@ -25,8 +25,8 @@ class LayerActivation(MapRegularizer):
 
     Args:
         layer: dotted name of a layer with a spatial map; "auto": the last one.
-        score: not read; it is here because each map has one.
-        objective: what is asked of phi.
+        score: not used; every map regularizer has this field.
+        objective: the penalty of phi under the mask, `(map, mask) -> (N,)`: see `attrreg.objectives`.
 
     Raises:
         TypeError: naming the setting.
@@ -63,13 +63,13 @@ class LayerGradientXActivation(MapRegularizer):
         layer: dotted name of a layer with a spatial map; "auto": the last one.
         multiply: by A, as above; else the gradient itself.
         score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
-        objective: what is asked of phi.
+        objective: the penalty of phi under the mask, `(map, mask) -> (N,)`: see `attrreg.objectives`.
 
     Raises:
         TypeError: naming the setting.
 
     Cost:
-        One backward down to the layer (and its double backward), shared with `GradCAM` there; no forward when attached.
+        One forward, none when attached, and one backward down to the layer, which is differentiated again; shared with `GradCAM` there.
 
     Source:
         Equals Captum's `LayerGradientXActivation` on `(N, C, h, w)` layers.
@@ -107,14 +107,14 @@ class InternalInfluence(MapRegularizer):
         baseline: where it starts, as in `IntegratedGradients`; none that draws.
         rule: Captum's name of the quadrature rule.
         score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
-        objective: what is asked of phi.
+        objective: the penalty of phi under the mask, `(map, mask) -> (N,)`: see `attrreg.objectives`.
 
     Raises:
         TypeError, ValueError: naming the setting.
 
     Cost:
-        `steps` forwards and backwards down to the layer, each differentiated again; all graphs are held at once. What made
-        x gets no gradient through the places.
+        `steps` forwards, and as many backwards down to the layer, each differentiated again; all graphs are held at once. No gradient flows
+        to `x` through the places.
 
     Source:
         Leino et al. 2018, arXiv 1802.03788. Equals Captum's `InternalInfluence`.
@@ -134,11 +134,11 @@ class InternalInfluence(MapRegularizer):
 
     def needs(self) -> tuple[Need, ...]:
         """The gradient at each place."""
-        return tuple(Grad(self.layer, self.score, at) for at, _ in stops(self))
+        return tuple(Grad(self.layer, self.score, at) for at, _ in path_points(self))
 
     def attribution(self, trace: Trace) -> Tensor:
         """The weighted sum."""
-        weighted = [weight * trace.grad(self.layer, self.score, at) for at, weight in stops(self)]
+        weighted = [weight * trace.grad(self.layer, self.score, at) for at, weight in path_points(self)]
         return trace.grid(self.layer, torch.stack(weighted).sum(dim=0))
 
 
@@ -154,14 +154,14 @@ class LayerConductance(MapRegularizer):
         baseline: where the path starts, as in `IntegratedGradients`; none that draws.
         rule: Captum's name of the quadrature rule, from which the places are taken.
         score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
-        objective: what is asked of phi.
+        objective: the penalty of phi under the mask, `(map, mask) -> (N,)`: see `attrreg.objectives`.
 
     Raises:
         TypeError, ValueError: naming the setting.
 
     Cost:
-        `steps` + 1 forwards, `steps` backwards down to the layer, each differentiated again; all graphs are held at once.
-        What made x gets no gradient through the places.
+        `steps` + 1 forwards, `steps` backwards down to the layer, each differentiated again; all graphs are held at once. No gradient flows
+        to `x` through the places.
 
     Source:
         Dhamdhere et al. 2018, arXiv 1805.12233, computed as in Shrikumar et al. 2018, arXiv 1807.09946. Equals Captum's
@@ -181,7 +181,7 @@ class LayerConductance(MapRegularizer):
         check_path(self, least=1)  # between two places
 
     def _points(self) -> list[At]:
-        return [at for at, _ in stops(self, 1)]
+        return [at for at, _ in path_points(self, extra_steps=1)]
 
     def needs(self) -> tuple[Need, ...]:
         """The activations at each place, and their gradient at each but the last."""
@@ -190,7 +190,8 @@ class LayerConductance(MapRegularizer):
 
     def attribution(self, trace: Trace) -> Tensor:
         """The sum of products of steps and gradients."""
-        points = self._points()
-        steps = [trace.value(self.layer, after) - trace.value(self.layer, at) for at, after in pairwise(points)]
-        products = [step * trace.grad(self.layer, self.score, at) for at, step in zip(points, steps, strict=False)]
+        products = [
+            (trace.value(self.layer, after) - trace.value(self.layer, at)) * trace.grad(self.layer, self.score, at)
+            for at, after in pairwise(self._points())
+        ]
         return trace.grid(self.layer, torch.stack(products).sum(dim=0))

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attrreg.attributions.path import check_share
+from attrreg.attributions.path import check_share_varies
 from attrreg.baselines import Baseline, Zero, as_baseline
-from attrreg.captum.between import check_path, stops
+from attrreg.captum.between import check_path, path_points
 from attrreg.needs import Grad, Need, Value
 from attrreg.objectives import LogOutside, Objective
 from attrreg.regularizer import MapRegularizer
@@ -22,7 +22,7 @@ from attrreg.trace import Trace
 
 @dataclass(frozen=True, repr=False)
 class Neuron(Score):
-    """One number of a layer's output, a_l[:, index]: what Captum's neuron attributions differentiate. Needs no target.
+    """One neuron, a_l[:, index]: the score that Captum's neuron attributions differentiate. Needs no target.
 
     Args:
         layer: dotted name of the layer.
@@ -70,20 +70,20 @@ class NeuronConductance(MapRegularizer):
     phi = (x - b) * sum_k w_k (d score / d a) (d a / d z) at z_k = b + alpha_k (x - b), with a the neuron, `(N, C, H, W)`.
 
     Args:
-        neuron: through which it goes.
+        neuron: the neuron, as `Neuron(layer, index)`.
         steps: places on the path.
         baseline: where it starts, as in `IntegratedGradients`; none that draws.
         rule: Captum's name of the quadrature rule.
         multiply: by x - b, as above; else the average gradient itself.
         score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
-        objective: what is asked of phi.
+        objective: the penalty of phi under the mask, `(map, mask) -> (N,)`: see `attrreg.objectives`.
 
     Raises:
         TypeError, ValueError: naming the setting.
 
     Cost:
-        `steps` forwards and twice as many backwards, each differentiated again; all graphs are held at once. What made x
-        gets no gradient through the places.
+        `steps` forwards and twice as many backwards, each differentiated again; all graphs are held at once. No gradient flows to `x`
+        through the places.
 
     Source:
         Dhamdhere et al. 2018, arXiv 1805.12233. Equals Captum's `NeuronConductance`.
@@ -102,18 +102,18 @@ class NeuronConductance(MapRegularizer):
         if not isinstance(self.neuron, Neuron):
             raise TypeError(f"NeuronConductance: neuron must be a captum.Neuron, got {self.neuron!r}. Write Neuron('layer4', (0, 1, 1)).")
         check_path(self)
-        if self.multiply:  # by zero where the baseline is the image
-            check_share(self)
+        if self.multiply:  # the map is zero where image and baseline agree; without the factor it need not be
+            check_share_varies(self)
 
     def needs(self) -> tuple[Need, ...]:
         """At each place, the score's gradient at the layer and the neuron's at the image."""
-        pairs = [(Grad(self.neuron.layer, self.score, at), Grad(INPUT, self.neuron, at)) for at, _ in stops(self)]
+        pairs = [(Grad(self.neuron.layer, self.score, at), Grad(INPUT, self.neuron, at)) for at, _ in path_points(self)]
         return (Value(INPUT), *(need for pair in pairs for need in pair))
 
     def attribution(self, trace: Trace) -> Tensor:
         """The weighted sum of products."""
         products = []
-        for at, weight in stops(self):
+        for at, weight in path_points(self):
             onward = self.neuron(trace.grad(self.neuron.layer, self.score, at), None)
             products.append(weight * onward.view(-1, 1, 1, 1) * trace.grad(INPUT, self.neuron, at))
         total = torch.stack(products).sum(dim=0)

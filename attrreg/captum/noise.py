@@ -23,7 +23,7 @@ Kind = Literal["smoothgrad", "smoothgrad_sq", "vargrad"]
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "smoothgrad": lambda maps: maps.mean(dim=0),
     "smoothgrad_sq": lambda maps: maps.square().mean(dim=0),
-    "vargrad": lambda maps: (maps - maps.mean(dim=0)).square().mean(dim=0),  # a difference of squares would be rounding, under little noise
+    "vargrad": lambda maps: maps.var(dim=0, correction=0),
 }
 
 
@@ -32,7 +32,7 @@ class Noisy(Baseline):
     """The image plus Gaussian noise.
 
     Attributes:
-        draw: tells apart the draws of one call.
+        draw: number of the copy. Points that are equal share one draw; this makes them differ.
     """
 
     noise: Noise
@@ -57,13 +57,13 @@ class NoiseTunnel(MapRegularizer):
         kind: see above.
         samples: noisy copies.
         std: of the noise, in units of `x`.
-        objective: what is asked of phi.
+        objective: the penalty of phi under the mask, `(map, mask) -> (N,)`: see `attrreg.objectives`.
 
     Raises:
         TypeError, ValueError: naming the setting.
 
     Cost:
-        `samples` times that of `of`, the forwards included; all graphs are held at once. What made x gets no gradient.
+        `samples` times that of `of`, the forwards included; all graphs are held at once. No gradient flows to `x`.
 
     Source:
         Smilkov et al. 2017, arXiv 1706.03825; "vargrad": Adebayo et al. 2018, arXiv 1810.03307. Equals Captum's `NoiseTunnel`,

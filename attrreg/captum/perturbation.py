@@ -33,7 +33,7 @@ class Without(Baseline):
         return self.baseline.draws
 
     @property
-    def needs_mask(self) -> bool:
+    def needs_mask(self) -> bool:  # type: ignore[override]
         """Whether the baseline requires a mask."""
         return self.baseline.needs_mask
 
@@ -66,21 +66,21 @@ class FeatureAblation(MapRegularizer):
 
     Args:
         segments: integers that number the segments, `(H, W)` or anything that broadcasts to `x`: a grid, superpixels.
-        baseline: what takes a segment's place: a number, a tensor that broadcasts to `x`, or one of `attrreg.baselines`; one that
-            draws does so for each segment.
+        baseline: what takes a segment's place: a number, a tensor that broadcasts to `x`, or one of `attrreg.baselines`. One that draws is
+            drawn anew for each segment.
         score: what is compared; by default the target's logit, or the sum of log-probabilities without targets.
-        objective: what is asked of phi.
+        objective: the penalty of phi under the mask, `(map, mask) -> (N,)`: see `attrreg.objectives`.
 
     Raises:
         TypeError, ValueError: naming the setting.
 
     Cost:
-        One forward a segment, and the clean one, which is free when attached. No inner backward, and nothing is differentiated
-        twice: it runs on compiled models too. What made x gets no gradient through the ablated images.
+        One forward a segment, and the clean one, which is free when attached. No inner backward, so nothing is differentiated twice. No
+        gradient flows to `x` through the ablated images.
 
     Source:
-        Equals Captum's `FeatureAblation`, and with `baselines.OtherImage()` its `FeaturePermutation`, but that there some images may
-        stay in their place. Zeiler and Fergus 2013, arXiv 1311.2901, have a sliding window.
+        Equals Captum's `FeatureAblation`, and with `baselines.OtherImage()` its `FeaturePermutation`, except that Captum's permutation may
+        leave some images where they are. Zeiler and Fergus 2013, arXiv 1311.2901, use a sliding window.
     """
 
     segments: Fixed | Tensor
@@ -107,28 +107,28 @@ class FeatureAblation(MapRegularizer):
         return _on_segments(self, falls, trace)
 
 
-MOST = 10  # segments: twice as many forwards for each more
+MAX_SEGMENTS = 10  # each one more doubles the forwards
 
 
 @dataclass(frozen=True, repr=False)
 class ShapleyValues(MapRegularizer):
     """What a segment adds to the score on average, over all orders in which segments could be put into the image.
 
-    phi_i = sum over sets S of other segments of |S|! (K - |S| - 1)! / K! (score(S and i) - score(S)), where the segments that are
-    not in the set come from b; at each pixel of segment i, `(N, C, H, W)`, in units of the score.
+    phi_i = sum over sets S of other segments of |S|! (K - |S| - 1)! / K! (score(S and i) - score(S)), at each pixel of segment i,
+    `(N, C, H, W)`, in units of the score. score(S) is that of the image whose segments outside S are replaced by the baseline.
 
     Args:
         segments: integers that number the segments, as in `FeatureAblation`; at most 10 different ones.
         baseline: what takes a segment's place, as in `FeatureAblation`; none that draws.
         score: what is compared; by default the target's logit, or the sum of log-probabilities without targets.
-        objective: what is asked of phi.
+        objective: the penalty of phi under the mask, `(map, mask) -> (N,)`: see `attrreg.objectives`.
 
     Raises:
         TypeError, ValueError: naming the setting.
 
     Cost:
-        2^K - 1 forwards for K segments, and the clean one, which is free when attached. No inner backward. What made x gets no
-        gradient through the ablated images.
+        2^K - 1 forwards for K segments, and the clean one, which is free when attached. No inner backward. No gradient flows to `x` through
+        the ablated images.
 
     Source:
         Shapley 1953; Castro et al. 2009. Equals Captum's `ShapleyValues`, which `ShapleyValueSampling` and `KernelShap` estimate.
@@ -148,8 +148,10 @@ class ShapleyValues(MapRegularizer):
                 f"ShapleyValues: {type(baseline).__name__} would draw anew for each set of segments. Use a baseline that does not draw."
             )
         count = len(_numbers(self))
-        if count > MOST:
-            raise ValueError(f"ShapleyValues: {count} segments take {2**count} forwards. Give at most {MOST}, or use FeatureAblation.")
+        if count > MAX_SEGMENTS:
+            raise ValueError(
+                f"ShapleyValues: {count} segments take {2**count} forwards. Give at most {MAX_SEGMENTS}, or use FeatureAblation."
+            )
 
     @property
     def _points(self) -> dict[frozenset[int], Point]:

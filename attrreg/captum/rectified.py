@@ -24,12 +24,12 @@ GUIDED, DECONVOLVED = Rectified(guided), Rectified(deconvolved)
 class GuidedBackprop(MapRegularizer):
     """The input gradient, with only what is positive passed back at each ReLU layer, `(N, C, H, W)`.
 
-    Only `nn.ReLU` layers follow the rule, as in Captum. The penalty's parameter gradient is that of the map: the rule applies
-    where the map is made, and not where the penalty is differentiated.
+    Only `nn.ReLU` layers follow the rule, as in Captum. It applies where the map is computed, not in the backward of the penalty, whose
+    parameter gradient is the true derivative of the map.
 
     Args:
         score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
-        objective: what is asked of phi.
+        objective: the penalty of phi under the mask, `(map, mask) -> (N,)`: see `attrreg.objectives`.
 
     Raises:
         ValueError: no `nn.ReLU` layer runs, so the map would be the gradient; or with `engines.FiniteDifference`.
@@ -59,11 +59,11 @@ class GuidedBackprop(MapRegularizer):
 class Deconvolution(MapRegularizer):
     """The input gradient, with the positive part of what arrives passed back at each ReLU layer, `(N, C, H, W)`.
 
-    As `GuidedBackprop`, which see, but whether the ReLU was active in the forward makes no difference.
+    As `GuidedBackprop`, but gradients also pass a ReLU that was not active in the forward. See there for what both have in common.
 
     Args:
         score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
-        objective: what is asked of phi.
+        objective: the penalty of phi under the mask, `(map, mask) -> (N,)`: see `attrreg.objectives`.
 
     Raises:
         ValueError: no `nn.ReLU` layer runs, so the map would be the gradient; or with `engines.FiniteDifference`.
@@ -94,7 +94,7 @@ class GuidedGradCam(MapRegularizer):
     Args:
         layer: dotted name of a layer with a spatial map; "auto": the last one.
         score: what is differentiated; by default the target's logit, or the sum of log-probabilities without targets.
-        objective: what is asked of phi.
+        objective: the penalty of phi under the mask, `(map, mask) -> (N,)`: see `attrreg.objectives`.
 
     Raises:
         TypeError: naming the setting.

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
-from attrreg.options import check_out, check_packages, usable
+from attrreg.options import check_device, check_out, check_packages
 
 NEEDED = ("matplotlib", "mlxtend", "rich")
 
@@ -32,7 +32,7 @@ def demo(
     """Train a small model on a task with a shortcut: plainly, and with each kind of regularizer; compare them."""
     check_packages("demo", NEEDED)
     check_out(out, ".png", ".json")
-    target = usable(device)
+    target = check_device(device)
     # Several threads wait for each other after every operator: 1.7 times as fast on two idle cores, but up to 50 times
     # as slow when another process uses one of them.
     torch.set_num_threads(threads)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from attrreg.evidence.models import small
 from attrreg.evidence.training import predict, step, train
 from attrreg.metrics import accuracy, auc, share_inside
 from attrreg.scores import TargetLogit
+
+if TYPE_CHECKING:
+    from attrreg.progress import Advance
 
 WARMUP_ROUNDS = 3
 SAMPLE = 250
@@ -66,10 +70,7 @@ class Run:
     results: tuple[Result, ...]
 
 
-Progress = Callable[[str, float], None]
-
-
-def run(settings: Settings, progress: Progress = lambda doing, steps: None) -> Run:
+def run(settings: Settings, progress: Advance = lambda doing, steps: None) -> Run:
     """Train and measure every method.
 
     Args:
@@ -119,7 +120,7 @@ def penalised(method: Method, model: nn.Module, data: Split) -> float | None:
     return float(method.regularizer(model, some.images, some.masks, target=some.labels, generator=draws).detach())
 
 
-def step_costs(initial: nn.Module, data: Split, settings: Settings, progress: Progress) -> list[float]:
+def step_costs(initial: nn.Module, data: Split, settings: Settings, progress: Advance) -> list[float]:
     """Time of a step of each method, optimizer included, as a multiple of a plain one: as `attrreg bench` measures it, on one batch."""
     batch = data.take(torch.arange(settings.budget.batch, device=settings.device))
     draws = torch.Generator().manual_seed(settings.seed)

@@ -60,6 +60,7 @@ def folder(
             f"{root}: {splits} with similar={similar!r} has one split twice. Name three; `similar` (--similar) may be the second."
         )
     train, valid, test, *others = _splits(root, names, dilation)
+    classes = len(train.labels.unique())  # numbered from 0, and those of all splits: `_splits` refuses others
     if sizes is not None:
         parts = zip((train, valid, test), splits, sizes, strict=True)
         train, valid, test = (_some(part, f"{root}: {name}", size, generator) for part, name, size in parts)
@@ -77,13 +78,12 @@ def folder(
         like_training, train = train.take(order[:held]), train.take(order[held:])
     if flip:
         valid, test = valid.mirrored(), test.mirrored()
-    classes = 1 + max(int(part.labels.max()) for part in (train, like_training, valid, test))
     clean = replace(test, images=ReplaceOutside()(test.images, test.masks))
     return Task(root.name, classes, train, like_training, valid, test, clean)
 
 
 def digest(root: Path | str) -> str:
-    """Of the tables and arrays in a folder, so that those that changed are not taken for what they were."""
+    """A hash of the tables and arrays in a folder, by which a record knows whether they have changed since."""
     found = hashlib.sha256()
     for path in sorted([*Path(root).glob("*.csv"), *Path(root).glob("*.npy")]):
         found.update(path.name.encode() + path.read_bytes())
@@ -148,7 +148,7 @@ def _table(root: Path, name: str) -> tuple[list[str], list[int]]:
 
 
 def _split(root: Path, name: str, files: Sequence[str], labels: Sequence[int], dilation: int) -> Split:
-    images = _stacked([root / file for file in files]).float()
+    images = _stacked([root / file for file in files])
     images = images.unsqueeze(1) if images.dim() == 3 else images.movedim(-1, 1)
     masks = _stacked([root / file.replace("img", "seg") for file in files]) != 0
     if masks.dim() == 4:
@@ -176,7 +176,7 @@ def _stacked(paths: Sequence[Path]) -> Tensor:
     return torch.from_numpy(numpy.stack(arrays))
 
 
-def _array(path: Path) -> numpy.typing.NDArray[Any]:
+def _array(path: Path) -> numpy.typing.NDArray[numpy.float32]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, though a table of labels names it. Put it there, or take its row out.")
     try:
@@ -187,5 +187,4 @@ def _array(path: Path) -> numpy.typing.NDArray[Any]:
         raise ValueError(f"{path} is {array.shape}, but an array must be (H, W) or (H, W, C). Save it so.")
     if array.dtype.kind not in "biuf" or not numpy.isfinite(array).all():
         raise ValueError(f"{path} has values that are not finite real numbers ({array.dtype}). Mend it, or take its row out.")
-    wide = array.dtype.kind == "u" and array.dtype.itemsize > 1  # which PyTorch computes little with
-    return array.astype(numpy.int64 if wide else array.dtype.newbyteorder("="), copy=False)
+    return array.astype(numpy.float32)

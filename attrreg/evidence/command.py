@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attrreg.options import check_out, check_packages, usable
+from attrreg.evidence.packages import FOLDER, Missing
+from attrreg.options import check_device, check_out, check_packages
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +45,7 @@ def evidence(
     """Compare ways to train on tasks with a shortcut, published ones or your own, with the same number of trials for each."""
     check_packages("evidence", NEEDED)
     check_out(out, ".jsonl", ".md", ".png")
-    target = usable(device)
+    target = check_device(device)
     of_folder = {"--splits": splits != SPLITS, "--sizes": sizes, "--similar": similar, "--flip": flip, "--dilation": dilation}
     given = [option for option, value in of_folder.items() if value]
     if folder is None and given:
@@ -53,7 +53,7 @@ def evidence(
     if folder is not None and data:
         raise typer.BadParameter("it takes the place of --data. Pass one of them.", param_hint="--folder")
     if packages is not None:
-        os.environ["ATTRREG_PACKAGES"] = str(packages)
+        os.environ[FOLDER] = str(packages)
 
     from rich.console import Console
     from rich.markdown import Markdown
@@ -114,7 +114,6 @@ def _folder(root: Path, splits: str, similar: str, sizes: str, flip: bool, dilat
 def _again(what: str, ledger: Ledger, console: Console) -> None:
     """Train records again and say whether the numbers are the same."""
     from attrreg.evidence import job, report
-    from attrreg.evidence.packages import Missing
 
     rows = {name: each for name, each in ledger.records.items() if each.job.judged and what == f"{each.job.source.kind}/{each.job.method}"}
     found = {what: ledger.records[what]} if what in ledger.records else rows
@@ -154,8 +153,5 @@ def _again(what: str, ledger: Ledger, console: Console) -> None:
 
 
 def _same(one: Record, other: Record) -> bool:
-    """Whether what the second has of outcomes is what the first has: where a setting was only tried, nothing was tested."""
-    return all(
-        json.dumps({key: one.outcomes[split].get(key) for key in kept}, sort_keys=True) == json.dumps(kept, sort_keys=True)  # NaN is NaN
-        for split, kept in other.outcomes.items()
-    )
+    """Whether the first record agrees with all numbers that the second has: one of tuning has none of the test."""
+    return all({key: one.outcomes[split].get(key) for key in kept} == kept for split, kept in other.outcomes.items())

@@ -64,7 +64,7 @@ class Task:
     """A shortcut task.
 
     Attributes:
-        name: As `--data` spells it.
+        name: Of the data set; for a folder, the folder's.
         classes: Number of classes.
         train: The shortcut gives the label away.
         similar: As in training, other images: what a user without shifted data can choose settings on.

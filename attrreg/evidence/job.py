@@ -27,7 +27,7 @@ from attrreg.evidence.sources import Source
 from attrreg.evidence.training import Budget, predict, train
 
 SELECTIONS = ("similar", "valid")  # the splits on which an epoch can be chosen, and settings
-IDLE = 4  # one part in so many of the epochs is over before one can be chosen: a model that has learnt nothing is fooled by nothing
+IDLE = 4  # an epoch is chosen only after the first 1/IDLE of them: a model that has learnt nothing is fooled by nothing
 SAMPLE = 32  # test images whose maps are judged
 JUDGES: dict[str, metrics.Attribution] = {
     "input gradient": InputGradient().attribute,

@@ -55,40 +55,42 @@ def _end_with_parent() -> None:
 
 
 def load(path: Path, kinds: tuple[type[Source], ...] = sources.KINDS) -> dict[str, Record]:
-    """The records of a file, by the names that their jobs had then; none if there is no file.
-
-    A last line that was cut off when a run was stopped is left out.
+    """The records of a file, by the names that their jobs had then. For how a file is read see `whole_lines`.
 
     Raises:
-        ValueError: another line is no record.
+        ValueError: a line is no record.
     """
-    if not path.exists():
-        return {}
     found: dict[str, Record] = {}
-    lines = path.read_text().split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
+    for number, line in enumerate(whole_lines(path), start=1):
         try:
             found[json.loads(line)["name"]] = Record.from_line(line, kinds)
         except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                continue
             raise ValueError(f"{path}, line {number} is no record ({error}). Take it out, or give another file.") from error
     return found
 
 
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file of JSON lines, without a last one that a stopped run left half written; none if there is no file."""
+    lines = path.read_text().split("\n") if path.exists() else [""]
+    return lines if _is_json(lines[-1]) else lines[:-1]
+
+
 def mend(path: Path) -> None:
-    """End a file's last line, or take it out: a run that was stopped while it wrote left a part of it, or all but its end."""
+    """End the last line of a file, or cut off what a stopped run left of it: to be called before lines are added."""
     last = path.read_text().split("\n")[-1] if path.exists() else ""
-    if last:
-        try:
-            json.loads(last)
-        except ValueError:
-            os.truncate(path, path.stat().st_size - len(last.encode()))  # what is above it is never written again
-        else:
-            with path.open("a") as file:
-                file.write("\n")
+    if _is_json(last):
+        with path.open("a") as file:
+            file.write("\n")
+    elif last:
+        os.truncate(path, path.stat().st_size - len(last.encode()))  # what is above it is never written again
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 class Failed(RuntimeError):
@@ -128,9 +130,9 @@ class Ledger:
         self.workers = workers
         self.records = load(path, kinds)
 
-    def records_of(self, jobs: Iterable[Job]) -> list[Record]:
-        """The records of jobs, those that there are."""
-        found = (self.records.get(job.name) for job in jobs)
+    def records_of(self, wanted: Iterable[Job]) -> list[Record]:
+        """The records of those of the wanted jobs that have one."""
+        found = (self.records.get(job.name) for job in wanted)
         return [record for record in found if record is not None]
 
     def run(self, wanted: Iterable[Job], tested: bool = True) -> None:
@@ -145,8 +147,8 @@ class Ledger:
         for name, job in unique.items():
             if name in self.records:
                 self.advance(_doing(job), job.epochs)
-        mend(self.path)
         failed: list[tuple[Job, Exception]] = []
+        mend(self.path)
         for job, result in self._results(todo, tested):
             try:
                 self._keep(result())

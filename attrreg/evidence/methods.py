@@ -12,7 +12,7 @@ from attrreg.objectives import AbsoluteOutside, NetOutside, SquaredOutside
 from attrreg.scores import Contrast, RandomProjection, SumLogProb
 from attrreg.transforms import ReplaceOutside
 
-Penalised = AttributionRegularizer | AdversarialInvariance
+LossTerm = AttributionRegularizer | AdversarialInvariance
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Method:
         return self.regularizer is not None or self.adversary is not None
 
     @property
-    def term(self) -> Penalised | None:
+    def term(self) -> LossTerm | None:
         """What is added to the loss, weighted; a fresh one where it has a state."""
         if self.adversary is not None:
             return self.adversary(self.weight)
@@ -58,15 +58,10 @@ def _adversary(weight: float) -> AdversarialInvariance:
 
 
 PLAIN = Method("plain")
-FEATURE_PATH = Method(
-    "feature path",
-    ExpectedGradients(baseline=Masked(), score=RandomProjection(), objective=NetOutside(), chunk=None),
-    1.0,
-)
-# Weights are those of the papers where these have one, for means over the batch: GradMask's .203 of a sum over 32 images, the
-# adversary's 10. RRR has .015 in its own paper (1000 for pixels in 0..255) and 320 in the founding one (10, a sum): between them.
-# Not so ActDiff's, which has 1 there: its weight, all of integrated gradients, Grad-CAM's score and objective, and the feature path's
-# score and baseline are what `benchmarks.tune_demo` had chosen before, on validation images of digits and crosses.
+# A weight is that of the paper where it has one, for a mean over the batch: GradMask's is .203 of a sum over 32 images, the adversary's 10.
+# RRR's lies between the .015 of its own paper (1000 for pixels in 0..255) and the 320 of the founding one (10, of a sum over 32 images).
+# `benchmarks.tune_demo` had chosen before, on validation images of digits and crosses: ActDiff's weight (the founding paper has 1), all of
+# integrated gradients, Grad-CAM's score and objective, the feature path's score and baseline.
 METHODS = (
     PLAIN,
     Method("masked", transform=ReplaceOutside()),
@@ -82,7 +77,7 @@ METHODS = (
         0.3,
     ),
     Method("expected gradients", ExpectedGradients(chunk=None, score=Contrast(), objective=AbsoluteOutside()), 0.3),
-    FEATURE_PATH,
+    Method("feature path", ExpectedGradients(baseline=Masked(), score=RandomProjection(), objective=NetOutside(), chunk=None), 1.0),
     Method("Grad-CAM", GradCAM(score=SumLogProb(), objective=AbsoluteOutside()), 0.3),
     Method("default", InputGradient(), 1.0, fixed=True),
 )

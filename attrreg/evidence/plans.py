@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from attrreg.evidence.methods import METHODS, method
+from attrreg.evidence.methods import METHODS
 from attrreg.evidence.sources import Crosses, DecoyFashionMNIST, DecoyMNIST, Folder, StampBirds
 from attrreg.evidence.study import Plan, Training, Variants
 
@@ -51,5 +51,5 @@ def plan(
         trainings = tuple(known[kind] for kind in data)
     if epochs is not None:
         trainings = tuple(replace(training, epochs=epochs) for training in trainings)
-    names = tuple(method(name).name for name in methods) if methods else tuple(known.name for known in METHODS)
+    names = tuple(methods or (known.name for known in METHODS))
     return Plan(trainings, names, 1, (0,)) if quick else Plan(trainings, names, trials, tuple(range(seeds)))

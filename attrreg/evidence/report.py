@@ -42,7 +42,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def spread(values: Sequence[float | None]) -> str:
-    """Mean ± standard deviation, the mean alone of one value; and of how many, where not all have one, as a model that diverged."""
+    """Mean ± standard deviation; of one value the mean alone. Where some are None (a model that diverged), also of how many."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"
@@ -52,7 +52,7 @@ def spread(values: Sequence[float | None]) -> str:
 
 
 def interval(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> str:
-    """The 95% interval of the mean by Student's t, within bounds; none where all values are one."""
+    """The 95% interval of the mean by Student's t, cut to [low, high]; a dash for one value, or where all are equal."""
     if len(values) < 2 or statistics.stdev(values) == 0:
         return "-"
     from scipy import stats
@@ -63,7 +63,7 @@ def interval(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> st
 
 
 def gain(found: Sequence[Record], reference: Sequence[Record], selection: str) -> str:
-    """What a row's worst group is above another's, seed by seed: mean and 95% interval of the mean."""
+    """By how much a row's worst-group accuracy exceeds another's, seed by seed: the mean, and its 95% interval."""
     others = _by_seed(reference, selection, "worst")
     values = [value - others[seed] for seed, value in _by_seed(found, selection, "worst").items() if seed in others]
     return f"{statistics.mean(values):+.3f} ({interval(values, -1.0)})" if values else "-"

@@ -52,19 +52,19 @@ class Variants:
             raise ValueError(f"{unknown[0]!r} is none of {', '.join(map(repr, QUALITIES))}. Write one of them, or leave it out.")
 
     def changes(self) -> dict[str, dict[str, Any]]:
-        """What is other in each than in the method's own row, which is not among them, by words for it."""
+        """What differs from the method's own row in each variant, by the words that tables use for it."""
         shares = {masks(share): {"annotated": share} for share in self.shares if share != 1}
         qualities = {f"masks: {quality}": {"quality": quality} for quality in self.qualities if quality != "exact"}
         return shares | qualities | {source.label: {"source": source} for source in self.sources}
 
     def of(self, best: Job) -> dict[str, Job]:
-        """The trainings, by the same words."""
+        """The jobs of the variants, by the same words; `best` is the job whose settings were chosen."""
         return {words: replace(best, judged=False, **change) for words, change in self.changes().items()}
 
 
 @dataclass(frozen=True)
 class Training:
-    """A data set, and how long is trained on it.
+    """A data set, and how long to train on it.
 
     Attributes:
         source: the data set.
@@ -87,7 +87,6 @@ class Plan:
         methods: names in `methods.METHODS`.
         trials: settings that are tried for each method: as many for each, on the same splits.
         seeds: trainings of each method with the settings chosen.
-        judged: whether maps are judged.
 
     Raises:
         ValueError: nothing to try or to train, a seed that settings are tried with or that is named twice, or a method that there is not.
@@ -97,7 +96,6 @@ class Plan:
     methods: tuple[str, ...]
     trials: int
     seeds: tuple[int, ...]
-    judged: bool = True
 
     def __post_init__(self) -> None:
         if self.trials < 1 or not self.seeds:
@@ -156,7 +154,7 @@ def _tune(plan: Plan, training: Training, ledger: Ledger) -> None:
 
 def _compare(plan: Plan, training: Training, ledger: Ledger) -> None:
     ledger.run(
-        replace(best, seed=seed, judged=plan.judged)
+        replace(best, seed=seed, judged=True)
         for seed in plan.seeds
         for name in plan.methods
         for selection in SELECTIONS
@@ -172,8 +170,9 @@ def _vary(plan: Plan, training: Training, ledger: Ledger) -> None:
 
 
 def trials(method: Method, training: Training, count: int) -> list[Job]:
-    """The settings to try: first a method's own weight, then spread evenly, the same rates and factors of the weight for each method
-    (of a weight that is fixed, none).
+    """The settings to try: first the method's own weight at a usual rate, then rates and factors of that weight that are spread evenly.
+
+    Rates and factors are the same for each method. A weight that is fixed is not multiplied.
 
     One set of settings serves both selections, so the sampler must not look at results: it is a low-discrepancy one, Sobol's. A handful
     of purely random settings can leave a half of the weights untried.
@@ -207,7 +206,7 @@ def best_of(plan: Plan, training: Training, name: str, selection: str, ledger: L
 def rows(plan: Plan, training: Training, name: str, selection: str, ledger: Ledger) -> list[Record]:
     """The records of a row of a table: a method's trainings with the settings chosen by one selection, those that there are."""
     best = best_of(plan, training, name, selection, ledger)
-    return [] if best is None else ledger.records_of(replace(best, seed=seed, judged=plan.judged) for seed in plan.seeds)
+    return [] if best is None else ledger.records_of(replace(best, seed=seed, judged=True) for seed in plan.seeds)
 
 
 def _rounded(value: float) -> float:

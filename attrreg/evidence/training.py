@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attrreg.evidence.data import Split
-from attrreg.evidence.methods import Method, Penalised
+from attrreg.evidence.methods import LossTerm, Method
 from attrreg.transforms import ReplaceOutside
 
 CHUNK = 64  # larger ones take longer: the system has to find new memory for each layer's output
@@ -18,7 +18,7 @@ CHUNK = 64  # larger ones take longer: the system has to find new memory for eac
 
 @dataclass(frozen=True)
 class Budget:
-    """How long and how fast is trained.
+    """How long and how fast to train.
 
     Attributes:
         epochs: Passes over the training images.
@@ -54,7 +54,7 @@ def step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: Split,
-    term: Penalised | None,
+    term: LossTerm | None,
     draws: torch.Generator,
     transform: ReplaceOutside | None = None,
 ) -> Tensor:

@@ -29,7 +29,7 @@ class _Step:
 
     Attributes:
         callback: adds the penalty; None: not any more.
-        own: what the module's instance had in its place.
+        own: the `training_step` that was set on the instance before, as by another of these callbacks; None: the class's.
     """
 
     def __init__(self, callback: AttributionPenalty, module: LightningModule, model: nn.Module) -> None:
@@ -40,16 +40,16 @@ class _Step:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self.original(*args, **kwargs)
-        # Some call it in `validation_step` too.
+        # Some modules call `training_step` in their `validation_step`, where there is no penalty.
         if result is None or self.callback is None or not self.module.trainer.training:
             return result
-        if isinstance(result, Mapping) and result.get("loss") is None:  # Lightning says what is wrong
+        if isinstance(result, Mapping) and result.get("loss") is None:  # Lightning will say that the loss is missing
             return result
         batch = args[0] if args else kwargs[next(iter(inspect.signature(self.original).parameters))]
         return self.callback.added(self.module, self.model, result, batch)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _itself, (self.original,)  # copies train without
+        return _itself, (self.original,)  # a copy gets its own plain `training_step`
 
     def remove(self) -> None:
         """Leave the module as it was: at once, or where another step is around this one, with that one."""
@@ -106,7 +106,7 @@ class AttributionPenalty(Callback):
 
     @property
     def state_key(self) -> str:
-        """Where checkpoints have its state: for each submodule by itself."""
+        """The key of its state in checkpoints: another one for each submodule, since each may have a callback."""
         return self._generate_state_key(model=self.model) if self.model else super().state_key
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -127,12 +127,6 @@ class AttributionPenalty(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The schedule's step, if there is one."""
         return dict(self.regularizer.state_dict()) if isinstance(self.regularizer, Scheduled) else {}
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Find the state in checkpoints that have it without the submodule's name, as all had."""
-        states, before = checkpoint["callbacks"], super().state_key
-        if before in states and all(callback.state_key != before for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            states.setdefault(self.state_key, states[before])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""

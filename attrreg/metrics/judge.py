@@ -17,7 +17,7 @@ from attrreg.regularizer import AttributionRegularizer
 from attrreg.settings import keep_count
 from attrreg.spec import Spec, source
 from attrreg.state import isolated
-from attrreg.targets import check_classes, check_logits
+from attrreg.targets import check_classes, check_logits, required
 from attrreg.wrappers import undistributed
 
 Attribution = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -25,14 +25,15 @@ Attribution = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, repr=False)
 class Occlusion(Spec):
-    """How much the target's logit falls when a window of the image is covered: an attribution that no gradient enters.
+    """How much the target's logit falls when a window of the image is covered: an attribution without gradients.
 
     phi at a pixel = mean over the windows that cover it of y_t(x) - y_t(x with the window filled).
 
     Args:
-        window: pixels a side.
-        stride: pixels between windows.
-        fill: what the window shows: a number, a tensor or one of `attrreg.baselines`, without mask.
+        window: side of the square window, in pixels.
+        stride: from one window to the next, in pixels; at most `window`.
+        fill: what the window shows: a number, a tensor that broadcasts to `x`, or one of `attrreg.baselines` that needs no mask. One that
+            draws has a fixed seed, so that maps can be repeated.
 
     Raises:
         TypeError, ValueError: naming the setting.
@@ -52,19 +53,28 @@ class Occlusion(Spec):
         keep_count(self, "window", 1)
         keep_count(self, "stride", 1)
         if self.stride > self.window:
-            raise ValueError(f"stride={self.stride} leaves pixels between windows of {self.window} uncovered. Choose one of at most that.")
+            raise ValueError(
+                f"stride={self.stride} leaves pixels between windows of {self.window} uncovered. Choose a stride of at most {self.window}."
+            )
         if keep_baseline(self, "fill").needs_mask:
             raise ValueError(f"fill={self.fill!r} depends on the mask that the map is to be judged by. Use baselines.Zero(), for example.")
 
     def __call__(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-        """The map `(N, C, H, W)`, the same in all channels, of logits `(N, classes)` and targets `(N,)`."""
+        """The map `(N, C, H, W)`, the same in all channels, of a model whose output is logits `(N, classes)`, for targets `(N,)`.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
         from captum.attr import Occlusion as Captum
 
         calls.check_images(model, x)
         model = undistributed(model)  # whose forward talks to ranks that may have nothing to judge
         if self.window > min(x.shape[-2:]):
             raise ValueError(f"window={self.window} is larger than images of {tuple(x.shape[-2:])}. Choose a smaller one.")
-        target = _checked(target, x)
+        if target is None:
+            raise TypeError("target must be class indices (N,), got None. Pass the classes whose logits are judged.")
+        target = required(calls.check_target(target, x))
+        check_classes(target)
         draws = torch.Generator(x.device).manual_seed(0)
         fill = as_baseline(self.fill)
         with own.given(fill, x.detach(), None) as (images, _):
@@ -79,14 +89,6 @@ class Occlusion(Spec):
                 target=target,
             )
         return phi
-
-
-def _checked(target: Tensor, x: Tensor) -> Tensor:
-    checked = calls.check_target(target, x)
-    if checked is None:
-        raise TypeError("target must be class indices (N,), got None. Pass the classes whose logits are judged.")
-    check_classes(checked)
-    return checked
 
 
 def _logits_of(model: nn.Module, target: Tensor) -> Callable[[Tensor], Tensor]:
@@ -110,9 +112,9 @@ def judged(
     attribution: Attribution,
     measure: Measure = share_inside,
 ) -> Tensor:
-    """Measure a model by an attribution of your choice; choose another one than the penalty's.
+    """Measure where a model looks by an attribution of your choice: choose another one than that of the penalty.
 
-    A penalty on input gradients makes input gradients obey. Whether the model does is another question: by occlusion, say.
+    A penalty on input gradients makes input gradients obey. Whether the model does is another question: occlusion can answer it.
 
         judged(model, x, mask, target=y, attribution=metrics.Occlusion(window=5))
         judged(model, x, mask, target=y, attribution=attrreg.IntegratedGradients(steps=32).attribute)

@@ -1,7 +1,7 @@
 """Measures of a map under a mask: each is `(map, mask) -> (N,)`, one number an image, NaN where it is undefined.
 
 A map is `(N, C, H, W)` or `(N, H, W)`, as `.attribute` returns it; a mask is what the regularizers take, of any size, 1 = relevant.
-Of no images, as of a batch in which none is annotated, there are no numbers: `(0,)`.
+A batch without images, such as the annotated ones of a batch that has none, gives an empty result, `(0,)`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def energy_pointing_game(map: Tensor, mask: Tensor) -> Tensor:
 def pointing_game(map: Tensor, mask: Tensor, tolerance: int = 0, signed: bool = False) -> Tensor:
     """1 where the map's highest pixel lies in the mask, or no further than `tolerance` from it, else 0.
 
-    Several highest pixels share the vote. A soft pixel is in the mask from a half on.
+    Where several pixels are the highest, the value is the share of them that hit. A pixel of a soft mask is in it from 0.5 on.
 
     Args:
         map, mask: as in `share_inside`. The mask is resized to the map.
@@ -67,8 +67,8 @@ def pointing_game(map: Tensor, mask: Tensor, tolerance: int = 0, signed: bool = 
         signed: take the sum of phi over channels, as for Grad-CAM; else of |phi|, as for gradients.
 
     Returns:
-        `(N,)`; NaN where the map is constant, so that nothing is pointed at, or so coarse that the mask fills half of none of its pixels:
-        enlarge it.
+        `(N,)` in [0, 1]; NaN where the map is constant, so that it points at nothing, or too coarse: where the mask has relevant pixels,
+        but fills no pixel of the map by half. Enlarge such maps first.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -77,14 +77,14 @@ def pointing_game(map: Tensor, mask: Tensor, tolerance: int = 0, signed: bool = 
         Zhang et al. 2016, arXiv 1608.00507, with a tolerance of 15 pixels, and there averaged over classes.
     """
     check_count("tolerance", tolerance, 0)
-    tolerance = int(tolerance)  # small ones of NumPy's overflow
+    tolerance = int(tolerance)  # 2 * tolerance + 1 could overflow one of NumPy's small integers
     map, relevant = _aligned(map, mask)
-    height = _height(map, signed)
+    saliency = _saliency(map, signed)
     inside = relevant >= 0.5
     lost = (relevant > 0).flatten(1).any(dim=1) & ~inside.flatten(1).any(dim=1)
-    allowed = torch.nn.functional.max_pool2d(inside.to(height.dtype), 2 * tolerance + 1, stride=1, padding=tolerance).flatten(1)
-    highest = (height == height.amax(dim=1, keepdim=True)).to(height.dtype)
-    return _defined((highest * allowed).sum(dim=1) / highest.sum(dim=1), height).masked_fill(lost, math.nan)
+    allowed = torch.nn.functional.max_pool2d(inside.to(saliency.dtype), 2 * tolerance + 1, stride=1, padding=tolerance).flatten(1)
+    highest = (saliency == saliency.amax(dim=1, keepdim=True)).to(saliency.dtype)
+    return _defined((highest * allowed).sum(dim=1) / highest.sum(dim=1), saliency).masked_fill(lost, math.nan)
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,10 +106,10 @@ class PointingGame(Spec):
 def iou_at_mask_size(map: Tensor, mask: Tensor, signed: bool = False) -> Tensor:
     """Intersection over union of the mask and the map's highest pixels, as many as the mask has.
 
-    Of pixels that tie at the threshold each counts in part, as many parts as there is room for: the order of pixels plays no role.
+    Pixels that tie at the threshold share the places that are left, and each counts in part, so that their order does not matter.
 
     Args:
-        map, mask: as in `share_inside`. The mask is resized to the map, where a pixel is in it from a half on.
+        map, mask: as in `share_inside`. The mask is resized to the map; a pixel is in it from 0.5 on.
         signed: as in `pointing_game`.
 
     Returns:
@@ -122,14 +122,14 @@ def iou_at_mask_size(map: Tensor, mask: Tensor, signed: bool = False) -> Tensor:
         The localisation score of the founding paper, arXiv 1910.00199, of |input gradient|, integrated gradients and occlusion.
     """
     map, relevant = _aligned(map, mask)
-    height, inside = _height(map, signed), (relevant >= 0.5).flatten(1)
+    saliency, inside = _saliency(map, signed), (relevant >= 0.5).flatten(1)
     size = inside.sum(dim=1)
-    ordered = height.sort(dim=1, descending=True).values
+    ordered = saliency.sort(dim=1, descending=True).values
     threshold = ordered.gather(1, (size - 1).clamp(min=0).unsqueeze(1))
-    above, level = height > threshold, height == threshold
-    part = (size - above.sum(dim=1)).to(height.dtype) / level.sum(dim=1)
+    above, level = saliency > threshold, saliency == threshold
+    part = (size - above.sum(dim=1)).to(saliency.dtype) / level.sum(dim=1)
     both = (above & inside).sum(dim=1) + part * (level & inside).sum(dim=1)
-    return _defined(both / (2 * size - both), height)
+    return _defined(both / (2 * size - both), saliency)
 
 
 def _aligned(map: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,9 +148,11 @@ def _aligned(map: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return map, masks.resize(relevant, (map.shape[-2], map.shape[-1]))
 
 
-def _height(map: Tensor, signed: bool) -> Tensor:
+def _saliency(map: Tensor, signed: bool) -> Tensor:
+    """One number a pixel, `(N, H * W)`: the sum over channels of phi, or of |phi|."""
     return (map if signed else map.abs()).sum(dim=1).flatten(1)
 
 
-def _defined(value: Tensor, height: Tensor) -> Tensor:
-    return torch.where(height.amax(dim=1) > height.amin(dim=1), value, torch.full_like(value, float("nan")))
+def _defined(value: Tensor, saliency: Tensor) -> Tensor:
+    """The values `(N,)`, NaN where all pixels are alike."""
+    return value.masked_fill(saliency.amax(dim=1) <= saliency.amin(dim=1), math.nan)

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from attrreg.masks import check
 from attrreg.metrics.judge import Attribution, judged
 from attrreg.metrics.maps import Measure, energy_pointing_game, iou_at_mask_size, pointing_game, share_inside
-from attrreg.metrics.predictions import area, check_correct, check_groups, check_two, difference
+from attrreg.metrics.predictions import check_binary, check_groups, check_shapes, is_correct, logit_difference, roc_area
 from attrreg.settings import check_count
 from attrreg.spec import source
 
 try:
     from torchmetrics import Metric
+    from torchmetrics.utilities import dim_zero_cat
 except ModuleNotFoundError as error:
     if error.name != "torchmetrics":
         raise
@@ -28,14 +29,15 @@ except ModuleNotFoundError as error:
 
 def _name(setting: object) -> str:
     text = source(setting)
-    return repr(setting) if "<" in text or hasattr(setting, "__self__") else text  # of a lambda, its address; of a method, its object
+    # For a lambda with its address, for a method with its object.
+    return repr(setting) if "<" in text or hasattr(setting, "__self__") else text
 
 
 class _Mean(Metric):
     """The mean over images of a measure, where it is defined. NaN when it was defined for none.
 
     Args:
-        settings: of a subclass: what tells its metrics apart.
+        settings: the subclass's own, by which two of its metrics may differ.
     """
 
     is_differentiable = False
@@ -47,26 +49,26 @@ class _Mean(Metric):
 
     def __init__(self, *settings: object) -> None:
         super().__init__()
-        # The last, which stays zero, is called after the kind of metric and its settings: a `MetricCollection` takes those with states of
-        # the same names and, in the first batch, values for one metric, and updates only one of them from then on.
+        # A `MetricCollection` takes metrics whose states have the same names, and the same values after the first batch, for one metric,
+        # and from then on updates only one of them. So the last state, always zero, is named after the class and the settings.
         kind = type(self)
         for name in ("total", "images", "undefined", f"{kind.__module__}.{kind.__qualname__}{tuple(map(_name, settings))}"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def persistent(self, mode: bool = False) -> None:
-        """Whether states are saved. What only tells metrics apart is not: of a lambda, it is another one in another process."""
+        """Choose whether states are saved. The one that tells metrics apart never is: a lambda's name is another in another process."""
         super().persistent(mode)
         for name in self._defaults.keys() - {"total", "images", "undefined"}:
             self._persistent[name] = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        """Move to a device alone: half types, to which `module.to(dtype)` would bring its metrics too, cannot count."""
+        """Follow a module to its device, but not to its dtype: `module.to(torch.bfloat16)` would cast metrics too, and lose counts."""
 
         def moved(state: Tensor) -> Tensor:
             found = fn(state)
             return found.to(state.dtype) if state.is_meta else state.to(found.device)  # after `to_empty` there is nothing to move
 
-        return super()._apply(fn if self._dtype_convert else moved, exclude_state)  # which `set_dtype` asks for
+        return super()._apply(fn if self._dtype_convert else moved, exclude_state)  # True within `set_dtype`
 
     def add(self, values: Tensor) -> None:
         """Count values `(N,)` of images with a mask."""
@@ -81,7 +83,7 @@ class _Mean(Metric):
 
 
 def _annotated(annotated: Tensor | None, mask: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
-    """The mask, of which one `(H, W)` serves all, and what else a batch has, of its annotated images."""
+    """The annotated images' part of a batch: of the mask, unless one `(H, W)` serves all images, and of all other tensors."""
     if annotated is None:
         return mask, *parts
     known = check(mask, parts[0], annotated).annotated
@@ -173,7 +175,7 @@ class WorstGroupAccuracy(Metric):
         groups: how many there are.
 
     Raises:
-        ValueError: `groups` is not a positive number.
+        ValueError: `groups` is not a positive integer.
     """
 
     is_differentiable = False
@@ -196,7 +198,7 @@ class WorstGroupAccuracy(Metric):
         """
         if logits.shape[:1] == target.shape == groups.shape == (0,):
             return
-        correct, count = check_correct(logits, target), len(self.images)
+        correct, count = is_correct(logits, target), len(self.images)
         check_groups(groups, target)
         groups = groups.long()
         if not 0 <= int(groups.min()) <= int(groups.max()) < count:
@@ -215,7 +217,7 @@ class WorstGroupAccuracy(Metric):
 class LogitDifferenceAUC(Metric):
     """Area under the ROC curve of y1 - y0, as `metrics.auc`, over all batches.
 
-    Exact: torchmetrics' own takes a sigmoid of scores outside [0, 1] first, which ties those of confident models.
+    Exact: torchmetrics' own `BinaryAUROC` first takes a sigmoid of scores outside [0, 1], after which those of confident models tie.
     """
 
     is_differentiable = False
@@ -231,7 +233,7 @@ class LogitDifferenceAUC(Metric):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is kept, and so of the empty tensor that a rank without any batch sends."""
+        """That of the states; torchmetrics also sends an empty tensor of it for a rank that had no batch."""
         return torch.float64
 
     def update(self, logits: Tensor, target: Tensor) -> None:
@@ -243,14 +245,13 @@ class LogitDifferenceAUC(Metric):
         if logits.dim() != 2 or logits.shape[1] != 2:
             raise ValueError(f"logits must be (N, 2), got {tuple(logits.shape)}. The area is that of two classes.")
         if not logits.shape[:1] == target.shape == (0,):
-            check_correct(logits, target)
-            check_two(target)
-        self.scores.append(difference(logits.detach()))
+            check_shapes(logits, target)
+            check_binary(target)
+        self.scores.append(logit_difference(logits.detach()))
         self.targets.append((target == 1).double())
 
     def compute(self) -> Tensor:
         """The area, 0-dim; NaN before any image."""
-        if isinstance(self.scores, list) and not self.scores:
-            return torch.tensor(float("nan"), dtype=torch.float64)
-        scores, targets = (torch.cat([part] if isinstance(part, Tensor) else part) for part in (self.scores, self.targets))
-        return torch.tensor(area(scores, targets), dtype=torch.float64, device=scores.device)
+        nothing = not len(self.scores)  # a list of batches, or after ranks have met one tensor
+        value = float("nan") if nothing else roc_area(dim_zero_cat(self.scores), dim_zero_cat(self.targets))
+        return torch.tensor(value, dtype=torch.float64, device=self.device)

@@ -1,4 +1,4 @@
-"""Measures of logits."""
+"""Measures of predictions: functions of logits and targets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def accuracy(logits: Tensor, target: Tensor) -> float:
-    """The share of images whose highest logit is the target's. Where a logit is NaN, none is the highest.
+    """The share of images whose highest logit is that of the target. An image with a NaN logit counts as wrong.
 
     Args:
         logits: `(N, classes)`.
@@ -16,7 +16,7 @@ def accuracy(logits: Tensor, target: Tensor) -> float:
     Raises:
         ValueError: the shapes do not fit.
     """
-    return check_correct(logits, target).double().mean().item()
+    return is_correct(logits, target).double().mean().item()
 
 
 def auc(logits: Tensor, target: Tensor) -> float | None:
@@ -29,7 +29,7 @@ def auc(logits: Tensor, target: Tensor) -> float | None:
         target: `(N,)` of 0 and 1.
 
     Returns:
-        The area; None where there are not two classes. NaN where only one of them occurs, or a score is NaN.
+        The area; None if there are not two classes; NaN if only one of them occurs, or a difference is NaN.
 
     Raises:
         ValueError: the shapes do not fit, or a target is neither 0 nor 1.
@@ -37,19 +37,19 @@ def auc(logits: Tensor, target: Tensor) -> float | None:
     Cost:
         Sorting.
     """
-    check_correct(logits, target)
+    check_shapes(logits, target)
     if logits.shape[1] != 2:
         return None
-    check_two(target)
-    return area(difference(logits), target)
+    check_binary(target)
+    return roc_area(logit_difference(logits), target)
 
 
-def difference(logits: Tensor) -> Tensor:
+def logit_difference(logits: Tensor) -> Tensor:
     """y1 - y0, `(N,)`, in float64: near ones would tie in float32."""
     return logits[:, 1].double() - logits[:, 0].double()
 
 
-def area(score: Tensor, target: Tensor) -> float:
+def roc_area(score: Tensor, target: Tensor) -> float:
     """Area under the ROC curve of a score `(N,)` for targets `(N,)` of 0 and 1, as in `auc`."""
     ones, zeros = score[target == 1].contiguous(), score[target == 0].sort().values
     if not len(ones) or not len(zeros) or bool(score.isnan().any()):
@@ -69,7 +69,7 @@ def group_accuracies(logits: Tensor, target: Tensor, groups: Tensor) -> dict[int
     Raises:
         TypeError, ValueError: the shapes do not fit, or groups are no integers.
     """
-    correct = check_correct(logits, target)
+    correct = is_correct(logits, target)
     check_groups(groups, target)
     return {int(group): correct[groups == group].double().mean().item() for group in groups.unique().tolist()}
 
@@ -80,23 +80,35 @@ def worst_group_accuracy(logits: Tensor, target: Tensor, groups: Tensor) -> floa
     Args:
         logits, target, groups: as in `group_accuracies`.
 
+    Raises:
+        TypeError, ValueError: as `group_accuracies`.
+
     Source:
         Sagawa et al. 2020, arXiv 1911.08731.
     """
     return min(group_accuracies(logits, target, groups).values())
 
 
-def check_correct(logits: Tensor, target: Tensor) -> Tensor:
-    """Of each image, whether its highest logit is the target's; not where one is NaN.
+def is_correct(logits: Tensor, target: Tensor) -> Tensor:
+    """Whether each image's highest logit is that of its target, boolean `(N,)`; False where a logit is NaN.
 
     Raises:
         ValueError: the shapes do not fit.
+    """
+    check_shapes(logits, target)
+    return (logits.argmax(dim=1) == target) & ~logits.isnan().any(dim=1)
+
+
+def check_shapes(logits: Tensor, target: Tensor) -> None:
+    """Check that logits are `(N, classes)` and targets `(N,)`, and that there are some.
+
+    Raises:
+        ValueError: naming both.
     """
     if logits.dim() != 2 or target.shape != logits.shape[:1] or not len(target):
         raise ValueError(
             f"logits must be (N, classes) and target (N,), got {tuple(logits.shape)} and {tuple(target.shape)}. Pass one class an image."
         )
-    return (logits.argmax(dim=1) == target) & ~logits.isnan().any(dim=1)
 
 
 def check_groups(groups: Tensor, target: Tensor) -> None:
@@ -113,7 +125,7 @@ def check_groups(groups: Tensor, target: Tensor) -> None:
         )
 
 
-def check_two(target: Tensor) -> None:
+def check_binary(target: Tensor) -> None:
     """Check that targets are of two classes.
 
     Raises:

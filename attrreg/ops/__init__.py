@@ -1,10 +1,15 @@
-"""Operators that can be differentiated twice, exactly and fast, in place of PyTorch's, which `modes` puts there.
+"""Operators that can be differentiated twice, exactly and fast; `modes` puts them in the place of PyTorch's.
 
-A function with PyTorch's arguments leaves to PyTorch what it is not sure of (`sound`), sees to the type (`precision`), and applies an
-autograd function. The backward of that asks `phase.wanted` which gradients of weights are asked for. Norms, attention and LSTM layers go
-on by one pattern: where somebody differentiates again (`torch.is_grad_enabled`), a second autograd function takes the gradients, whose
-backward is the second derivative in closed form, and the last (`phase.once_differentiable`). What is linear is made of functions that are
-each other's derivatives (convolutions, products), or of PyTorch's own nodes where these are as fast (slopes that are constant by parts).
+Each is a function with PyTorch's arguments. It leaves to PyTorch what it is not sure to compute (`sound`), chooses the type to compute in
+(`precision`), and applies an autograd function. If that has weights, its backward asks `phase.wanted` which gradients are needed. Second
+derivatives are of three kinds:
+
+- Norms, smooth activations, attention and LSTM layers have a closed form. Where the gradient may be differentiated again
+  (`torch.is_grad_enabled`), the backward applies a second autograd function, whose own backward is the second derivative. There is no
+  third (`phase.once_differentiable`).
+- Convolutions and matrix products are linear in each argument, so their derivatives are operators of the same kinds.
+- Max pooling, concatenation and activations with piecewise constant slope have gradients that are linear in the incoming one and constant
+  in the values, so PyTorch's own nodes differentiate these.
 """
 
 from attrreg.ops.modes import twice_differentiable

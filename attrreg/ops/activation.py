@@ -1,7 +1,7 @@
 """Activations whose double backward is one or few passes over memory.
 
-PyTorch lacks some of these second derivatives, and composes the others of many operations. Where the slope is constant by parts, the
-second derivative is zero, yet PyTorch makes a tensor of zeros of it and sends that back through the network.
+PyTorch lacks some of these second derivatives, and composes the others from many operations. That of a piecewise linear activation is
+zero, yet PyTorch computes it as a tensor of zeros and sends that back through the network.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ aten = torch.ops.aten
 
 
 class _Former(Function):
-    """A tensor as it is now, whatever becomes of it. No view, which would become that too."""
+    """The values that a tensor has now, which stay when the tensor is given others. Not a view, which would change with it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -36,30 +37,6 @@ class _Former(Function):
         return g
 
 
-def _in_place(x: Tensor, function: type[Function], kind: Any) -> Tensor:
-    """A kind of activation in place of x, of whose values before derivatives are made. The model may read x again.
-
-    Args:
-        x: the tensor.
-        function: of values, a kind, and the tensor that shall become the result as if that had been written over it, or None.
-        kind: handed to it.
-    """
-    shared = _shared(x)
-    if shared or not (torch.is_grad_enabled() and x.requires_grad):
-        return x.copy_(function.apply(x.clone() if shared else x, kind, None))
-    result: Tensor = function.apply(_Former.apply(x), kind, x)
-    return result
-
-
-def _put(ctx: Any, place: Tensor | None, y: Tensor) -> Tensor:
-    """The result, which a place has become where there is one."""
-    if place is None:
-        return y
-    ctx.mark_dirty(place)
-    place.data = y
-    return place
-
-
 def _shared(x: Tensor) -> bool:
     """Whether its memory is seen by other tensors too, which would change with it."""
     return x._is_view() or torch._C._storage_Use_Count(x.untyped_storage()._cdata) > 2  # it and the storage asked for here
@@ -67,13 +44,14 @@ def _shared(x: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Piecewise:
-    """An activation whose slope is constant by parts.
+    """A piecewise linear activation.
 
     Attributes:
         value: f(x).
-        inplace: f(x) in place of x; None: the slope needs x.
-        slope: (gradient, y) to gradient times f', from the output y or from x; from x only where not in place.
-        from_output: it is taken from y where not in place either, as PyTorch's is. Else a layer may go on to work in place in y.
+        inplace: writes f(x) over x; None: the slope has to be taken from x, which must not be lost.
+        slope: (gradient, seen) to gradient times f'(x). `seen` is the output if that is written over x or with `from_output`, else x.
+        from_output: the slope is always taken from the output, as PyTorch takes that of ReLU. Else the output is not saved, and a layer
+            that follows may work in place on it.
     """
 
     value: Callable[[Tensor], Tensor]
@@ -84,9 +62,9 @@ class Piecewise:
 
 class _Piecewise(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: Piecewise, place: Tensor | None, inplace: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kind: Piecewise, inplace: Callable[[Tensor], Tensor] | None) -> Tensor:
         if inplace is None:
-            y = _put(ctx, place, kind.value(x))
+            y = kind.value(x)
         else:
             ctx.mark_dirty(x)
             y = inplace(x)
@@ -97,8 +75,8 @@ class _Piecewise(Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         (seen,) = ctx.saved_tensors
-        # Detached: it is linear in the gradient, and constant in what was seen. PyTorch differentiates that without a pass over zeros.
-        return ctx.kind.slope(gy, seen.detach()), None, None, None
+        # Detached: the slope is linear in the gradient, constant in what was seen. PyTorch differentiates that without a pass over zeros.
+        return ctx.kind.slope(gy, seen.detach()), None, None
 
 
 RELU = Piecewise(torch.relu, torch.relu_, lambda gy, y: aten.threshold_backward(gy, y, 0), from_output=True)
@@ -118,36 +96,46 @@ def piecewise(input: Tensor, kind: Piecewise, inplace: bool = False) -> Tensor:
     """Such an activation: `F.relu`, `torch.relu`, `F.hardsigmoid`."""
     result: Tensor
     if not inplace:
-        result = _Piecewise.apply(input, kind, None, None)
+        result = _Piecewise.apply(input, kind, None)
     elif kind.inplace is None:
-        result = _in_place(input, _Piecewise, kind)
+        result = input.copy_(_Piecewise.apply(input.clone(), kind, None))
     elif input._is_view():
         result = kind.inplace(input)  # PyTorch then rebuilds the history of what it is a view of
     else:
-        result = _Piecewise.apply(input, kind, None, kind.inplace)
+        result = _Piecewise.apply(input, kind, kind.inplace)
     return result
+
+
+@lru_cache
+def _hardtanh(low: float, high: float) -> Piecewise:
+    return Piecewise(
+        lambda x: F.hardtanh(x, low, high),
+        lambda x: F.hardtanh(x, low, high, inplace=True),
+        lambda gy, y: aten.hardtanh_backward(gy, y, low, high),
+    )
+
+
+@lru_cache
+def _leaky_relu(slope: float) -> Piecewise:
+    return Piecewise(
+        lambda x: F.leaky_relu(x, slope),
+        lambda x: F.leaky_relu(x, slope, inplace=True),
+        lambda gy, y: aten.leaky_relu_backward(gy, y, slope, False),
+    )
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     """`F.hardtanh`, `F.relu6`."""
-    kind = Piecewise(
-        lambda x: F.hardtanh(x, min_val, max_val),
-        lambda x: F.hardtanh(x, min_val, max_val, inplace=True),
-        lambda gy, y: aten.hardtanh_backward(gy, y, float(min_val), float(max_val)),  # which takes Python's alone
-    )
-    return piecewise(input, kind, inplace)
+    if isinstance(min_val, Tensor) or isinstance(max_val, Tensor):  # PyTorch refuses those to train
+        return F.hardtanh(input, min_val, max_val, inplace)
+    return piecewise(input, _hardtanh(float(min_val), float(max_val)), inplace)  # Python's numbers: `torch.ops` takes no others
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """`F.leaky_relu`."""
-    if negative_slope < 0:  # the sign of the output tells nothing
+    if isinstance(negative_slope, Tensor) or negative_slope < 0:  # as above; and the sign of the output tells nothing
         return F.leaky_relu(input, negative_slope, inplace)
-    kind = Piecewise(
-        lambda x: F.leaky_relu(x, negative_slope),
-        lambda x: F.leaky_relu(x, negative_slope, inplace=True),
-        lambda gy, y: aten.leaky_relu_backward(gy, y, float(negative_slope), False),  # as above
-    )
-    return piecewise(input, kind, inplace)
+    return piecewise(input, _leaky_relu(float(negative_slope)), inplace)
 
 
 @dataclass(frozen=True)
@@ -158,7 +146,7 @@ class Smooth:
         value: f(x).
         slope: (gradient, x, out) to gradient times f', written to `out`.
         curvature: (one, other, x, scratch) to one times other times f'', a new tensor; `scratch` may be written over.
-        kernel: the name of both together in `attrreg.ops.kernels`.
+        kernel: which of `kernels.ACTIVATIONS` computes slope and curvature in one pass.
     """
 
     value: Callable[[Tensor], Tensor]
@@ -170,9 +158,15 @@ class Smooth:
 class _Smooth(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: Smooth, place: Tensor | None) -> Tensor:
+        """f(x). With a `place`, that tensor becomes f(x), as if it had been written over."""
         ctx.save_for_backward(x)
         ctx.kind = kind
-        return _put(ctx, place, kind.value(x))
+        y = kind.value(x)
+        if place is None:
+            return y
+        ctx.mark_dirty(place)
+        place.data = y
+        return place
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
@@ -197,7 +191,7 @@ class _SmoothGradient(Function):
         fast = fused.kernels(x, gy, v) if ctx.needs_input_grad[1] else None
         if fast is not None:
             return *fast.smooth(ctx.kind.kernel, v, gy, x), None
-        dtype = wide(x)  # the powers of x that float16 holds end at 40 for the third
+        dtype = wide(x)  # in float16, x**3 overflows above 40
         for_gy, for_x = torch.empty_like(v), None
         if ctx.needs_input_grad[1]:
             scratch = for_gy if v.dtype == dtype else torch.empty_like(v, dtype=dtype)
@@ -251,7 +245,13 @@ HARDSWISH = Smooth(F.hardswish, lambda gy, x, out: aten.hardswish_backward.out(g
 
 def smooth(input: Tensor, kind: Smooth, inplace: bool = False) -> Tensor:
     """Such an activation: `F.silu`, `F.hardswish`."""
-    result: Tensor = _in_place(input, _Smooth, kind) if inplace else _Smooth.apply(input, kind, None)
+    result: Tensor
+    if not inplace:
+        result = _Smooth.apply(input, kind, None)
+    elif torch.is_grad_enabled() and input.requires_grad and not _shared(input):
+        result = _Smooth.apply(_Former.apply(input), kind, input)  # new memory for the result: the derivatives need what was there
+    else:
+        result = input.copy_(_Smooth.apply(input.clone(), kind, None))
     return result
 
 
@@ -259,4 +259,4 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """`F.gelu`."""
     if approximate not in GELU:  # PyTorch says what is wrong
         return F.gelu(input, approximate=approximate)
-    return smooth(input, GELU[approximate], False)
+    return smooth(input, GELU[approximate])

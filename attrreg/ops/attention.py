@@ -43,9 +43,9 @@ class Kind:
 
     Attributes:
         scale: s.
-        blind: a token may see none, as far as is known without waiting for a GPU. It gets nothing.
+        blind: some query may have all keys masked, and then gets zeros. Also True where finding out would mean waiting for a GPU.
         shape: of P.
-        few: there are so few tokens, on the CPU, that P is kept.
+        few: on the CPU, of so few keys that P is kept for the backward.
     """
 
     scale: float
@@ -76,13 +76,16 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _fits_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Whether the CPU's kernel computes this, but for the gradient of a mask: PyTorch's own conditions, and masks of three axes."""
+    """Whether PyTorch's fused CPU kernel can compute this.
+
+    It gives a mask no gradient; masks of three axes, which PyTorch does not hand to it, get a fourth in `_for_kernel`.
+    """
     if q.device.type != "cpu" or q.dim() != 4 or q.shape[-1] != v.shape[-1]:
         return False
     if mask is None:
         return True
     sizes = zip(reversed(mask.shape), reversed((*q.shape[:-1], k.shape[-2])), strict=False)
-    return 2 <= mask.dim() <= 4 and mask.dtype == q.dtype and all(size in (1, of) for size, of in sizes)
+    return mask.dim() <= 4 and mask.dtype == q.dtype and all(size in (1, of) for size, of in sizes)
 
 
 def _few(q: Tensor, k: Tensor) -> bool:
@@ -91,7 +94,7 @@ def _few(q: Tensor, k: Tensor) -> bool:
 
 
 def _order(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> list[int] | None:
-    """The axes of the result in their order in memory, which PyTorch's CPU kernel gives it; None: PyTorch takes its math path."""
+    """The axes of the result, outermost in memory first, as PyTorch's fused CPU kernel lays it out; None: PyTorch takes its math path."""
     dense = all(tensor.stride(-1) == 1 for tensor in (q, k, v))
     if not (dense and _fits_kernel(q, k, v, mask)) or (mask is not None and (mask.dim() == 3 or mask.requires_grad)):
         return None
@@ -100,7 +103,7 @@ def _order(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> list[int] | 
 
 
 def _for_kernel(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """With a value for each pair of tokens."""
+    """A mask of four axes, with a value for each query and key."""
     return None if mask is None else _rows(mask.expand(*mask.shape[:-2], q.shape[-2], k.shape[-2])[(None,) * (4 - mask.dim())])
 
 
@@ -167,7 +170,8 @@ class _Attention(Function):
     @staticmethod
     def backward(ctx: Any, go: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, *kept = ctx.saved_tensors
-        arguments = go, q, k, v, mask, [tensor.detach() for tensor in kept], ctx.kind, wanted(ctx, 4)[3]
+        for_mask = ctx.needs_input_grad[3] and wanted(ctx, 4)[3]  # in this order: a mask seldom has one
+        arguments = go, q, k, v, mask, [tensor.detach() for tensor in kept], ctx.kind, for_mask
         with full_precision(q.device):  # as `once_differentiable`
             found = _AttentionGradients.apply(*arguments) if torch.is_grad_enabled() else _gradients(*arguments)[0]
         return *found, None, None, None
@@ -252,10 +256,8 @@ def attention(
     fits = attn_mask is None or (attn_mask.dim() > 1 and attn_mask.dtype in (torch.bool, dtype, torch.float32))
     full = query.dim() > 1 and min(query.numel(), key.numel(), value.numel()) > 0  # the matrices of an empty one have no number
     if not (same and fits and full) or dropout_p or enable_gqa or not dtype.is_floating_point:
-        plain: Tensor = by_math(F.scaled_dot_product_attention)(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-        return plain
+        with attention_by(BY_MATH):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if dtype != wide(query):
         return widely(partial(attention, phase), query, key, value, attn_mask, 0.0, is_causal, scale)
     if is_causal:

@@ -16,28 +16,29 @@ from torch import Tensor
 from torch.autograd import Function
 
 from attrreg.ops import fused
-from attrreg.ops.channels import affine, dense, layout, planes, suggested
+from attrreg.ops.channels import affine, memory_format, planes, suggested
 from attrreg.ops.phase import Phase, once_differentiable, wanted
 from attrreg.ops.precision import wide
 
 aten = torch.ops.aten
 
-FEW = 8  # positions of a plane, from which on PyTorch's backward is vectorised
-MANY = 2**13  # values, from which on it is worth two copies to go around that
-WORTH = 2**17  # values, from which on statistics are worth two operations more
-FAR = 16.0  # squared mean over variance, up to which a difference of sums is a variance of full precision
+FEW_POSITIONS = 8  # positions of a plane, below which PyTorch's backward is not vectorised
+VALUES_WORTH_COPIES = 2**13  # values, from which on two copies to avoid that are worth it
+VALUES_WORTH_SUMS = 2**17  # values, from which on computing the statistics apart is worth two more operations
+FAR = 16.0  # squared mean over variance, up to which a difference of sums is as exact as PyTorch's variance
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: one is made in every forward, and that takes longer
 class Kernel:
-    """How a tensor `(N, C, ...)` was normalised.
+    """What the gradients of a tensor `(N, C, ...)` have to know of its normalisation.
 
     Attributes:
-        count: of the values of a channel.
-        few: planes are so small, and so many, that its gradients are taken with channels last.
-        format: as its gradients are taken otherwise. PyTorch goes value by value through two tensors that are laid out differently.
+        count: how many values a channel has.
+        few: the planes are so small, and the tensor so large, that PyTorch's gradient kernel is faster on copies with channels last.
+        format: otherwise, the memory format in which that kernel gets all tensors: with two it goes value by value.
         eps: as in `F.batch_norm`.
-        index: which of PyTorch's kernels it chose, its own or on CUDA that of cuDNN, and `reserve` what that one keeps for its backward.
+        index: which forward kernel PyTorch chose: its own or, on CUDA, cuDNN's.
+        reserve: what cuDNN's kernel left for the backward.
     """
 
     count: int
@@ -48,13 +49,13 @@ class Kernel:
     reserve: Tensor
 
     def laid(self, x: Tensor) -> Tensor:
-        """As its gradients are taken, `(N, C, H, W)` where these are few."""
+        """A tensor as the gradient kernel takes it; `(N, C, positions, 1)` if planes are few."""
         if self.few:
             return x.reshape(*x.shape[:2], -1, 1).contiguous(memory_format=torch.channels_last)
         return x.contiguous(memory_format=self.format)
 
     def back(self, x: Tensor, shape: torch.Size) -> Tensor:
-        """What was laid so, as the tensor is. No view: a layer may go on to work in place, which on views is slow or refused."""
+        """The inverse of `laid`. Not a view: a layer that follows may work in place, which on views is slow or refused."""
         return x.contiguous().view(shape).data if self.few else x
 
     def first_order(
@@ -67,8 +68,9 @@ class Kernel:
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Mean and biased variance of each channel; None: leave them to PyTorch's kernel."""
-    if x.numel() < WORTH or x.shape[2:].numel() < FEW or not planes(x) or type(x) is not Tensor:  # others may have no values to ask for
+    """Mean and biased variance of each channel, by sums that PyTorch vectorises; None where its own kernel is as fast or more exact."""
+    # Fake tensors have no values to look at.
+    if x.numel() < VALUES_WORTH_SUMS or x.shape[2:].numel() < FEW_POSITIONS or not planes(x) or type(x) is not Tensor:
         return None
     mu = x.mean((0, *range(2, x.dim())))
     # sum(x (x - mu)), which the kernel sums for a tensor x with a mean mu and a deviation of 1.
@@ -96,8 +98,8 @@ class _BatchNorm(Function):
                 mean.data.lerp_(mu, momentum)
                 var.data.lerp_(batch.mul_(count / (count - 1)), momentum)
         ctx.save_for_backward(x, g, mu, r)
-        few = x.shape[2:].numel() < FEW and x.numel() >= MANY and planes(x)
-        ctx.kernel, ctx.phase = Kernel(count, few, layout(x), eps, index, reserve), phase
+        few = x.shape[2:].numel() < FEW_POSITIONS and x.numel() >= VALUES_WORTH_COPIES and planes(x)
+        ctx.kernel, ctx.phase = Kernel(count, few, memory_format(x), eps, index, reserve), phase
         result: Tensor = y
         return result
 
@@ -179,7 +181,7 @@ def _placewise(phase: Phase, input: Tensor, tokens: int, weight: Tensor | None, 
     def normalised(channels: Tensor) -> Tensor:
         return _batch_norm(phase, channels, None, None, weights, biases, True, momentum, eps)  # a path's passes move no statistics
 
-    if layout(input) != torch.contiguous_format:
+    if memory_format(input) != torch.contiguous_format:
         separate: Tensor = _Regroup.apply(normalised(_Regroup.apply(input, places, False)), places, True)
         return separate
     apart = input.reshape(-1, places, tokens, *input.shape[1:]).transpose(1, 2)
@@ -229,25 +231,26 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    dtype = wide(input)  # of weights and statistics, also where autocast made images narrower
-    kept = [values for values in (running_mean, running_var, weight, bias) if values is not None]
-    shape = input.shape[1:2]
-    alike = input.dim() > 1 and input.is_floating_point() and all(values.dtype == dtype and values.shape == shape for values in kept)
-    both = (running_mean is None) == (running_var is None)
-    known = alike and both and (eps > 0 or (eps == 0 and not training)) and momentum is not None and (training or running_mean is not None)
-    # PyTorch refuses one value a channel, and of an empty batch does not divide by it.
-    if not known or (training and input.numel() <= input.shape[1]):
+    dtype, shape = wide(input), input.shape[1:2]  # of weights and statistics, also where autocast made images narrower
+    given = [values for values in (running_mean, running_var, weight, bias) if values is not None]
+    fits = input.dim() > 1 and input.is_floating_point() and all(values.dtype == dtype and values.shape == shape for values in given)
+    statistics = (running_mean is None) == (running_var is None) and (training or running_mean is not None)
+    # PyTorch refuses the statistics of one value a channel, and takes an empty batch.
+    if not (fits and statistics and momentum is not None and eps > 0) or (training and input.numel() <= input.shape[1]):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    g = weight if weight is not None else input.new_ones(input.shape[1], dtype=dtype)
-    b = bias if bias is not None else input.new_zeros(input.shape[1], dtype=dtype)
-    g, b = g.contiguous(), b.contiguous()  # PyTorch's kernels, of channels last and of (N, C), read a weight's memory in order
+    g = weight if weight is not None else input.new_ones(shape, dtype=dtype)
+    b = bias if bias is not None else input.new_zeros(shape, dtype=dtype)
     if training:
-        result: Tensor = _BatchNorm.apply(input, g, b, running_mean, running_var, momentum, eps, phase)
+        # PyTorch's kernels for channels last and for (N, C) read weights in the order of their memory.
+        result: Tensor = _BatchNorm.apply(input, g.contiguous(), b.contiguous(), running_mean, running_var, momentum, eps, phase)
         return result
     assert running_mean is not None and running_var is not None
     scale = g * (running_var + eps).rsqrt()
-    format = layout(input) if dense(input) else suggested(input)  # as PyTorch's
-    if format != torch.contiguous_format and input.shape[-1] == 1:  # by the step of which what follows tells the layout
+    format = memory_format(input)
+    if format == torch.contiguous_format and not input.is_contiguous():
+        format = suggested(input)  # as PyTorch lays out what it makes of such a tensor
+    if format != torch.contiguous_format and input.shape[-1] == 1:  # by the stride of this axis the next layer tells the layout
         input = input.clone(memory_format=format)
-    shift = b - running_mean.clone() * scale  # of which scale's gradient is made: the mean itself may have moved by then
+    # The gradient of scale needs the mean as it is now; the buffer itself may have moved by then.
+    shift = b - running_mean.clone() * scale
     return affine(input.contiguous(memory_format=format), scale, shift).to(input.dtype)

@@ -9,22 +9,22 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the nu
 _ORDER = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}  # of the axes there, the densest first
 
 
-def layout(x: Tensor) -> torch.memory_format:
-    """Channels last where a tensor is laid out so, and not also contiguous, as one of a single channel or position is; else contiguous."""
+def memory_format(x: Tensor) -> torch.memory_format:
+    """`torch.channels_last`, or `channels_last_3d`, for a tensor that is contiguous in this format only; else `torch.contiguous_format`."""
     format = CHANNELS_LAST.get(x.dim(), torch.contiguous_format)
     return format if x.is_contiguous(memory_format=format) and not x.is_contiguous() else torch.contiguous_format
 
 
 def dense(x: Tensor) -> bool:
-    """Whether a tensor is contiguous, in one of the layouts."""
-    return x.is_contiguous() or layout(x) != torch.contiguous_format
+    """Whether a tensor is contiguous in one of these formats."""
+    return x.is_contiguous() or memory_format(x) != torch.contiguous_format
 
 
 def suggested(x: Tensor) -> torch.memory_format:
-    """How PyTorch's layers lay out what they make of a tensor: with channels last where its axes are in that order, as in a slice of one.
+    """The memory format of what PyTorch's layers make of a tensor: channels last where the strides have that order, also with gaps.
 
-    A layer that follows may ask for a `view`, and a dropout draws in the order of memory. `suggest_memory_format` of PyTorch, which Python
-    cannot call: steps in memory never fall from channels over the last axis to the first.
+    What follows may ask for a `view`, and a dropout draws in the order of memory. It is ATen's `suggest_memory_format`, of which Python has
+    only a slower, private copy: strides must not fall from the channels over the axes of the image, the last first, to the batch.
     """
     steps = x.stride()
     axes = len(steps)
@@ -53,7 +53,7 @@ def adjacent(x: Tensor) -> bool:
 
 
 def planes(x: Tensor) -> bool:
-    """Whether values of `(N, C, ...)` lie in planes that PyTorch's CPU kernels take one by one."""
+    """Whether PyTorch's CPU kernels go through `(N, C, ...)` plane by plane: contiguous ones of several values, not in half precision."""
     contiguous = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous()
     return contiguous and x.shape[2:].numel() > 1
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from attrreg.ops import depthwise, patches, pointwise, sound, strided
-from attrreg.ops.channels import adjacent, dense, layout, of_convolution, suggested
+from attrreg.ops.channels import adjacent, dense, memory_format, of_convolution, suggested
 from attrreg.ops.linear import PLAIN, linear, product
 from attrreg.ops.phase import Phase, wanted
 from attrreg.ops.precision import as_autocast, autocasts
@@ -35,14 +35,16 @@ PRODUCTS = (torch.float32, torch.float64)  # types in which matrix products can 
 
 @dataclass(frozen=True, eq=False)
 class Convolution:
-    """The settings of a convolution, one number an axis, and what is faster than PyTorch's kernels for images and weights of these sizes.
+    """The settings of a convolution, one number an axis, and how it is computed for images and weights of given shapes.
 
     Attributes:
-        pixels: a weight of one pixel meets every position once, so that images and their gradients are matrix products.
-        channels_last: these are laid out so.
-        remainders: the gradient of images by remainders of the stride.
-        weight_product: the gradient of weights from those of the output, images, weights and this; None: PyTorch's.
-        unseen: what the kernel's last step leaves of each axis, for gradients of images as transposed convolutions; None: `_InputGradient`.
+        patches: the kernel sees patches of several pixels that do not overlap: it is computed as a linear layer, and nothing below is used.
+        pixels: the kernel has one pixel and a stride of one: the output and the gradient of the images are matrix products (`pointwise`).
+        channels_last: the results of these products are laid out with channels last.
+        remainders: the gradient of the images is computed by `strided`.
+        weight_product: computes the weights' gradient from that of the output, the images, the weights and this object. None: PyTorch does.
+        unseen: how many pixels at the end of each padded axis the kernel does not reach because of its stride: the output padding of the
+            transposed convolution that is the gradient of the images. None: `_InputGradient` takes that gradient.
     """
 
     stride: list[int]
@@ -51,10 +53,11 @@ class Convolution:
     output_padding: list[int]
     transposed: bool
     groups: int
+    patches: bool = False
     pixels: bool = False
     channels_last: bool = False
     remainders: bool = False
-    weight_product: Callable[[Tensor, Tensor, Tensor, Convolution], Tensor | None] | None = None
+    weight_product: Callable[[Tensor, Tensor, Tensor, Convolution], Tensor] | None = None
     unseen: list[int] | None = None
 
     def convolve(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -74,7 +77,7 @@ class Convolution:
                 return self.backward(gy, x, w, image, weight)
         gx = gw = None
         if self.pixels:
-            channels_last = layout(x) == torch.channels_last  # two layouts in one operation are slow, here and in layers before
+            channels_last = memory_format(x) == torch.channels_last  # two layouts in one operation are slow, here and in layers before
             gy = gy.contiguous(memory_format=torch.channels_last) if channels_last else pointwise.copied_once(gy)
             gx = pointwise.input_gradient(gy, w, channels_last) if image else None
         if image and self.remainders:
@@ -89,16 +92,16 @@ class Convolution:
         return gx, gw
 
     def steps(self, image: Sequence[int], weight: Sequence[int]) -> list[tuple[int, int]]:
-        """Of each axis, how often the kernel moves, and what it leaves unseen."""
+        """For each axis, how many steps the kernel makes from its first position, and how many pixels it leaves at the end."""
         axes = zip(image[2:], weight[2:], self.stride, self.padding, self.dilation, strict=True)
         return [divmod(size + 2 * pad - step * (kernel - 1) - 1, stride) for size, kernel, stride, pad, step in axes]
 
     def positions(self, image: Sequence[int], weight: Sequence[int]) -> int:
-        """Of an output."""
+        """The number of positions of the kernel: of pixels of an output image."""
         return math.prod(moves + 1 for moves, _ in self.steps(image, weight))
 
 
-@lru_cache(maxsize=4096)  # to find out costs as much as a small convolution
+@lru_cache(maxsize=4096)  # computing it takes as long as a small convolution
 def _convolution(
     image: tuple[int, ...],
     weight: tuple[int, ...],
@@ -111,51 +114,49 @@ def _convolution(
     transposed: bool = False,
     output_padding: Any = 0,
 ) -> Convolution:
-    """What to compute with, for these shapes.
+    """How to compute a convolution of these shapes.
 
     Args:
-        image: `(N, C, ...)`.
-        weight: of the layer.
-        stride, padding, dilation, groups, output_padding: as PyTorch's functions take them, lists as tuples, padding in numbers.
-        products: whether what is faster than PyTorch's kernels is to be considered.
-        channels_last: the image is laid out so; of groups, a slice of such a one too.
-        transposed: the convolution is.
+        image, weight: the shapes of the images, `(N, C, ...)`, and of the layer's weight.
+        stride, padding, dilation, groups, output_padding: as PyTorch's functions take them, but lists as tuples, and padding in numbers.
+        products: whether to look for something faster than PyTorch's kernels.
+        channels_last: for 1x1 convolutions, that PyTorch's output has channels last; for grouped ones, that the images' lie side by side.
+        transposed: whether it is a transposed convolution.
     """
     axes = len(weight) - 2
-    numbers = [each(value, axes) for value in (stride, padding, dilation, output_padding)]
-    settings = Convolution(numbers[0], numbers[1], numbers[2], numbers[3], transposed, groups)
+    stride, padding, dilation, output_padding = (each(value, axes) for value in (stride, padding, dilation, output_padding))
+    plain = Convolution(stride, padding, dilation, output_padding, transposed, groups)
+    if not transposed and patches.are(weight, stride, padding, dilation, groups):
+        return replace(plain, patches=True)
     if not products or transposed or 0 in image:
-        return settings
-    faster = _faster(settings, image, weight, channels_last) or {"unseen": [rest for _, rest in settings.steps(image, weight)]}
-    return replace(settings, **faster)
+        return plain
+    return _with_faster_kernels(plain, image, weight, channels_last)
 
 
-def _faster(settings: Convolution, image: tuple[int, ...], weight: tuple[int, ...], channels_last: bool) -> dict[str, Any]:
-    """What is faster than PyTorch's kernels, as settings."""
-    groups = settings.groups
-    if set(weight[2:]) == {1} and groups == 1 and not any(settings.padding):
-        images, weights = pointwise.by_products(image[0], settings.positions(image, weight), weight[1], weight[0], channels_last)
-        if not weights:
-            return {}
-        pixels: dict[str, Any] = {"pixels": True, "channels_last": channels_last} if images and set(settings.stride) == {1} else {}
-        return {**pixels, "weight_product": _weight_of_pixels}
-    if len(weight) != 4:
-        return {}
-    if strided.is_slow(image[1], weight[2:], settings.stride, settings.dilation, groups):
-        return {"remainders": True}
-    # Weights are many and positions few, as in the last stage of a network on small images: a library mostly lays out the weights.
-    if groups == 1 and image[0] * settings.positions(image, weight) <= weight[0] // 4:
-        return {"weight_product": _weight_of_columns}
-    if groups == image[1] == weight[0]:
-        than_products, than_last = depthwise.is_slow(image[2:], weight[2:], channels_last)
-        if than_products or than_last:
-            return {"weight_product": _weight_of_channels if than_products else _weight_in_other_layout}
-    return {}
+def _with_faster_kernels(plain: Convolution, image: tuple[int, ...], weight: tuple[int, ...], channels_last: bool) -> Convolution:
+    """The same convolution, by what is faster than PyTorch's kernels for these shapes."""
+    groups = plain.groups
+    if set(weight[2:]) == {1} and groups == 1 and not any(plain.padding):
+        images, weights = pointwise.by_products(image[0], plain.positions(image, weight), weight[1], weight[0], channels_last)
+        if weights:
+            pixels = images and set(plain.stride) == {1}
+            return replace(plain, pixels=pixels, channels_last=pixels and channels_last, weight_product=_weight_of_pixels)
+    elif len(weight) == 4:
+        if strided.is_slow(image[1], weight[2:], plain.stride, plain.dilation, groups):
+            return replace(plain, remainders=True)
+        # As in the last stage of a network on small images: PyTorch's library spends most of its time on reordering the many weights.
+        if groups == 1 and image[0] * plain.positions(image, weight) <= weight[0] // 4:
+            return replace(plain, weight_product=_weight_of_columns)
+        if groups == image[1] == weight[0]:
+            than_products, than_last = depthwise.is_slow(image[2:], weight[2:], channels_last)
+            if than_products or than_last:
+                return replace(plain, weight_product=_weight_of_channels if than_products else _weight_in_channels_last)
+    return replace(plain, unseen=[rest for _, rest in plain.steps(image, weight)])
 
 
 def _weight_of_pixels(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor:
     if set(settings.stride) != {1}:
-        channels_last = layout(x) == torch.channels_last
+        channels_last = memory_format(x) == torch.channels_last
         x = x[(slice(None), slice(None), *(slice(None, None, step) for step in settings.stride))]
         if channels_last:
             gy, x = (images.contiguous(memory_format=torch.channels_last) for images in (gy, x))
@@ -171,9 +172,11 @@ def _weight_of_channels(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution)
     return depthwise.weight_gradient(gy, x, w, settings.stride, settings.padding, settings.dilation)
 
 
-def _weight_in_other_layout(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor | None:
+def _weight_in_channels_last(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor:
     gy, x = (images.contiguous(memory_format=torch.channels_last) for images in (gy, x))
-    return replace(settings, weight_product=None).backward(gy, x, w, False, True)[1]
+    sizes = settings.stride, settings.padding, settings.dilation, False, settings.output_padding, settings.groups
+    gw: Tensor = aten.convolution_backward(gy, x, w, None, *sizes, [False, True, False])[1]
+    return gw
 
 
 class _Convolve(Function):
@@ -192,18 +195,18 @@ class _Convolve(Function):
         gb = gy.sum(dim=(0, *range(2, gy.dim()))) if for_b else None
         if not torch.is_grad_enabled():  # nobody differentiates again: one call for both
             return *ctx.kind.backward(gy, x, w, for_x, for_w), gb, None, None
-        gx = _input_gradient(gy, w, x.detach(), ctx.kind, ctx.phase) if for_x else None
+        gx = _input_gradient(gy, w, x, ctx.kind, ctx.phase) if for_x else None
         gw = _WeightGradient.apply(gy, x, w.detach(), ctx.kind, ctx.phase) if for_w else None
         return gx, gw, gb, None, None
 
 
 def _input_gradient(gy: Tensor, w: Tensor, like: Tensor, kind: Convolution, phase: Phase) -> Tensor:
-    """gx(gy, w), to be differentiated again: as a transposed convolution, whose node is PyTorch's own, which start faster than ours."""
+    """gx(gy, w), with the shape and layout of `like`: where nothing is faster, by PyTorch's own node, which starts without Python."""
     if kind.unseen is None:
-        ours: Tensor = _InputGradient.apply(gy, w, like, kind, phase)
+        ours: Tensor = _InputGradient.apply(gy, w, like.detach(), kind, phase)
         return ours
     format = suggested(like)
-    if dense(gy) and suggested(gy) != format:  # else as it is: a node holds it, and would hold a copy besides
+    if dense(gy) and suggested(gy) != format:  # what has gaps, as an expanded gradient, stays as it is: the graph would keep the copy too
         gy = gy.contiguous(memory_format=format)
     return torch.convolution(gy, w, None, kind.stride, kind.padding, kind.dilation, True, kind.unseen, kind.groups)
 
@@ -258,7 +261,7 @@ def _hashable(value: Any) -> Any:
 
 def _kind(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, *rest: Any) -> Convolution:
     format = of_convolution(x, w) if groups == 1 and w.shape[2:].numel() == 1 else None
-    channels_last = adjacent(x) if format is None else format == torch.channels_last
+    channels_last = format == torch.channels_last if groups == 1 else adjacent(x)  # which ordinary convolutions do not ask
     # On the CPU, in the types that its kernels for convolutions are slow in.
     products = x.device.type == "cpu" and x.dtype in PRODUCTS and format != torch.channels_last_3d
     return _convolution(x.shape, w.shape, stride, padding, dilation, groups, products, channels_last, *rest)
@@ -270,11 +273,13 @@ def _apply(x: Tensor, w: Tensor, b: Tensor | None, phase: Phase, *settings: Any)
     if x.dim() < w.dim():
         return _apply(x.unsqueeze(0), w, b, phase, *settings).squeeze(0)
     kind = _kind(x, w, *settings)
+    if kind.patches:
+        return patches.convolve(phase, x, w, b)
     if kind.pixels and kind.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)  # products of pixels know whole images only
     if kind.pixels and x.shape[2:].numel() == 1:  # a linear layer: nodes of PyTorch's own start faster than ours
         y: Tensor = aten._unsafe_view(linear(phase, x.flatten(1), w.flatten(1), b), (x.shape[0], w.shape[0], *x.shape[2:]))
-        # The same in memory, but it says so: what makes many positions of it lays these out alike.
+        # The same memory with other strides: a layer that makes larger images of it, as an upsampling, takes their layout from these.
         return y.clone(memory_format=torch.channels_last) if kind.channels_last else y
     y = _Convolve.apply(x, w, b, kind, phase)
     return y
@@ -295,8 +300,6 @@ def convolve(
     stride, padding, dilation = _hashable(stride), _hashable(padding), _hashable(dilation)
     if not sound.convolves(sound.convolution, axes, input, weight, bias, stride, padding, dilation, groups):
         return (F.conv1d, F.conv2d, F.conv3d)[axes - 1](input, weight, bias, stride, padding, dilation, groups)
-    if patches.are(input.dim(), weight.shape, stride, padding, dilation, groups):
-        return patches.convolve(phase, input, weight, bias)
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(each(dilation, axes), weight.shape[2:], strict=True)]
         if any(t % 2 for t in total):  # the far side gets the one more
@@ -317,14 +320,13 @@ def convolve_if_faster(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
-    """`F.conv2d`, as it is where that is no slower when differentiated once."""
+    """`F.conv2d` where it is differentiated once: ours if that has a faster gradient of the weights, else PyTorch's."""
     plain = type(input) in PLAIN and type(weight) in PLAIN and input.dtype == weight.dtype in PRODUCTS
     if plain and input.dim() == weight.dim() and not isinstance(padding, str) and not torch.is_autocast_enabled(input.device.type):
         settings = _hashable(stride), _hashable(padding), _hashable(dilation), groups
-        if sound.convolves(sound.convolution, 2, input, weight, bias, *settings):
-            kind = _kind(input, weight, *settings)
-            if kind.weight_product is not None:
-                return convolve(phase, input, weight, bias, *settings)
+        fits = sound.convolves(sound.convolution, 2, input, weight, bias, *settings)
+        if fits and _kind(input, weight, *settings).weight_product is not None:
+            return _apply(input, weight, bias, phase, *settings)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 

@@ -23,24 +23,32 @@ from torch import Tensor
 from attrreg.ops.channels import adjacent
 from attrreg.ops.pointwise import as_rows
 
-WIDE = 5  # kernels of fewer columns have fast weight gradients, but on images smaller than they are
+WIDE_KERNEL = 5  # columns: narrower kernels have fast weight gradients, unless the image is smaller than the kernel
 EXCESS = 6  # how much wider than the kernel the image may be: beyond, products compute too much
-FEW, PER_IMAGE = 100, 2  # positions of an output, in all and for each image of the batch, up to which all their products are fast
+# Positions of an output, in all and for each image of the batch, up to which all their products are fast.
+FEW_POSITIONS, POSITIONS_PER_IMAGE = 100, 2
 
 
 def is_slow(image: Sequence[int], kernel: Sequence[int], channels_last: bool) -> tuple[bool, bool]:
-    """Whether PyTorch's, of images `(H, W)` and kernels `(h, w)`, is slower than products, or than itself in `channels_last`."""
+    """Whether PyTorch's kernel is slower than products, and if not, whether it is slower than with channels last.
+
+    Args:
+        image: `(H, W)`.
+        kernel: `(h, w)`.
+        channels_last: the images lie so already.
+    """
     (height, width), (high, wide) = image, kernel
-    if (height < high or width < wide) and width <= wide * EXCESS:
-        return high * wide > 1, False
-    if channels_last or wide < WIDE:
+    narrow = width <= wide * EXCESS  # so that products do not compute too much
+    if narrow and (height < high or width < wide):
+        return True, False
+    if channels_last or wide < WIDE_KERNEL:
         return False, False
-    return width <= wide * EXCESS, width > wide * EXCESS
+    return narrow, not narrow
 
 
 def weight_gradient(gy: Tensor, x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
     """gw(gy, x), of the shape of w."""
-    way = _by_positions if gy.shape[2:].numel() <= min(FEW, PER_IMAGE * gy.shape[0]) else _by_rows
+    way = _by_positions if gy.shape[2:].numel() <= min(FEW_POSITIONS, POSITIONS_PER_IMAGE * gy.shape[0]) else _by_rows
     found = way(gy, x, w.shape[2:], stride, padding, dilation)
     return found.view(w.shape).data  # no view: PyTorch adds to it in place then
 
@@ -50,8 +58,8 @@ def _by_positions(
 ) -> Tensor:
     positions, image = gy.shape[2:], x.shape[2:]
     products = torch.bmm(_channels(gy).flip(-1).mT, _channels(x))
-    # `fold` adds up patches where they overlap. With a patch of products for each position of the image, turned round (`flip`), what
-    # meets at a place are those of positions that are as far apart.
+    # `fold` sums patches where they overlap. Each position of the image, as a channel, gets the patch of its products with all positions of
+    # the output, turned round (`flip`): what then falls on one place are the products of positions that are equally far apart.
     reach = [(count - 1) * step for count, step in zip(positions, stride, strict=True)]
     whole = tuple(side + far for side, far in zip(image, reach, strict=True))
     sums = F.fold(products.view(1, -1, products.shape[2]), whole, tuple(positions), tuple(stride))
@@ -64,7 +72,7 @@ def _by_positions(
 
 def _channels(x: Tensor) -> Tensor:
     """The images of each channel, `(C, N, positions)`."""
-    if adjacent(x):  # one transposed matrix: to copy that is fast, unless rows lie apart
+    if adjacent(x):  # transposing one dense matrix is fast, so what has gaps is copied first
         return as_rows(x).contiguous().t().contiguous().view(x.shape[1], x.shape[0], -1)
     return x.flatten(2).transpose(0, 1)
 

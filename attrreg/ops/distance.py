@@ -1,7 +1,7 @@
 """Norms and distances that can be differentiated twice, at zero too.
 
-PyTorch's second derivative of a 2-norm at zero is NaN, and in older versions `cdist` has none but for 2-norms of many rows. Here both
-derivatives at zero are zero.
+PyTorch's second derivative of a 2-norm at zero is NaN, and in older versions `cdist` has a second derivative for 2-norms of many rows
+alone. Here both derivatives at zero are zero.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def two_norm(x: Tensor, dim: Any = None, keepdim: bool = False, dtype: torch.dty
 
 
 def _widens(x: Tensor, dtype: torch.dtype | None) -> bool:
-    """Whether floating-point values are computed with in their own type or in a wider one."""
+    """Whether x is floating-point, and `dtype`, in which to compute, is None or no narrower than its own type."""
     return x.is_floating_point() and (dtype is None or (dtype.is_floating_point and torch.promote_types(x.dtype, dtype) == dtype))
 
 
@@ -78,21 +78,19 @@ class _Euclidean(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x1: Tensor, x2: Tensor, compute_mode: str) -> Tensor:
-        y = torch.cdist(x1, x2, compute_mode=compute_mode)
-        ctx.save_for_backward(x1, x2, y if compute_mode == BY_DIFFERENCES else None)
+    def forward(ctx: Any, x1: Tensor, x2: Tensor) -> Tensor:
+        y = torch.cdist(x1, x2, compute_mode=BY_DIFFERENCES)  # by products, equal rows would only nearly be at zero
+        ctx.save_for_backward(x1, x2, y)
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x1, x2, d = ctx.saved_tensors
-        if d is None:  # equal rows are at zero by differences, by products only nearly
-            d = _Euclidean.apply(x1, x2, BY_DIFFERENCES)
         w = gy / d.masked_fill(d == 0, math.inf)
-        for_1, for_2 = ctx.needs_input_grad[:2]
+        for_1, for_2 = ctx.needs_input_grad
         g1 = (x1 * w.sum(-1).unsqueeze(-1) - w @ x2).sum_to_size(x1.shape) if for_1 else None
         g2 = (x2 * w.sum(-2).unsqueeze(-1) - w.mT @ x1).sum_to_size(x2.shape) if for_2 else None
-        return g1, g2, None
+        return g1, g2
 
 
 def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = MODES[0]) -> Tensor:
@@ -109,14 +107,10 @@ def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = MODES[0]) 
         return torch.cdist(x1, x2, p, compute_mode)
     result: Tensor
     if p == 2 and max(x1.numel() * x2.shape[-2], x2.numel() * x1.shape[-2]) > MANY:
-        result = _Euclidean.apply(x1, x2, compute_mode)
+        result = _Euclidean.apply(x1, x2)
         return result
     difference = x1.unsqueeze(-2) - x2.unsqueeze(-3)
     if p == 2:
         return two_norm(difference, dim=-1)
-    if p == 1:
-        return difference.abs().sum(dim=-1)
-    if math.isinf(p):
-        return difference.abs().amax(dim=-1)
     result = torch.linalg.vector_norm(difference, p, dim=-1)
     return result

@@ -21,9 +21,10 @@ class Draws:
     drawn that is not known here, or whose batch is not told from its shape. With a single place, PyTorch draws, and this takes note.
 
     Attributes:
-        state: of its generators. At the end it has to be that of the default ones after a pass over the images alone, and so have the
-            `shapes`: one can be mistaken for that of a batch, which CUDA's generator does not tell, and something else can have drawn.
-        stopped: from now on PyTorch draws.
+        state: of the generators that this draws from.
+        shapes: of all that was drawn for. At the end, state and shapes have to be those of a pass over the images alone. Both are compared:
+            a shape can be mistaken for that of a batch, which CUDA's state does not show, and something else may have drawn.
+        stopped: PyTorch draws from now on.
 
     Args:
         images: in the batch, each counted once.
@@ -55,7 +56,7 @@ class Draws:
         return function(input, p, generator=generator) if drawn is None else input.copy_(drawn)
 
     def _once(self, tensor: Tensor, draw: Draw) -> Tensor | None:
-        """What is drawn for a tensor of the batch, or of no batch at all; None: not known which."""
+        """What is drawn for a tensor: for a batch one draw an image, for no batch one in all. None: not known which, so PyTorch draws."""
         if self._places == 1:
             self.shapes.append(tensor.shape)
             return None

@@ -37,7 +37,7 @@ def _planes(x, u, gx, out, mu, r, g, v_xhat, gy_xhat, for_g, size, channels, inn
 def planes(
     x: Tensor, for_gy: Tensor, gx: Tensor, mu: Tensor, r: Tensor, g: Tensor, v_xhat: Tensor, gy_xhat: Tensor, for_g: Tensor
 ) -> Tensor:
-    """Of batch normalisation, see `batch_norm`: the gradient with respect to x from the other two, of `(N, C, ...)` laid out alike."""
+    """The second-order gradient of x of batch normalisation (see `batch_norm`) from those of gy and g; `(N, C, ...)`, laid out alike."""
     out, size, channels = torch.empty_like(x), x.numel(), x.shape[1]
     inner = x[0, 0].numel() if x.is_contiguous() else 1
     with _on(x):
@@ -112,7 +112,7 @@ def _rows(v, gy, x, g, mu, r, for_gy, for_x, for_g, rows, count, BLOCK: tl.const
 
 
 def rows(v: Tensor, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of layer normalisation, see `norm`: the gradients with respect to gy, x and g, of contiguous tensors of g's shape each row."""
+    """The second-order gradients of gy, x and g of layer normalisation (see `norm`). Contiguous tensors, each row of g's shape."""
     count, g = g.numel(), g.contiguous()  # which the kernel reads in order
     lines = x.numel() // count
     programs = min(lines, MOST_ROWS)

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from attrreg import processor
 from attrreg.ops.phase import Phase, wanted
 
-WIDE = 64  # rows and columns of a result, below which oneDNN is slow where both matrices are stored by columns
+MIN_SIDE = 64  # rows and columns of a result, below which oneDNN is slow where both matrices are stored by columns
 PLAIN = (Tensor, torch.nn.Parameter)  # not distributed, quantized or otherwise special
 
 _CAPABILITY = torch.backends.cpu.get_cpu_capability()
@@ -27,63 +27,64 @@ ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _THERE else Non
 
 
 def _mkl_is_slow(capability: str, cpu: dict[str, str]) -> bool:
-    """Whether it computes half as much at a time as oneDNN: on AMD's, 256 bits, of the 512 that they have units for since Zen 5."""
+    """Whether MKL, which takes 256 bits at a time on AMD's processors, is half as fast as oneDNN: on those that take 512, since Zen 5."""
     family = cpu.get("cpu family", "")
     return capability == "AVX512" and cpu.get("vendor_id") == "AuthenticAMD" and family.isdigit() and int(family) >= 26
 
 
 MKL_IS_SLOW = _mkl_is_slow(_CAPABILITY, processor.fields())  # so that oneDNN is worth a copy
-MUCH = 2**22 if MKL_IS_SLOW else 2**24  # multiplications, below which oneDNN loses more by preparing than it gains
+MIN_MULTIPLICATIONS = 2**22 if MKL_IS_SLOW else 2**24  # multiplications, below which oneDNN loses more by preparing than it gains
 
 
-def product(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
-    """a b^T + shift, of `(rows, inner)` and `(columns, inner)`."""
-    return _fast(a, b, shift) if _worth_it(a, b) else F.linear(a, b, shift)
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b^T + bias, of `(rows, inner)` and `(columns, inner)`."""
+    return _fast(a, b, bias) if _worth_it(a, b) else F.linear(a, b, bias)
 
 
-def _fast(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
-    """The same, of what is worth it, and `(..., inner)`."""
-    if a.shape[-1] == 1:  # the step of an axis of one value says nothing, and oneDNN has nothing to gain
-        return F.linear(a, b, shift).data  # not a view, as below
+def _fast(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`product` of `(..., inner)` and `(columns, inner)` for which `_worth_it` holds."""
+    if a.shape[-1] == 1:  # such an axis may have any stride, and oneDNN gains nothing
+        return F.linear(a, b, bias).data  # not a view, as below
     if a.stride(-1) == 1 or b.stride(-1) == 1:
-        return _by_onednn(a, b, shift)
-    # Both by columns, as for the gradient of weights. oneDNN copies the first, which should be the smaller one then.
+        return _by_onednn(a, b, bias)
+    # Both are stored by columns, as for the gradient of a weight. oneDNN then copies its first argument, which should be the smaller one.
     (rows, inner), columns = a.shape, b.shape[0]
     if _by_columns_as_pytorch(a, b):
-        # Zeros to be added are written to the result first: MKL is slow to write to memory that nothing has just written.
-        return F.linear(a, b, a.new_zeros(columns) if shift is None else shift)
-    if shift is None and (rows - columns) * inner > 2 * rows * columns:
+        # With a bias of zeros, PyTorch fills the result first: MKL is slow to write to memory that nothing has written to yet.
+        return F.linear(a, b, a.new_zeros(columns) if bias is None else bias)
+    if bias is None and (rows - columns) * inner > 2 * rows * columns:
         return _by_onednn(b, a, None).t().contiguous()
-    return _by_onednn(a, b, shift)
+    return _by_onednn(a, b, bias)
 
 
 def _by_columns_as_pytorch(a: Tensor, b: Tensor) -> bool:
     """Whether PyTorch's product is the faster one where both are stored by columns."""
-    return not MKL_IS_SLOW or min(a.shape[0], b.shape[0]) < WIDE
+    return not MKL_IS_SLOW or min(a.shape[0], b.shape[0]) < MIN_SIDE
 
 
-def _by_onednn(a: Tensor, b: Tensor, shift: Tensor | None) -> Tensor:
+def _by_onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     assert ONEDNN is not None
     if not (b.is_contiguous() or b.t().is_contiguous()):  # which it takes only by a scalar loop
         b = b.t().contiguous().t()
-    if shift is not None:
-        shift = shift.contiguous()  # whose steps it does not look at
-    result: Tensor = ONEDNN.default(a, b, shift, "none", [], "")
+    if bias is not None:
+        bias = bias.contiguous()  # whose steps it does not look at
+    result: Tensor = ONEDNN.default(a, b, bias, "none", [], "")
     return result.data  # not a view, as it is of many axes: a layer may go on to work in place, which on views is slow or refused
 
 
 def _worth_it(a: Tensor, b: Tensor) -> bool:
-    """Whether oneDNN may be the faster one, of `(..., inner)` and `(columns, inner)`."""
-    return a.numel() * b.shape[0] >= MUCH and _suited(a) and _suited(b)
+    """Whether oneDNN's product of `(..., inner)` and `(columns, inner)` may be faster than PyTorch's."""
+    there = ONEDNN is not None and a.numel() * b.shape[0] >= MIN_MULTIPLICATIONS
+    return there and _suited(a) and _suited(b) and bool(torch.backends.mkldnn.enabled)
 
 
 def _suited(tensor: Tensor) -> bool:
-    kind = type(tensor) in PLAIN and tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype == torch.float32
-    return kind and ONEDNN is not None and bool(torch.backends.mkldnn.enabled)
+    """Whether oneDNN's product takes a tensor like this."""
+    return type(tensor) in PLAIN and tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
 def _times(a: Tensor, b: Tensor, across: bool, phase: Phase) -> Tensor:
-    """`_Product`, with a graph where somebody differentiates again."""
+    """a b^T, or a b if `across`; as a `_Product` where it may be differentiated again."""
     if not torch.is_grad_enabled():
         return _fast(a, b.t() if across else b)
     result: Tensor = _Product.apply(a, b, across, phase)
@@ -91,46 +92,47 @@ def _times(a: Tensor, b: Tensor, across: bool, phase: Phase) -> Tensor:
 
 
 def _added(total: Tensor, a: Tensor, b: Tensor, phase: Phase) -> Tensor:
-    """The sum of `total`, which is written over where nobody differentiates again, and the product of two matrices stored by columns."""
+    """total + a b^T, of matrices stored by columns; written into `total` where nobody differentiates again."""
     if torch.is_grad_enabled():
         return total + _times(a, b, False, phase)
     return total.addmm_(a, b.t()) if _by_columns_as_pytorch(a, b) else total.add_(_fast(a, b))
 
 
 def _columns(tensor: Tensor) -> Tensor:
-    """The columns of all rows, `(inner, rows)`."""
+    """`(..., inner)` as a matrix `(inner, rows)`."""
     return tensor.flatten(0, -2).t()
 
 
 class _Linear(Function):
-    """The layer, and its weight once more, for the inner backward to multiply by.
+    """A linear layer, which returns its weight as a second output, for the inner backward to multiply by.
 
-    So the gradient that the weight gets there comes here first, and this one is added to it by the product, not in a pass of its own.
+    The gradient that the weight gets from the attribution then arrives here as `earlier`, and the product for the weight's other gradient
+    is added to it: no pass over memory of its own sums the two.
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, w: Tensor, shift: Tensor | None, phase: Phase) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, a: Tensor, w: Tensor, bias: Tensor | None, phase: Phase) -> tuple[Tensor, Tensor]:
         again = w.detach()
         for_a, for_w, *_ = ctx.needs_input_grad
         # As PyTorch's own: what no derivative needs may be freed or changed.
         ctx.save_for_backward(a if for_w else None, None if not for_a else again if for_w else w)
         ctx.phase = phase
         ctx.set_materialize_grads(False)
-        return _fast(a, w, shift), again
+        return _fast(a, w, bias), again
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, earlier: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
             return None, earlier, None, None
         a, w = ctx.saved_tensors
-        for_a, for_w, for_shift = wanted(ctx, 3)
+        for_a, for_w, for_bias = wanted(ctx, 3)
         g = g.contiguous()  # so that what reads it does not copy it each time
         ga = _times(g, w, True, ctx.phase) if for_a else None
         gw = None
         if for_w:
             left, right = _columns(g), _columns(a)
             gw = _times(left, right, False, ctx.phase) if earlier is None else _added(earlier, left, right, ctx.phase)
-        return ga, gw, g.flatten(0, -2).sum(0) if for_shift else None, None
+        return ga, gw, g.flatten(0, -2).sum(0) if for_bias else None, None
 
 
 class _Product(Function):

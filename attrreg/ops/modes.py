@@ -18,13 +18,13 @@ from attrreg.ops.process import BY_MATH, attention_by, attention_kernels, checkp
 
 
 def _drawn(function: Callable[..., Tensor], phase: Phase, *args: Any, **kwargs: Any) -> Tensor:
-    """A function that draws, by the draws of the pass where there are such."""
+    """A function that draws random numbers: as `Draws` of the pass says, if it has one that is not stopped."""
     if phase.draws is None or phase.draws.stopped:
         return function(*args, **kwargs)
     return draws.KNOWN[function](phase.draws, function, *args, **kwargs)
 
 
-# What takes the arguments of the function that it replaces; and below, what takes the phase of the pass before them.
+# Replacements with the arguments of the function that they replace; those in WITH_PHASE take the phase of the pass before them.
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), partial(activation.piecewise, kind=activation.RELU)),
     **dict.fromkeys((torch.relu_, Tensor.relu_), partial(activation.piecewise, kind=activation.RELU, inplace=True)),
@@ -66,7 +66,7 @@ WITH_PHASE: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 OURS = {*REPLACEMENTS, *WITH_PHASE}
-NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # names that PyTorch's functions take too
+NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # NumPy's names of arguments, which PyTorch's functions take too
 
 
 class _Replace(TorchFunctionMode):
@@ -78,12 +78,10 @@ class _Replace(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in OURS:  # first: a model asks for shapes more often than it computes
+        if func not in OURS or transformed():  # in this order: a model asks for shapes more often than it computes
             return func(*args, **kwargs)
-        if not NUMPY.keys().isdisjoint(kwargs):
+        if kwargs and not NUMPY.keys().isdisjoint(kwargs):
             kwargs = {NUMPY.get(name, name): value for name, value in kwargs.items()}
-        if transformed():
-            return func(*args, **kwargs)
         if func in WITH_PHASE:
             return WITH_PHASE[func](self._phase, *args, **kwargs)
         return REPLACEMENTS[func](*args, **kwargs)

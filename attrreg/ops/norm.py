@@ -121,14 +121,14 @@ def group_norm(
 ) -> Tensor:
     """`F.group_norm`: a layer norm over each group, and a scale and shift a channel."""
     channels = input.shape[1] if input.dim() > 1 else 0
-    divides = num_groups > 0 and channels % num_groups == 0 and input.numel() > num_groups  # of a single value, PyTorch refuses the norm
+    divides = 0 < num_groups <= channels and channels % num_groups == 0 and input.numel() > num_groups  # a single value PyTorch refuses
     if not (divides and sound.with_parameters(input, (channels,), weight, bias)):
         return F.group_norm(input, num_groups, weight, bias, eps)
     if input.dtype != wide(input):  # as in `layer_norm`; rounded once, as PyTorch's
         return widely(partial(group_norm, phase), input, num_groups, weight, bias, eps)
-    n = len(input)
-    grouped = input.reshape(n, num_groups, channels // num_groups * math.prod(input.shape[2:]))
-    y = layer_norm(phase, grouped, grouped.shape[-1:], None, None, eps).reshape(input.shape)
+    grouped = input.reshape(len(input), num_groups, -1).contiguous()
+    shape = list(grouped.shape[2:])
+    y: Tensor = _LayerNorm.apply(grouped, grouped.new_ones(shape), grouped.new_zeros(shape), shape, eps, phase).reshape(input.shape)
     if input.device.type == "cpu":  # as PyTorch's there
         y = y.contiguous(memory_format=suggested(input))
     if weight is None and bias is None:
@@ -159,6 +159,7 @@ def instance_norm(
 class _Divided(Function):
     """y = g x r along some axes, r = 1 / sqrt(c sum(x^2) + constant): what is divided by its norm, and weighted or not.
 
+    `factors` gives r and q of x; it is kept to compute r with a graph.
     With q = c r, u = g gy, m(u) = q sum(u x), and P(u) = u - x r m(u), which is its own adjoint:
 
         gx = r P(u)                                         the first order

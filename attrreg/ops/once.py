@@ -1,4 +1,4 @@
-"""Convolutions that are faster than PyTorch's own even where nothing is differentiated twice; they are exact at every order."""
+"""The operators of a pass: faster convolutions where it is differentiated once, and then those that can be differentiated twice."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from attrreg.walk import modules
 
 @contextmanager
 def operators(model: nn.Module, phase: Phase, twice: bool, at_once: bool) -> Iterator[Callable[[], None]]:
-    """Compute what is differentiated once as fast as can be, and the rest with operators that have a second derivative.
+    """Run a model with faster convolutions where it is differentiated once, and with twice differentiable operators where twice.
 
     Args:
-        model: what will compute.
+        model: the model.
         phase: see `twice_differentiable`.
-        twice: the latter are needed.
-        at_once: from the start, and not only from the call on of what this yields.
+        twice: whether anything will be differentiated twice.
+        at_once: it will be from the start on; False: from the call of what this yields on.
     """
     with ExitStack() as entered:
         steps: list[Callable[[], None]] = []
@@ -62,20 +62,21 @@ def _may_gain(layer: nn.Module) -> bool:
         return False
     if layer.groups == 1:  # a bias tells squeeze-and-excitation from what batch normalisation follows
         return layer.kernel_size == (1, 1) and layer._parameters.get("bias") is not None
-    return layer.groups == layer.in_channels and min(layer.kernel_size) >= depthwise.WIDE
+    return layer.groups == layer.in_channels and min(layer.kernel_size) >= depthwise.WIDE_KERNEL
 
 
 def _gains(layer: nn.Module, args: tuple[Any, ...]) -> bool:
-    """Whether one that may does on these images, of which there are few positions in squeeze-and-excitation."""
+    """Whether a layer that may gain does on these images: a 1x1 convolution only at few positions, as in squeeze-and-excitation."""
     assert isinstance(layer, nn.Conv2d)
-    return layer.groups != 1 or (bool(args) and isinstance(args[0], Tensor) and args[0].shape[-2:].numel() <= pointwise.FEW)
+    return layer.groups != 1 or (bool(args) and isinstance(args[0], Tensor) and args[0].shape[-2:].numel() <= pointwise.FEW_POSITIONS)
 
 
 @contextmanager
 def _faster(model: nn.Module, phase: Phase) -> Iterator[Callable[[], None]]:
-    """Until what this yields is called, or the first checkpointed block starts: that is recomputed when all this is over.
+    """Compute convolutions faster until what this yields is called, or the first checkpointed block starts.
 
-    The mode is on in layers that may gain and nowhere else: PyTorch shows it every call, a few percent of a pass of small layers.
+    Such a block is recomputed when all this is over, and has to compute the same then. The mode is on inside layers that may gain and
+    nowhere else: PyTorch calls a mode for every operation, which costs a few percent of a pass of small layers.
     """
     mode, there = _Faster(phase), True
 

@@ -1,12 +1,11 @@
-"""Convolutions of patches that do not overlap, as linear layers.
+"""Convolutions of patches that do not overlap, as linear layers, on every device.
 
-Their input gradient, which an ordinary training step never takes, is slow on the CPU.
+On the CPU PyTorch's gradient of the input, which an ordinary training step never takes, is slow for these.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,24 +13,20 @@ from torch import Tensor
 from attrreg.ops.channels import of_convolution, suggested
 from attrreg.ops.linear import linear
 from attrreg.ops.phase import Phase
-from attrreg.ops.sound import each
 
 
-@lru_cache(maxsize=4096)
-def are(dim: int, weight: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
-    """Whether a convolution looks at patches that do not overlap, and at more than a pixel each."""
-    if dim != 4 or len(weight) != 4 or groups != 1:
-        return False
+def are(weight: Sequence[int], stride: list[int], padding: list[int], dilation: list[int], groups: int) -> bool:
+    """Whether a convolution with these settings, one number an axis, sees patches of several pixels that do not overlap."""
     kernel = list(weight[2:])
-    padded = padding != "valid" and (padding == "same" or any(each(padding, 2)))
-    return kernel == each(stride, 2) and min(kernel) > 1 and not padded and each(dilation, 2) == [1, 1]
+    return groups == 1 and len(kernel) == 2 and kernel == stride and min(kernel) > 1 and not any(padding) and dilation == [1, 1]
 
 
 def convolve(phase: Phase, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """y(x, w) + b."""
     n, channels, height, width = x.shape
     high, wide = w.shape[2:]
-    laid_out = x.device.type == "cpu" or x.dtype != torch.float64  # for which cuDNN has no kernels of this layout
+    # cuDNN has no channels-last kernels for float64, so there PyTorch's output is contiguous.
+    laid_out = x.device.type == "cpu" or x.dtype != torch.float64
     channels_last = laid_out and of_convolution(x, w) == torch.channels_last
     rows, columns = height // high, width // wide
     if channels_last and suggested(x) == torch.channels_last and x.numel() > w.numel():

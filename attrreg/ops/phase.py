@@ -9,13 +9,12 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from attrreg.graph import leads_to_ours
 from attrreg.ops.draws import Draws
 from attrreg.state import full_precision
 
-THIRD = b"trying to take a third derivative, which a penalty has not: leave out create_graph=True where its gradient is taken."
+THIRD = "Trying to take a third derivative, which a penalty does not have. Leave out create_graph=True where its gradient is taken."
 
 
 @dataclass
@@ -26,12 +25,13 @@ class Phase:
     backward would also compute weight gradients that nobody uses.
 
     Attributes:
-        running: the forward is not over: a backward now is the model's own.
-        inner: the running backward makes an attribution: nobody asks for the gradients of weights.
-        places: how many places of a path share the batch, those of an image side by side.
-        draws: what the pass draws; None: nobody asks.
-        rows: in the batch of all places.
-        normalised: of how many rows, tokens of an image as one, statistics were taken: of `rows` alone, unless images meet otherwise.
+        running: the forward is not over, so that a backward now is one that the model takes itself.
+        inner: the running backward computes an attribution, for which nobody needs gradients of weights.
+        places: how many places of a path share the batch; those of an image lie side by side.
+        draws: what the pass draws; None: PyTorch draws as ever.
+        rows: how many images the batch has, at all places together.
+        normalised: over how many rows batch normalisation took statistics, the tokens of an image counted as one. Other numbers than `rows`
+            show that images meet in a way that is not known here.
     """
 
     running: bool = False
@@ -52,7 +52,11 @@ class Phase:
 
 
 def wanted(ctx: Any, count: int) -> list[bool]:
-    """Which gradients of its first inputs the running backward asks a function for; the outer one is asked about the first only."""
+    """For each of a function's first inputs, the image before weights, whether the running backward needs its gradient.
+
+    The inner backward needs those of weights only where a weight was computed from the images; the outer one does not need that of the
+    image where it would lead to nothing but the images.
+    """
     needed, phase, nodes = ctx.needs_input_grad, ctx.phase, ctx.next_functions  # a bias that is None has no node, and needs none
     if phase.inner:  # nobody asks for the gradient of a weight, unless that was computed from the images
         return [needed[0], *(needed[index] and executes(nodes[index][0], leaf=False) for index in range(1, count))]
@@ -63,14 +67,15 @@ def wanted(ctx: Any, count: int) -> list[bool]:
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """As PyTorch's decorator, whose error does not come where gradients are asked for by name, or only what was saved has a graph.
+    """As PyTorch's decorator of this name, but every attempt to differentiate the results is an error.
 
-    A loop may run its backward under autocast, which closed forms leave: they are written for the types that they were given.
+    PyTorch's raises none where gradients are asked for by name, or where only saved tensors require one. A loop may run its backward under
+    autocast, which is off in here: closed forms compute in the types that they are given.
     """
 
     @wraps(backward)
-    def call(ctx: Any, *gradients: Tensor | None) -> Any:
-        device = next(gradient.device for gradient in gradients if gradient is not None)
+    def call(ctx: Any, *gradients: Any) -> Any:
+        device = gradients[0].device  # never None: PyTorch puts zeros where nobody read a result
         if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device.type)):  # as mostly: to enter contexts takes longer than to ask
             return backward(ctx, *gradients)
         with torch.no_grad(), full_precision(device):
@@ -87,7 +92,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def executes(node: Any, leaf: bool) -> bool:
-    """Whether the engine will run a node; `leaf`: what to say of a leaf under `autograd.grad`, of which PyTorch will not tell."""
+    """Whether the running backward reaches a node; `leaf`: the answer for a leaf that `autograd.grad` was asked for: PyTorch raises."""
     try:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from attrreg.ops.linear import product
 
-FEW = 8  # positions: products of so few columns are slow, so that all images are put into one
-NARROW = 2**12  # values of a weight, up to which products win at any number of positions
+FEW_POSITIONS = 8  # up to here, the images of a batch are put into one product, because products with so few columns are slow
+SMALL_WEIGHT = 2**12  # values of a weight, up to which products win at any number of positions
 
 
 def by_products(images: int, positions: int, inner: int, outer: int, channels_last: bool) -> tuple[bool, bool]:
@@ -25,17 +25,18 @@ def by_products(images: int, positions: int, inner: int, outer: int, channels_la
         outer: those of the output.
         channels_last: images are laid out so, and rows of channels need no copy.
     """
-    always = inner * outer <= NARROW or channels_last or positions <= FEW
-    return always, always or images * positions <= max(inner, outer) // 4  # a library mostly lays out the weights
+    always = inner * outer <= SMALL_WEIGHT or channels_last or positions <= FEW_POSITIONS
+    # With so few positions, PyTorch's library spends most of its time on reordering the weights.
+    return always, always or images * positions <= max(inner, outer) // 4
 
 
 def _takes_rows(x: Tensor) -> bool:
     """Whether to take all images as rows of channels, in one product; else one product an image."""
-    return x.shape[2:].numel() <= FEW or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    return x.shape[2:].numel() <= FEW_POSITIONS or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def copied_once(x: Tensor) -> Tensor:
-    """Images that several products take, laid out so that those of rows do not copy them each."""
+    """Images that several products will read: copied now to the order of rows if `_takes_rows`, so that each product need not copy them."""
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and _takes_rows(x) else x
 
 
@@ -45,9 +46,10 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def times(matrix: Tensor, x: Tensor, b: Tensor | None, channels_last: bool) -> Tensor:
-    """A matrix `(out, in)` times each position of `(N, in, ...)`, and b; where all are rows of one product, laid out as said.
+    """A matrix `(out, in)` times the channels of each position of images `(N, in, ...)`, plus the bias b.
 
-    No view: autograd functions must not return one.
+    Where all positions are rows of one product, the result is laid out as `channels_last` says. It is no view: autograd functions must not
+    return one.
     """
     n, out, places = x.shape[0], matrix.shape[0], x.shape[2:]
     if not _takes_rows(x):
@@ -72,7 +74,7 @@ def weight_gradient(gy: Tensor, x: Tensor, w: Tensor) -> Tensor:
     (n, channels), out = x.shape[:2], gy.shape[1]
     if _takes_rows(x):
         found = product(as_rows(gy).t(), as_rows(x).t())
-    elif n > 1 and out * channels <= min(NARROW, 2 * (out + channels) * x.shape[2:].numel()):  # no larger than images in another order
+    elif n > 1 and out * channels <= min(SMALL_WEIGHT, 2 * (out + channels) * x.shape[2:].numel()):  # no larger than reordered images
         found = torch.bmm(gy.flatten(2), x.flatten(2).mT).sum(0)
     else:
         found = product(gy.transpose(0, 1).reshape(out, -1), x.transpose(0, 1).reshape(channels, -1))

@@ -1,7 +1,7 @@
-"""Max pooling with channels last inside.
+"""Max pooling on the CPU, computed with channels last.
 
-PyTorch's CPU kernel goes through contiguous planes value by value, and takes a vector of channels at a time where these are last: two
-copies cost less than the difference. Nor does it say that its gradient does not depend on the values: it sends zeros back to them.
+PyTorch's kernel goes through contiguous planes value by value, but takes a vector of channels at a time where these are last: that is worth
+two copies. PyTorch's double backward also sends zeros back to the input, whose values the gradient does not depend on; ours sends nothing.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from attrreg.ops.channels import planes, suggested
 
 aten = torch.ops.aten
 
-CHANNELS = 8  # that a vector holds, from which on it is worth two copies
-MANY = 2**16  # values, likewise
-AT_ONCE = 2**20  # values, of which the copies stay near the processor
+MIN_CHANNELS = 8  # as many as a vector holds, from which on it is worth two copies
+MIN_VALUES = 2**16  # values, from which on it is worth two copies
+VALUES_AT_ONCE = 2**20  # values in one copy, so that it stays in the cache
 
 
 class _MaxPool(Function):
@@ -27,9 +27,12 @@ class _MaxPool(Function):
     def forward(ctx: Any, x: Tensor, *settings: Any) -> Tensor:
         """Of `(N, C, H, W)`; settings: kernel, stride, padding, dilation, whether to round up."""
         format = suggested(x)
-        parts = [x] if format == torch.channels_last else x.split(max(1, AT_ONCE // x[0].numel()))
-        found = [aten.max_pool2d_with_indices(part.contiguous(memory_format=torch.channels_last), *settings) for part in parts]
-        y, indices = (_together([each.contiguous(memory_format=format) for each in kind]) for kind in zip(*found, strict=True))
+        parts = [x] if format == torch.channels_last else x.split(max(1, VALUES_AT_ONCE // x[0].numel()))
+        pooled = []
+        for part in parts:
+            y, indices = aten.max_pool2d_with_indices(part.contiguous(memory_format=torch.channels_last), *settings)
+            pooled.append((y.contiguous(memory_format=format), indices.contiguous(memory_format=format)))
+        y, indices = (torch.cat(found) if len(found) > 1 else found[0] for found in zip(*pooled, strict=True))
         ctx.save_for_backward(x, indices)
         ctx.settings = settings
         result: Tensor = y
@@ -41,10 +44,6 @@ class _MaxPool(Function):
         return aten.max_pool2d_with_indices_backward(gy, x.detach(), *ctx.settings, indices), *[None] * len(ctx.settings)
 
 
-def _together(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
 def max_pool2d(
     input: Tensor,
     kernel_size: Any,
@@ -54,12 +53,13 @@ def max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor:
-    """`F.max_pool2d`; with its indices too, it is a call of another function, which is left as it is."""
-    worth_copies = input.dim() == 4 and input.numel() >= MANY and input.shape[1] >= CHANNELS and planes(input)
-    as_it_is = input.device.type == "cpu" and suggested(input) == torch.channels_last  # only so that no zeros go back
+    """`F.max_pool2d`. `return_indices` is always False: with indices it is another function, which is not replaced."""
+    ours = input.dim() == 4 and input.numel() >= MIN_VALUES and input.shape[1] >= MIN_CHANNELS and planes(input)  # worth two copies
+    if not ours:  # with channels last nothing is copied; it is ours so that no zeros go back
+        ours = input.device.type == "cpu" and suggested(input) == torch.channels_last
     settings = kernel_size, [] if stride is None else stride, padding, dilation
     # PyTorch takes NumPy's numbers and tensors too, `torch.ops` does not.
-    if not (worth_copies or as_it_is) or not all(isinstance(setting, (int, tuple, list)) for setting in settings):
+    if not ours or not all(isinstance(setting, (int, tuple, list)) for setting in settings):
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
     result: Tensor = _MaxPool.apply(input, *settings, ceil_mode)
     return result

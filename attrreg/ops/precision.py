@@ -17,18 +17,18 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 def widely(function: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
-    """A function of half types, computed in the wide one and rounded once; CUDA's autocast leaves such results wide."""
+    """Call a function of half types in float32, and round its result once; under CUDA's autocast it stays float32, as PyTorch's."""
     y = _cast(function, wide(x), x, *rest)
     return y if x.is_cuda and torch.is_autocast_enabled("cuda") else y.to(x.dtype)
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on, which leaves doubles as they are."""
+    """Whether autocast would cast a tensor: it is on, and the tensor is not float64."""
     return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
 def as_autocast(function: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
-    """A function as autocast computes those that it knows; inside it must not cast again."""
+    """Call a function with tensors cast to autocast's type, as autocast calls those on its list, and with autocast off inside."""
     with full_precision(x.device):
         return _cast(function, torch.get_autocast_dtype(x.device.type), x, *rest)
 

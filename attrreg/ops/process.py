@@ -1,4 +1,4 @@
-"""What PyTorch keeps for the whole process, changed so that threads which train side by side leave it as it was."""
+"""Settings that PyTorch keeps for the whole process, changed for a while. When the last of several threads is done, they are as before."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def attention_by(kernels: list[SDPBackend]) -> Iterator[None]:
         yield
 
 
-# There is no public way into checkpointed code from outside. A function in the place of the class: to make a class takes longer.
+# PyTorch has no public hook on checkpointed blocks. A function stands in for the class, since making a subclass each time takes longer.
 FRAME = torch.utils.checkpoint._CheckpointFrame
 _frames = _Setting(lambda: torch.utils.checkpoint._CheckpointFrame, partial(setattr, torch.utils.checkpoint, "_CheckpointFrame"))
 
 
 class _Thread(threading.local):
-    """What checkpointed blocks of a thread are recomputed inside, the outermost first."""
+    """The contexts inside which checkpointed blocks that this thread starts will be recomputed, the outermost first."""
 
     def __init__(self) -> None:
         self.inside: list[Recomputing] = []

@@ -133,14 +133,14 @@ class _RecurrenceGradient(Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dp, dh, dc, h, c = _back(gh, gc, ggates, w, c0, cells, gates)
         ctx.save_for_backward(w, c0, cells, gates, dp, dh, dc)
-        ctx.third = ggates is not None  # which second derivatives alone make
+        ctx.is_second_order = ggates is not None  # only a second derivative sends gradients to the gates
         return dp, h, c
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v: Tensor, y0: Tensor, x0: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.third:
-            raise RuntimeError(THIRD.decode())
+        if ctx.is_second_order:  # else its share in a third derivative would be left out
+            raise RuntimeError(THIRD)
         w, c0, cells, gates, dp, dh, dc = ctx.saved_tensors
         steps, e = _Steps.of(c0, cells, gates), torch.empty_like(gates)
         y, x = (cells.new_empty((len(cells) + 1, *c0.shape)) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Arguments that an operator of ours is sure to compute; what is not among them is left to PyTorch, which refuses it or not."""
+"""Checks that arguments are ones which our operators compute. All others are left to PyTorch's function, which computes or refuses them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from attrreg.ops.precision import wide
 
 
 def with_parameters(x: Tensor, shape: Sequence[int], *parameters: Tensor | None) -> bool:
-    """Whether parameters have a shape and fit floating-point values, of which half types may have wide ones."""
-    kinds = {x.dtype, wide(x)}
-    fit = all(values is None or (values.shape == tuple(shape) and values.dtype in kinds) for values in parameters)
-    return fit and x.is_floating_point() and len({values.dtype for values in parameters if values is not None}) < 2
+    """Whether x is floating-point, and all parameters have this shape and one type: that of x, or float32 where x is of a half type."""
+    shape = tuple(shape)
+    dtype: torch.dtype | None = None
+    for values in parameters:
+        if values is not None:
+            if values.shape != shape or dtype not in (None, values.dtype):
+                return False
+            dtype = values.dtype
+    return x.is_floating_point() and dtype in (None, x.dtype, wide(x))
 
 
 def convolves(shapes: Callable[..., bool], axes: int, x: Tensor, w: Tensor, b: Tensor | None, *settings: Any) -> bool:
-    """Whether types, `shapes` and settings are of a convolution of so many axes; of complex ones PyTorch makes several."""
-    kinds = {tensor.dtype for tensor in (x, w, b) if tensor is not None}
-    floating = x.is_floating_point() and w.is_floating_point()
-    alike = floating and (len(kinds) == 1 or torch.is_autocast_enabled(x.device.type))
+    """Whether types, shapes and settings are those of a real convolution of so many axes, `shapes` being `convolution` or `transposed`."""
+    same = x.dtype == w.dtype and (b is None or b.dtype == x.dtype)
+    alike = x.is_floating_point() and w.is_floating_point() and (same or torch.is_autocast_enabled(x.device.type))
     try:
         return alike and w.dim() == axes + 2 and shapes(x.shape, w.shape, None if b is None else b.shape, *settings)
     except TypeError:  # which no cache keeps: see `each`
@@ -35,7 +39,7 @@ def convolves(shapes: Callable[..., bool], axes: int, x: Tensor, w: Tensor, b: T
 def convolution(
     image: tuple[int, ...], weight: tuple[int, ...], bias: tuple[int, ...] | None, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> bool:
-    """Of shapes, and settings as `F.conv2d` takes them."""
+    """Whether `F.conv2d`, or its kind for other numbers of axes, takes these shapes and settings."""
     axes = len(weight) - 2
     settings = _settings(axes, stride, 0 if isinstance(padding, str) else padding, dilation)
     if settings is None or not _fits(image, weight, groups) or (isinstance(padding, str) and padding not in ("same", "valid")):
@@ -50,37 +54,21 @@ def convolution(
 
 
 @lru_cache(maxsize=4096)
-def transposed(
-    image: tuple[int, ...],
-    weight: tuple[int, ...],
-    bias: tuple[int, ...] | None,
-    stride: Any,
-    padding: Any,
-    output_padding: Any,
-    groups: int,
-    dilation: Any,
-) -> bool:
-    """Of shapes, and settings as `F.conv_transpose2d` takes them."""
+def transposed(image: tuple[int, ...], weight: tuple[int, ...], bias: tuple[int, ...] | None, *settings: Any) -> bool:
+    """As `convolution`, of `F.conv_transpose2d`. PyTorch's own kernel computes it, and refuses what else does not fit."""
     axes = len(weight) - 2
-    settings, added = _settings(axes, stride, padding, dilation), each(output_padding, axes)
-    if settings is None or len(added) != axes or min(added) < 0 or not _fits(image, weight, groups):
-        return False
-    if image[-axes - 1] != weight[0] or weight[0] % groups or bias not in (None, (weight[1] * groups,)):
-        return False
-    sizes = zip(image[-axes:], weight[2:], settings, added, strict=True)
-    return all(
-        more < max(by, step) and (size - 1) * by - 2 * pad + step * (kernel - 1) + more >= 0
-        for size, kernel, (by, pad, step), more in sizes
-    )
+    for value in settings:
+        each(value, axes)  # a TypeError where they are no whole numbers
+    return len(image) in (axes + 1, axes + 2)
 
 
 def each(value: int | Sequence[int], axes: int) -> list[int]:
-    """A setting of a convolution, one number an axis. Floats, which a cache would not tell from these, are a TypeError."""
+    """A setting of a convolution, one number an axis. Floats are a TypeError: a cache would take 2.0 for 2."""
     return [value] * axes if isinstance(value, int) else [*map(index, value)] * (axes if len(value) == 1 else 1)
 
 
 def _settings(axes: int, stride: Any, padding: Any, dilation: Any) -> list[tuple[int, int, int]] | None:
-    """Stride, padding and dilation of each axis; None: they are none."""
+    """Stride, padding and dilation of each axis; None: a number is missing or out of range."""
     values = [each(value, axes) for value in (stride, padding, dilation)]
     if any(len(value) != axes for value in values):
         return None

@@ -11,18 +11,22 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW = 4  # channels
-WIDE = 5  # kernels of fewer pixels do not cover the remainders
+FEW_CHANNELS = 4
+WIDE_KERNEL = 5  # kernels of fewer pixels do not cover the remainders
 
 
 def is_slow(channels: int, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
     """Whether PyTorch's kernel is the slower one."""
-    return groups == 1 and channels <= FEW and min(kernel) >= WIDE and stride[0] == stride[1] > 1 and set(dilation) == {1}
+    return groups == 1 and channels <= FEW_CHANNELS and min(kernel) >= WIDE_KERNEL and stride[0] == stride[1] > 1 and set(dilation) == {1}
 
 
 def input_gradient(gy: Tensor, w: Tensor, size: Sequence[int], stride: int, padding: Sequence[int]) -> Tensor:
-    """gx(gy, w), `(N, C, *size)`."""
-    front = [-pad % stride for pad in padding]  # zeros before the kernel, so that remainders of weights are those of pixels
+    """gx(gy, w), `(N, C, *size)`.
+
+    With `front` zeros before the kernel, padding + front is `offset` strides. Then pixel `stride * q + r` of the image meets the weights
+    `stride * j + r` of the kernel, for output `q + offset - j` and j below `reach`: for each remainder r a convolution of stride one.
+    """
+    front = [-pad % stride for pad in padding]  # zeros before the kernel
     reach = [-(-(kernel + zeros) // stride) for kernel, zeros in zip(w.shape[2:], front, strict=True)]
     back = [stride * many - kernel - zeros for many, kernel, zeros in zip(reach, w.shape[2:], front, strict=True)]
     w = F.pad(w, (front[1], back[1], front[0], back[0]))
