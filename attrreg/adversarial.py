@@ -168,7 +168,7 @@ class _Discriminator:
     def logits(self, features: Tensor) -> Tensor:
         """Of features `(N, ...)`; no gradient reaches the network's parameters."""
         assert self.network is not None
-        entered = self._entered(features)
+        entered = self._prepared(features)
         constants = {name: value.detach() for name, value in self.network.named_parameters()}
         logits: Tensor = torch.func.functional_call(self.network, constants, (entered,))
         return logits.squeeze(1)
@@ -183,7 +183,7 @@ class _Discriminator:
             raise ValueError(f"The features are {width} wide, but were {self.width}. Use one object for each layer and image size.")
         if not len(whole):
             return
-        entered = [self._entered(features.detach()) for features in (whole, without)]
+        entered = [self._prepared(features.detach()) for features in (whole, without)]
         parameters = list(self.network.parameters())
         self.network.train()
         try:
@@ -217,8 +217,8 @@ class _Discriminator:
             loaded.optimizer.load_state_dict(state["optimizer"])
         self.__dict__.update(loaded.__dict__)
 
-    def _entered(self, features: Tensor) -> Tensor:
-        """Features `(N, ...)` as the network takes them. It moves to their device: a checkpoint may have been loaded elsewhere."""
+    def _prepared(self, features: Tensor) -> Tensor:
+        """Features `(N, ...)` as the network takes them, moving it to their device: a checkpoint may have been loaded elsewhere."""
         assert self.network is not None and self.optimizer is not None
         weight = next(self.network.parameters())
         if weight.device != features.device:

@@ -52,7 +52,10 @@ def shown(model: nn.Module, *kind: Hashable) -> Shown:
 
 
 def output_key(output: Select) -> Hashable:
-    """A key for an `output=`: the code of a function, the name of another callable's type; these themselves may hold the model."""
+    """A key for an `output=`: the code of a function, the name of another callable's type; these themselves may hold the model.
+
+    `call.picked_by` gives one only to functions that always pick alike. Here every callable has one: passes check what is shown under it.
+    """
     kind: Any = type(output)
     return getattr(output, "__code__", f"{kind.__module__}.{kind.__qualname__}") if callable(output) else (output,)
 

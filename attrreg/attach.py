@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef  # compares storages; while it is held, no new storage gets the address
 from torch.utils.hooks import RemovableHandle
 
 from attrreg import automatic
@@ -23,13 +22,12 @@ from attrreg.state import cut_off
 from attrreg.walk import modules
 from attrreg.wrappers import compiled, compiling, unwrap
 
-FORWARDS = 64  # how many of the last forwards are remembered, so that checkpointing runs them again as they ran
-
 
 class Attachment:
     """Handle of `reg.attach(model)`: records the loop's own forwards until it is removed.
 
-    A context manager; `remove()` does the same as leaving it. While gradients are disabled, nothing is recorded.
+    A context manager; `remove()` does the same as leaving it. Nothing is recorded while gradients are disabled, nor where the loop runs the
+    model in a checkpoint or in `save_on_cpu`.
 
     Args:
         entry: the model, in its wrappers.
@@ -61,7 +59,6 @@ class Attachment:
         self._recording: Recording | None = None
         self._kind: Hashable = None  # of the last forward
         self._called: Called | None = None
-        self._ran: dict[StorageWeakRef, tuple[dict[str, bool], str | None]] = {}
         self.suspended = False
         self._watches: list[RemovableHandle] = []
         self._hooks: list[RemovableHandle] = []
@@ -82,7 +79,6 @@ class Attachment:
         """Take all hooks away and drop what was recorded; safe to call twice."""
         while self._hooks:
             self._hooks.pop().remove()
-        self._ran.clear()
         self._discard()
 
     def __enter__(self) -> Attachment:
@@ -146,42 +142,33 @@ class Attachment:
             self._tap = None
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if self.suspended or not self.live or compiling() or transformed() or torch._C._is_tracing():
-            return None  # what runs under torch.func, forward-mode derivatives or a tracer is not the loop's forward
-        again = _recomputed()
-        if not again:
-            self._discard()  # the last step's graph, and what an interrupted forward left
+        if self.suspended or not self.live or compiling() or transformed() or torch._C._is_tracing() or _in_backward():
+            return None  # what runs under torch.func, forward-mode derivatives, a tracer or a backward is not the loop's forward
+        self._discard()  # the last step's graph, and what an interrupted forward left
         arguments: dict[int | str, Any] = dict(enumerate(args)) | kwargs
         images = (key for key, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 4)
         place = next(images, None)
         hooks, own = model._forward_hooks, self._hooks[1].id  # `own`: the hook that calls `_after`
-        if not torch.is_grad_enabled() or place is None or own not in hooks:  # somebody may have cleared all hooks
+        if not torch.is_grad_enabled() or _runs_again() or place is None or own not in hooks:  # the last: all hooks were cleared
             return None
         x = arguments[place]
-        image = StorageWeakRef(x.untyped_storage())
-        if not again:
-            sites = self._sites if self._due() else {}  # a step that a schedule skips: the output alone, for `Scheduled.evaluate`
-            self._kind = automatic.kind(x, model)
-            asked, map = automatic.only(model, self._kind) or (None, None)
-            framed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-            self._called = Called(args, kwargs, image_state(x), framed, asked, None if self._alone else keep_buffers(model))
-            self._ran.pop(image, None)  # the last is to be last
-            self._ran = dict([*self._ran.items(), (image, (sites, map))][-FORWARDS:])
-            hooks[own] = hooks.pop(own)  # moved to the end: hooks that came later may change what the model returns
-        # A block may be recomputed on a copy of its images, which is not found: then it runs as the last forward ran.
-        sites, map = self._ran.get(image, next(reversed(self._ran.values()), ({}, None)))
+        sites = self._sites if self._due() else {}  # a step that a schedule skips: the output alone, for `Scheduled.evaluate`
+        self._kind = automatic.kind(x, model)
+        asked, map = automatic.only(model, self._kind) or (None, None)
+        self._called = Called(args, kwargs, image_state(x), asked, None if self._alone else keep_buffers(model))
+        hooks[own] = hooks.pop(own)  # moved to the end: hooks that came later may change what the model returns
         self._tap = Tap(model, sites, own=False, map=map, twice=self._twice)
         arguments[place] = self._tap.open(x)
         return tuple(arguments[i] for i in range(len(args))), {name: arguments[name] for name in kwargs}
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
-        if self.suspended or self._tap is None:
+        if self.suspended or self._tap is None or _in_backward():
             return
         tap, self._tap = self._tap, None
         tap.close()
-        cut_off(model)  # also where the forward raised or repeats one
+        cut_off(model)  # also where the forward raised
         called, self._called = self._called, None
-        if output is None or _recomputed():  # the forward raised, or repeats one
+        if output is None:  # it raised
             return
         self._recording = tap.recording(output, called)
         owner = weakref.ref(self)  # the output that is watched is part of the recording
@@ -203,9 +190,14 @@ def attached(model: nn.Module) -> Attachment | None:
     return None
 
 
-def _recomputed() -> bool:
-    """Whether this is inside a backward, where a checkpointed block runs again: as it did, and not as a new pass."""
+def _in_backward() -> bool:
+    """Whether a backward runs, in which a checkpointed block runs again."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _runs_again() -> bool:
+    """Whether hooks on saved tensors are in force, as in a checkpointed block: the backward runs that again, by PyTorch's operators."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _inert() -> Attachment:
@@ -215,11 +207,10 @@ def _inert() -> Attachment:
 
 
 @contextmanager
-def suspended(model: nn.Module, as_users_forward: bool = False) -> Iterator[bool]:
+def suspended(model: nn.Module, as_users_forward: bool = False) -> Iterator[None]:
     """Run passes of our own, which an attachment to the model, or to a part of it, must not take for the loop's forwards.
 
-    Yields whether there is such an attachment. A pass that stands in for the loop's forward (`as_users_forward`) also drops what was
-    recorded, as that forward would.
+    A pass that stands in for the loop's forward (`as_users_forward`) also drops what was recorded, as that forward would.
     """
     found = [attachment for module in modules(model) if (attachment := attached(module)) is not None and not attachment.suspended]
     for attachment in found:
@@ -227,7 +218,7 @@ def suspended(model: nn.Module, as_users_forward: bool = False) -> Iterator[bool
         if as_users_forward:
             attachment._discard()
     try:
-        yield bool(found)
+        yield
     finally:
         for attachment in found:
             attachment.suspended = False

@@ -21,7 +21,10 @@ from attrreg.spec import Key
 
 
 class Baseline(Key, ABC):
-    """An image made from an image."""
+    """An image made from an image.
+
+    Subclasses implement `__call__`; set `draws` if they draw from the generator, and `needs_mask` if they read the mask.
+    """
 
     draws: ClassVar[bool] = False
     needs_mask: ClassVar[bool] = False
@@ -42,7 +45,7 @@ class Zero(Baseline):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Fixed(Baseline):
-    """A given image, or one a sample: any tensor that broadcasts to the shape of `x`.
+    """A given image, or one for each image of the batch: any tensor that broadcasts to the shape of `x`.
 
     Args:
         image: the tensor. Two of these are equal when their tensors are.
@@ -277,7 +280,7 @@ def made_of(part: object) -> Iterator[Baseline]:
     """The baselines that a point or a baseline is made of, those inside others included."""
     if isinstance(part, Baseline):
         yield part
-    if is_dataclass(part) and not isinstance(part, OneOf):  # what it draws from is not one image a sample
+    if is_dataclass(part) and not isinstance(part, OneOf):  # what it draws from is not one for each image of the batch
         for field in fields(part):
             yield from made_of(getattr(part, field.name))
 
@@ -305,5 +308,5 @@ def _broadcast(image: Tensor, x: Tensor) -> Tensor:
     except RuntimeError as error:
         raise ValueError(
             f"baseline of shape {tuple(image.shape)} does not broadcast to x of shape {tuple(x.shape)}. Pass a scalar "
-            "tensor, one image (C, H, W), or one image a sample."
+            "tensor, one image (C, H, W), or one for each image of x."
         ) from error

@@ -249,7 +249,8 @@ class Tap:
                 return None
             if not isinstance(output, Tensor) or not varies(output, self._model, self._x, name):
                 return None
-            # Behind frozen layers the first map becomes a leaf, from which the later ones are computed. Recorded is what goes on.
+            # Behind frozen layers the first map becomes a leaf, from which the later ones are computed. What is recorded is the tensor that
+            # the model goes on with.
             value = on = self._differentiable(output, module)
             if value is not output:
                 on = value.clone()

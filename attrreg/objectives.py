@@ -1,4 +1,4 @@
-"""Objectives: what is asked of a map. Each is `(map, mask) -> (N,)`, one penalty an image.
+"""Objectives: what is asked of a map. Each is `(map, mask) -> (N,)`, one penalty per image.
 
 A map is `(N, C, H, W)`; the mask is `(N, 1, H, W)` of the same height and width, 1 = relevant. Any function with that
 signature can be passed as an objective; one with settings is a frozen dataclass. An objective that is undefined for

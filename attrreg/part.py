@@ -77,7 +77,7 @@ def _needs_all(call: Call, needs: Sequence[Need], scores: Sequence[Score]) -> st
     if any(isinstance(part, OtherImage) for part in made):
         return "baselines.OtherImage, which would draw from the images that fraction left alone. Give it images: baselines.OneOf(images)"
     if any(isinstance(part, Fixed) and part.image.dim() == 4 and len(part.image) > 1 for part in made):
-        return "a baseline that holds one image a sample. Give one image for all"
+        return "a baseline that holds one image for each image of the batch. Give one for all"
     if any(score.by_place and not score.draws for score in scores):
         return "a score whose seed goes by the places of images in the batch. Let it draw anew"
     if mixing := next((part for part in made if is_own(part) and not part.draws and _mixes(part, call)), None):

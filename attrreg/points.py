@@ -46,7 +46,7 @@ class Stop:
 
     Attributes:
         baseline: `(N, C, H, W)`.
-        alpha: how far along, in [0, 1]: a number, or one an image `(N, 1, 1, 1)`.
+        alpha: how far along, in [0, 1]: a number, or one per image `(N, 1, 1, 1)`.
         weight: of the gradient at this place in the sum along the path.
     """
 

@@ -25,8 +25,8 @@ from attrreg.state import Rng, autocast_type
 from attrreg.walk import modules
 
 PLAIN = (bool, int, float, str)
-# Buffers of the types in COMPARED are compared by value; of others, the version alone tells.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Buffers of these types are compared by value; of others, the version alone tells.
 COMPARED = (*FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 Kept = tuple[Tensor, int, Tensor | None]  # a buffer, its version and its value
 Version = tuple[Tensor, int, Any]  # a tensor, how often it was written to, and its node in the graph
@@ -38,7 +38,6 @@ class Called(NamedTuple):
     Attributes:
         args, kwargs: the arguments.
         images: how often the images were written to, and whether they require a gradient.
-        framed: hooks on saved tensors were in force: the loop may checkpoint the whole model.
         asked: what was asked of the layer for `layer="auto"`, where that one layer is recorded; None: all are.
         buffers: what `keep_buffers` gave; None: nobody asks.
     """
@@ -46,7 +45,6 @@ class Called(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     images: tuple[int, bool]
-    framed: bool
     asked: Any
     buffers: list[Kept] | None
 
@@ -61,7 +59,7 @@ class Conditions:
         called: how it was called.
 
     Attributes:
-        asked, framed: see `Called`.
+        asked: see `Called`.
     """
 
     def __init__(self, model: nn.Module, output: Any, recorded: list[Tensor], called: Called) -> None:
@@ -70,7 +68,7 @@ class Conditions:
         self._images = called.images
         self._tensors = _versions([*parts((called.args, called.kwargs)), *recorded])
         self._output = _versions(parts(output))
-        self.asked, self.framed = called.asked, called.framed
+        self.asked = called.asked
         self._moved = [True] if called.buffers is None else _differences(buffers_read(model), called.buffers)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from types import MappingProxyType
@@ -20,12 +20,11 @@ from attrreg.features import entering
 from attrreg.graph import checkpoints_reentrant, ends_in_half, which_are_read
 from attrreg.hooks import Tap
 from attrreg.masks import penalty_dtype
-from attrreg.ops import checkpoints_recompute_inside
 from attrreg.ops.rectify import Rule
 from attrreg.recording import Recording, parts, version
 from attrreg.scores import Score
 from attrreg.spec import is_own
-from attrreg.state import Rng, full_precision, own_buffers
+from attrreg.state import Rng, full_precision
 
 DETACHED = (
     "The model's output carries no gradient: its forward runs under no_grad or detaches. Enable gradients inside the model, or leave the "
@@ -105,8 +104,7 @@ class Runner:
             image = torch.empty_like(x, dtype=image.dtype).copy_(image)
         model, extra = self.call.model, not as_users_forward
         tap = Tap(model, wanted, own=True, map=map, twice=self.twice, moves=moves, places=self.places, rule=rule, extra=extra)
-        # What is checkpointed is recomputed as it ran: an attachment does not take that for the loop's either.
-        with suspended(model, as_users_forward) as some, checkpoints_recompute_inside(lambda: suspended(model)) if some else nullcontext():
+        with suspended(model, as_users_forward):
             try:
                 output = self.call.run(tap.open(image), as_users_forward)
             finally:
@@ -196,13 +194,10 @@ class Runner:
         for counter in self._counters:
             counter.backward += not check
             counter.checks += check
-        # If the loop checkpoints the model itself, this backward runs it again, which must not move its buffers.
-        recomputes = recording.conditions is not None and recording.conditions.framed
-        apart = own_buffers(self.call.model) if recomputes else nullcontext()
         if not total.requires_grad:
             raise RuntimeError("The score has no gradient: it detaches what it reads, or gives a constant. Let gradients through it.")
         # A backward runs in the types of its forward.
-        with _explained(recording), apart, recording.phase.attributing(), full_precision(total.device):
+        with _explained(recording), recording.phase.attributing(), full_precision(total.device):
             return torch.autograd.grad(total, inputs, create_graph=create_graph, retain_graph=True, allow_unused=True)
 
     def _scaled_gradients(

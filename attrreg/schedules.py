@@ -207,7 +207,9 @@ class Scheduled:
         """Compute the weighted penalty in place of the loop's forward, and count the step. See `AttributionRegularizer.evaluate`."""
         weight = self.weight
         if weight:
-            result = (weight * self.regularizer).evaluate(model, x, mask, target, **settings)
+            whole = self.regularizer.evaluate(model, x, mask, target, **settings)  # its own, which a subclass may have written
+            terms = {name: weight * value for name, value in whole.terms.items()}
+            result = Penalty(weight * whole.total, terms, whole.output)
         else:
             call = Call(model, x, inputs=settings.get("inputs"), as_compiled=True)
             attachment = attached(call.model)

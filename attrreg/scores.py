@@ -1,4 +1,4 @@
-"""Scores: what is differentiated. Each maps what the model computes to one number an image.
+"""Scores: what is differentiated. Each maps what the model computes to one number per image.
 
 The attribution of a batch is the gradient of the sum of its scores. Logits are `(N, C)`, targets `(N,)` integers in [0, C), by default.
 """
@@ -21,7 +21,7 @@ from attrreg.targets import check_classes, check_logits, check_maps, required
 
 
 class Score(Key, ABC):
-    """A number an image, to be differentiated.
+    """A number per image, to be differentiated.
 
     Subclasses implement `__call__`; set `needs_target` if they need labels, `classes` to the fewest they make sense for, `draws` if they
     draw, `by_place` if an image's score depends on its place in the batch; override `site` to read a layer, and the checks for another

@@ -156,7 +156,7 @@ def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Tensor:
 
 
 def _told_by(model: nn.Module, site: str, name: str) -> nn.Module:
-    """The innermost module around a layer with an attribute, which describes the layout there: a backbone may be a part of the model."""
+    """The innermost module around a layer that has the attribute `name`, which tells the layout: a backbone may be a part of the model."""
     if site in SPECIAL:
         return model
     parts = site.split(".")

@@ -105,7 +105,7 @@ class Row:
     setting: Setting
     candidate: str | None
     weight: float
-    seed: int = 0
+    seed: int = 0  # the only one; a part of the names in the file of results
 
     @property
     def name(self) -> str:

@@ -94,8 +94,8 @@ def _named(entries: list[Entry], names: list[str]) -> list[Entry]:
 
 
 def _read(file: Path, again: bool) -> dict[str, Record]:
-    """What was measured already; the last line of a model counts. More will be added."""
-    mend(file)
+    """What was measured already; the last line of a model counts."""
+    mend(file)  # lines will be added to it
     records = {record["key"]: record for record in map(json.loads, whole_lines(file))}
     return {key: record for key, record in records.items() if not again or zoo_report.passed(record)}
 

@@ -79,6 +79,12 @@ def input_gradient(model: nn.Module, x: Tensor, target: Tensor, score: ScoreFunc
     return gradient
 
 
+def squared_input_gradient(model: nn.Module, x: Tensor, mask: Tensor, target: Tensor) -> Tensor:
+    """For each image, what `InputGradient(TargetLogit(), SquaredOutside())` penalises, `(N,)`; a mask for each image, of its size."""
+    phi = input_gradient(model, x, target, score_target_logit)
+    return squared_outside(phi, mask.unsqueeze(1).to(phi.dtype))
+
+
 def input_x_gradient(model: nn.Module, x: Tensor, target: Tensor, score: ScoreFunction) -> Tensor:
     return x * input_gradient(model, x, target, score)
 

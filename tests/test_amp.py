@@ -33,7 +33,6 @@ def terms(family: Family) -> AttributionRegularizer:
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("way", ["attached, inside", "attached, outside", "inside", "evaluate"])
 def test_gradients_are_near_those_of_full_precision(name: str, dtype: torch.dtype, way: str) -> None:
-    torch.manual_seed(0)
     family = FAMILIES[name]
     model, (x, mask, target) = family.build().eval(), batch(3, size=family.size)
     regularizer = terms(family)
@@ -65,7 +64,6 @@ def test_gradients_are_near_those_of_full_precision(name: str, dtype: torch.dtyp
 @pytest.mark.parametrize("name", ["convnext", "vit", "swin"])
 @pytest.mark.parametrize("dtype", HALF)
 def test_a_loop_may_call_backward_under_autocast(name: str, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
     family = FAMILIES[name]
     model, (x, mask, target) = family.build().eval(), batch(3, size=family.size)
     found = []
@@ -176,7 +174,7 @@ def test_squares_of_half_activations_neither_overflow_nor_vanish(kind: Any, weig
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("inside", [True, False])
-def test_passes_of_another_precision_are_not_compared_with(dtype: torch.dtype, inside: bool) -> None:
+def test_a_forward_recorded_under_autocast_serves_no_penalty_outside_it(dtype: torch.dtype, inside: bool) -> None:
     model, (x, mask, _) = SmoothNet(), batch(3, channels=2, size=8, classes=3)
     regularizer = attrreg.ActivationDifference(fill=ZERO)
     with regularizer.attach(model), torch.autocast(DEVICE, dtype):
@@ -239,16 +237,16 @@ class _OwnTerm(SingleRegularizer):
 # Recipes
 
 
-def train(model: nn.Module, dtype: torch.dtype, regularizer: AttributionRegularizer, steps: int, scale: float, device: str = DEVICE) -> Any:
+def train(model: nn.Module, dtype: torch.dtype, regularizer: AttributionRegularizer, steps: int, scale: float) -> Any:
     """A loop as PyTorch's own page on AMP has it; returns the scaler's scales and the penalties."""
-    x, mask, target = (tensor.to(device) for tensor in batch(4, channels=2, size=8, classes=3))
+    x, mask, target = batch(4, channels=2, size=8, classes=3)
     optimizer = torch.optim.SGD(model.parameters(), 3e-2)
-    scaler = torch.amp.GradScaler(device, init_scale=scale, growth_interval=1000, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=scale, growth_interval=1000, enabled=dtype == torch.float16)
     scales, penalties = [], []
     with regularizer.attach(model):
         for _ in range(steps):
             optimizer.zero_grad()
-            with torch.autocast(device, dtype):
+            with torch.autocast(DEVICE, dtype):
                 loss = F.cross_entropy(model(x), target)
                 penalty = regularizer(model, x, mask, target)
             scaler.scale(loss + penalty).backward()
@@ -296,7 +294,6 @@ def test_clipping_after_unscaling_is_that_of_full_precision() -> None:
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_finite_differences_run_in_full_precision(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
     family = FAMILIES["vit"]
     model, (x, mask, target) = family.build().eval(), batch(3, size=family.size)
     regularizer = attrreg.InputGradient() + attrreg.GradCAM(family.layer)
@@ -329,9 +326,8 @@ def test_a_model_all_in_half_precision(dtype: torch.dtype, engine: engines.Engin
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", ["resnet", "convnext", "vit", "efficientnet", "swin"])
+@pytest.mark.parametrize("name", ["resnet", "efficientnet"])  # the others: `pytest --device cuda`, above
 def test_on_a_gpu(dtype: torch.dtype, name: str) -> None:
-    torch.manual_seed(0)
     family = FAMILIES[name]
     model, (x, mask, target) = family.build().eval().cuda(), (tensor.cuda() for tensor in batch(3, size=family.size))
     regularizer = terms(family)
@@ -342,9 +338,3 @@ def test_on_a_gpu(dtype: torch.dtype, name: str) -> None:
     assert value.dtype == torch.float32
     got = flat(gradients(model, value * 2.0**8)) / 2**8
     assert float(F.cosine_similarity(got, want, dim=0)) > 0.95
-
-
-@pytest.mark.gpu
-def test_the_scaler_on_a_gpu() -> None:
-    scales, penalties = train(SmoothNet().cuda(), torch.float16, 1e7 * attrreg.InputGradient(), 40, 2.0**16, "cuda")
-    assert torch.tensor(penalties).isfinite().all() and scales[-1] == scales[-5] and penalties[-1] < penalties[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,12 +10,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import attrreg
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.trace import passes
+from tests import oracles
 from tests.models import SmoothNet, assert_close, batch, gradients, loss_by, smooth_batch, stir
 
 TERMS: dict[str, AttributionRegularizer] = {
@@ -103,6 +102,43 @@ def test_timms_checkpointing_changes_nothing(family: str) -> None:
     assert_close(results[1], results[0], 1e-4)
 
 
+class CheckpointedFeatures(nn.Module):
+    """Early layers may be frozen, and all features are checkpointed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.Tanh(), nn.Conv2d(4, 5, 3), nn.Tanh()]
+        self.features, self.head, self.checkpoints = nn.Sequential(*layers), nn.Linear(5, 3), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = checkpoint(self.features, x, use_reentrant=False) if self.checkpoints else self.features(x)
+        assert isinstance(found, Tensor)
+        logits: Tensor = self.head(found.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize(
+    "regularizer", [attrreg.GradCAM(), attrreg.GradCAM("features.0"), attrreg.GradCAM("features.2") + attrreg.ActivationDifference()]
+)
+@pytest.mark.parametrize("attach", [False, True])
+def test_checkpointed_blocks_with_frozen_layers(regularizer: AttributionRegularizer, attach: bool) -> None:
+    model, (x, mask, target) = CheckpointedFeatures().double(), smooth_batch()
+    model.features[:4].requires_grad_(False)
+
+    def found() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        if not attach:
+            return gradients(model, F.cross_entropy(model(x), target) + regularizer(model, x, mask, target, generator=generator))
+        with regularizer.attach(model):
+            gradients(model, F.cross_entropy(model(x), target))  # of a step without a penalty
+            return gradients(model, F.cross_entropy(model(x), target) + regularizer(model, x, mask, target, generator=generator))
+
+    checkpointed = found()
+    model.checkpoints = False
+    assert_close(checkpointed, found(), 1e-10)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 @pytest.mark.parametrize("name", ["input_gradient", "integrated_gradients", "integrated_gradients_unchunked"])
 def test_parameters_outside_the_model_are_trained(name: str) -> None:
     (x, mask, target), head = smooth_batch(), nn.Linear(3, 4).double()
@@ -112,23 +148,6 @@ def test_parameters_outside_the_model_are_trained(name: str) -> None:
     assert head.weight.grad is not None and head.weight.grad.any()
 
 
-@pytest.mark.parametrize("hold", [lambda prompt: [prompt], lambda prompt: {"first": (prompt,)}])
-def test_tensors_that_a_frozen_model_holds_in_containers_are_trained(hold: Callable[[Tensor], Any]) -> None:
-    class Prompted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = SmoothNet()
-            self.held = hold(prompt)
-
-        def forward(self, x: Tensor) -> Any:
-            return self.net(x + tree_leaves(self.held)[0])
-
-    x, mask, target = smooth_batch()
-    prompt = torch.zeros_like(x[0], requires_grad=True)
-    attrreg.InputGradient()(Prompted().double().requires_grad_(False), x, mask, target).backward()
-    assert prompt.grad is not None and prompt.grad.any()
-
-
 @pytest.mark.parametrize("name", ["input_gradient", "integrated_gradients", "integrated_gradients_unchunked"])
 def test_a_parameter_that_the_map_does_not_depend_on_is_no_path(name: str) -> None:
     model, (x, mask, target) = SmoothNet().double().requires_grad_(False), smooth_batch()
@@ -136,23 +155,6 @@ def test_a_parameter_that_the_map_does_not_depend_on_is_no_path(name: str) -> No
     for images in (x, x.clone().requires_grad_()):
         with pytest.raises(RuntimeError, match="no path to any trainable parameter"):
             TERMS[name](model, images, mask, target)
-
-
-def test_a_leaf_x_is_no_parameter() -> None:
-    model, (x, mask, target) = SmoothNet().double().requires_grad_(False), smooth_batch()
-    with pytest.raises(RuntimeError, match="frozen"):
-        attrreg.InputGradient()(model, x.requires_grad_(), mask, target)
-
-
-def test_x_that_requires_grad_gets_the_gradient_of_an_attached_loss() -> None:
-    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
-    x.requires_grad_()
-    with attrreg.InputGradient().attach(model):
-        (F.cross_entropy(model(x), target) + attrreg.InputGradient()(model, x, mask, target)).backward()
-    leaf = x.detach().requires_grad_()
-    (F.cross_entropy(model(leaf), target) + attrreg.InputGradient()(model, leaf, mask, target)).backward()
-    assert x.grad is not None and leaf.grad is not None
-    torch.testing.assert_close(x.grad, leaf.grad)
 
 
 def test_another_regularizer_than_the_one_attached() -> None:
@@ -203,37 +205,38 @@ def test_dropout_is_replayed_alike_by_every_term() -> None:
     assert counted.forward == 2
 
 
-def test_images_given_by_keyword_are_recorded() -> None:
-    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
-    with passes() as counted, attrreg.InputGradient().attach(model):
-        model(x=x)
-        attrreg.InputGradient()(model, x, mask, target)
-    assert counted.forward == 0
+class Rearranges(SmoothNet):
+    """Assigns a buffer, fills an empty one, drops one and makes another."""
+
+    average: Tensor
+    cache: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("cache", None)
+        self.register_buffer("old", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache = x.detach().mean((0, 2, 3))
+        self.average = 0.9 * self.average + 0.1 * self.cache
+        self._buffers.pop("old", None)
+        self._buffers["new"] = 2 * self.cache
+        return super().forward(x)
 
 
-def test_buffers_that_a_forward_assigns() -> None:
-    class Assigns(SmoothNet):
-        average: Tensor
-        cache: Tensor | None
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("average", torch.zeros((), dtype=torch.float64))
-            self.register_buffer("cache", None)
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.average = 0.9 * self.average + 0.1 * x.mean().detach()
-            self.cache = x.detach().sum()
-            return super().forward(x)
-
-    model, (x, mask, target) = Assigns().double(), smooth_batch()
+def test_buffers_that_a_forward_assigns_makes_or_drops() -> None:
+    model, (x, mask, target) = Rearranges().double(), smooth_batch()
+    before = dict(model._buffers)
     attrreg.InputGradient()(model, x, mask, target)
-    assert model.average == 0 and model.cache is None
+    attrreg.InputGradient().attribute(model, x, target)
+    assert list(model._buffers) == list(before) and all(model._buffers[name] is buffer for name, buffer in before.items())
+    assert not model.average.any()
     twin = copy.deepcopy(model)
     twin(x)
     attrreg.InputGradient().evaluate(model, x, mask, target)
-    torch.testing.assert_close(model.average, twin.average)
-    torch.testing.assert_close(model.cache, twin.cache)
+    for name in ("average", "cache", "new"):
+        torch.testing.assert_close(model._buffers[name], twin._buffers[name])
 
 
 class Sized(SmoothNet):
@@ -287,3 +290,25 @@ def test_a_layer_under_its_other_name() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     model.alias = model.body
     torch.testing.assert_close(attrreg.GradCAM("alias")(model, x, mask, target), attrreg.GradCAM("body")(model, x, mask, target))
+
+
+@pytest.mark.cpu
+def test_models_that_use_torch_func_inside() -> None:
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.heads = nn.Conv2d(3, 8, 3), nn.Parameter(torch.randn(4, 10, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            features = torch.func.vmap(lambda image: F.conv2d(image[None], self.stem.weight)[0])(x).relu().mean((2, 3))
+            return torch.func.vmap(lambda head: F.linear(features, head))(self.heads).mean(0)
+
+    model, x, target = Ensemble(), torch.randn(4, 3, 8, 8), torch.arange(4)
+    mask = torch.zeros(4, 1, 8, 8)
+    mask[..., :4] = 1
+    reg = attrreg.InputGradient(score=attrreg.scores.TargetLogit(), objective=attrreg.objectives.SquaredOutside())
+    value = reg(model, x, mask, target=target)
+    phi = oracles.input_gradient(model, x, target, oracles.score_target_logit)
+    want = oracles.squared_outside(phi, mask).mean()
+    torch.testing.assert_close(value, want, rtol=1e-5, atol=0)
+    assert_close(gradients(model, value), gradients(model, want), 1e-5)

@@ -1,4 +1,4 @@
-"""What is known of images, and of places of a path, that do not depend on each other: of which calls, and by which layers."""
+"""When it is known that images of a batch, or places of a path, do not depend on each other."""
 
 from __future__ import annotations
 

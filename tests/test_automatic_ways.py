@@ -1,8 +1,9 @@
-"""The layer for layer="auto" in models whose way through their layers differs from call to call."""
+"""The layer for `layer="auto"` is found anew where another is right: other images or layers, ones that run twice or are overwritten."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -11,8 +12,86 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attrreg
-from attrreg import engines
-from tests.models import SmoothNet, smooth_batch
+from attrreg import engines, scores
+from attrreg.trace import passes
+from tests.models import SmoothNet, assert_close, gradients, smooth_batch
+
+
+class TwoWays(nn.Module):
+    """The images decide which layer has the map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bright, self.dark, self.head = nn.Conv2d(2, 4, 3), nn.Conv2d(2, 4, 5), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        way = self.bright if x.mean() > 0 else self.dark
+        logits: Tensor = self.head(way(x).tanh().mean(dim=(2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("change", [lambda x: -x, lambda x: x[..., :6]], ids=["other way", "other size"])
+def test_the_automatic_layer_is_found_anew_where_another_is_right(change: Callable[[Tensor], Tensor]) -> None:
+    model, (x, _, target) = TwoWays().double(), smooth_batch()
+    x = x.abs()
+    attrreg.GradCAM()(model, x, torch.zeros(8, 8), target)
+    x = change(x)
+    mask = torch.zeros(x.shape[2:])
+    with passes() as counted:
+        value = attrreg.GradCAM()(model, x, mask, target)
+    assert counted.forward == (2 if x.mean() < 0 else 1)  # the layer that was known did not run
+    fresh = copy.deepcopy(model)
+    want = attrreg.GradCAM()(fresh, x, mask, target)
+    torch.testing.assert_close(value, want, rtol=1e-13, atol=0)
+    assert_close(gradients(model, value), gradients(fresh, want), 1e-12)
+
+
+def test_the_automatic_layer_is_found_anew_where_it_was_replaced() -> None:
+    model, (x, mask, target) = nn.Sequential(nn.Sequential(nn.Conv2d(2, 4, 3)), nn.Flatten(), nn.Linear(144, 3)).double(), smooth_batch()
+    attrreg.GradCAM()(model, x, mask, target)
+    model[0] = nn.Conv2d(2, 4, 3).double()  # there is no layer "0.0" now
+    value = attrreg.GradCAM()(model, x, mask, target)
+    torch.testing.assert_close(value, attrreg.GradCAM(layer="0")(model, x, mask, target), rtol=1e-13, atol=0)
+
+
+class Grown(nn.Module):
+    """Its layers run one by one; there may be more of them later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Tanh())
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.body:
+            x = layer(x)
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("attach", [False, True])
+def test_the_automatic_layer_is_the_last_also_where_layers_were_added(attach: bool) -> None:
+    model, (x, mask, target), cam = Grown().double(), smooth_batch(), attrreg.GradCAM()
+    with cam.attach(model) if attach else nullcontext():
+        model(x)
+        cam(model, x, mask, target)
+        model.body.extend([nn.Conv2d(4, 4, 3).double(), nn.Tanh()])
+        model(x)
+        value = cam(model, x, mask, target)
+    torch.testing.assert_close(value, attrreg.GradCAM("body.5")(model, x, mask, target))
+
+
+def test_the_automatic_layer_is_one_for_all_terms() -> None:
+    model, (x, mask, target) = Grown().double(), smooth_batch()
+    early, late = attrreg.GradCAM(score=scores.RandomProjection("body.2", seed=0)).named("early"), attrreg.GradCAM()
+    features = attrreg.GradCAM(score=scores.RandomProjection(seed=0)).named("features")  # another, where the head is a convolution
+    for reg, name in ((early + late, "early"), (late + early, "early"), (late + features, "features"), (features + late, "features")):
+        with pytest.raises(ValueError, match=rf"layer='auto' is one layer.*{name}.*Name the layer"):
+            reg(model, x, mask, target)
+    for reg in (early + attrreg.captum.LayerActivation(), attrreg.captum.LayerActivation() + early):
+        with pytest.raises(ValueError, match="layer='auto' is one layer"):
+            reg(model, x, mask, target)
+    early(model, x, mask, target)
 
 
 class Deep(SmoothNet):

@@ -18,7 +18,7 @@ from tests.test_side_effects import assert_same, snapshot
 
 x, mask, target = smooth_batch()
 N = len(x)
-IG = attrreg.InputGradient()
+TERM = attrreg.InputGradient()
 
 
 class Wrapped(nn.Module):
@@ -51,7 +51,7 @@ def empty_for(index: int) -> Tensor:
 
 
 def call(**changes: Any) -> Callable[..., Tensor]:
-    regularizer = changes.pop("reg", IG)
+    regularizer = changes.pop("reg", TERM)
     settings = {"x": x, "mask": mask, "target": target} | changes
     return lambda model, evaluate=False: regularizer.evaluate(model, **settings).total if evaluate else regularizer(model, **settings)
 
@@ -75,7 +75,7 @@ BEFORE_COMPUTE: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], lis
         ["mask of image 1", "OutsideFraction", "annotated="],
     ),
     "empty mask, energy": (
-        call(reg=IG + attrreg.InputXGradient(objective=objectives.Energy()), mask=torch.zeros(8, 8)),
+        call(reg=TERM + attrreg.InputXGradient(objective=objectives.Energy()), mask=torch.zeros(8, 8)),
         ValueError,
         ["mask of image 0", "Energy", "LogOutside"],
     ),
@@ -88,7 +88,7 @@ BEFORE_COMPUTE: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], lis
         ["InputGradient", "TargetLogit", "target="],
     ),
     "target missing on a named term": (
-        call(reg=IG + attrreg.GradCAM("body", score=scores.Contrast()).named("heat"), target=None),
+        call(reg=TERM + attrreg.GradCAM("body", score=scores.Contrast()).named("heat"), target=None),
         ValueError,
         ["heat", "Contrast", "target="],
     ),
@@ -112,17 +112,24 @@ BEFORE_COMPUTE: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], lis
     "x list": (call(x=[x]), TypeError, ["x", "list"]),
     "empty batch": (call(x=x[:0], mask=mask[:0], target=target[:0]), ValueError, ["x"]),
     "model": (
-        lambda model: IG(model.forward, x, mask, target),  # type: ignore[arg-type]
+        lambda model: TERM(model.forward, x, mask, target),  # type: ignore[arg-type]
         TypeError,
         ["model", "Module"],
     ),
     "attach to a function": (
-        lambda model: IG.attach(model.forward),  # type: ignore[arg-type]
+        lambda model: TERM.attach(model.forward),  # type: ignore[arg-type]
         TypeError,
         ["model"],
     ),
     "attach an unknown layer": (lambda model: attrreg.GradCAM("bod").attach(model), ValueError, ["'bod'", "'body'"]),
     "frozen": (lambda model: call()(model.requires_grad_(False)), RuntimeError, ["frozen", "requires_grad"]),
+    "frozen, x asks for a gradient": (
+        lambda model: call(x=x.clone().requires_grad_())(model.requires_grad_(False)),
+        RuntimeError,
+        ["frozen", "requires_grad"],
+    ),
+    "inputs without x": (call(inputs=(x.clone(),)), ValueError, ["inputs must hold x itself"]),
+    "inputs list": (call(inputs=[x]), TypeError, ["inputs must be a tuple"]),
     "baseline shape": (
         call(reg=attrreg.IntegratedGradients(baseline=torch.zeros(5, 5, dtype=torch.float64))),
         ValueError,
@@ -140,7 +147,7 @@ def test_before_compute(name: str) -> None:
         action(model)
     assert counted.forward == 0 and counted.backward == 0
     check_message(caught.value, words)
-    assert_same(before, snapshot(model, x), but=("parameters",) if name == "frozen" else ())
+    assert_same(before, snapshot(model, x), but=("parameters",) if name.startswith("frozen") else ())
 
 
 def check_message(error: Exception, words: list[str]) -> None:
@@ -190,7 +197,7 @@ def test_fewer_than_two_classes(score: scores.Score) -> None:
 def test_logits_of_another_rank() -> None:
     model = nn.Conv2d(2, 3, 1).double()
     with pytest.raises(ValueError, match=r"Contrast needs logits \(N, C\).*output="):
-        IG(model, x, mask, target)
+        TERM(model, x, mask, target)
 
 
 @pytest.mark.parametrize(
@@ -205,69 +212,69 @@ def test_logits_of_another_rank() -> None:
 def test_wrapped_outputs_need_a_selector(wrap: Callable[[Tensor], Any], selectors: list[Any]) -> None:
     model = Wrapped(wrap)
     with pytest.raises(TypeError, match=r"output: the model returned a .*`output=`"):
-        IG(model, x, mask, target)
-    want = IG(model.inner, x, mask, target)
+        TERM(model, x, mask, target)
+    want = TERM(model.inner, x, mask, target)
     for selector in selectors:
-        torch.testing.assert_close(IG(model, x, mask, target, output=selector), want)
-        assert type(IG.evaluate(model, x, mask, target, output=selector).output) is type(model(x))
+        torch.testing.assert_close(TERM(model, x, mask, target, output=selector), want)
+        assert type(TERM.evaluate(model, x, mask, target, output=selector).output) is type(model(x))
         map = attrreg.InputGradient().attribute(model, x, target, output=selector)
-        torch.testing.assert_close(map, IG.attribute(model.inner, x, target))
-        with IG.attach(model):
+        torch.testing.assert_close(map, TERM.attribute(model.inner, x, target))
+        with TERM.attach(model):
             model(x)
-            torch.testing.assert_close(IG(model, x, mask, target, output=selector), want)
+            torch.testing.assert_close(TERM(model, x, mask, target, output=selector), want)
 
 
 def test_wrong_selector() -> None:
     with pytest.raises(TypeError, match="output"):
-        IG(Wrapped(lambda logits: {"logits": logits, "aux": None}), x, mask, target, output="aux")
+        TERM(Wrapped(lambda logits: {"logits": logits, "aux": None}), x, mask, target, output="aux")
     with pytest.raises((KeyError, ValueError, TypeError), match="output"):
-        IG(Wrapped(lambda logits: {"logits": logits}), x, mask, target, output="nothing")
+        TERM(Wrapped(lambda logits: {"logits": logits}), x, mask, target, output="nothing")
 
 
 def test_without_gradients() -> None:
     model = SmoothNet().double()
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"no_grad.*\. "):
-        IG(model, x, mask, target)
+        TERM(model, x, mask, target)
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode.*\. "):
-        IG(model, x, mask, target)
+        TERM(model, x, mask, target)
     with torch.inference_mode():
         made_there = x + 1
     with pytest.raises(RuntimeError, match="inference_mode"):
-        IG(model, made_there, mask, target)
+        TERM(model, made_there, mask, target)
 
 
 def test_attach_twice() -> None:
     model = SmoothNet().double()
-    with IG.attach(model), pytest.raises(RuntimeError, match=r"already has an attachment.*Remove"):
+    with TERM.attach(model), pytest.raises(RuntimeError, match=r"already has an attachment.*Remove"):
         attrreg.GradCAM().attach(model)
-    with IG.attach(model):
+    with TERM.attach(model):
         pass
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), -1])
 def test_weights(weight: float) -> None:
     with pytest.raises(ValueError, match="weight"):
-        weight * IG
+        weight * TERM
     with pytest.raises(ValueError, match="weight"):
-        (IG + attrreg.InputXGradient()) * weight
+        (TERM + attrreg.InputXGradient()) * weight
 
 
 def test_things_that_are_no_weights_or_terms() -> None:
     for other in ("2", None, True, torch.ones(2)):
         with pytest.raises(TypeError):
-            IG * other  # type: ignore[operator]
+            TERM * other  # type: ignore[operator]
     for addend in (1, 0.5, "term"):
         with pytest.raises(TypeError):
-            IG + addend
+            TERM + addend
 
 
 def test_names() -> None:
     with pytest.raises(ValueError, match=r"'InputGradient'.*named"):
-        IG + 0.5 * attrreg.InputGradient(scores.PredictedLogit())
+        TERM + 0.5 * attrreg.InputGradient(scores.PredictedLogit())
     with pytest.raises(ValueError, match="no single name"):
-        (IG + attrreg.InputXGradient()).named("both")
+        (TERM + attrreg.InputXGradient()).named("both")
     with pytest.raises(ValueError, match="name"):
-        IG.named("")
+        TERM.named("")
 
 
 SETTINGS: list[tuple[Callable[[], Any], type[Exception], str]] = [
@@ -282,11 +289,10 @@ SETTINGS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: attrreg.InputGradient(scores.TargetLogit), TypeError, "score must be"),  # type: ignore[arg-type]
     (lambda: attrreg.GradCAM(objective=objectives.Energy), TypeError, "objective must be"),  # type: ignore[arg-type]
     (lambda: attrreg.IntegratedGradients(objective=None), TypeError, "objective must be"),  # type: ignore[arg-type]
-    (lambda: IG(SmoothNet().double(), x, mask, generator=3), TypeError, "generator"),  # type: ignore[arg-type]
-    (lambda: IG(SmoothNet().double(), x, mask, output=True), TypeError, "output"),
-    (lambda: IG(SmoothNet().double(), x, mask, output=1.5), TypeError, "output"),  # type: ignore[arg-type]
-    (lambda: IG(SmoothNet().double(), x, mask, output="logits"), TypeError, "does not fit a Tensor"),
-    (lambda: 1e300 * (1e300 * IG), ValueError, "weight of InputGradient"),
+    (lambda: TERM(SmoothNet().double(), x, mask, generator=3), TypeError, "generator"),  # type: ignore[arg-type]
+    (lambda: TERM(SmoothNet().double(), x, mask, output=True), TypeError, "output"),
+    (lambda: TERM(SmoothNet().double(), x, mask, output=1.5), TypeError, "output"),  # type: ignore[arg-type]
+    (lambda: 1e300 * (1e300 * TERM), ValueError, "weight of InputGradient"),
     (lambda: scores.RandomProjection(None), TypeError, "layer"),  # type: ignore[arg-type]
     (lambda: masks.from_boxes([[(0, 0, 4)]], (8, 8)), ValueError, r"boxes\[0\].*\(K, 4\)"),
     (lambda: masks.from_boxes([[(0, 0, 4, 4)]], 8), ValueError, "size"),  # type: ignore[arg-type]
@@ -297,11 +303,11 @@ SETTINGS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: attrreg.ActivationDifference(()), TypeError, "layers"),
     (lambda: attrreg.ActivationDifference((nn.Linear(1, 1),)), TypeError, "layers"),  # type: ignore[arg-type]
     (lambda: attrreg.ActivationDifference(detach="both"), ValueError, "detach"),  # type: ignore[arg-type]
-    (lambda: IG.reduced("median"), ValueError, "reduced"),  # type: ignore[arg-type]
+    (lambda: TERM.reduced("median"), ValueError, "reduced"),  # type: ignore[arg-type]
     (lambda: baselines.Blur(0), ValueError, "sigma"),
     (lambda: baselines.Noise(-1), ValueError, "Noise"),
     (lambda: masks.from_boxes([[(4, 0, 2, 3)]], (8, 8)), ValueError, r"boxes\[0\]"),
-    (lambda: (IG + attrreg.InputXGradient()).attribute(SmoothNet(), x), TypeError, "attribute"),
+    (lambda: (TERM + attrreg.InputXGradient()).attribute(SmoothNet(), x), TypeError, "attribute"),
     (lambda: attrreg.ActivationDifference().attribute(SmoothNet(), x), TypeError, "no attribution map"),
     (lambda: attrreg.ExpectedGradients(baseline=baselines.Masked()).attribute(SmoothNet().double(), x), ValueError, "mask="),
 ]

@@ -1,4 +1,4 @@
-"""Batch normalisation by the batch's statistics: their precision, and how running ones move. Derivatives: test_ops.py."""
+"""Batch normalisation: how precise its statistics are and how running ones move, layouts, half precision. Derivatives: also test_ops.py."""
 
 from __future__ import annotations
 
@@ -50,14 +50,6 @@ def test_batch_norm_moves_its_statistics_as_pytorchs(shape: tuple[int, ...]) -> 
         found.append(list(layer.buffers()))
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want)
-    with twice_differentiable(Phase()), pytest.raises(ValueError, match="more than 1 value per channel"):
-        torch.nn.BatchNorm2d(6)(torch.randn(1, 6, 1, 1))
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_batch_norm_refuses_a_negative_eps(training: bool) -> None:
-    with twice_differentiable(Phase()), pytest.raises(ValueError, match="eps must be"):
-        F.batch_norm(torch.randn(4, 6, 3, 3), torch.zeros(6), torch.ones(6), training=training, eps=-1.0)
 
 
 @pytest.mark.parametrize("steady", [False, True])  # by the statistics that it saves, in eval mode
@@ -141,7 +133,6 @@ class Gain(nn.Module):
 
 @pytest.mark.parametrize("apart", [True, False])
 def test_weights_that_are_not_dense(apart: bool) -> None:
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), Gain(apart), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)).double()
     x, mask, target = torch.randn(4, 3, 8, 8).double(), torch.rand(4, 8, 8) > 0.5, torch.tensor([0, 1, 2, 0])
     found = []

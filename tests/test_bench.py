@@ -133,13 +133,6 @@ def test_memory_is_that_of_what_is_alive() -> None:
     assert measure.peak(Step(keep_two, case)) == 8000
 
 
-def test_a_model_that_cannot_be_measured_is_named() -> None:
-    with pytest.raises(LookupError, match="no_such_model"):
-        build("no_such_model", batch=2, size=64, device=CPU)
-    with pytest.raises(ValueError, match=r"test_resnet does not run on 2 images of 0 pixels"):
-        build("test_resnet", batch=2, size=0, device=CPU)
-
-
 def test_a_model_may_be_named_with_its_weights() -> None:
     assert build("test_resnet.r160_in1k", batch=1, size=64, device=CPU).name == "test_resnet.r160_in1k"
 
@@ -306,12 +299,12 @@ def test_models_that_do_not_run_are_refused_before_others_are_measured(
 ) -> None:
     plan = run.Plan(models, (strategies.GRAD_CAM,), 2, size, 1, 0, curves, "cpu", None)
     record, notes = run.Record.of(plan), []
-    with pytest.raises((LookupError, ValueError), match=cause):
+    with pytest.raises(LookupError if "no_such_model" in models else ValueError, match=cause):
         run.measure(plan, record, lambda doing, part: notes.append(doing))
     assert not record.costs and not notes
 
 
-def test_losses_are_named() -> None:
+def test_the_report_names_what_is_faster_than_attrreg() -> None:
     assert "slower (4.50 to 4.00) than *own forward" in report.markdown(record_with(4.5, 2.0))
     assert "Nowhere in this run" in report.markdown(record_with(2.0, 2.0))
     record = record_with(2.0, 2.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch.func import functional_call
 import attrreg
 from attrreg import objectives, scores
 from attrreg.regularizer import AttributionRegularizer
-from attrreg.trace import passes
+from attrreg.trace import Passes, passes
 from tests.models import DEVICE, SmoothNet, assert_close, gradients, smooth_batch
 
 WRITTEN: dict[str, Any] = {"score": scores.TargetLogit(), "objective": objectives.SquaredOutside()}
@@ -76,34 +75,6 @@ def test_own_passes_of_the_whole_leave_the_recording_of_a_part() -> None:
     assert counted.forward == 0
 
 
-class Force(nn.Module):
-    """Takes a gradient of its own with respect to the images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.energy, self.net = SmoothNet(), SmoothNet()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x.requires_grad_()
-        (force,) = torch.autograd.grad(torch.tanh(self.energy(x)).sum() + x.pow(3).sum(), x)
-        logits: Tensor = self.net(x + force)
-        return logits
-
-
-def test_a_models_own_gradient_of_its_images_is_whole() -> None:
-    model, (x, mask, target) = Force().double(), smooth_batch()
-    leaf = x.clone().requires_grad_()
-    logits = model(leaf.clone())
-    (phi,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), leaf, create_graph=True)
-    want = ((1 - mask.double()[:, None]) * phi).square().sum((1, 2, 3)).mean()
-    torch.testing.assert_close(REG(model, x, mask, target), want)
-    with REG.attach(model):
-        torch.testing.assert_close(model(x), logits)
-        found = REG(model, x, mask, target)
-    torch.testing.assert_close(found, want)
-    assert_close(gradients(model, found), gradients(model, want), 1e-10)
-
-
 def test_what_the_loop_does_to_the_output_is_not_the_models() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     want = REG(model, x, mask, target)
@@ -152,7 +123,7 @@ def test_a_recording_with_other_inputs_does_not_serve() -> None:
 
 def replace_layer(model: SmoothNet) -> None:
     """Another convolution."""
-    model.body = copy.deepcopy(nn.Conv2d(4, 5, 3, stride=2, padding=1)).double()
+    model.body = nn.Conv2d(4, 5, 3, stride=2, padding=1).double()
 
 
 def replace_weight(model: SmoothNet) -> None:
@@ -203,7 +174,7 @@ def test_a_model_that_changed_since_runs_again(change: Callable[[SmoothNet], Non
 
 
 def test_weights_that_one_forward_borrowed_are_not_the_models() -> None:
-    model, (x, mask, target) = copy.deepcopy(SmoothNet().double()), smooth_batch()
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     fast = {name: (2 * value).detach().requires_grad_() for name, value in model.named_parameters()}
     want = REG(model, x, mask, target)
     with REG.attach(model):
@@ -324,10 +295,47 @@ def test_inputs_are_compared_by_what_they_mean() -> None:
         for called, asked, scale, own in (
             ({"scale": 1.0}, (x,), 1.0, 0),
             ({}, {"scale": 1.0, "x": x}, 1.0, 0),
+            ({}, None, 1.0, 0),
             ({"scale": 3.0}, None, 1.0, 1),
             ({"scale": 3.0}, (x, 3.0), 3.0, 0),
         ):
-            model(x, **called)
+            model(x=x, **called)  # the images by keyword, too
             with passes() as counted:
                 torch.testing.assert_close(REG(model, x, mask, target, inputs=asked), want[scale])
             assert counted.forward == own
+
+
+def reused(model: nn.Module, x: Tensor, mask: Tensor, target: Tensor) -> bool:
+    with passes() as counted:
+        attrreg.InputGradient()(model, x, mask, target)
+    return counted == Passes(forward=0, backward=1)
+
+
+def test_a_recorded_pass_is_used_only_where_it_is_right() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    with attrreg.InputGradient().attach(model):
+        model(x)
+        assert not reused(model, x.clone(), mask, target), "another tensor"
+        assert reused(model, x, mask, target)
+        assert not reused(model, x, mask, target), "given out already"
+        model(x)
+        x.add_(1)
+        assert not reused(model, x, mask, target), "changed since"
+        model(x)
+        with torch.no_grad():
+            model.head.weight.add_(1)
+        assert not reused(model, x, mask, target), "an optimizer stepped"
+        model(x)
+        with torch.no_grad():
+            model(x)
+        assert not reused(model, x, mask, target), "the last forward had no graph"
+        model(x)
+        model(x + 1)
+        assert not reused(model, x, mask, target), "the last forward was on another batch"
+        model(x)
+        attrreg.ActivationDifference()(model, x + 1, mask)
+        assert reused(model, x, mask, target), "the library's own passes are not the loop's"
+        model(x)
+        with passes() as counted:
+            attrreg.GradCAM(layer="body")(model, x, mask, target)
+        assert counted.forward == 1, "the layer was not recorded"

@@ -244,7 +244,7 @@ def test_transforms_that_leave_the_mask_are_found(folder: MaskedImageFolder) -> 
             MaskedImageFolder(folder.root, InTheImage(torch.zeros(shape, dtype=torch.bool)))[0]
 
 
-def test_a_fill_is_for_images_alone() -> None:
+def test_a_rotation_may_fill_images_and_leave_masks_irrelevant_there() -> None:
     turn = v2.RandomRotation((45, 45), fill={tv_tensors.Image: 127, "others": 0})  # as docs/integrations.md says
     image, mask = turn(tv_tensors.Image(torch.zeros(3, 32, 32, dtype=torch.uint8)), tv_tensors.Mask(torch.zeros(32, 32).bool()))
     assert (image == 127).any() and not mask.any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -123,9 +124,10 @@ def alone(case: Case, step: int = 1) -> tuple[float, list[Tensor]]:
     return float(penalty.detach()), gradients(model, loss + penalty)
 
 
-def check(ranks: Ranks, case: Case) -> None:
+def check(ranks: Ranks, case: Case, training: Callable[..., Any] = train, *settings: Any) -> None:
+    """Compare what `training(rank, case, *settings)` gives on all ranks with one process."""
     value, want = alone(case)
-    results = ranks(train, case)
+    results = ranks(training, case, *settings)
     assert sum(penalty for penalty, _ in results) / ranks.count == pytest.approx(value, rel=1e-9)
     for _, found in results:
         assert_close(found, want, 1e-6)

@@ -214,7 +214,7 @@ def said(rank: int) -> tuple[float, float]:
     return float(own.detach()), float(same.detach())
 
 
-def test_a_group_of_the_users(two: Ranks) -> None:
+def test_means_run_over_the_group_that_the_user_passes(two: Ranks) -> None:
     model = Case(()).model()
     for rank, values in enumerate(two(said)):
         x, mask, target = shares(2)[rank]

@@ -48,7 +48,7 @@ def test_the_products_are_right_also_where_they_are_not_used(case: tuple[Tensors
         torch.testing.assert_close(found[:, None], want, rtol=1e-10, atol=1e-10)
 
 
-def test_products_of_positions_where_they_are_few_for_so_many_images() -> None:
+def test_few_positions_of_many_images_go_by_positions_others_by_rows() -> None:
     def used(images: int, size: int) -> bool:
         x = torch.randn(images, 2, size, size)
         with patch.object(depthwise, "_by_positions", wraps=depthwise._by_positions) as spy:
@@ -60,7 +60,7 @@ def test_products_of_positions_where_they_are_few_for_so_many_images() -> None:
 
 
 @pytest.mark.cpu
-def test_where_they_are_used() -> None:
+def test_which_weight_gradients_are_products() -> None:
     def used(size: int, kernel: int, groups: int = 8, channels_last: bool = False, sliced: bool = False, width: int | None = None) -> bool:
         x, w = torch.randn(2, 16 if sliced else 8, size, width or size), torch.randn(8, 8 // groups, kernel, kernel, requires_grad=True)
         x = (x.to(memory_format=torch.channels_last) if channels_last else x)[:, :8]

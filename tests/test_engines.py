@@ -110,7 +110,6 @@ def test_a_step_does_not_change_what_a_score_chose(score: scores.Score, seed: in
 
 def test_a_transformer_keeps_its_fused_attention() -> None:
     family = FAMILIES["vit"]
-    torch.manual_seed(0)
     model, (x, mask, target) = family.build().eval(), batch(size=family.size)
     exact = gradients(model, attrreg.InputGradient()(model, x, mask, target))
     seen: list[Any] = []
@@ -197,9 +196,10 @@ def test_a_forward_that_moves_what_it_reads_serves_no_difference() -> None:
     assert_close(found[1], found[0], 1e-6)
 
 
-def test_a_rule_for_relus_is_refused_before_any_pass() -> None:
+@pytest.mark.parametrize("term", [attrreg.captum.GuidedBackprop(), attrreg.InputGradient() + attrreg.captum.GuidedBackprop()])
+def test_a_rule_for_relus_is_refused_before_any_pass(term: AttributionRegularizer) -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
-    regularizer = attrreg.captum.GuidedBackprop().using(FINE)
+    regularizer = term.using(FINE)
     with passes() as counted, pytest.raises(ValueError, match="is the gradient of none"):
         regularizer(model, x, mask, target, annotated=torch.tensor([True, True, False]))
     assert counted == Passes() and counted.checks == 0

@@ -1,4 +1,4 @@
-"""Folders of arrays that are not as they should be: the file is named, before anything is trained."""
+"""Folders of arrays: what is read of them; of what is not as it should be the file is named, before anything is trained."""
 
 from __future__ import annotations
 
@@ -8,9 +8,68 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 
 from attrreg.evidence import arrays
-from tests.test_evidence_data import write_arrays
+
+pytestmark = pytest.mark.cpu
+
+
+def write_arrays(root: Path, name: str, count: int, channels: int = 0) -> None:
+    """As the founding paper's code reads them, with the absolute paths of somebody else's machine."""
+    lines = ["file,class"]
+    for index in range(count):
+        image = numpy.zeros((8, 8, channels) if channels else (8, 8))
+        image[index % 8, 3] = 1.0
+        numpy.save(root / f"{name}_img_{index}.npy", image)
+        numpy.save(root / f"{name}_seg_{index}.npy", (image.max(-1) if channels else image) * 7)
+        lines.append(f"/network/data1/GM/{name}_img_{index}.npy,{index % 2}")
+    (root / f"{name}_labels.csv").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("channels", [0, 3])
+def test_folder_of_arrays(tmp_path: Path, channels: int) -> None:
+    for name, count in (("train", 10), ("valid", 4), ("test", 6)):
+        write_arrays(tmp_path, name, count, channels)
+    task = arrays.folder(tmp_path)
+    assert [len(part) for part in (task.train, task.similar, task.valid, task.test)] == [8, 2, 4, 6]
+    assert task.classes == 2 and task.test.images.shape == (6, channels or 1, 8, 8)
+    assert torch.equal(task.test.masks, task.test.images[:, 0] > 0)
+    assert task.test.labels.tolist() == [0, 1] * 3
+    whole = torch.cat([task.train.images, task.similar.images]).flatten(1).argmax(dim=1)
+    assert sorted(whole.tolist()) == sorted(8 * (index % 8) + 3 for index in range(10))
+    named = arrays.folder(tmp_path, similar="valid", dilation=1)
+    assert len(named.train) == 10 and torch.equal(named.similar.images, task.valid.images)
+    assert named.train.masks.sum() > 5 * task.train.masks.sum()
+
+
+def test_folder_as_the_founding_paper_reads_it(tmp_path: Path) -> None:
+    """Balanced draws, and the last two splits mirrored."""
+    for name, count in (("distractor1", 20), ("distractor2", 16), ("distractor3", 16)):
+        write_arrays(tmp_path, name, count)
+    names = ("distractor1", "distractor2", "distractor3")
+    task = arrays.folder(tmp_path, names, flip=True, sizes=(12, 8, 8), seed=1)
+    assert [part.labels.bincount().tolist() for part in (task.train, task.similar, task.valid, task.test)] == [[6, 6], *[[4, 4]] * 3]
+    for part, column in ((task.train, 3), (task.similar, 3), (task.valid, 4), (task.test, 4)):
+        assert (part.images.sum(dim=(1, 2))[:, column] == 1).all()
+        assert torch.equal(part.masks, part.images[:, 0] > 0)
+    assert torch.equal(task.similar.images.flip(-1), task.valid.images)
+    assert not torch.equal(arrays.folder(tmp_path, names, flip=True, sizes=(12, 8, 8), seed=2).train.images, task.train.images)
+    with pytest.raises(ValueError, match=r"distractor3 has not 18 images.*\. "):
+        arrays.folder(tmp_path, names, sizes=(12, 8, 18))
+
+
+def test_images_of_a_split_are_scaled_alike(tmp_path: Path) -> None:
+    bytes_ = numpy.ones((8, 8), dtype=numpy.uint8), numpy.full((8, 8), 255, dtype=numpy.uint8)
+    shares = numpy.full((8, 8), 0.25), numpy.ones((8, 8))
+    standardised = numpy.full((8, 8), -1.5), numpy.full((8, 8), 2.5)
+    for images, expected in ((bytes_, [1 / 255, 1.0]), (shares, [0.25, 1.0]), (standardised, [-1.5, 2.5])):
+        for name in ("train", "valid", "test"):
+            write_arrays(tmp_path, name, 2)
+            for number, image in enumerate(images):
+                numpy.save(tmp_path / f"{name}_img_{number}.npy", image)
+        task = arrays.folder(tmp_path, similar="valid")
+        assert task.train.images.flatten(1)[:, 0].tolist() == pytest.approx(expected)
 
 
 @pytest.fixture
@@ -57,6 +116,9 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda root: numpy.save(root / "test_seg_3.npy", numpy.zeros((8, 8, 1))),
         r"test_seg_3\.npy is \(8, 8, 1\), but test",
     ),
+    "four axes": (lambda root: numpy.save(root / "test_seg_3.npy", numpy.zeros((2, 2, 2, 2))), r"must be \(H, W\) or \(H, W, C\)\. "),
+    "no img in a name": (lambda root: relabel(root, "img_3", "3", "valid"), r"valid_3\.npy has no `img` in its name.*\. "),
+    "other columns": (lambda root: relabel(root, "file,class", "name"), r"must have the columns file and class.*\. "),
     "channels of a split": (
         lambda root: write_arrays(root, "test", 10, 3),
         r"images of test are \(3, 8, 8\), but those of train \(1, 8, 8\)",
@@ -83,6 +145,21 @@ def test_the_file_is_named(name: str, root: Path) -> None:
         arrays.folder(root, similar="valid")
 
 
+def test_files_that_are_missing_are_named(root: Path) -> None:
+    (root / "test_seg_1.npy").unlink()
+    with pytest.raises(FileNotFoundError, match=r"test_seg_1\.npy does not exist, though.*\. "):
+        arrays.folder(root)
+    (root / "train_labels.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train_labels\.csv does not exist\. "):
+        arrays.folder(root)
+
+
+def test_four_images_are_too_few_to_hold_a_fifth_back(root: Path) -> None:
+    write_arrays(root, "train", 4)
+    with pytest.raises(ValueError, match=r"too few to hold a fifth back\. "):
+        arrays.folder(root)
+
+
 @pytest.mark.parametrize(
     ("splits", "similar"),
     [
@@ -92,7 +169,7 @@ def test_the_file_is_named(name: str, root: Path) -> None:
         (("train", "valid", "test"), "test"),
     ],
 )
-def test_a_split_that_stands_for_two(splits: tuple[str, str, str], similar: str | None, root: Path) -> None:
+def test_one_split_cannot_stand_for_two(splits: tuple[str, str, str], similar: str | None, root: Path) -> None:
     with pytest.raises(ValueError, match=r"has one split twice\. Name three"):
         arrays.folder(root, splits, similar)
 

@@ -26,7 +26,7 @@ from attrreg.evidence.packages import Missing
 from attrreg.evidence.sources import Folder
 from attrreg.evidence.study import TUNING_SEED, Training, Variants
 from tests.test_evidence import TINY
-from tests.test_evidence_data import write_arrays
+from tests.test_evidence_arrays import write_arrays
 
 pytestmark = pytest.mark.cpu
 

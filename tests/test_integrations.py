@@ -75,11 +75,11 @@ def test_timms_loop(tmp_path: Path, mixing: list[str]) -> None:
 # Frameworks
 
 
-def samples(count: int = 16) -> list[Sample]:
+def samples() -> list[Sample]:
     generator = torch.Generator().manual_seed(5)
     mask = torch.zeros(16, 16, dtype=torch.bool)
     mask[3:9, 4:12] = True
-    return [Sample(torch.rand(3, 16, 16, generator=generator), mask, index % 3, index % 4 != 1) for index in range(count)]
+    return [Sample(torch.rand(3, 16, 16, generator=generator), mask, index % 3, index % 4 != 1) for index in range(16)]
 
 
 def batches(size: int) -> Any:
@@ -203,7 +203,6 @@ def test_hugging_face_trainer(fresh_accelerate: Any, tmp_path: Path, accumulate:
 
 
 def test_under_fabric_the_model_inside_is_penalised() -> None:
-    torch.manual_seed(0)
     net: Any = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     x, mask, target = torch.rand(3, 2, 8, 8), torch.zeros(8, 8).index_fill(0, torch.arange(4), 1), torch.tensor([0, 1, 2])
     want = REGULARIZER(net, x, mask, target)

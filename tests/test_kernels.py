@@ -29,7 +29,7 @@ def test_the_cpu_goes_without() -> None:
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_without_kernels_there_are_pytorchs_operators(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_goes_without_kernels_that_cannot_be_imported(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if there else None)
     monkeypatch.setitem(sys.modules, "attrreg.ops.kernels", None)  # as if importing it failed
     fused._kernels.cache_clear()

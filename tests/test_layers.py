@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 import attrreg
 from attrreg import baselines
 from attrreg.trace import passes
-from tests.models import SmoothNet, assert_close, batch, gradients, smooth_batch
+from tests.models import SmoothNet, assert_close, batch, gradients, nearly_all, smooth_batch
 
 X, Y = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
 MASK = torch.zeros(4, 32, 32, dtype=torch.bool)
@@ -45,18 +45,6 @@ def test_a_pooled_vector_is_no_map() -> None:
     model = Pooled()
     assert attrreg.GradCAM().attribute(model, X, Y).shape == (4, 1, 16, 16)
     assert [info.name for info in attrreg.layers(model, X)] == ["conv"]
-
-
-@pytest.mark.parametrize("around", ["", "0."], ids=["alone", "a part of the model"])
-def test_patches_kept_at_random_are_no_map(around: str) -> None:
-    backbone = timm.create_model("test_vit", num_classes=3, img_size=64, patch_drop_rate=0.75)
-    model = nn.Sequential(backbone) if around else backbone.train()
-    x, last = torch.randn(4, 3, 64, 64), f"{around}blocks.1.norm1"
-    whole = attrreg.GradCAM(f"{around}patch_embed").attribute(model, x, Y).shape
-    assert attrreg.GradCAM().attribute(model, x, Y).shape == whole
-    with pytest.raises(ValueError, match=rf"layer '{last}' has the patches that VisionTransformer kept at random"):
-        attrreg.GradCAM(last).attribute(model, x, Y)
-    assert attrreg.GradCAM(last).attribute(model.eval(), x, Y).shape == whole
 
 
 class ImageAndText(nn.Module):
@@ -149,10 +137,10 @@ def moving() -> nn.Module:
 
 
 def test_all_passes_start_from_the_same_buffers() -> None:
-    model, x, everything = moving(), X.double(), torch.ones_like(MASK)
+    model, x = moving(), X.double()
     with DIFFERENCE.attach(model), passes() as counted:
         model(x)
-        assert DIFFERENCE(model, x, everything) == 0
+        assert DIFFERENCE(model, x, nearly_all(x)) < 1e-7
     assert counted.forward == 2
     with attrreg.InputGradient().attach(model), passes() as counted:  # which has no other pass
         model(x)
@@ -223,18 +211,6 @@ def test_a_head_of_zeros_is_no_class_token(layer: str) -> None:
     model = timm.create_model("test_vit", img_size=32, num_classes=3)
     nn.init.zeros_(model.head.weight)
     assert attrreg.GradCAM(layer)(model, X, MASK, Y) == 0
-
-
-@pytest.mark.parametrize(
-    ("settings", "grid"),
-    [
-        ({"class_token": False, "global_pool": "avg", "reg_tokens": 4, "no_embed_class": True}, (2, 2)),  # registers before the patches
-        ({"patch_size": (16, 8)}, (2, 4)),
-    ],
-)
-def test_tokens_that_are_no_square_with_a_class_token(settings: dict[str, Any], grid: tuple[int, int]) -> None:
-    model = timm.create_model("test_vit", img_size=32, num_classes=3, **settings)
-    assert attrreg.GradCAM("blocks.0").attribute(model, X, Y).shape == (4, 1, *grid)
 
 
 class Fails(Pooled):
@@ -309,7 +285,8 @@ def test_layers_lists_what_can_be_chosen() -> None:
 
 
 def test_features_are_what_enters_the_classifier() -> None:
-    model = timm.create_model("volo_d1_224", img_size=64, num_classes=4).eval()  # an auxiliary head runs after the head
+    sizes: dict[str, Any] = {"layers": [1, 1, 1, 1], "embed_dims": [32, 64, 64, 64], "num_heads": [2, 4, 4, 4], "img_size": 64}
+    model = timm.models.volo.VOLO(**sizes, num_classes=4).eval()  # an auxiliary head runs after the head
     x = torch.randn(1, 3, 64, 64)
     with attrreg.ActivationDifference().attach(model) as handle:
         model(x)
@@ -330,10 +307,10 @@ def test_features_enter_a_classifier_by_keyword_too() -> None:
 
 
 def test_a_pool_that_enlarges_is_no_map() -> None:
-    model = torchvision.models.alexnet(num_classes=4).eval()
-    x = torch.randn(1, 3, 64, 64)  # features.12 leaves one position, avgpool makes it 6 x 6
+    layers = [nn.Conv2d(2, 4, 3), nn.Tanh(), nn.MaxPool2d(6), nn.AdaptiveAvgPool2d(6), nn.Flatten(), nn.Linear(144, 3)]
+    model, (x, mask, target) = nn.Sequential(*layers).double(), smooth_batch()  # "2" leaves one position, "3" makes it 6 x 6, as in AlexNet
     with attrreg.GradCAM().attach(model) as handle:
         model(x)
-        attrreg.GradCAM()(model, x, torch.ones(64, 64), torch.tensor([1]))
+        attrreg.GradCAM()(model, x, mask, target)
         model(x)
-    assert handle.map == "features.11"
+    assert handle.map == "1"

@@ -20,8 +20,6 @@ from attrreg.bench import measure, strategies
 from attrreg.bench.cases import build
 from attrreg.graph import nodes
 from attrreg.ops import Phase, linear, pointwise, twice_differentiable
-from tests import oracles
-from tests.models import assert_close, gradients
 
 pytestmark = pytest.mark.cpu
 
@@ -142,8 +140,7 @@ def test_a_single_position_is_a_linear_layer_and_no_view() -> None:
 
 
 @needs_onednn
-def test_a_whole_model() -> None:
-    torch.manual_seed(0)
+def test_a_penalty_by_onednn_trains_as_one_without() -> None:
     block = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
     model = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.Flatten(2), nn.Linear(16, 16), block, nn.Flatten(), nn.Linear(256, 4))
     x, mask, target = torch.randn(5, 3, 16, 16), torch.rand(5, 1, 16, 16).round(), torch.arange(5) % 4
@@ -160,7 +157,7 @@ def test_a_whole_model() -> None:
 
 
 @needs_onednn
-def test_its_operations_count() -> None:
+def test_the_benchmark_counts_onednns_operations_too() -> None:
     case = build("test_vit", batch=4, size=160, device=torch.device("cpu"))  # so large that patches are worth it anyway
     step = next(way for way in strategies.strategies(strategies.INPUT_GRADIENT, case) if way.name == strategies.ATTACHED).prepare(case)
     plainly = measure._weighed(step)[1]
@@ -175,7 +172,7 @@ class Other(Tensor):
 
 @needs_onednn
 @pytest.mark.parametrize("why", ["double", "autocast", "subclass", "vector", "mixed", "misfit", "one bias", "off"])
-def test_pytorchs_own_where_it_is_not_meant_for_that(why: str) -> None:
+def test_what_onednns_product_does_not_take_is_pytorchs(why: str) -> None:
     x, w = torch.randn(4, 8), torch.randn(6, 8)
     if why == "double":
         x, w = x.double(), w.double()
@@ -287,24 +284,3 @@ def test_gradients_of_weights_by_onednn_only_where_mkl_is_slow(slow: bool) -> No
     with always_onednn() as calls, patch.object(linear, "MKL_IS_SLOW", slow), twice_differentiable(Phase()):
         F.linear(x, w).square().sum().backward()
     assert len(calls) == (2 if slow else 1)
-
-
-def test_models_that_use_torch_func_inside() -> None:
-    class Ensemble(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem, self.heads = nn.Conv2d(3, 8, 3), nn.Parameter(torch.randn(4, 10, 8))
-
-        def forward(self, x: Tensor) -> Tensor:
-            features = torch.func.vmap(lambda image: F.conv2d(image[None], self.stem.weight)[0])(x).relu().mean((2, 3))
-            return torch.func.vmap(lambda head: F.linear(features, head))(self.heads).mean(0)
-
-    model, x, target = Ensemble(), torch.randn(4, 3, 8, 8), torch.arange(4)
-    mask = torch.zeros(4, 1, 8, 8)
-    mask[..., :4] = 1
-    reg = attrreg.InputGradient(score=attrreg.scores.TargetLogit(), objective=attrreg.objectives.SquaredOutside())
-    value = reg(model, x, mask, target=target)
-    phi = oracles.input_gradient(model, x, target, oracles.score_target_logit)
-    want = oracles.squared_outside(phi, mask).mean()
-    torch.testing.assert_close(value, want, rtol=1e-5, atol=0)
-    assert_close(gradients(model, value), gradients(model, want), 1e-5)

@@ -36,33 +36,61 @@ class Checkpointed(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("kind", ["plain", "scheduled", "auto"])
-def test_a_checkpointed_part_is_recomputed_as_it_ran(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "together"), [("plain", False), ("scheduled", False), ("auto", False), ("scheduled", True), ("auto", True)]
+)
+def test_a_checkpointed_part_is_the_models_own(kind: str, together: bool) -> None:
+    """Each forward has its own backward, or several have one."""
     found = {}
     for attach in (False, True):
         torch.manual_seed(0)
         model, (x, mask, target) = Checkpointed().double(), smooth_batch()
         reg: Any = {"plain": REG, "scheduled": attrreg.Scheduled(REG, attrreg.schedules.Every(2)), "auto": CAM}[kind]
+        total = torch.zeros((), dtype=torch.float64)
         with reg.attach(model.net) if attach else nullcontext():
-            for _ in range(3):
-                (F.cross_entropy(model(x), target) + reg(model.net, x, mask, target)).backward()
-        found[attach] = accumulated(model)
-    assert_close(found[True], found[False], 1e-12)
+            for images in (x, 2 * x, 3 * x):  # where scheduled: with a penalty, without, and with
+                loss = F.cross_entropy(model(images), target) + reg(model.net, images, mask, target)
+                if together:
+                    total = total + loss
+                else:
+                    loss.backward()
+            found[attach] = gradients(model, total) if together else accumulated(model)
+    assert_close(found[True], found[False], 1e-10 if together else 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["a checkpoint of the model", "a checkpoint around a part", "saved elsewhere"])
+def test_what_the_loop_checkpoints_or_offloads_is_not_recorded(kind: str) -> None:
+    net, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    whole = nn.Sequential(net, nn.Linear(3, 3)).double()
+    model = net if "part" in kind else whole
+    want = REG(model, x, mask, target)
+    with REG.attach(model), passes() as counted:
+        if kind == "saved elsewhere":
+            with torch.autograd.graph.save_on_cpu():
+                whole(x)
+        else:
+            checkpoint(whole, x, use_reentrant=False)
+        value = REG(model, x, mask, target)
+    assert counted.forward == 1
+    torch.testing.assert_close(value, want)
+    assert_close(gradients(model, value), gradients(model, want), 1e-10)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_hooks_on_images_are_shown_the_losss_gradient_once_and_whole(way: str) -> None:
+@pytest.mark.parametrize("made", [False, True], ids=["a leaf", "made of a leaf"])
+def test_images_and_their_hooks_get_the_losss_gradient_once_and_whole(made: bool, way: str) -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
-    images = x.clone().requires_grad_() * 2
-    images.retain_grad()
+    images = x.clone().requires_grad_()
+    if made:
+        images = images * 2
+        images.retain_grad()
     seen: list[Tensor] = []
     images.register_hook(seen.append)
     loss = loss_by(way, REG, model, (images, mask, target))
     assert not seen and images.grad is None  # of the inner backward
     loss.backward()
     leaf = images.detach().requires_grad_()
-    (phi,) = torch.autograd.grad(oracles.score_target_logit(model(leaf), target), leaf, create_graph=True)
-    plain = F.cross_entropy(model(leaf), target) + oracles.squared_outside(phi, mask.unsqueeze(1).double()).mean()
+    plain = F.cross_entropy(model(leaf), target) + oracles.squared_input_gradient(model, leaf, mask, target).mean()
     (want,) = torch.autograd.grad(plain, leaf)
     assert len(seen) == 1
     torch.testing.assert_close(seen[0], want, rtol=1e-9, atol=1e-12)
@@ -129,21 +157,6 @@ def test_threads_that_train_side_by_side_leave_the_process_as_it_was_and_each_ot
         assert_close(found, want, 1e-12)
 
 
-@pytest.mark.parametrize("kind", ["scheduled", "auto"])
-def test_several_checkpointed_forwards_before_one_backward(kind: str) -> None:
-    found = {}
-    for attach in (False, True):
-        torch.manual_seed(0)
-        model, (x, mask, target) = Checkpointed().double(), smooth_batch()
-        reg: Any = attrreg.Scheduled(REG, attrreg.schedules.Every(2)) if kind == "scheduled" else CAM
-        total = torch.zeros((), dtype=torch.float64)
-        with reg.attach(model.net) if attach else nullcontext():
-            for images in (x, 2 * x, 3 * x):
-                total = total + F.cross_entropy(model(images), target) + reg(model.net, images, mask, target)
-            found[attach] = gradients(model, total)
-    assert_close(found[True], found[False], 1e-10)
-
-
 def test_what_passes_of_the_whole_checkpoint_is_recomputed_as_it_ran() -> None:
     """The part that is attached does not take it for the loop's."""
     found, whole = {}, attrreg.ActivationDifference("top", attrreg.baselines.Zero())
@@ -153,28 +166,6 @@ def test_what_passes_of_the_whole_checkpoint_is_recomputed_as_it_ran() -> None:
         with REG.attach(model.net) if attach else nullcontext():
             found[attach] = gradients(model, F.cross_entropy(model(x), target) + REG(model.net, x, mask, target) + whole(model, x, mask))
     assert_close(found[True], found[False], 1e-10)
-
-
-class Copying(Checkpointed):
-    """Recomputes on a copy of the images."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        first = [x]
-        logits: Tensor = self.top(checkpoint(lambda: self.net(first.pop() if first else x.clone()), use_reentrant=False))
-        return logits
-
-
-def test_images_that_are_not_known_are_those_of_the_last_forward() -> None:
-    found = {}
-    for attach in (False, True):
-        torch.manual_seed(0)
-        model, (x, mask, target) = Copying().double(), smooth_batch()
-        reg = attrreg.Scheduled(REG, attrreg.schedules.Every(2))
-        with reg.attach(model.net) if attach else nullcontext():
-            for images in (x, 2 * x, x):  # with a penalty, without, and with
-                (F.cross_entropy(model(images), target) + reg(model.net, images, mask, target)).backward()
-        found[attach] = accumulated(model)
-    assert_close(found[True], found[False], 1e-12)
 
 
 def test_hooks_that_somebody_cleared() -> None:
@@ -260,7 +251,6 @@ def test_an_unattached_call_draws_from_where_the_loops_forward_left_the_generato
     state = torch.get_rng_state()
     value = REG(model, x, mask, target)
     assert torch.equal(torch.get_rng_state(), state)
-    phi = oracles.input_gradient(model, x, target, oracles.score_target_logit)  # draws the same
-    want = oracles.squared_outside(phi, mask.unsqueeze(1).double()).mean()
+    want = oracles.squared_input_gradient(model, x, mask, target).mean()  # draws the same
     torch.testing.assert_close(value, want)
     assert_close(gradients(model, value), gradients(model, want), 1e-10)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.tv_tensors import BoundingBoxes
@@ -17,38 +17,20 @@ from attrreg.transforms import ReplaceOutside
 from tests.models import DEVICE, WAYS, SmoothNet, assert_close, gradients, logits_and_penalty, smooth_batch
 
 
-@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**31))
-@settings(deadline=None, max_examples=60)
-def test_resize_keeps_thin_regions_and_bounds(h: int, w: int, height: int, width: int, seed: int) -> None:
-    mask = torch.zeros(1, 1, h, w)
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-    row, column = (int(torch.randint(size, (), generator=generator)) for size in (h, w))
-    mask[0, 0, row, column] = 1
-    small = masks.resize(mask, (height, width))
-    assert small.shape == (1, 1, height, width)
-    assert float(small.sum()) > 0 and float(small.max()) <= 1 and float(small.min()) >= 0
-
-
-@given(st.integers(1, 6), st.integers(1, 4))
-@settings(deadline=None, max_examples=20)
-def test_resize_by_whole_factors_is_the_mean_or_a_copy(size: int, factor: int) -> None:
-    mask = torch.rand(2, 1, size * factor, size * factor, dtype=torch.float64)
-    blocks = mask.reshape(2, 1, size, factor, size, factor).mean(dim=(3, 5))
-    torch.testing.assert_close(masks.resize(mask, (size, size)), blocks)
-    repeated = mask.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    torch.testing.assert_close(masks.resize(mask, (size * factor**2, size * factor**2)), repeated)
-
-
 @given(st.tuples(*[st.integers(1, 12)] * 4), st.integers(0, 2**31))
+@example((6, 9, 2, 3), 0)
+@example((2, 3, 6, 9), 0)
 @settings(deadline=None, max_examples=40)
-def test_resize_by_any_factor_is_the_mean_of_what_a_cell_covers(sizes: tuple[int, int, int, int], seed: int) -> None:
+def test_resize_gives_each_cell_the_mean_of_the_pixels_that_it_covers(sizes: tuple[int, int, int, int], seed: int) -> None:
+    """So a thin region becomes soft and never vanishes; upwards, pixels are repeated."""
     h, w, height, width = sizes
-    mask = torch.rand(1, 1, h, w, generator=torch.Generator(DEVICE).manual_seed(seed), dtype=torch.float64)
+    mask = torch.rand(2, 1, h, w, generator=torch.Generator(DEVICE).manual_seed(seed), dtype=torch.float64)
     got = masks.resize(mask, (height, width))
+    assert got.shape == (2, 1, height, width)
     for i in range(height):
         for j in range(width):
             rows, columns = (slice(k * of // to, -(-(k + 1) * of // to)) for k, of, to in ((i, h, height), (j, w, width)))
-            assert float(got[0, 0, i, j]) == pytest.approx(float(mask[0, 0, rows, columns].mean()))
+            torch.testing.assert_close(got[:, 0, i, j], mask[:, 0, rows, columns].mean(dim=(1, 2)))
 
 
 def test_all_shapes_and_dtypes_say_the_same() -> None:

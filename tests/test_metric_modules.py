@@ -21,6 +21,8 @@ from tests.ranks import Ranks
 torchmetrics = pytest.importorskip("torchmetrics")
 from attrreg.metrics import modules  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method of metric .* was called before")  # torchmetrics' own
+
 
 def update(metric: Any, generator: torch.Generator, batches: int = 3) -> list[tuple[Tensor, Tensor, Tensor]]:
     seen = []
@@ -55,7 +57,6 @@ def test_modules_average_over_batches(metric: Any, function: metrics.Measure) ->
     assert metric.images == 0
 
 
-@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric .* was called before")
 def test_modules_of_logits() -> None:
     generator = torch.Generator().manual_seed(1)
     logits = 100 * torch.randn(60, 2, generator=generator)  # where a sigmoid would tie
@@ -97,8 +98,7 @@ def test_values_are_exact_whatever_the_default_type(half_by_default: None) -> No
     assert metrics.iou_at_mask_size(map, mask).item() == pytest.approx(0.2)  # a third of one pixel
 
 
-@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric .* was called before")
-def test_of_nothing_the_value_has_the_type_that_others_have(half_by_default: None) -> None:
+def test_the_nan_of_no_images_has_the_type_of_other_values(half_by_default: None) -> None:
     made: list[tuple[Any, torch.dtype]] = [(modules.WorstGroupAccuracy(2), torch.float32), (modules.LogitDifferenceAUC(), torch.float64)]
     for metric, dtype in made:
         assert metric.compute().dtype == dtype and metric.compute().isnan()
@@ -147,13 +147,6 @@ def test_modules_do_not_look_at_masks_that_nobody_drew() -> None:
     assert metric.compute().item() == pytest.approx(torch.stack(expected).mean().item())
 
 
-def test_modules_work_in_a_collection() -> None:
-    together = torchmetrics.MetricCollection([modules.ShareInside(), modules.IoUAtMaskSize(), modules.PointingGame()])
-    map, mask = torch.randn(4, 1, 6, 6), torch.rand(4, 6, 6)
-    together.update(map, mask)
-    assert together.compute()["ShareInside"].item() == pytest.approx(metrics.share_inside(map, mask).mean().item())
-
-
 def test_metrics_that_agree_on_a_batch_stay_apart_in_a_collection() -> None:
     mask = torch.zeros(2, 8, 8, dtype=torch.bool)
     mask[:, 2:6, 2:6] = True
@@ -161,7 +154,7 @@ def test_metrics_that_agree_on_a_batch_stay_apart_in_a_collection() -> None:
     inside[:, :, 3, 3] = beside[:, :, 1, 3] = both[:, :, 1, 3] = 1
     both[:, :, 3, 3] = -1
     made = {"exact": modules.PointingGame(0), "near": modules.PointingGame(2), "share": modules.ShareInside()}
-    made["energy"] = modules.EnergyPointingGame()
+    made |= {"energy": modules.EnergyPointingGame(), "iou": modules.IoUAtMaskSize()}
     together = torchmetrics.MetricCollection({name: metric.clone() for name, metric in made.items()})
     for map in (inside, beside, both):
         together.update(map, mask)
@@ -224,7 +217,6 @@ def test_the_area_of_a_diverged_model_is_nan() -> None:
     assert metric.compute().isnan()
 
 
-@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric .* was called before")
 def test_empty_batches_count_nothing() -> None:
     logits, target = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 1.0]]), torch.tensor([0, 1, 0])
     worst, area, nobody = modules.WorstGroupAccuracy(2), modules.LogitDifferenceAUC(), torch.zeros(0, dtype=torch.long)
@@ -249,7 +241,32 @@ def test_targets_of_a_third_class_are_refused_at_once() -> None:
     assert not metric.scores
 
 
-@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric .* was called before")
+MAP = torch.rand(2, 1, 4, 4)
+
+
+def groups_of(target: Tensor = torch.zeros(2).long(), groups: Tensor = torch.zeros(2).long()) -> None:  # noqa: B008
+    """Counted."""
+    modules.WorstGroupAccuracy(1).update(torch.rand(2, 2), target, groups)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: modules.WorstGroupAccuracy(0), ValueError, r"groups must be an integer of at least 1.*\. "),
+        (lambda: groups_of(groups=torch.ones(2).long()), ValueError, r"groups has numbers outside \[0, 1\)\. "),
+        (lambda: groups_of(target=torch.zeros(1).long()), ValueError, r"logits must be \(N, classes\).*\. "),
+        (lambda: groups_of(groups=torch.zeros(1).long()), ValueError, r"groups must be \(2,\), one group an image.*\. "),
+        (lambda: modules.ShareInside().update(MAP, MAP[:, 0], torch.tensor([1, 0])), TypeError, r"annotated must be a boolean.*\. "),
+        (lambda: modules.ShareInside().update(MAP, MAP[:1, 0], torch.tensor([True, False])), ValueError, r"mask is for 1 images.*\. "),
+        (lambda: modules.ShareInside().update(MAP, [], torch.tensor([True, False])), TypeError, r"mask must be a tensor, got list\. "),  # type: ignore[arg-type]
+        (lambda: modules.LogitDifferenceAUC().update(torch.rand(2, 3), torch.zeros(2)), ValueError, r"logits must be \(N, 2\).*\. "),
+    ],
+)
+def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
 def test_judges_by_functions_without_a_name_can_be_saved() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch(4)
     saved, other = (modules.Judged(lambda model, x, target: x * target.view(-1, 1, 1, 1)) for _ in range(2))
@@ -309,7 +326,7 @@ def test_ranks_without_any_batch_add_nothing_to_the_area(two: Ranks) -> None:
     assert two(of_the_first) == pytest.approx(2 * [metrics.auc(logits, target)])
 
 
-def test_the_area_is_that_of_the_batches_as_they_were() -> None:
+def test_the_area_does_not_change_with_batches_that_a_loop_overwrites() -> None:
     logits, target, *_ = everything()
     logits, target = logits.double(), target.double()
     metric, want = modules.LogitDifferenceAUC(), metrics.auc(logits, target)

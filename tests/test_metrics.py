@@ -14,9 +14,6 @@ from torch import Tensor, nn
 import attrreg
 from attrreg import baselines, metrics, objectives
 
-torchmetrics = pytest.importorskip("torchmetrics")
-from attrreg.metrics import modules  # noqa: E402
-
 
 def cases(count: int = 20) -> list[tuple[Tensor, Tensor]]:
     """Maps with ties and zeros, and boolean masks of every size but none."""
@@ -232,11 +229,6 @@ def judge(model: nn.Module, target: Tensor, measure: Any = metrics.share_inside)
     return metrics.judged(model, MAP, MAP[:, 0], target, metrics.Occlusion(window=4, stride=4), measure)
 
 
-def groups_of(target: Tensor = torch.zeros(2).long(), groups: Tensor = torch.zeros(2).long()) -> None:  # noqa: B008
-    """Counted."""
-    modules.WorstGroupAccuracy(1).update(torch.rand(2, 2), target, groups)
-
-
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -260,22 +252,10 @@ def groups_of(target: Tensor = torch.zeros(2).long(), groups: Tensor = torch.zer
         (lambda: metrics.judged(Corner(), MAP, MAP, torch.zeros(2), attrreg.InputGradient()), TypeError, r"Pass .*`\.attribute`"),
         (lambda: judge(nn.Flatten(), torch.arange(2), lambda map, _: map.mean()), ValueError, r"gave \(\), but a measure is \(2,\), .*\. "),
         (lambda: judge(nn.Flatten(), torch.arange(2), lambda *_: 0.5), ValueError, r"gave a float, but a measure is \(2,\)"),
-        (lambda: modules.WorstGroupAccuracy(0), ValueError, r"groups must be an integer of at least 1.*\. "),
-        (
-            lambda: modules.WorstGroupAccuracy(1).update(torch.rand(1, 2), torch.zeros(1).long(), torch.ones(1).long()),
-            ValueError,
-            r"groups has numbers outside \[0, 1\)\. ",
-        ),
-        (lambda: modules.ShareInside().update(MAP, MAP[:, 0], torch.tensor([1, 0])), TypeError, r"annotated must be a boolean.*\. "),
-        (lambda: modules.ShareInside().update(MAP, MAP[:1, 0], torch.tensor([True, False])), ValueError, r"mask is for 1 images.*\. "),
-        (lambda: modules.ShareInside().update(MAP, [], torch.tensor([True, False])), TypeError, r"mask must be a tensor, got list\. "),  # type: ignore[arg-type]
         (lambda: judge(InMapping(), torch.tensor([0, 1])), TypeError, r"model returned a dict and not logits\. "),
         (lambda: judge(nn.Flatten(), torch.tensor([0, 99])), ValueError, r"target has the class 99, but the model has 16 classes\. "),
         (lambda: judge(nn.Flatten(), torch.eye(2)), TypeError, r"target must be class indices, got torch.float32\. "),
         (lambda: judge(nn.Flatten(), torch.tensor([0])), ValueError, r"target must be \(2,\).*\. "),
-        (lambda: groups_of(target=torch.zeros(1).long()), ValueError, r"logits must be \(N, classes\).*\. "),
-        (lambda: groups_of(groups=torch.zeros(1).long()), ValueError, r"groups must be \(2,\), one group an image.*\. "),
-        (lambda: modules.LogitDifferenceAUC().update(torch.rand(2, 3), torch.zeros(2)), ValueError, r"logits must be \(N, 2\).*\. "),
     ],
 )
 def test_bad_input(call: Any, error: type[Exception], message: str) -> None:

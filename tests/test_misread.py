@@ -56,6 +56,44 @@ def test_tokens_of_mask_units_are_no_map() -> None:
     assert attrreg.GradCAM().attribute(model, x, target=TARGET, output="logits").shape == (2, 1, 8, 8)
 
 
+@pytest.mark.parametrize("around", ["", "0."], ids=["alone", "a part of the model"])
+def test_tokens_out_of_the_images_order(around: str) -> None:
+    backbone = timm.create_model("hiera_tiny_224", img_size=64, num_classes=4, embed_dim=24, num_heads=1, stages=(1, 1, 1, 1))
+    nn.init.normal_(backbone.head.fc.weight)  # timm's is zero at first
+    model, blocks = nn.Sequential(backbone) if around else backbone, f"{around}blocks."
+    x, target, mask = torch.rand(2, 3, 64, 64), torch.tensor([0, 1]), torch.zeros(2, 64, 64)
+    grids = {info.name: info.grid for info in attrreg.layers(model, x)}
+    assert [grid for name, grid in grids.items() if name.startswith(blocks) and name.count(".") == blocks.count(".")] == [(2, 2)]
+    # which is the last stage alone
+    with pytest.raises(ValueError, match=rf"'{blocks}1'.*order of Hiera's mask units.*block of the last stage"):
+        attrreg.GradCAM(f"{blocks}1")(model, x, mask, target)
+    assert attrreg.GradCAM()(model, x, mask, target) > 0
+
+
+@pytest.mark.parametrize("around", ["", "0."], ids=["alone", "a part of the model"])
+def test_patches_kept_at_random_are_no_map(around: str) -> None:
+    backbone = timm.create_model("test_vit", num_classes=3, img_size=64, patch_drop_rate=0.75)
+    model = nn.Sequential(backbone) if around else backbone.train()
+    x, target, last = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0]), f"{around}blocks.1.norm1"
+    whole = attrreg.GradCAM(f"{around}patch_embed").attribute(model, x, target).shape
+    assert attrreg.GradCAM().attribute(model, x, target).shape == whole
+    with pytest.raises(ValueError, match=rf"layer '{last}' has the patches that VisionTransformer kept at random"):
+        attrreg.GradCAM(last).attribute(model, x, target)
+    assert attrreg.GradCAM(last).attribute(model.eval(), x, target).shape == whole
+
+
+@pytest.mark.parametrize(
+    ("settings", "grid"),
+    [
+        ({"class_token": False, "global_pool": "avg", "reg_tokens": 4, "no_embed_class": True}, (2, 2)),  # registers before the patches
+        ({"patch_size": (16, 8)}, (2, 4)),
+    ],
+)
+def test_tokens_that_are_no_square_with_a_class_token(settings: dict[str, Any], grid: tuple[int, int]) -> None:
+    model, x = timm.create_model("test_vit", img_size=32, num_classes=3, **settings), torch.randn(4, 3, 32, 32)
+    assert attrreg.GradCAM("blocks.0").attribute(model, x, torch.tensor([0, 1, 2, 0])).shape == (4, 1, *grid)
+
+
 class Cosine(SmoothNet):
     """A head that is a function."""
 
@@ -68,7 +106,7 @@ class Cosine(SmoothNet):
         return 16 * F.linear(F.normalize(super().forward(x)), F.normalize(self.classes))
 
 
-def test_a_head_without_a_layer_is_no_layer_before() -> None:
+def test_the_layer_before_a_functional_head_is_not_taken_for_the_classifier() -> None:
     model, (x, mask, target) = Cosine().double(), smooth_batch()
     with pytest.raises(ValueError, match=r"so it may not be the classifier\. Name the layer"):
         DIFFERENCE(model, x, mask, target)
@@ -87,7 +125,7 @@ class Averaging(SmoothNet):
         return self.scale * (self.head(h) + self.other(h.tanh()))  # type: ignore[no-any-return]
 
 
-def test_several_classifiers_are_layers() -> None:
+def test_two_classifiers_behind_a_scale_have_features() -> None:
     model, (x, mask, target) = Averaging().double(), smooth_batch()
     assert DIFFERENCE(model, x, mask, target) > 0
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import attrreg
 from attrreg import engines, objectives
@@ -16,7 +16,7 @@ from tests.models import SmoothNet, smooth_batch
 
 x, mask, target = smooth_batch()
 N = len(x)
-IG = attrreg.InputGradient()
+TERM = attrreg.InputGradient()
 SEGMENTS = torch.arange(8) // 4
 ABLATION = attrreg.captum.FeatureAblation(SEGMENTS)
 
@@ -25,15 +25,15 @@ def test_a_term_without_path_to_a_parameter() -> None:
     model = SmoothNet().double()
     model.stem.requires_grad_(False)
     model.body.requires_grad_(False)
-    regularizer = IG + attrreg.ActivationDifference("stem").named("early")
+    regularizer = TERM + attrreg.ActivationDifference("stem").named("early")
     with pytest.raises(RuntimeError, match=r"early: the penalty has no path to any trainable parameter.*Unfreeze"):
         regularizer(model, x, mask, target)
-    IG(model, x, mask, target).backward()  # reaches the head
+    TERM(model, x, mask, target).backward()  # reaches the head
     assert model.head.weight.grad is not None and model.head.weight.grad.any()
 
 
 @pytest.mark.parametrize("engine", [engines.DoubleBackward(), engines.FiniteDifference()])
-@pytest.mark.parametrize("regularizer", [IG, attrreg.GradCAM("stem"), attrreg.IntegratedGradients(steps=2)])
+@pytest.mark.parametrize("regularizer", [TERM, attrreg.GradCAM("stem"), attrreg.IntegratedGradients(steps=2)])
 @pytest.mark.parametrize("attached", [False, True])
 def test_a_parameter_that_nothing_reads(regularizer: attrreg.AttributionRegularizer, engine: engines.Engine, attached: bool) -> None:
     model, regularizer = SmoothNet().double().requires_grad_(False), regularizer.using(engine)
@@ -46,17 +46,6 @@ def test_a_parameter_that_nothing_reads(regularizer: attrreg.AttributionRegulari
     brightness = torch.ones((), dtype=torch.float64, requires_grad=True)  # what made the images can be trained
     regularizer(model, x * brightness, mask, target).backward()
     assert brightness.grad is not None and brightness.grad.isfinite() and brightness.grad != 0
-
-
-def test_a_model_that_detaches() -> None:
-    class Detached(SmoothNet):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x).detach()
-
-    with pytest.raises(RuntimeError, match=r"output carries no gradient.*\. "):
-        IG(Detached().double(), x, mask, target)
-    with pytest.raises(RuntimeError, match=r"no path to any trainable parameter, so .*where the forward detaches"):
-        ABLATION(Detached().double(), x, mask, target)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +90,7 @@ def test_a_batch_without_annotation_is_zero_and_connected() -> None:
     model = SmoothNet().double()
     nobody = torch.zeros(N, dtype=torch.bool)
     for reduction in ("mean", "sum", "batchmean"):
-        regularizer = (IG + attrreg.GradCAM("body") + attrreg.ActivationDifference()).reduced(reduction)
+        regularizer = (TERM + attrreg.GradCAM("body") + attrreg.ActivationDifference()).reduced(reduction)
         value = regularizer(model, x, mask, target, annotated=nobody)
         model.zero_grad()
         value.backward()
@@ -110,23 +99,7 @@ def test_a_batch_without_annotation_is_zero_and_connected() -> None:
             assert parameter.grad is not None and not parameter.grad.any()
 
 
-def test_layer_that_does_not_run_or_runs_twice() -> None:
-    class Odd(SmoothNet):
-        def __init__(self) -> None:
-            super().__init__()
-            self.unused = nn.Conv2d(2, 2, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(self.act(x))
-
-    model = Odd().double()
-    with pytest.raises(ValueError, match=r"'unused' did not run.*\. "):
-        attrreg.GradCAM("unused")(model, x, mask, target)
-    with pytest.raises(ValueError, match=r"'act' ran more than once.*\. "):
-        attrreg.GradCAM("act")(model, x, mask, target)
-
-
-@pytest.mark.parametrize("term", [IG, attrreg.GradCAM("body"), attrreg.ActivationDifference(), attrreg.IntegratedGradients(2)])
+@pytest.mark.parametrize("term", [TERM, attrreg.GradCAM("body"), attrreg.ActivationDifference(), attrreg.IntegratedGradients(2)])
 def test_a_weight_of_zero_is_zero_and_connected(term: attrreg.AttributionRegularizer) -> None:
     model = SmoothNet().double()
     value = (0.0 * term)(model, x, mask, target)

@@ -112,7 +112,7 @@ def test_gradients_are_pytorchs(reg: Any, dtype: torch.dtype, attached: bool, ch
     assert ours.count((4, 8, 1, 1)) > none.count((4, 8, 1, 1))
 
 
-def test_what_is_no_faster_stays() -> None:
+def test_layers_that_would_gain_nothing_keep_pytorchs_convolution() -> None:
     layers = [
         nn.Conv2d(8, 8, 3, padding=1, groups=8),  # PyTorch's weight gradients are fast
         nn.Conv2d(8, 8, 1, bias=False),

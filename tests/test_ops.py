@@ -23,8 +23,8 @@ from tests.models import DEVICE
 Tensors = tuple[Tensor, Tensor, Tensor | None]  # image, weight and bias
 
 
-@pytest.mark.parametrize("function", [F.hardsigmoid, F.hardswish])
-def test_replaced_activations(function: Any) -> None:
+def test_hardsigmoid_has_a_second_derivative() -> None:
+    function = F.hardsigmoid
     x = torch.linspace(-4.1, 4.1, 40, dtype=torch.float64, requires_grad=True)  # on no kink
     with pytest.raises(RuntimeError, match="derivative"):  # if PyTorch learns it, the replacement can go
         (slope,) = torch.autograd.grad(F.hardsigmoid(x).sum(), x, create_graph=True)
@@ -33,9 +33,7 @@ def test_replaced_activations(function: Any) -> None:
         value = function(x)
         assert torch.autograd.gradcheck(function, x, atol=1e-6)
         assert torch.autograd.gradgradcheck(function, x, atol=1e-6)
-        in_place = function(x * 1, inplace=True)
     torch.testing.assert_close(value, function(x), rtol=0, atol=1e-15)
-    torch.testing.assert_close(in_place, value)
     (slope,), (plain,) = torch.autograd.grad(value.sum(), x), torch.autograd.grad(function(x).sum(), x)
     torch.testing.assert_close(slope, plain, rtol=1e-14, atol=1e-15)
 
@@ -132,7 +130,7 @@ def test_wide_strided_convolutions_of_few_channels(case: tuple[Tensors, dict[str
 
 
 @pytest.mark.parametrize("channels", [32, 128, 256])
-@pytest.mark.parametrize("side", [1, 2, 4, 9])  # all by products, also without places; the gradient of weights; nothing
+@pytest.mark.parametrize("side", [1, 2, 4, 9])  # up to where only small weights and channels last are by products
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])

@@ -154,7 +154,6 @@ class Ruled(attrreg.MapRegularizer):
 
 
 def test_the_penalty_is_differentiated_through_what_a_rule_reads() -> None:
-    torch.manual_seed(0)
     first = nn.Conv2d(2, 4, 3)
     layers = first, nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
     model, weight, step = nn.Sequential(*layers).double(), first.weight, 1e-6
@@ -277,7 +276,7 @@ class Step(attrreg.schedules.Schedule):
         return float(step >= self.at)
 
 
-def test_what_nobody_shares_needs_no_hash() -> None:
+def test_own_objectives_and_schedules_need_no_hash() -> None:
     model = SmoothNet().double()
     scheduled = attrreg.Scheduled(attrreg.InputGradient(score=TargetLogit(), objective=ThawedObjective()), Step())
     assert scheduled(model, x, mask, target) == 0 and scheduled(model, x, mask, target) > 0

@@ -1,7 +1,8 @@
-"""A penalty's own pass sees the images that it needs."""
+"""Which images a penalty's own pass runs on: the annotated ones, a random fraction, or all, where images depend on each other."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from attrreg.apart import images_apart
 from attrreg.call import Call
 from attrreg.regularizer import Reduction
 from attrreg.trace import passes
+from tests import oracles
 from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
 from tests.test_bad_input import check_message
 
@@ -51,7 +53,7 @@ def test_images_without_annotation_are_left_out_and_nothing_else_changes(reducti
     assert_close(gradients(model, value), gradients(model, whole), 1e-10)
 
 
-def test_one_image_is_not_left_alone() -> None:
+def test_a_single_annotated_image_keeps_another_beside_it() -> None:
     model, (x, mask, target) = Watched(nn.Sequential(SmoothNet(), squeeze := nn.Flatten(0)).double()), smooth_batch(5)
     squeeze.forward = torch.squeeze  # type: ignore[method-assign]
     for annotated in torch.eye(5).bool()[[0, 4]]:
@@ -95,16 +97,15 @@ def test_a_fraction_is_drawn_from_the_generator_alone() -> None:
     assert found[0] == found[1] != found[2]
 
 
-def test_a_fraction_is_unbiased() -> None:
-    model, (x, mask, target) = SmoothNet().double(), smooth_batch(4)
+def test_a_fraction_is_unbiased_and_keeps_each_image_with_its_mask_and_its_target() -> None:
+    model, (x, mask, _) = SmoothNet().double(), smooth_batch(5)
+    target, annotated = torch.tensor([0, 1, 2, 2, 1]), torch.tensor([True, True, False, True, True])
+    each = [float(TERM(model, x[[i]], mask[[i]], target[[i]]).detach()) for i in (0, 1, 3, 4)]
+    assert sum(each) / 4 == pytest.approx(float(TERM(model, x, mask, target, annotated=annotated).detach()))
     generator = torch.Generator().manual_seed(0)
-    annotated = torch.tensor([True, True, False, True])
-    whole = TERM(model, x, mask, target, annotated=annotated)
-    each = [float(TERM(model, x[[i]], mask[[i]], target[[i]]).detach()) for i in (0, 1, 3)]
-    found = [TERM(model, x, mask, target, annotated=annotated, fraction=0.3, generator=generator) for _ in range(60)]
+    found = [TERM(model, x, mask, target, annotated=annotated, fraction=0.5, generator=generator) for _ in range(80)]
     drawn = {round(float(value.detach()), 9) for value in found}
-    assert drawn == {round(value, 9) for value in each}  # one image each time, and each at some time
-    assert sum(each) / 3 == pytest.approx(float(whole.detach()))
+    assert drawn == {round((a + b) / 2, 9) for a, b in itertools.combinations(each, 2)}  # all six pairs, and nothing else
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
@@ -171,10 +172,7 @@ def test_a_model_that_couples_images_in_its_own_code_sees_all() -> None:
     with torch.no_grad():
         model.head.weight.normal_()
     value = regularizer(model, x, mask, target, annotated=annotated)
-    images = x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(model(images).gather(1, target[:, None]).sum(), images, create_graph=True)
-    outside = 1 - mask.to(x.dtype).reshape(4, 1, 8, 8)
-    expected = (gradient * outside).square().flatten(1).sum(1)[annotated].mean()
+    expected = oracles.squared_input_gradient(model, x, mask, target)[annotated].mean()
     torch.testing.assert_close(value, expected, rtol=1e-10, atol=0)
     assert_close(gradients(model, value), gradients(model, expected), 1e-9)
 
@@ -252,7 +250,7 @@ def test_a_baseline_of_one_image_a_sample(masked: bool) -> None:
     for others in (attrreg.ExpectedGradients(), attrreg.IntegratedGradients(steps=2, baseline=baselines.Masked(baselines.OtherImage()))):
         with pytest.raises(ValueError, match=r"fraction cannot be used with baselines\.OtherImage.*baselines\.OneOf\(images\)"):
             others(model, x, mask, target, fraction=0.5)
-    with pytest.raises(ValueError, match=r"one image a sample.*Give one image for all"):
+    with pytest.raises(ValueError, match=r"one image for each image of the batch.*Give one for all"):
         attrreg.IntegratedGradients(steps=2, baseline=baseline)(model, x, mask, target, fraction=0.5)
     one = attrreg.IntegratedGradients(steps=2, baseline=given[:1])
     assert one(model, x, mask, target, annotated=annotated, fraction=0.5).isfinite()
@@ -328,7 +326,7 @@ class Beside(SmoothNet):
         return logits, Refusing.apply(logits)
 
 
-def test_what_cannot_be_shown_is_no_error() -> None:
+def test_a_model_whose_backward_fails_gets_the_whole_batch() -> None:
     model, (x, mask, target) = Watched(Beside().double()), smooth_batch(4)
     annotated = torch.tensor([True, False, True, True])
     value = TERM(model, x, mask, target, annotated=annotated, output=0)

@@ -8,13 +8,12 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from captum.attr._utils.approximation_methods import approximation_parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import attrreg
-from attrreg import baselines, objectives, points, presets, scores, sites
+from attrreg import baselines, objectives, presets, scores, sites
 from attrreg.transforms import ReplaceOutside
 from tests import oracles
 from tests.models import DEVICE, SmoothNet, assert_close, gradients, smooth_batch
@@ -80,11 +79,6 @@ def test_energy_without_positive_attribution_still_has_a_gradient() -> None:
     assert gradient[0].any() and gradient[1].any()
 
 
-def test_contrast_of_two_classes_is_their_distance() -> None:
-    logits, target = torch.randn(5, 2), torch.tensor([0, 1, 1, 0, 1])
-    torch.testing.assert_close(scores.Contrast()(logits, target), (logits[:, 0] - logits[:, 1]).abs())
-
-
 @given(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7), st.integers(0, 2**31))
 @settings(deadline=None, max_examples=50)
 def test_shuffle_permutes_whole_pixels_outside_only(channels: int, height: int, width: int, seed: int) -> None:
@@ -129,6 +123,23 @@ def test_fills() -> None:
     torch.testing.assert_close(baselines.Blur(50.0)(torch.ones_like(x), None, GENERATOR), torch.ones_like(x))
     drawn = baselines.Noise(3.0, 1.0)(torch.zeros(4, 3, 64, 64), None, torch.Generator(DEVICE).manual_seed(0))
     assert abs(float(drawn.std()) - 3) < 0.1 and abs(float(drawn.mean()) - 1) < 0.1
+
+
+@pytest.mark.parametrize("sigma", [1.0, 2.0])
+def test_a_blur_reaches_three_deviations(sigma: float) -> None:
+    impulse = torch.zeros(1, 1, 25, 25, dtype=torch.float64)
+    impulse[..., 12, 12] = 1
+    distance = torch.arange(25, dtype=torch.float64) - 12
+    gauss = torch.exp(-distance.square() / (2 * sigma**2)) * (distance.abs() <= 3 * sigma)
+    blurred = baselines.Blur(sigma)(impulse, None, torch.Generator())[0, 0]
+    torch.testing.assert_close(blurred, torch.outer(gauss, gauss) / gauss.sum() ** 2)
+
+
+def test_pixels_that_are_relevant_in_part_are_shuffled() -> None:
+    x, mask = torch.arange(64.0).reshape(1, 1, 8, 8), torch.full((1, 1, 8, 8), 0.5)
+    shuffled = baselines.Shuffle()(x, mask, torch.Generator().manual_seed(0))
+    assert not torch.equal(shuffled, x)
+    assert torch.equal(shuffled.flatten().sort().values, x.flatten())
 
 
 @pytest.mark.parametrize("fill", [baselines.Zero(), baselines.Mean(), baselines.Blur(1.5)])
@@ -177,7 +188,7 @@ def test_expected_gradients_average_to_integrated_gradients() -> None:
         ((2, 15, 7), (48, 80), (2, 7, 3, 5)),
     ],
 )
-def test_grids(shape: tuple[int, ...], images: tuple[int, int], grid: tuple[int, ...]) -> None:
+def test_outputs_of_layers_are_read_as_a_grid(shape: tuple[int, ...], images: tuple[int, int], grid: tuple[int, ...]) -> None:
     value = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
     got = sites.to_grid(value, nn.Sequential(nn.Identity()), torch.zeros(2, 3, *images), "0")
     assert got.shape == grid
@@ -196,7 +207,7 @@ def test_a_convolutions_output_is_no_guess() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 7), (2, 7, 1, 1), (2, 1, 7), (2, 12, 7), (4, 16, 7)])
-def test_no_grid(shape: tuple[int, ...]) -> None:
+def test_outputs_that_are_no_grid_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"layer 'here' gives .*not a spatial map"):
         sites.to_grid(torch.zeros(shape), nn.ModuleDict({"here": nn.Identity()}), torch.zeros(2, 3, 32, 32), "here")
 
@@ -326,14 +337,3 @@ def test_a_number_is_a_baseline(number: float | Tensor) -> None:
     model, (x, _, target) = SmoothNet().double(), smooth_batch()
     want = oracles.integrated_gradients(model, x, target, oracles.score_target_logit, 3, torch.full_like(x, 0.5))
     torch.testing.assert_close(attrreg.IntegratedGradients(3, number).attribute(model, x, target), want.detach())
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize("rule", points.RULES)
-def test_places_are_captums_whatever_the_default_type(rule: str, half_by_default: None) -> None:
-    points.places.cache_clear()
-    found = points.places(rule, 50)
-    torch.set_default_dtype(torch.float32)
-    sizes, alphas = approximation_parameters(rule)
-    assert [alpha for alpha, _ in found] == list(alphas(50))
-    assert [weight for _, weight in found] == torch.tensor(sizes(50), dtype=torch.float32).tolist()

@@ -104,3 +104,10 @@ def test_pgd_ex_climbs_a_loss_of_ones_own() -> None:
     want = naive_pgd(model, x, mask, target, 0.2, 4, 0.07, smoothed)
     torch.testing.assert_close(value, want)
     assert_close(gradients(model, value), gradients(model, want), 1e-10)
+
+
+def test_pgd_ex_without_a_target_is_refused_before_any_pass() -> None:
+    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
+    with passes() as counted, pytest.raises(ValueError, match=r"PGDEx: TaskLoss needs a target\. "):
+        attrreg.PGDEx()(model, x, mask)
+    assert counted == Passes(0, 0)

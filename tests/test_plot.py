@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-import attrreg
-from attrreg import metrics, objectives, plot
+from attrreg import plot
+from tests import oracles
 
 pytestmark = pytest.mark.cpu
 
@@ -70,8 +70,7 @@ def test_signed_maps_are_symmetric_around_zero() -> None:
 def test_shares_inside_are_written(size: int) -> None:
     x, mask, _ = case()
     phi = torch.randn(3, 2, size, size)
-    relevant = attrreg.masks.resize(mask[:, None].float(), (size, size))
-    shares = 1 - objectives.OutsideFraction()(phi, relevant)
+    shares = 1 - oracles.outside_fraction(phi, oracles.resize_by_area(mask.float(), size).unsqueeze(1))
     texts = [row[2].get_xlabel() for row in grid(plot.attributions(x, mask, {"phi": phi}), 3)]
     assert texts == [f"{float(share):.0%} inside" for share in shares]
 
@@ -132,7 +131,7 @@ def test_shares_of_small_gradients_are_shares() -> None:
     phi = torch.zeros(len(x), 1, *x.shape[2:])
     phi[..., -1] = 1e-15  # outside
     axes = grid(plot.attributions(x, mask, {"phi": phi}), 3)[0][2]
-    assert axes.get_xlabel() == f"{float(metrics.share_inside(phi[:1], mask[:1])[0]):.0%} inside"
+    assert axes.get_xlabel() == "0% inside"
 
 
 def test_captions() -> None:

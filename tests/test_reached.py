@@ -171,7 +171,7 @@ def test_rounding_is_no_difference() -> None:
     assert_close(gradients(model, both), gradients(model, second / 2), 1e-4)
 
 
-def test_what_an_image_gets_through_others_is_a_difference() -> None:
+def test_an_unchanged_image_differs_where_batch_norm_couples_it_to_changed_ones() -> None:
     model, (x, mask, target) = SmoothNet(norm=True).double(), smooth_batch()
     mask[0] = True
     regularizer = 0.0 * attrreg.InputGradient() + attrreg.ActivationDifference("body", ZERO)
@@ -181,7 +181,7 @@ def test_what_an_image_gets_through_others_is_a_difference() -> None:
     torch.testing.assert_close(regularizer(model, x, mask, target).detach(), want)
 
 
-def test_small_differences_count_and_cost_a_look_once() -> None:
+def test_small_differences_count_and_are_checked_once() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     x = torch.where(mask[:, None], x, 1e-9 * x)
     regularizer = 0.0 * attrreg.InputGradient() + attrreg.ActivationDifference("body", ZERO, detach="clean")
@@ -201,7 +201,7 @@ def test_small_differences_count_and_cost_a_look_once() -> None:
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.net = SmoothNet()
+        self.net, self.unused = SmoothNet(), nn.Conv2d(2, 2, 1)
 
     def forward(self, x: Tensor) -> Any:
         return self.net(x) + self.net(x.flip(3))
@@ -211,6 +211,11 @@ class Detaches(SmoothNet):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.body(self.act(self.stem(x))).detach().mean(dim=(2, 3)))
         return logits
+
+
+class DetachesLogits(SmoothNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach()
 
 
 class Functional(nn.Module):
@@ -264,10 +269,14 @@ class Unread(nn.Module):
 REENTRANT = "use_reentrant=True.*[Uu]se torch.utils.checkpoint with use_reentrant=False"
 BAD: list[tuple[Callable[[], nn.Module], AttributionRegularizer, type[Exception], str]] = [
     (Twice, attrreg.GradCAM(), ValueError, "every layer with a map ran more than once.*Let the model run once"),
+    (Twice, attrreg.GradCAM("net.act"), ValueError, r"'net\.act' ran more than once.*\. "),
+    (Twice, attrreg.GradCAM("unused"), ValueError, r"'unused' did not run.*\. "),
     (Detaches, attrreg.InputGradient(), RuntimeError, "does not depend on the images: .*detaches.*Let gradients through"),
     (Detaches, attrreg.IntegratedGradients(2), RuntimeError, "does not depend on the images: .*Let gradients through"),
     (Detaches, attrreg.GradCAM(), RuntimeError, "does not depend on any layer with a spatial map: .*Let gradients through"),
     (Detaches, attrreg.GradCAM("body"), RuntimeError, "does not depend on layer 'body'.*Name a layer between"),
+    (DetachesLogits, attrreg.InputGradient(), RuntimeError, r"output carries no gradient.*\. "),
+    (DetachesLogits, attrreg.captum.FeatureAblation(torch.arange(8) // 4), RuntimeError, "no path .*where the forward detaches"),
     (Unread, attrreg.GradCAM(), RuntimeError, "only a class token. Name an earlier layer"),
     (Recurrent, attrreg.GradCAM("rnn"), ValueError, "'rnn' returned tuple, not a floating-point tensor.*inside it"),
     (Functional, attrreg.ActivationDifference(), ValueError, "no linear or convolutional layer.*Name a layer"),

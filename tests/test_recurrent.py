@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -15,6 +16,8 @@ from attrreg.graph import nodes
 from attrreg.objectives import SquaredOutside
 from attrreg.ops import Phase, twice_differentiable
 from attrreg.scores import TargetLogit
+from tests import oracles
+from tests.models import WAYS, assert_close, gradients, logits_and_penalty, smooth_batch
 
 KINDS = [
     {},
@@ -47,7 +50,6 @@ def derivatives(layer: nn.LSTM, inputs: list[Tensor], parts: tuple[int, ...], ou
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_derivatives_are_pytorchs(kind: dict[str, Any], parts: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
     layer = nn.LSTM(3, 4, **kind).double().eval()
     directions = layer.num_layers * (1 + layer.bidirectional)
     states = [torch.randn(directions, 5 if layer.batch_first else 6, 4, dtype=torch.float64) for _ in range(2)]
@@ -57,7 +59,6 @@ def test_derivatives_are_pytorchs(kind: dict[str, Any], parts: tuple[int, ...]) 
 
 
 def test_gradients_by_differences() -> None:
-    torch.manual_seed(0)
     layer = nn.LSTM(2, 2, bidirectional=True).double()
     inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 2, 2), (2, 2, 2), (2, 2, 2))]
 
@@ -72,8 +73,7 @@ def test_gradients_by_differences() -> None:
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.parametrize("case", ["packed", "projection", "dropout", "half"])
-def test_what_is_not_sure_is_pytorchs(case: str) -> None:
-    torch.manual_seed(0)
+def test_packed_projected_dropped_out_and_half_layers_are_pytorchs(case: str) -> None:
     kinds: dict[str, dict[str, Any]] = {"projection": {"proj_size": 2}, "dropout": {"dropout": 0.5, "num_layers": 2}}
     dtype = torch.bfloat16 if case == "half" else torch.float32
     layer = nn.LSTM(3, 4, **kinds.get(case, {})).to(dtype)
@@ -100,7 +100,6 @@ def test_states_of_another_batch_are_refused_in_pytorchs_words() -> None:
 
 @pytest.mark.parametrize("both", [True, False])
 def test_a_model_may_write_into_the_output(both: bool) -> None:
-    torch.manual_seed(0)
     layer, x = nn.LSTM(3, 4, bidirectional=both).double(), torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
     found = []
     for context in (twice_differentiable(Phase()), nullcontext()):
@@ -127,7 +126,6 @@ def test_outputs_are_as_pytorchs(kind: dict[str, Any]) -> None:
 
 
 def test_weights_made_of_the_images_and_frozen_ones() -> None:
-    torch.manual_seed(0)
     layer, x = nn.LSTM(3, 4).double(), torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
     layer.bias_hh_l0.requires_grad_(False)
     made = torch.randn(16, 4, 2, dtype=torch.float64, requires_grad=True)
@@ -144,7 +142,6 @@ def test_weights_made_of_the_images_and_frozen_ones() -> None:
 
 
 def test_a_backward_under_autocast_does_not_round() -> None:
-    torch.manual_seed(0)
     layer, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
     found = []
     for context in (torch.autocast("cpu", torch.bfloat16), nullcontext()):
@@ -160,31 +157,23 @@ class Rows(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lstm, self.head = nn.LSTM(24, 6, batch_first=True, bidirectional=True), nn.Linear(12, 3)
+        self.lstm, self.head = nn.LSTM(16, 6, batch_first=True, bidirectional=True), nn.Linear(12, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.lstm(x.transpose(1, 2).flatten(2))[0].mean(1))
         return logits
 
 
-@pytest.mark.parametrize("attached", [True, False])
-def test_a_penalty_on_a_model_of_them(attached: bool) -> None:
-    torch.manual_seed(0)
-    model, x, target = Rows().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 2])
-    mask = torch.zeros(2, 1, 8, 8)
-    mask[..., :4] = 1
+@pytest.mark.parametrize("way", WAYS)
+def test_a_penalty_on_a_model_with_an_lstm(way: str) -> None:
+    model, (x, mask, target) = Rows().double(), smooth_batch()
     regularizer = InputGradient(score=TargetLogit(), objective=SquaredOutside())
-    images = x.clone().requires_grad_()
-    logits = model(images)
-    (slope,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), images, create_graph=True)
-    expected = ((slope * (1 - mask)).square().sum((1, 2, 3))).mean()
-    by_hand = torch.autograd.grad(expected + logits.logsumexp(1).sum(), list(model.parameters()))
-    if attached:
-        regularizer.attach(model)
-    loss = model(x).logsumexp(1).sum()
-    penalty = regularizer(model, x, mask, target)
+    map = oracles.input_gradient(model, x, target, oracles.score_target_logit)
+    expected = oracles.squared_outside(map, mask.unsqueeze(1).double()).mean()
+    want = gradients(model, F.cross_entropy(model(x), target) + expected)
+    logits, penalty = logits_and_penalty(way, regularizer, model, (x, mask, target))
     torch.testing.assert_close(penalty, expected)
-    torch.testing.assert_close(torch.autograd.grad(loss + penalty, list(model.parameters())), by_hand, rtol=1e-10, atol=1e-12)
+    assert_close(gradients(model, F.cross_entropy(logits, target) + penalty), want, 1e-10)
 
 
 def test_third_derivatives_are_refused() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -40,7 +39,7 @@ REFUSED: dict[str, Operator] = {
     "1x1, other channels": lambda: F.conv2d(H, R(4, 15, 1, 1)),
     "1x1 of one position, other channels": lambda: F.conv2d(H[:, :, :1, :1], R(4, 15, 1, 1)),
     "patches, other channels": lambda: F.conv2d(H, R(4, 15, 4, 4), stride=4),
-    "patches larger than the image": lambda: F.conv2d(H, R(4, 16, 16, 16), stride=16),
+    "patches larger than the image": lambda: F.conv2d(H, R(4, 16, 16, 16), stride=16),  # of none the mean would be a penalty of zero
     "patches larger along one axis": lambda: F.conv2d(H, R(4, 16, 2, 16), stride=(2, 16)),
     "conv2d larger than the image": lambda: F.conv2d(H, R(4, 16, 9, 9)),
     "1x1, bias of one": lambda: F.conv2d(H, R(4, 16, 1, 1), R(1)),
@@ -50,6 +49,7 @@ REFUSED: dict[str, Operator] = {
     "conv2d, three strides": lambda: F.conv2d(H, R(4, 16, 3, 3), stride=(1, 1, 1)),
     "conv2d, negative padding": lambda: F.conv2d(H, R(4, 16, 1, 1), padding=-1),
     "conv2d, unknown padding": lambda: F.conv2d(H, R(4, 16, 3, 3), padding="foo"),
+    "conv2d, stride with same": lambda: F.conv2d(H, R(4, 16, 3, 3), stride=2, padding="same"),
     "conv2d of rows": lambda: F.conv2d(H[0], R(4, 8, 3)),
     "conv1d of images": lambda: F.conv1d(H, R(4, 16, 3, 3)),
     "conv3d of images": lambda: F.conv3d(H, R(4, 16, 1, 1)),
@@ -61,6 +61,8 @@ REFUSED: dict[str, Operator] = {
     "batch_norm of other statistics": lambda: F.batch_norm(H, torch.zeros(1), ONES(1)),
     "batch_norm of other weights": lambda: F.batch_norm(H, torch.zeros(16), ONES(16), ONES(1)),
     "batch_norm, eps 0": lambda: F.batch_norm(H, None, None, training=True, eps=0.0),
+    "batch_norm in eval mode, negative eps": lambda: F.batch_norm(H, torch.zeros(16), ONES(16), eps=-1.0),
+    "batch_norm of one value a channel": lambda: F.batch_norm(H[:1, :, :1, :1], None, None, training=True),
     "batch_norm, mean alone": lambda: F.batch_norm(H, torch.zeros(16), None),
     "batch_norm of integers": lambda: F.batch_norm(H.long(), torch.zeros(16), ONES(16)),
     "layer_norm of integers": lambda: F.layer_norm(H.long(), (8,)),
@@ -75,12 +77,15 @@ REFUSED: dict[str, Operator] = {
     "cdist, other columns": lambda: torch.cdist(G(3, 5), G(4, 1)),
     "cdist of one axis": lambda: torch.cdist(G(5), G(4, 5)),
     "cdist, negative p": lambda: torch.cdist(G(3, 5), G(4, 5), p=-1),
+    "gelu, unknown approximation": lambda: F.gelu(H, approximate="cubic"),
     "attention, another type of mask": lambda: F.scaled_dot_product_attention(H, H, H, R(8, 8).double()),
+    "attention, causal with a mask": lambda: F.scaled_dot_product_attention(H, H, H, torch.zeros(8, 8), is_causal=True),
     "linalg.norm, fro of four axes": lambda: torch.linalg.norm(H, "fro"),
     "linalg.norm of three axes": lambda: torch.linalg.norm(H, dim=(1, 2, 3)),
     "norm, fro of three axes": lambda: torch.norm(H, "fro", (1, 2, 3)),
     "vector_norm in a narrower type": lambda: torch.linalg.vector_norm(H.double(), dtype=torch.float32),
     "leaky_relu in place, steeper below": lambda: slope(lambda x: F.leaky_relu(x, -0.3, inplace=True)),
+    "hardtanh, a bound to train": lambda: F.hardtanh(H, torch.tensor(-1.0, requires_grad=True), 1.0),  # type: ignore[arg-type]
     "cat along no axis": lambda: torch.cat([H, H], 7),
     "cat of numbers": lambda: torch.cat([H.sum(), H.sum()]),
 }
@@ -102,7 +107,7 @@ TAKEN: dict[str, Operator] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
-    with pytest.raises((RuntimeError, ValueError, IndexError, NotImplementedError)) as plain:
+    with pytest.raises((RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)) as plain:
         REFUSED[name]()
     for context in (twice_differentiable(Phase()), operators(nn.Conv2d(1, 1, 1), Phase(), twice=True, at_once=True)):
         with context, pytest.raises(plain.type) as ours:
@@ -112,7 +117,6 @@ def test_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", TAKEN)
 def test_taken(name: str) -> None:
-    torch.manual_seed(0)
     want = TAKEN[name]()
     torch.manual_seed(0)
     with twice_differentiable(Phase()):
@@ -120,26 +124,6 @@ def test_taken(name: str) -> None:
     assert found.dtype == want.dtype and found.stride() == want.stride()
     rtol, atol = {torch.float16: (0.01, 0.01), torch.bfloat16: (0.016, 1e-5)}.get(found.dtype, (1e-5, 1e-5))
     torch.testing.assert_close(found, want, rtol=rtol, atol=atol)
-
-
-class Large(nn.Module):
-    """A first layer whose patches need larger images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches, self.head = nn.Conv2d(3, 8, 16, 16), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.patches(x).mean((2, 3)))
-        return logits
-
-
-def test_images_smaller_than_the_patches_are_refused_and_not_penalised_with_zero() -> None:
-    model, x, target = Large(), R(2, 3, 8, 8), torch.tensor([0, 1])
-    with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
-        attrreg.InputGradient()(model, x, torch.zeros(2, 8, 8), target)
-    with attrreg.InputGradient().attach(model), pytest.raises(RuntimeError, match="Kernel size can't be greater"):
-        model(x)
 
 
 class Mixed(nn.Module):
@@ -162,32 +146,3 @@ def test_a_norm_in_float32_between_half_layers(narrow: torch.dtype) -> None:
         torch.testing.assert_close(model(x), logits, rtol=0.02, atol=0.02)
         value = attrreg.InputGradient()(model, x, torch.zeros(2, 12, 12), target)
     assert value.isfinite() and value > 0
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("attach", [False, True])
-def test_a_torchscript_part(attach: bool) -> None:
-    block = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.SiLU())
-    ends = nn.Conv2d(3, 8, 3), [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
-    plain = nn.Sequential(ends[0], block, *ends[1]).double()
-    scripted = nn.Sequential(ends[0], torch.jit.script(block), *ends[1])
-    x, target, mask = R(2, 3, 12, 12).double(), torch.tensor([0, 1]), torch.zeros(2, 12, 12)
-    for reg in (attrreg.InputGradient(), attrreg.GradCAM("0"), attrreg.ActivationDifference()):
-        found = []
-        for model in (plain, scripted):
-            before = [buffer.clone() for buffer in model.buffers()]
-            with reg.attach(model) if attach else nullcontext():
-                logits = model(x) if attach else torch.zeros(())
-                after = [buffer.clone() for buffer in model.buffers()]
-                value = reg(model, x, mask, target, generator=torch.Generator().manual_seed(0))
-            assert all(map(torch.equal, after, model.buffers()))
-            assert attach or all(map(torch.equal, before, after))
-            found.append(value + logits.sum())
-        torch.testing.assert_close(found[1], found[0])
-    reachable = attrreg.GradCAM("0")(scripted, x, mask, target)
-    torch.testing.assert_close(attrreg.GradCAM()(scripted, x, mask, target), reachable)
-    for asking in (attrreg.IntegratedGradients(steps=2), attrreg.InputGradient()):  # the layers whether images meet
-        assert asking(scripted, x, mask, target, annotated=torch.tensor([True, False])) > 0
-    with pytest.raises(ValueError, match=r"layer '1\.0' is TorchScript, which takes no hooks"):
-        attrreg.GradCAM("1.0")(scripted, x, mask, target)
-    assert next(info.name for info in attrreg.layers(scripted, x)) == "0"

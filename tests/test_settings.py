@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -44,9 +43,24 @@ from tests.models import SmoothNet, smooth_batch
         (lambda: attrreg.PGDEx(steps=numpy.float64(2)), ValueError, r"steps must be an integer.*a float64\. "),  # type: ignore[arg-type]
         (lambda: schedules.Every(numpy.float64(2)), ValueError, r"steps must be an integer.*a float64\. Pass an int"),  # type: ignore[arg-type]
         (lambda: attrreg.ActivationDifference(b"stem"), TypeError, "layers must be dotted names"),  # type: ignore[arg-type]
+        (lambda: attrreg.PGDEx(epsilon=0.0), ValueError, r"epsilon must be a positive.*\. "),
+        (lambda: attrreg.PGDEx(rate=-1.0), ValueError, r"rate must be a positive.*\. "),
+        (lambda: attrreg.PGDEx(steps=0), ValueError, r"steps must be.*\. "),
+        (lambda: attrreg.PGDEx(bounds=(1.0, 0.0)), ValueError, r"bounds must be.*\. "),
+        (lambda: attrreg.PGDEx(bounds=(False, True)), ValueError, r"bounds must be.*\. "),
+        (lambda: attrreg.PGDEx(loss=scores.TargetLogit()), TypeError, r"loss must be.*\. "),  # type: ignore[arg-type]
+        (lambda: attrreg.AdversarialInvariance(every=0), ValueError, r"every must be.*\. "),
+        (lambda: attrreg.AdversarialInvariance(rate=0.0), ValueError, r"rate must be.*\. "),
+        (lambda: attrreg.AdversarialInvariance(rate="1e-3"), ValueError, r"rate must be.*\. "),  # type: ignore[arg-type]
+        (lambda: attrreg.AdversarialInvariance(seed=1.0), TypeError, r"seed must be an integer of 64 bits.*\. "),  # type: ignore[arg-type]
+        (lambda: attrreg.AdversarialInvariance(hidden=8), TypeError, r"hidden must be the widths.*\. "),  # type: ignore[arg-type]
+        (lambda: attrreg.AdversarialInvariance(weight=-1.0), ValueError, r"weight of AdversarialInvariance must be.*\. "),
+        (lambda: attrreg.AdversarialInvariance(layer=nn.Linear(1, 1)), TypeError, r"layer must be the dotted name.*\. "),  # type: ignore[arg-type]
+        (lambda: attrreg.AdversarialInvariance(fill=1), TypeError, r"fill must be.*\. "),  # type: ignore[arg-type]
+        (lambda: attrreg.AdversarialInvariance(hidden=(8.0,)), ValueError, r"hidden must be an integer.*\. "),  # type: ignore[arg-type]
     ],
 )
-def test_refused(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+def test_bad_settings_are_refused(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
 
@@ -127,28 +141,6 @@ def test_losses_that_are_taken() -> None:
         torch.testing.assert_close(other, first)
 
 
-def test_scores_say_that_they_go_by_place() -> None:
-    assert scores.RandomProjection.by_place and not scores.TargetLogit.by_place and not scores.Score.by_place
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: attrreg.InputGradient(),
-        lambda: attrreg.InputGradient() + attrreg.GradCAM("body"),
-        lambda: attrreg.Scheduled(attrreg.InputGradient(), schedules.Every(2)),
-        lambda: attrreg.AdversarialInvariance(),
-    ],
-)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_the_warning_of_a_compiled_model_names_the_line_that_attaches(make: Callable[[], Any]) -> None:
-    model = torch.compile(SmoothNet(), backend="eager")
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        make().attach(model).remove()
-    assert [warning.filename for warning in found if "compiled" in str(warning.message)] == [__file__]
-
-
 def test_measures_of_predictions_are_a_module_that_their_functions_do_not_hide() -> None:
     import attrreg.metrics.predictions as module
 
@@ -168,25 +160,3 @@ def test_counts_are_pythons_own() -> None:
     model, (x, mask, _) = SmoothNet().double(), smooth_batch()
     invariance(model, x, mask)
     assert invariance.step == 257
-
-
-def test_the_weight_of_a_schedule_is_a_number() -> None:
-    class Own(schedules.Schedule):
-        def __call__(self, step: int) -> float:
-            return torch.ones((), requires_grad=True)  # type: ignore[return-value]
-
-    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
-    found = attrreg.Scheduled(attrreg.InputGradient(), Own()).evaluate(model, x, mask, target)
-    assert found.total.shape == () and not found.terms["InputGradient"].requires_grad
-
-
-@pytest.mark.parametrize("broken", [{"network": {}}, {"network": {"x": 1}}, {"network": {"0.bias": torch.zeros(3)}, "width": 5}])
-def test_a_state_that_does_not_fit_changes_nothing(broken: dict[str, Any]) -> None:
-    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
-    invariance = attrreg.AdversarialInvariance()
-    invariance(model, x, mask)
-    state = invariance.state_dict()
-    with pytest.raises(ValueError, match=r"state is of no discriminator with the layers"):
-        invariance.load_state_dict({**state, **broken})
-    assert invariance.state_dict().keys() == state.keys() and invariance.step == 1
-    assert invariance.state_dict()["width"] == state["width"] > 0

@@ -17,7 +17,7 @@ from attrreg import baselines, scores
 from attrreg.bench.memory import LiveStorage
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.trace import Passes, passes
-from tests.models import FAMILIES, WAYS, SmoothNet, assert_close, batch, gradients, logits_and_penalty, smooth_batch
+from tests.models import FAMILIES, WAYS, Batch, SmoothNet, assert_close, batch, gradients, logits_and_penalty, smooth_batch
 
 FOUR = attrreg.InputGradient() + attrreg.InputXGradient() + attrreg.GradCAM(layer="body") + attrreg.ActivationDifference()
 
@@ -121,7 +121,7 @@ def test_the_outer_backward_takes_no_gradient_of_images_that_nobody_asks_for() -
         assert taken == [images.requires_grad] and len(transposed) == 1
 
 
-def both_ways(
+def all_ways(
     model: nn.Module, regularizer: AttributionRegularizer, data: tuple[Tensor, Tensor, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     results: dict[str, tuple[Tensor, Tensor]] = {}
@@ -134,7 +134,7 @@ def both_ways(
 @pytest.mark.parametrize("name", REGULARIZERS)
 def test_attached_unattached_and_evaluate_agree(name: str) -> None:
     model, data = SmoothNet().double(), smooth_batch()
-    results = both_ways(model, REGULARIZERS[name], data)
+    results = all_ways(model, REGULARIZERS[name], data)
     logits, value = results.pop("unattached")
     want = gradients(model, F.cross_entropy(logits, data[2]) + value)
     for logits, other in results.values():
@@ -148,18 +148,12 @@ def test_attached_unattached_and_evaluate_agree_on_real_models(family: str) -> N
     model = known.build().eval()
     data = batch(2, size=known.size, classes=4)
     regularizer = attrreg.InputGradient() + attrreg.GradCAM(layer=known.layer) + attrreg.ActivationDifference()
-    results = both_ways(model, regularizer, data)
+    results = all_ways(model, regularizer, data)
     logits, value = results.pop("unattached")
     want = gradients(model, F.cross_entropy(logits, data[2]) + value)
     for logits, other in results.values():
         torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-9)
         assert_close(gradients(model, F.cross_entropy(logits, data[2]) + other), want, 1e-4)
-
-
-def test_dropout_is_the_same_in_the_clean_and_the_masked_pass() -> None:
-    model, (x, _, _) = SmoothNet(dropout=0.5).double(), smooth_batch()
-    everything = torch.ones(8, 8)
-    assert float(attrreg.ActivationDifference("drop")(model, x, everything).detach()) == 0.0
 
 
 @pytest.mark.parametrize("attach", [False, True])
@@ -200,18 +194,16 @@ def test_every_regularizer_is_held_to_these_tests() -> None:
     assert leaves == {type(term.regularizer) for regularizer in REGULARIZERS.values() for term in regularizer.terms}
 
 
-@pytest.mark.parametrize("attach", [False, True])
-@pytest.mark.parametrize("name", [*REGULARIZERS, "with a path"])
-def test_a_step_leaves_no_memory_behind(name: str, attach: bool) -> None:
-    """Without waiting for the garbage collector, which cannot see through a graph that leads back to itself."""
-    regularizer = REGULARIZERS.get(name, attrreg.InputGradient() + attrreg.IntegratedGradients(steps=3))
-    model, (x, mask, target) = SmoothNet(), batch(3, channels=2, size=8, classes=3)
+def check_memory(model: nn.Module, regularizer: AttributionRegularizer, data: Batch, attach: bool) -> None:
+    """Two steps leave none, without waiting for the garbage collector, which cannot see through a graph that leads back to itself."""
+    x, mask, target = data
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     gc.disable()
     try:
         with LiveStorage() as meter:
-            meter.ignore(*model.parameters(), *[p.grad for p in model.parameters() if p.grad is not None], x, mask, target)
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            meter.ignore(*model.parameters(), *model.buffers(), *grads, x, mask, target)
             for _ in range(2):
                 if attach:
                     with regularizer.attach(model):
@@ -221,3 +213,10 @@ def test_a_step_leaves_no_memory_behind(name: str, attach: bool) -> None:
             assert meter.current == 0
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("attach", [False, True])
+@pytest.mark.parametrize("name", [*REGULARIZERS, "with a path"])
+def test_a_step_leaves_no_memory_behind(name: str, attach: bool) -> None:
+    regularizer = REGULARIZERS.get(name, attrreg.InputGradient() + attrreg.IntegratedGradients(steps=3))
+    check_memory(SmoothNet(), regularizer, batch(3, channels=2, size=8, classes=3), attach)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
@@ -17,7 +17,7 @@ from torch.overrides import _get_current_function_mode_stack
 import attrreg
 from attrreg import scores
 from attrreg.attach import attached
-from attrreg.trace import Passes, passes
+from attrreg.trace import passes
 from tests.models import DEVICE, SmoothNet, assert_close, gradients, smooth_batch
 from tests.test_sharing import FOUR, REGULARIZERS
 
@@ -48,7 +48,7 @@ class Net(SmoothNet):
         super().__init__(norm=True, dropout=0.3)
         self.failing = Failing()
         self.drop = nn.Sequential(self.drop, self.failing)  # type: ignore[assignment]
-        self.norm.eval()  # a mix of modes
+        self.body.eval()  # a mix of modes, in which the norm moves its statistics
         self.stem.bias.requires_grad_(False)  # type: ignore[union-attr]
 
 
@@ -139,6 +139,63 @@ def test_nothing_left_after_an_exception_inside_the_model(name: str, call: str) 
         assert_same(before, snapshot(model, x), but=("rng",) if call == "backward" and draws(name) else ())
 
 
+class _Raises(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise ArithmeticError("from inside a backward")
+
+
+class FailsBackwards(Net):
+    """Behind the images and before the logits, so that every gradient meets it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = _Raises.apply(super().forward(_Raises.apply(x)))
+        return logits
+
+
+VALUES = ("activation_difference", "layer_activation", "feature_ablation", "shapley_values")  # these take no gradient
+
+
+@pytest.mark.parametrize(("name", "call"), [(name, call) for name, call in CASES if call != "backward" and name not in VALUES])
+def test_nothing_left_after_an_exception_inside_the_inner_backward(name: str, call: str) -> None:
+    model, (x, mask, target) = FailsBackwards().double(), smooth_batch()
+    before = snapshot(model, x)
+    with pytest.raises(ArithmeticError, match="from inside a backward"):
+        CALLS[call](REGULARIZERS[name], model, x, mask, target)
+    assert_same(before, snapshot(model, x))
+    with REGULARIZERS[name].attach(model):
+        model(x)
+        during = torch.get_rng_state()
+        with pytest.raises(ArithmeticError, match="from inside a backward"):
+            CALLS[call](REGULARIZERS[name], model, x, mask, target)
+        assert torch.equal(torch.get_rng_state(), during)
+    assert_same(before, snapshot(model, x), but=("rng", "buffers"))  # of the loop's own forward
+
+
+@pytest.mark.parametrize("way", ["call", "evaluate"])
+@pytest.mark.parametrize("name", [name for name in REGULARIZERS if draws(name)])
+def test_draws_are_new_in_every_call_and_advance_the_default_generator(name: str, way: str) -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()  # which draws nothing itself
+    regularizer = REGULARIZERS[name]
+
+    def value() -> Tensor:
+        found = regularizer.evaluate(model, x, mask, target).total if way == "evaluate" else regularizer(model, x, mask, target)
+        return found.detach()
+
+    states, found = [torch.get_rng_state()], []
+    for _ in range(3):
+        found.append(value())
+        states.append(torch.get_rng_state())
+    assert len({float(each) for each in found}) == 3
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(states, 2))
+    torch.set_rng_state(states[1])
+    torch.testing.assert_close(value(), found[1], rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("name", REGULARIZERS)
 def test_evaluate_leaves_what_the_users_forward_would(name: str) -> None:
     model, (x, mask, target) = SmoothNet(norm=True, dropout=0.3).double(), smooth_batch()
@@ -185,27 +242,6 @@ def test_a_projection_with_the_seed_zero_draws_nothing() -> None:
     assert_same(before, snapshot(model, x))
 
 
-class Swaps(SmoothNet):
-    """Drops a buffer and makes another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("old", torch.zeros(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._buffers.pop("old", None)
-        self._buffers["new"] = x.detach().mean((0, 2, 3))
-        return super().forward(x)
-
-
-def test_buffers_that_a_forward_makes_or_drops_are_put_back() -> None:
-    model, (x, mask, target) = Swaps().double(), smooth_batch()
-    attrreg.InputGradient()(model, x, mask, target)
-    assert list(model._buffers) == ["old"]
-    attrreg.InputGradient().attribute(model, x, target)
-    assert list(model._buffers) == ["old"]
-
-
 def test_evaluate_that_fails_leaves_everything() -> None:
     model, (x, mask, target) = Net().double().train(), smooth_batch()
     model.failing.fail_at = 2
@@ -242,14 +278,15 @@ def test_attached_forward_that_raises_leaves_nothing() -> None:
         model.failing.fail_at = 1
         with pytest.raises(ArithmeticError):
             model(x)
-        assert_same(during, snapshot(model, x), but=("rng",))
+        assert_same(during, snapshot(model, x), but=("rng", "buffers"))
         with passes() as counted:
             FOUR(model, x, mask, target)
         assert counted.forward == 2  # nothing was recorded, so nothing is reused
-    assert_same(before, snapshot(model, x), but=("rng",))
+    assert_same(before, snapshot(model, x), but=("rng", "buffers"))  # of the loop's own forward
 
 
-def test_interrupted_forward_is_cleaned_up_by_the_next() -> None:
+@pytest.mark.parametrize("by", ["the next forward", "remove"])
+def test_an_interrupted_forward_is_cleaned_up(by: str) -> None:
     model, (x, _, _) = SmoothNet().double(), smooth_batch()
     before = snapshot(model, x)
 
@@ -257,64 +294,15 @@ def test_interrupted_forward_is_cleaned_up_by_the_next() -> None:
         raise KeyboardInterrupt
 
     with FOUR.attach(model):
+        during = snapshot(model, x)
         hook = model.head.register_forward_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
             model(x)
         hook.remove()
-    assert_same(before, snapshot(model, x))
-
-
-def reused(model: nn.Module, x: Tensor, mask: Tensor, target: Tensor) -> bool:
-    with passes() as counted:
-        attrreg.InputGradient()(model, x, mask, target)
-    return counted == Passes(forward=0, backward=1)
-
-
-def test_a_recorded_pass_is_used_only_where_it_is_right() -> None:
-    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
-    with attrreg.InputGradient().attach(model):
-        model(x)
-        assert not reused(model, x.clone(), mask, target), "another tensor"
-        assert reused(model, x, mask, target)
-        assert not reused(model, x, mask, target), "given out already"
-        model(x)
-        x.add_(1)
-        assert not reused(model, x, mask, target), "changed since"
-        model(x)
-        with torch.no_grad():
-            model.head.weight.add_(1)
-        assert not reused(model, x, mask, target), "an optimizer stepped"
-        model(x)
-        with torch.no_grad():
+        if by == "the next forward":
             model(x)
-        assert not reused(model, x, mask, target), "the last forward had no graph"
-        model(x)
-        model(x + 1)
-        assert not reused(model, x, mask, target), "the last forward was on another batch"
-        model(x)
-        attrreg.ActivationDifference()(model, x + 1, mask)
-        assert reused(model, x, mask, target), "the library's own passes are not the loop's"
-        model(x)
-        with passes() as counted:
-            attrreg.GradCAM(layer="body")(model, x, mask, target)
-        assert counted.forward == 1, "the layer was not recorded"
-
-
-def test_gradient_accumulation_and_several_steps() -> None:
-    model, (x, mask, target) = SmoothNet(norm=True).double(), smooth_batch()
-    twin = copy.deepcopy(model)
-    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (model, twin)]
-    with FOUR.attach(model):
-        for step in range(3):
-            for half in (x[:2], x[1:]):
-                for net in (model, twin):
-                    loss = F.cross_entropy(net(half), target[:2])
-                    penalty = FOUR(net, half, mask[:2], target[:2], generator=torch.Generator().manual_seed(step))
-                    (loss + penalty).backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-    assert_close([p.detach() for p in model.parameters()], [p.detach() for p in twin.parameters()], 1e-10)
+            assert_same(during, snapshot(model, x))
+    assert_same(before, snapshot(model, x))
 
 
 def test_copies_of_an_attached_model_are_free() -> None:

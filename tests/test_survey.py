@@ -13,8 +13,7 @@ from benchmarks.page import marks
 from tests.test_bench import record_with
 
 
-@pytest.mark.parametrize("layout", [[], ["--channels-last"]])
-@pytest.mark.parametrize("named", [[], ["--section", "survey-other"]])
+@pytest.mark.parametrize(("layout", "named"), [([], []), (["--channels-last"], []), (["--channels-last"], ["--section", "survey-other"])])
 def test_a_survey_writes_a_row_a_model_and_what_it_misses(
     layout: list[str], named: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -49,6 +49,10 @@ def one_logit_a_pixel(logits: Tensor, target: Tensor) -> Tensor:
     return (signs * logits[:, 0]).sum()
 
 
+def label_loss(logits: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(dim=1)
+
+
 LABELS = torch.randint(0, 3, (3, 8, 8), generator=torch.Generator().manual_seed(0))
 LABELS[:, :2] = -100
 FOREGROUND = LABELS.clamp(max=1)
@@ -61,6 +65,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "multi-label, mixed": lambda: (SmoothNet(), scores.MultiLabelLogit(), HOT.float() * (1 + 2.0**-22), multi_label),
     "multi-label, half": lambda: (SmoothNet(), scores.MultiLabelLogit(), HOT.bfloat16(), multi_label),
     "multi-label, by the target's shape": lambda: (SmoothNet(), scores.ByTarget(), HOT, multi_label),
+    "multi-label, by a loss": lambda: (SmoothNet(), scores.TaskLoss(label_loss), HOT.double(), lambda *data: label_loss(*data).sum()),
     "one logit": lambda: (SmoothNet(classes=1), scores.BinaryLogit(), torch.tensor([1, 0, 1]), binary),
     "one logit, float": lambda: (SmoothNet(classes=1), scores.BinaryLogit(), torch.tensor([[1.0], [0.0], [1.0]]), binary),
     "segmentation": lambda: (Dense(3), scores.SegmentationLogit(), LABELS, segmentation),
@@ -86,21 +91,6 @@ def test_scores_of_other_tasks(name: str) -> None:
     torch.testing.assert_close(value, want)
     assert_close(gradients(model, value), gradients(model, want), 1e-8)
     check_numerically(model, lambda: attrreg.InputGradient(score)(model, x, mask, target))
-
-
-def test_the_task_loss_of_any_task() -> None:
-    x, mask, _ = smooth_batch()
-
-    def loss(logits: Tensor, target: Tensor) -> Tensor:
-        each = nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        return each.sum(dim=1)
-
-    model = SmoothNet().double()
-    value = attrreg.InputGradient(scores.TaskLoss(loss))(model, x, mask, HOT.double())
-    map = oracles.input_gradient(model, x, HOT.double(), lambda logits, target: loss(logits, target).sum())
-    want = oracles.log_outside(map, mask.unsqueeze(1).double()).mean()
-    torch.testing.assert_close(value, want)
-    assert_close(gradients(model, value), gradients(model, want), 1e-8)
 
 
 class Squeezed(nn.Module):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import captum.attr
 import pytest
 import torch
+from captum.attr._utils.approximation_methods import approximation_parameters
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attrreg
-from attrreg import baselines
-from attrreg.points import RULES
+from attrreg import baselines, points
 from tests.models import FAMILIES, SmoothNet, batch, smooth_batch, stir
 
 PRECISION = [(torch.float32, 1e-5), (torch.float64, 1e-10)]
@@ -62,13 +62,23 @@ def test_integrated_gradients_equal_captum(case: tuple[nn.Module, Tensor, Tensor
     same(got, want, tolerance)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("dtype", "tolerance"), PRECISION)
-def test_quadrature_rules_equal_captum(rule: str, dtype: torch.dtype, tolerance: float) -> None:
-    model = FAMILIES["resnet"].build().eval().to(dtype)
-    x, _, target = batch(2, size=64, classes=4, dtype=dtype)
+@pytest.mark.cpu
+@pytest.mark.parametrize("rule", points.RULES)
+def test_places_are_captums_whatever_the_default_type(rule: str, half_by_default: None) -> None:
+    points.places.cache_clear()
+    found = points.places(rule, 50)
+    torch.set_default_dtype(torch.float32)
+    sizes, alphas = approximation_parameters(rule)
+    assert [alpha for alpha, _ in found] == list(alphas(50))
+    assert [weight for _, weight in found] == torch.tensor(sizes(50), dtype=torch.float32).tolist()
+
+
+@pytest.mark.parametrize("rule", points.RULES)
+def test_quadrature_rules_equal_captum(rule: str) -> None:
+    model = FAMILIES["resnet"].build().eval().double()
+    x, _, target = batch(2, size=64, classes=4, dtype=torch.float64)
     want = captum.attr.IntegratedGradients(model).attribute(x, target=target, n_steps=5, method=rule)
-    same(attrreg.IntegratedGradients(steps=5, rule=rule).attribute(model, x, target=target), want, tolerance)
+    same(attrreg.IntegratedGradients(steps=5, rule=rule).attribute(model, x, target=target), want, 1e-10)
 
 
 def test_baselines_equal_captum_given_their_images() -> None:
@@ -81,23 +91,6 @@ def test_baselines_equal_captum_given_their_images() -> None:
         want = captum.attr.IntegratedGradients(model).attribute(x, baselines=image, target=target, n_steps=3)
         got = attrreg.IntegratedGradients(steps=3, baseline=baseline).attribute(model, x, target=target, mask=mask)
         same(got, want, 1e-5)
-
-
-@pytest.mark.parametrize("sigma", [1.0, 2.0])
-def test_a_blur_reaches_three_deviations(sigma: float) -> None:
-    impulse = torch.zeros(1, 1, 25, 25, dtype=torch.float64)
-    impulse[..., 12, 12] = 1
-    distance = torch.arange(25, dtype=torch.float64) - 12
-    gauss = torch.exp(-distance.square() / (2 * sigma**2)) * (distance.abs() <= 3 * sigma)
-    blurred = baselines.Blur(sigma)(impulse, None, torch.Generator())[0, 0]
-    torch.testing.assert_close(blurred, torch.outer(gauss, gauss) / gauss.sum() ** 2)
-
-
-def test_pixels_that_are_relevant_in_part_are_shuffled() -> None:
-    x, mask = torch.arange(64.0).reshape(1, 1, 8, 8), torch.full((1, 1, 8, 8), 0.5)
-    shuffled = baselines.Shuffle()(x, mask, torch.Generator().manual_seed(0))
-    assert not torch.equal(shuffled, x)
-    assert torch.equal(shuffled.flatten().sort().values, x.flatten())
 
 
 def test_integrated_gradients_are_complete() -> None:

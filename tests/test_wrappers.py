@@ -1,9 +1,10 @@
-"""Compiled and data-parallel models, and models with several inputs."""
+"""Compiled, scripted and data-parallel models, and models with several inputs."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import attrreg
 from attrreg import engines
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.trace import passes
-from tests.models import DEVICE, SmoothNet, accumulated, assert_close, gradients, loss_by, smooth_batch
+from tests.models import DEVICE, WAYS, SmoothNet, accumulated, assert_close, gradients, loss_by, smooth_batch
 
 TERMS = attrreg.InputGradient() + attrreg.GradCAM("body") + attrreg.ActivationDifference(fill=attrreg.baselines.Zero())
 
@@ -78,6 +79,24 @@ def test_compiled_models_are_run_uncompiled(kind: str) -> None:
     assert_close(accumulated(plain), [a + b for a, b in zip(task, want, strict=True)], 1e-10)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: attrreg.InputGradient(),
+        lambda: attrreg.InputGradient() + attrreg.GradCAM("body"),
+        lambda: attrreg.Scheduled(attrreg.InputGradient(), attrreg.schedules.Every(2)),
+        lambda: attrreg.AdversarialInvariance(),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_the_warning_of_a_compiled_model_names_the_line_that_attaches(make: Callable[[], Any]) -> None:
+    model = torch.compile(SmoothNet(), backend="eager")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        make().attach(model).remove()
+    assert [warning.filename for warning in found if "compiled" in str(warning.message)] == [__file__]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute")
 @pytest.mark.parametrize(
     ("regularizer", "compiled"), [(attrreg.InputGradient(), True), (attrreg.IntegratedGradients(2), True), (attrreg.GradCAM("body"), False)]
@@ -108,7 +127,7 @@ def test_distributed_and_data_parallel_wrappers(process_group: None) -> None:
     want = gradients(plain, F.cross_entropy(plain(x), target) + TERMS(plain, x, mask, target))
     for wrapper in (nn.parallel.DistributedDataParallel, nn.DataParallel):
         model = wrapper(plain)
-        for way in ("attached", "unattached", "evaluate"):
+        for way in WAYS:
             plain.zero_grad()
             with passes() as counted:
                 loss_by(way, TERMS, model, (x, mask, target)).backward()
@@ -154,14 +173,6 @@ def test_several_inputs(keywords: bool) -> None:
     torch.testing.assert_close(map, attrreg.InputGradient().attribute(bound, x, target))
 
 
-def test_bad_inputs() -> None:
-    model, (x, mask, target) = TwoInputs().double(), smooth_batch()
-    with pytest.raises(ValueError, match="inputs must hold x itself"):
-        attrreg.InputGradient()(model, x, mask, target, inputs=(torch.tensor([0, 1, 2]), x.clone()))
-    with pytest.raises(TypeError, match="inputs must be a tuple"):
-        attrreg.InputGradient()(model, x, mask, target, inputs=[x])  # type: ignore[arg-type]
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("attached", [False, True])
 def test_torchscript_is_refused(attached: bool) -> None:
@@ -169,3 +180,32 @@ def test_torchscript_is_refused(attached: bool) -> None:
     model = torch.jit.trace(SmoothNet().double(), x)
     with pytest.raises(TypeError, match=r"TorchScript module.*Pass the module that it was made from"):
         TERMS.attach(model) if attached else TERMS(model, x, mask, target)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("attach", [False, True])
+def test_a_torchscript_part(attach: bool) -> None:
+    block = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.SiLU())
+    ends = nn.Conv2d(3, 8, 3), [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    plain = nn.Sequential(ends[0], block, *ends[1]).double()
+    scripted = nn.Sequential(ends[0], torch.jit.script(block), *ends[1])
+    x, target, mask = torch.randn(2, 3, 12, 12).double(), torch.tensor([0, 1]), torch.zeros(2, 12, 12)
+    for reg in (attrreg.InputGradient(), attrreg.GradCAM("0"), attrreg.ActivationDifference()):
+        found = []
+        for model in (plain, scripted):
+            before = [buffer.clone() for buffer in model.buffers()]
+            with reg.attach(model) if attach else nullcontext():
+                logits = model(x) if attach else torch.zeros(())
+                after = [buffer.clone() for buffer in model.buffers()]
+                value = reg(model, x, mask, target, generator=torch.Generator().manual_seed(0))
+            assert all(map(torch.equal, after, model.buffers()))
+            assert attach or all(map(torch.equal, before, after))
+            found.append(value + logits.sum())
+        torch.testing.assert_close(found[1], found[0])
+    reachable = attrreg.GradCAM("0")(scripted, x, mask, target)
+    torch.testing.assert_close(attrreg.GradCAM()(scripted, x, mask, target), reachable)
+    for asking in (attrreg.IntegratedGradients(steps=2), attrreg.InputGradient()):  # the layers whether images meet
+        assert asking(scripted, x, mask, target, annotated=torch.tensor([True, False])) > 0
+    with pytest.raises(ValueError, match=r"layer '1\.0' is TorchScript, which takes no hooks"):
+        attrreg.GradCAM("1.0")(scripted, x, mask, target)
+    assert next(info.name for info in attrreg.layers(scripted, x)) == "0"

@@ -128,7 +128,7 @@ def test_an_error_of_attrreg_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> No
     assert result.status == "refused" and "not a spatial map" in result.cause
 
 
-def test_what_attrreg_falls_over_is_none() -> None:
+def test_an_error_that_attrreg_does_not_raise_itself_is_no_refusal() -> None:
     with pytest.raises(TypeError) as raised:
         markdown_table(["a number in place of a text"], [[1]])  # type: ignore[list-item]
     assert not zoo_check._is_ours(raised.value)

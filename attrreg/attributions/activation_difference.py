@@ -102,7 +102,11 @@ class ActivationDifference(SingleRegularizer):
         check_by_image(clean, trace.call.x, site)
         dtype = penalty_dtype(clean.dtype)
         clean, masked = clean.to(dtype), masked.to(dtype)
-        return clean.detach() if self.detach == "clean" else clean, masked.detach() if self.detach == "masked" else masked
+        if self.detach == "clean":
+            clean = clean.detach()
+        if self.detach == "masked":
+            masked = masked.detach()
+        return clean, masked
 
 
 def _norm(activations: Tensor) -> Tensor:

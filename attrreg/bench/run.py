@@ -153,13 +153,15 @@ def measure(plan: Plan, record: Record, note: Advance, save: Callable[[Record], 
     Raises:
         LookupError: a model does not exist; ValueError: it does not take images of a size that is measured; before anything is.
     """
+    # Each model is made once at each size beforehand, so that what cannot be measured is refused now and not after an hour.
     for model in dict.fromkeys(model for model, _ in record.missing(plan)):
         plan.case(model, plan.batch, plan.size)
-    for size in CURVES["resolution"] if "resolution" in record.missing_curves(plan) else ():
-        try:
-            plan.case(record.plan.models[0], plan.batch, size)
-        except ValueError as error:
-            raise ValueError(f"{error} That is a size of the curves: --no-curves leaves them out.") from error.__cause__
+    if "resolution" in record.missing_curves(plan):
+        for size in CURVES["resolution"]:
+            try:
+                plan.case(record.plan.models[0], plan.batch, size)
+            except ValueError as error:
+                raise ValueError(f"{error} That is a size of the curves: --no-curves leaves them out.") from error.__cause__
     case: Case | None = None
     for model, penalty in record.missing(plan):
         batch = plan.batch_of(penalty)

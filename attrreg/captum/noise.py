@@ -16,7 +16,7 @@ from attrreg.objectives import LogOutside, Objective
 from attrreg.points import CLEAN, At
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import Score
-from attrreg.settings import keep_count
+from attrreg.settings import is_number, keep_count
 from attrreg.trace import Trace
 
 Kind = Literal["smoothgrad", "smoothgrad_sq", "vargrad"]
@@ -85,7 +85,8 @@ class NoiseTunnel(MapRegularizer):
         if self.kind not in get_args(Kind):
             raise ValueError(f"NoiseTunnel: unknown kind {self.kind!r}. Use one of {', '.join(map(repr, get_args(Kind)))}.")
         keep_count(self, "samples", 2 if self.kind == "vargrad" else 1)
-        Noise(self.std)
+        if not is_number(self.std) or self.std < 0:
+            raise ValueError(f"NoiseTunnel: std (Captum's stdevs) must be a number of at least 0, got {self.std!r}. Write for example 0.1.")
         super().__post_init__()
 
     @property

@@ -62,6 +62,8 @@ def load(path: Path, kinds: tuple[type[Source], ...] = sources.KINDS) -> dict[st
     """
     found: dict[str, Record] = {}
     for number, line in enumerate(whole_lines(path), start=1):
+        if not line:
+            continue
         try:
             found[json.loads(line)["name"]] = Record.from_line(line, kinds)
         except (ValueError, KeyError, TypeError) as error:

@@ -17,7 +17,7 @@ from attrreg.regularizer import AttributionRegularizer
 from attrreg.settings import keep_count
 from attrreg.spec import Spec, source
 from attrreg.state import isolated
-from attrreg.targets import check_classes, check_logits, required
+from attrreg.targets import check_classes, check_logits
 from attrreg.wrappers import undistributed
 
 Attribution = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -71,22 +71,22 @@ class Occlusion(Spec):
         model = undistributed(model)  # whose forward talks to ranks that may have nothing to judge
         if self.window > min(x.shape[-2:]):
             raise ValueError(f"window={self.window} is larger than images of {tuple(x.shape[-2:])}. Choose a smaller one.")
-        if target is None:
+        classes = calls.check_target(target, x)
+        if classes is None:
             raise TypeError("target must be class indices (N,), got None. Pass the classes whose logits are judged.")
-        target = required(calls.check_target(target, x))
-        check_classes(target)
+        check_classes(classes)
         draws = torch.Generator(x.device).manual_seed(0)
         fill = as_baseline(self.fill)
         with own.given(fill, x.detach(), None) as (images, _):
             filled = fill(images, None, draws)
         channels = x.shape[1]
         with torch.no_grad(), isolated(model, device=x.device):
-            phi: Tensor = Captum(_logits_of(model, target)).attribute(
+            phi: Tensor = Captum(_logits_of(model, classes)).attribute(
                 x.detach(),
                 sliding_window_shapes=(channels, self.window, self.window),
                 strides=(channels, self.stride, self.stride),
                 baselines=filled,
-                target=target,
+                target=classes,
             )
         return phi
 

@@ -1,4 +1,4 @@
-"""Measures of a map under a mask: each is `(map, mask) -> (N,)`, one number an image, NaN where it is undefined.
+"""Measures of a map under a mask: each is `(map, mask) -> (N,)`, one number per image, NaN where it is undefined.
 
 A map is `(N, C, H, W)` or `(N, H, W)`, as `.attribute` returns it; a mask is what the regularizers take, of any size, 1 = relevant.
 A batch without images, such as the annotated ones of a batch that has none, gives an empty result, `(0,)`.
@@ -155,4 +155,4 @@ def _saliency(map: Tensor, signed: bool) -> Tensor:
 
 def _defined(value: Tensor, saliency: Tensor) -> Tensor:
     """The values `(N,)`, NaN where all pixels are alike."""
-    return value.masked_fill(saliency.amax(dim=1) <= saliency.amin(dim=1), math.nan)
+    return value.masked_fill(saliency.amax(dim=1) == saliency.amin(dim=1), math.nan)

@@ -95,7 +95,7 @@ class MapMetric(_Mean):
 
     @abstractmethod
     def measure(self, map: Tensor, mask: Tensor) -> Tensor:
-        """One number an image."""
+        """One number per image."""
 
     def update(self, map: Tensor, mask: Tensor, annotated: Tensor | None = None) -> None:
         """Count a batch: maps `(N, C, H, W)`, masks as the regularizers take them, `annotated` boolean `(N,)`."""
@@ -129,7 +129,7 @@ class PointingGame(MapMetric):
         self.signed = signed
 
     def measure(self, map: Tensor, mask: Tensor) -> Tensor:
-        """One number an image."""
+        """One number per image."""
         return pointing_game(map, mask, self.tolerance, self.signed)
 
 
@@ -145,7 +145,7 @@ class IoUAtMaskSize(MapMetric):
         self.signed = signed
 
     def measure(self, map: Tensor, mask: Tensor) -> Tensor:
-        """One number an image."""
+        """One number per image."""
         return iou_at_mask_size(map, mask, self.signed)
 
 
@@ -252,6 +252,7 @@ class LogitDifferenceAUC(Metric):
 
     def compute(self) -> Tensor:
         """The area, 0-dim; NaN before any image."""
-        nothing = not len(self.scores)  # a list of batches, or after ranks have met one tensor
-        value = float("nan") if nothing else roc_area(dim_zero_cat(self.scores), dim_zero_cat(self.targets))
-        return torch.tensor(value, dtype=torch.float64, device=self.device)
+        if not len(self.scores):  # a list of batches, or the one tensor into which the ranks' were joined
+            return torch.tensor(float("nan"), dtype=torch.float64, device=self.device)
+        scores, targets = dim_zero_cat(self.scores), dim_zero_cat(self.targets)
+        return torch.tensor(roc_area(scores, targets), dtype=torch.float64, device=scores.device)

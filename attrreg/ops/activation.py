@@ -126,14 +126,16 @@ def _leaky_relu(slope: float) -> Piecewise:
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     """`F.hardtanh`, `F.relu6`."""
-    if isinstance(min_val, Tensor) or isinstance(max_val, Tensor):  # PyTorch refuses those to train
+    # A tensor is left to PyTorch, which refuses one that requires a gradient: float() would drop that.
+    if isinstance(min_val, Tensor) or isinstance(max_val, Tensor):
         return F.hardtanh(input, min_val, max_val, inplace)
     return piecewise(input, _hardtanh(float(min_val), float(max_val)), inplace)  # Python's numbers: `torch.ops` takes no others
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """`F.leaky_relu`."""
-    if isinstance(negative_slope, Tensor) or negative_slope < 0:  # as above; and the sign of the output tells nothing
+    # A tensor as in `hardtanh`; of a negative slope, the output's sign does not tell the input's.
+    if isinstance(negative_slope, Tensor) or negative_slope < 0:
         return F.leaky_relu(input, negative_slope, inplace)
     return piecewise(input, _leaky_relu(float(negative_slope)), inplace)
 

@@ -15,7 +15,7 @@ G = dS (A - E) + P (go uv^T) and H = G - P sum_j G:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -221,16 +221,6 @@ class _AttentionGradients(Function):
         # No views: PyTorch adds the gradients of the loss itself to these in place.
         found = (gradient.view(shape).data for gradient, shape in zip((d_go, d_q, d_k, d_v), ctx.shapes, strict=True))
         return *found, d_mask, None, None, None
-
-
-def by_math(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that computes attention, by PyTorch's math path, whatever kernels the model has chosen meanwhile."""
-
-    def call(*args: Any, **settings: Any) -> Any:
-        with attention_by(BY_MATH):
-            return function(*args, **settings)
-
-    return call
 
 
 def attention(

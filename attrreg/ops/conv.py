@@ -120,7 +120,7 @@ def _convolution(
         image, weight: the shapes of the images, `(N, C, ...)`, and of the layer's weight.
         stride, padding, dilation, groups, output_padding: as PyTorch's functions take them, but lists as tuples, and padding in numbers.
         products: whether to look for something faster than PyTorch's kernels.
-        channels_last: for 1x1 convolutions, that PyTorch's output has channels last; for grouped ones, that the images' lie side by side.
+        channels_last: of 1x1 convolutions, PyTorch's output has channels last; of grouped ones, the images' channels lie side by side.
         transposed: whether it is a transposed convolution.
     """
     axes = len(weight) - 2
@@ -261,7 +261,7 @@ def _hashable(value: Any) -> Any:
 
 def _kind(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, *rest: Any) -> Convolution:
     format = of_convolution(x, w) if groups == 1 and w.shape[2:].numel() == 1 else None
-    channels_last = format == torch.channels_last if groups == 1 else adjacent(x)  # which ordinary convolutions do not ask
+    channels_last = (format == torch.channels_last) if groups == 1 else adjacent(x)  # read for 1x1 and grouped convolutions alone
     # On the CPU, in the types that its kernels for convolutions are slow in.
     products = x.device.type == "cpu" and x.dtype in PRODUCTS and format != torch.channels_last_3d
     return _convolution(x.shape, w.shape, stride, padding, dilation, groups, products, channels_last, *rest)

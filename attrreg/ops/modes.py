@@ -24,6 +24,12 @@ def _drawn(function: Callable[..., Tensor], phase: Phase, *args: Any, **kwargs: 
     return draws.KNOWN[function](phase.draws, function, *args, **kwargs)
 
 
+def _attention_by_math(*args: Any, **settings: Any) -> Any:
+    """`F.multi_head_attention_forward` by PyTorch's math path, whatever kernels the model has chosen meanwhile: no mode sees inside."""
+    with attention_by(BY_MATH):
+        return F.multi_head_attention_forward(*args, **settings)
+
+
 # Replacements with the arguments of the function that they replace; those in WITH_PHASE take the phase of the pass before them.
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), partial(activation.piecewise, kind=activation.RELU)),
@@ -36,7 +42,7 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.silu: partial(activation.smooth, kind=activation.SILU),
     F.gelu: activation.gelu,
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), concatenate.concatenate),
-    F.multi_head_attention_forward: attention.by_math(F.multi_head_attention_forward),  # no mode sees inside
+    F.multi_head_attention_forward: _attention_by_math,
     F.max_pool2d: pool.max_pool2d,
     **dict.fromkeys((torch.norm, Tensor.norm), distance.norm),
     torch.linalg.norm: distance.linalg_norm,

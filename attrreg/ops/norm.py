@@ -126,9 +126,8 @@ def group_norm(
         return F.group_norm(input, num_groups, weight, bias, eps)
     if input.dtype != wide(input):  # as in `layer_norm`; rounded once, as PyTorch's
         return widely(partial(group_norm, phase), input, num_groups, weight, bias, eps)
-    grouped = input.reshape(len(input), num_groups, -1).contiguous()
-    shape = list(grouped.shape[2:])
-    y: Tensor = _LayerNorm.apply(grouped, grouped.new_ones(shape), grouped.new_zeros(shape), shape, eps, phase).reshape(input.shape)
+    grouped = input.reshape(len(input), num_groups, -1)
+    y = layer_norm(phase, grouped, grouped.shape[2:], None, None, eps).reshape(input.shape)
     if input.device.type == "cpu":  # as PyTorch's there
         y = y.contiguous(memory_format=suggested(input))
     if weight is None and bias is None:
