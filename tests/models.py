@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -16,6 +17,19 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from attrreg.regularizer import AttributionRegularizer
 
 DEVICE = torch.get_default_device().type  # of what tests make; see conftest
+
+
+class Raising(torch.autograd.Function):
+    """The same values; its backward raises an error."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, error: Exception) -> Tensor:
+        ctx.error = error
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise ctx.error
 
 
 class SmoothNet(nn.Module):

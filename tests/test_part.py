@@ -20,7 +20,7 @@ from attrreg.call import Call
 from attrreg.regularizer import Reduction
 from attrreg.trace import passes
 from tests import oracles
-from tests.models import FAMILIES, SmoothNet, assert_close, batch, gradients, smooth_batch
+from tests.models import FAMILIES, Raising, SmoothNet, assert_close, batch, gradients, smooth_batch
 from tests.test_bad_input import check_message
 
 TERM = attrreg.InputGradient()
@@ -308,22 +308,12 @@ def test_a_black_image_couples_nobody() -> None:
     assert model.seen == [4, 3] and all(gradient.isfinite().all() for gradient in gradients(model, value))
 
 
-class Refusing(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
 class Beside(SmoothNet):
     """Gives something beside the logits that cannot be differentiated."""
 
     def forward(self, x: Tensor) -> Any:
         logits = super().forward(x)
-        return logits, Refusing.apply(logits)
+        return logits, Raising.apply(logits, NotImplementedError())
 
 
 def test_a_model_whose_backward_fails_gets_the_whole_batch() -> None:

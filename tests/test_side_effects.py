@@ -18,7 +18,7 @@ import attrreg
 from attrreg import scores
 from attrreg.attach import attached
 from attrreg.trace import passes
-from tests.models import DEVICE, SmoothNet, assert_close, gradients, smooth_batch
+from tests.models import DEVICE, Raising, SmoothNet, assert_close, gradients, smooth_batch
 from tests.test_sharing import FOUR, REGULARIZERS
 
 CALLS: dict[str, Callable[..., Any]] = {
@@ -139,21 +139,12 @@ def test_nothing_left_after_an_exception_inside_the_model(name: str, call: str) 
         assert_same(before, snapshot(model, x), but=("rng",) if call == "backward" and draws(name) else ())
 
 
-class _Raises(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        raise ArithmeticError("from inside a backward")
-
-
 class FailsBackwards(Net):
     """Behind the images and before the logits, so that every gradient meets it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = _Raises.apply(super().forward(_Raises.apply(x)))
+        error = ArithmeticError("from inside a backward")
+        logits: Tensor = Raising.apply(super().forward(Raising.apply(x, error)), error)
         return logits
 
 
