@@ -120,7 +120,7 @@ def grad_cam(model: nn.Module, x: Tensor, target: Tensor, score: ScoreFunction, 
 
 def activation_difference(model: nn.Module, x: Tensor, other: Tensor, layer: str) -> Tensor:
     kept: list[Tensor] = []
-    handle = model.get_submodule(layer).register_forward_hook(lambda module, args, output: kept.append(output))
+    handle = model.get_submodule(layer).register_forward_hook(lambda module, args, output: kept.append(output.clone()))
     model(x)
     model(other)
     handle.remove()

@@ -150,6 +150,9 @@ IN_PLACE_AFTER = {
     "hardtanh": F.hardtanh,
     "silu": F.silu,
     "hardswish": F.hardswish,
+    "relu6 in place": lambda h: F.relu6(h, inplace=True),
+    "hardtanh in place": lambda h: F.hardtanh(h, inplace=True),
+    "silu in place": lambda h: F.silu(h, inplace=True),
     "normalize": F.normalize,
     "group norm": lambda h: F.group_norm(h, 2),
     "instance norm": F.instance_norm,
@@ -173,7 +176,7 @@ def check_in_place(function: Any) -> None:
     check(lambda h: function(h * 1).add_(h), [h], 1e-9)
 
 
-@pytest.mark.parametrize("function", [F.silu, F.hardswish, F.hardsigmoid])
+@pytest.mark.parametrize("function", [F.silu, F.hardswish, F.hardsigmoid, F.relu6])
 @pytest.mark.parametrize("how", ["read again", "ignored", "a view", "seen by another"])
 def test_in_place_means_in_place(function: Any, how: str) -> None:
     def model(x: Tensor, activate: Callable[[Tensor], Tensor]) -> Tensor:

@@ -42,16 +42,36 @@ def _shared(x: Tensor) -> bool:
     return x._is_view() or torch._C._storage_Use_Count(x.untyped_storage()._cdata) > 2  # it and the storage asked for here
 
 
+def _written_over(function: type[Function], input: Tensor, kind: Piecewise | Smooth) -> Tensor:
+    """`input`, with the results in place of its values, which the derivatives need."""
+    result: Tensor
+    if torch.is_grad_enabled() and input.requires_grad and not _shared(input):
+        result = function.apply(_Former.apply(input), kind, input)  # new memory for the result
+    else:
+        result = input.copy_(function.apply(input.clone(), kind, None))
+    return result
+
+
+def _value(ctx: Any, x: Tensor, kind: Piecewise | Smooth, place: Tensor | None) -> Tensor:
+    """f(x). With a `place`, that tensor becomes f(x), as if it had been written over."""
+    y = kind.value(x)
+    if place is None:
+        return y
+    ctx.mark_dirty(place)
+    place.data = y
+    return place
+
+
 @dataclass(frozen=True)
 class Piecewise:
     """A piecewise linear activation.
 
     Attributes:
         value: f(x).
-        inplace: writes f(x) over x; None: the slope has to be taken from x, which must not be lost.
-        slope: (gradient, seen) to gradient times f'(x). `seen` is the output if that is written over x or with `from_output`, else x.
-        from_output: the slope is always taken from the output, as PyTorch takes that of ReLU. Else the output is not saved, and a layer
-            that follows may work in place on it.
+        inplace: writes f(x) over x, where PyTorch then takes the slope from the output. None: it takes it from x, so a layer that follows
+            may write over the output.
+        slope: (gradient, seen) to gradient times f'(x). `seen` is the output where `inplace` wrote it or with `from_output`, else x.
+        from_output: the slope is always taken from the output, as PyTorch takes that of ReLU.
     """
 
     value: Callable[[Tensor], Tensor]
@@ -62,13 +82,9 @@ class Piecewise:
 
 class _Piecewise(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: Piecewise, inplace: Callable[[Tensor], Tensor] | None) -> Tensor:
-        if inplace is None:
-            y = kind.value(x)
-        else:
-            ctx.mark_dirty(x)
-            y = inplace(x)
-        ctx.save_for_backward(x if inplace is None and not kind.from_output else y)
+    def forward(ctx: Any, x: Tensor, kind: Piecewise, place: Tensor | None) -> Tensor:
+        y = _value(ctx, x, kind, place)
+        ctx.save_for_backward(y if kind.from_output else x)
         ctx.kind = kind
         return y
 
@@ -77,6 +93,17 @@ class _Piecewise(Function):
         (seen,) = ctx.saved_tensors
         # Detached: the slope is linear in the gradient, constant in what was seen. PyTorch differentiates that without a pass over zeros.
         return ctx.kind.slope(gy, seen.detach()), None, None
+
+
+class _PiecewiseInPlace(_Piecewise):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kind: Piecewise, place: Tensor | None) -> Tensor:
+        assert kind.inplace is not None
+        ctx.mark_dirty(x)
+        y = kind.inplace(x)
+        ctx.save_for_backward(y)
+        ctx.kind = kind
+        return y
 
 
 RELU = Piecewise(torch.relu, torch.relu_, lambda gy, y: aten.threshold_backward(gy, y, 0), from_output=True)
@@ -98,11 +125,11 @@ def piecewise(input: Tensor, kind: Piecewise, inplace: bool = False) -> Tensor:
     if not inplace:
         result = _Piecewise.apply(input, kind, None)
     elif kind.inplace is None:
-        result = input.copy_(_Piecewise.apply(input.clone(), kind, None))
+        result = _written_over(_Piecewise, input, kind)
     elif input._is_view():
         result = kind.inplace(input)  # PyTorch then rebuilds the history of what it is a view of
     else:
-        result = _Piecewise.apply(input, kind, kind.inplace)
+        result = _PiecewiseInPlace.apply(input, kind, None)
     return result
 
 
@@ -110,8 +137,8 @@ def piecewise(input: Tensor, kind: Piecewise, inplace: bool = False) -> Tensor:
 def _hardtanh(low: float, high: float) -> Piecewise:
     return Piecewise(
         lambda x: F.hardtanh(x, low, high),
-        lambda x: F.hardtanh(x, low, high, inplace=True),
-        lambda gy, y: aten.hardtanh_backward(gy, y, low, high),
+        None,
+        lambda gy, x: aten.hardtanh_backward(gy, x, low, high),
     )
 
 
@@ -160,15 +187,9 @@ class Smooth:
 class _Smooth(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: Smooth, place: Tensor | None) -> Tensor:
-        """f(x). With a `place`, that tensor becomes f(x), as if it had been written over."""
         ctx.save_for_backward(x)
         ctx.kind = kind
-        y = kind.value(x)
-        if place is None:
-            return y
-        ctx.mark_dirty(place)
-        place.data = y
-        return place
+        return _value(ctx, x, kind, place)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
@@ -247,13 +268,9 @@ HARDSWISH = Smooth(F.hardswish, lambda gy, x, out: aten.hardswish_backward.out(g
 
 def smooth(input: Tensor, kind: Smooth, inplace: bool = False) -> Tensor:
     """Such an activation: `F.silu`, `F.hardswish`."""
-    result: Tensor
-    if not inplace:
-        result = _Smooth.apply(input, kind, None)
-    elif torch.is_grad_enabled() and input.requires_grad and not _shared(input):
-        result = _Smooth.apply(_Former.apply(input), kind, input)  # new memory for the result: the derivatives need what was there
-    else:
-        result = input.copy_(_Smooth.apply(input.clone(), kind, None))
+    if inplace:
+        return _written_over(_Smooth, input, kind)
+    result: Tensor = _Smooth.apply(input, kind, None)
     return result
 
 
