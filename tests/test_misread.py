@@ -46,6 +46,13 @@ def test_positions_in_another_order_are_no_map(name: str, size: int, layer: str)
     assert attrreg.GradCAM().attribute(model, x, target=TARGET).std() > 0
 
 
+@pytest.mark.parametrize("layer", ["1", "auto"])
+def test_as_many_channels_as_rows(layer: str) -> None:
+    """Of strides that differ between the axes: (8 channels, 8 rows, 16 columns) could be 8 rows of 8 columns with 16 channels."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, (2, 1), 1), nn.Mish(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    assert attrreg.GradCAM(layer).attribute(model, torch.rand(2, 3, 16, 16), target=TARGET).shape == (2, 1, 8, 16)
+
+
 def test_tokens_of_mask_units_are_no_map() -> None:
     stages: dict[str, Any] = {"depths": [1, 1], "num_heads": [1, 2], "masked_unit_attention": [True, False], "num_query_pool": 1}
     sizes: dict[str, Any] = {"image_size": (64, 64), "query_stride": (2, 2), "masked_unit_size": (4, 4)}
