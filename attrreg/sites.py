@@ -89,7 +89,7 @@ def layout(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Layout | No
     """How the output of the layer `site` lays out a map; None where it has none.
 
     Understands `(N, C, h, w)`, `(N, h, w, C)` and tokens `(N, L, C)` with or without prefix tokens. The layout is read
-    off the shape: a grid has the images' aspect ratio. Only the outputs of convolutions may have another, and what has as many channels.
+    off the shape: a grid has the images' aspect ratio. Only what has as many channels as a convolution may have another.
     """
     height, width = x.shape[-2:]
     if not value.is_floating_point() or value.dim() not in (3, 4) or value.shape[0] != x.shape[0]:
@@ -107,8 +107,8 @@ def layout(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Layout | No
     if _convolves_to(model, site, channels=a):
         return "NCHW"  # even a single position, for small images; what pooling leaves is no map
     channels_first, channels_last = _same_aspect(b, c, height, width), _same_aspect(a, b, height, width)
-    if channels_last and not channels_first and _convolves_to(model, "", channels=a) and not _ends_in(model, channels=c):
-        channels_first, channels_last = True, False  # so many channels that they look like a side of the map
+    if not channels_first and _convolves_to(model, "", channels=a) and not _ends_in(model, channels=c):
+        channels_first, channels_last = True, False  # a stride differs between the axes; channels and rows may be as many by chance
     if channels_last and (not channels_first or _output_is_nhwc(_told_by(model, site, "output_fmt"))) and a * b > 1:
         return "NHWC"
     return "NCHW" if channels_first and b * c > 1 else None

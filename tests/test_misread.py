@@ -47,10 +47,12 @@ def test_positions_in_another_order_are_no_map(name: str, size: int, layer: str)
 
 
 @pytest.mark.parametrize("layer", ["1", "auto"])
-def test_as_many_channels_as_rows(layer: str) -> None:
-    """Of strides that differ between the axes: (8 channels, 8 rows, 16 columns) could be 8 rows of 8 columns with 16 channels."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, (2, 1), 1), nn.Mish(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
-    assert attrreg.GradCAM(layer).attribute(model, torch.rand(2, 3, 16, 16), target=TARGET).shape == (2, 1, 8, 16)
+@pytest.mark.parametrize("channels", [8, 6], ids=["as many channels as rows", "others"])
+def test_strides_may_differ_between_the_axes(layer: str, channels: int) -> None:
+    """With as many channels as rows, (8 channels, 8 rows, 16 columns) could be 8 rows of 8 columns with 16 channels."""
+    model = nn.Sequential(nn.Conv2d(3, channels, 3, (2, 1), 1), nn.Mish(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4))
+    cam = attrreg.GradCAM(layer).attribute(model.eval(), torch.rand(2, 3, 16, 16), target=TARGET)
+    assert cam.shape == (2, 1, 8, 16)
 
 
 def test_tokens_of_mask_units_are_no_map() -> None:
