@@ -1,9 +1,9 @@
-"""Convolutions of passes that are differentiated once: the faster ones, with PyTorch's values, and nothing left behind."""
+"""Passes that are differentiated once: their faster operators have PyTorch's values, and leave nothing behind."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from attrreg import ActivationDifference, GradCAM, baselines
 from attrreg.ops import Phase, conv, once, operators
 from tests.models import assert_close, batch, gradients
+from tests.test_linear import always_onednn, needs_onednn
 
 pytestmark = pytest.mark.cpu
 
@@ -110,6 +111,42 @@ def test_gradients_are_pytorchs(reg: Any, dtype: torch.dtype, attached: bool, ch
     assert_close(got, want, TOLERANCE[dtype])
     assert ours.count((8, 1, 5, 5)) > none.count((8, 1, 5, 5))
     assert ours.count((4, 8, 1, 1)) > none.count((4, 8, 1, 1))
+
+
+class Perceptron(nn.Module):
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.stem, self.body, self.head = (
+            nn.Conv2d(3, 8, 4, 4),
+            nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)),
+            nn.Linear(8, 5),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.stem(x).flatten(2).transpose(1, 2)
+        tokens = checkpoint(self.body, tokens, use_reentrant=False) if self.checkpointed else self.body(tokens)
+        logits: Tensor = self.head(tokens.mean(1))
+        return logits
+
+
+@needs_onednn
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("reg", [ActivationDifference(fill=baselines.Zero()), GradCAM(layer="body.2")], ids=["difference", "map"])
+def test_linear_layers_are_onednns_where_mkl_is_slow(reg: Any, attached: bool, checkpointed: bool) -> None:
+    model, (x, mask, target) = Perceptron(checkpointed), batch()
+
+    def step() -> list[Tensor]:
+        with reg.attach(model) if attached else nullcontext():
+            return gradients(model, F.cross_entropy(model(x), target) + reg(model, x, mask, target=target))
+
+    with always_onednn() as ours:
+        got = step()
+    with always_onednn() as none, pytorch_alone():
+        want = step()
+    assert_close(got, want, 1e-5)
+    assert (len(ours) > len(none)) == (not checkpointed)  # a checkpointed block keeps PyTorch's
 
 
 def test_layers_that_would_gain_nothing_keep_pytorchs_convolution() -> None:

@@ -1,4 +1,4 @@
-"""The operators of a pass: faster convolutions where it is differentiated once, and then those that can be differentiated twice."""
+"""The operators of a pass: a few faster ones where it is differentiated once, and then those that can be differentiated twice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from attrreg.ops import conv, depthwise, pointwise
+from attrreg.ops import conv, depthwise, linear, pointwise
 from attrreg.ops.modes import take_off, twice_differentiable
 from attrreg.ops.phase import Phase
 from attrreg.ops.process import checkpoints_recompute_inside, transformed
@@ -19,7 +19,7 @@ from attrreg.walk import modules
 
 @contextmanager
 def operators(model: nn.Module, phase: Phase, twice: bool, at_once: bool) -> Iterator[Callable[[], None]]:
-    """Run a model with faster convolutions where it is differentiated once, and with twice differentiable operators where twice.
+    """Run a model with faster operators where it is differentiated once, and with twice differentiable ones where twice.
 
     Args:
         model: the model.
@@ -51,15 +51,19 @@ class _Faster(TorchFunctionMode):
     ) -> Any:
         if func is F.conv2d and not transformed():
             return conv.convolve_if_faster(self._phase, *args, **(kwargs or {}))
+        if func is F.linear and not transformed():
+            return linear.linear(self._phase, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 def _may_gain(layer: nn.Module) -> bool:
-    if not isinstance(layer, nn.Conv2d):
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
         return False
     weight = layer._parameters.get("weight")  # not the attribute: where that is computed, to ask for it may change buffers
     if weight is None or weight.device.type != "cpu":
         return False
+    if isinstance(layer, nn.Linear):
+        return linear.MKL_IS_SLOW
     if layer.groups == 1:  # a bias tells squeeze-and-excitation from what batch normalisation follows
         return layer.kernel_size == (1, 1) and layer._parameters.get("bias") is not None
     return layer.groups == layer.in_channels and min(layer.kernel_size) >= depthwise.WIDE_KERNEL
@@ -67,13 +71,14 @@ def _may_gain(layer: nn.Module) -> bool:
 
 def _gains(layer: nn.Module, args: tuple[Any, ...]) -> bool:
     """Whether a layer that may gain does on these images: a 1x1 convolution only at few positions, as in squeeze-and-excitation."""
-    assert isinstance(layer, nn.Conv2d)
-    return layer.groups != 1 or (bool(args) and isinstance(args[0], Tensor) and args[0].shape[-2:].numel() <= pointwise.FEW_POSITIONS)
+    if not isinstance(layer, nn.Conv2d) or layer.groups != 1:
+        return True
+    return bool(args) and isinstance(args[0], Tensor) and args[0].shape[-2:].numel() <= pointwise.FEW_POSITIONS
 
 
 @contextmanager
 def _faster(model: nn.Module, phase: Phase) -> Iterator[Callable[[], None]]:
-    """Compute convolutions faster until what this yields is called, or the first checkpointed block starts.
+    """Compute some layers faster until what this yields is called, or the first checkpointed block starts.
 
     Such a block is recomputed when all this is over, and has to compute the same then. The mode is on inside layers that may gain and
     nowhere else: PyTorch calls a mode for every operation, which costs a few percent of a pass of small layers.
