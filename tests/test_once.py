@@ -117,11 +117,9 @@ class Perceptron(nn.Module):
     def __init__(self, checkpointed: bool) -> None:
         super().__init__()
         self.checkpointed = checkpointed
-        self.stem, self.body, self.head = (
-            nn.Conv2d(3, 8, 4, 4),
-            nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)),
-            nn.Linear(8, 5),
-        )
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.stem(x).flatten(2).transpose(1, 2)
