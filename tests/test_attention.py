@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -133,20 +134,80 @@ def test_attributions_through_attention(name: str) -> None:
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
 
 
+@contextmanager
+def kept_sizes() -> Iterator[list[int]]:
+    """How many numbers each tensor has that is saved for a backward."""
+    sizes: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield sizes
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize("tokens", [5, 24, 25, 60])
 def test_what_attention_saves_grows_with_tokens_only(tokens: int) -> None:
-    saved: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
     q = torch.randn(2, 3, tokens, 6, requires_grad=True)
-    with twice_differentiable(Phase()), torch.autograd.graph.saved_tensors_hooks(keep, keep):
+    with kept_sizes() as saved, twice_differentiable(Phase()):
         torch.autograd.grad(F.scaled_dot_product_attention(q, q, q).sum(), q, create_graph=True)
     most = 1 if tokens > 4 * 6 else max(1, tokens / 6)
-    assert max(tensor.numel() for tensor in saved) == most * q.numel()
+    assert max(saved) == most * q.numel()
+
+
+MULTI_HEAD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "without weights": ({}, {"need_weights": False}),
+    "tokens first": ({"batch_first": False}, {"need_weights": False}),
+    "without biases": ({"bias": False}, {"need_weights": False}),
+    "a learnt key": ({"add_bias_kv": True}, {"need_weights": False}),
+    "a key of zeros": ({"add_zero_attn": True}, {"need_weights": False}),
+    "padded keys": ({}, {"need_weights": False, "key_padding_mask": torch.arange(5).expand(5, 5) > 2}),
+    "causal": ({}, {"need_weights": False, "is_causal": True, "attn_mask": torch.ones(5, 5).triu(1) > 0}),
+}
+
+
+@pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize("itself", [False, True], ids=["of others", "of itself"])
+@pytest.mark.parametrize("name", MULTI_HEAD)
+def test_multi_head_attention_equals_the_math_path(name: str, itself: bool) -> None:
+    made, settings = MULTI_HEAD[name]
+    layer = nn.MultiheadAttention(6, 2, dtype=torch.float64, **{"batch_first": True, **made})
+    inputs = [torch.randn(5, 5, 6, dtype=torch.float64, requires_grad=True) for _ in range(1 if itself else 3)]
+
+    def function(*_: Tensor) -> Tensor:
+        o, weights = layer(*(inputs * 3 if itself else inputs), **settings)
+        result: Tensor = o if weights is None else o.sum(-1, keepdim=True) + weights  # (N, L, 1) and (N, L, S)
+        return result
+
+    check(function, [*inputs, *layer.parameters()], 1e-10, sdpa_kernel(SDPBackend.MATH))
+
+
+@pytest.mark.cpu
+def test_what_multi_head_attention_saves_grows_with_tokens_only() -> None:
+    layer, x = nn.MultiheadAttention(6, 3), torch.randn(60, 2, 6, requires_grad=True)
+    with kept_sizes() as saved, twice_differentiable(Phase()):
+        torch.autograd.grad(layer(x, x, x, need_weights=False)[0].sum(), x, create_graph=True)
+    assert max(saved) == 3 * x.numel()
+
+
+class Own(Tensor):
+    """A type of tensors that has a multi-head attention of its own."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.multi_head_attention_forward:
+            return "its own", None
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.cpu
+def test_a_type_with_a_multi_head_attention_of_its_own_keeps_it() -> None:
+    layer, x = nn.MultiheadAttention(6, 3), torch.randn(5, 2, 6).as_subclass(Own)
+    with twice_differentiable(Phase()):
+        assert layer(x, x, x)[0] == "its own"
 
 
 @pytest.mark.cpu

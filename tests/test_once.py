@@ -147,6 +147,16 @@ def test_linear_layers_are_onednns_where_mkl_is_slow(reg: Any, attached: bool, c
     assert (len(ours) > len(none)) == (not checkpointed)  # a checkpointed block keeps PyTorch's
 
 
+@needs_onednn
+def test_multi_head_attention_is_of_onednns_products_where_mkl_is_slow() -> None:
+    layer, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 5, 8)
+    with always_onednn() as ours, operators(layer, Phase(), False, False):
+        got = layer(x, x, x)[0]
+        assert not _get_current_function_mode_stack()
+    assert len(ours) == 2  # the projections into it and out of it
+    torch.testing.assert_close(got, layer(x, x, x)[0])
+
+
 def test_layers_that_would_gain_nothing_keep_pytorchs_convolution() -> None:
     layers = [
         nn.Conv2d(8, 8, 3, padding=1, groups=8),  # PyTorch's weight gradients are fast

@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn.attention import SDPBackend
+from torch.overrides import TorchFunctionMode
 
 from attrreg.ops.linear import PLAIN
 from attrreg.ops.phase import Phase, once_differentiable, wanted
@@ -260,3 +262,20 @@ def attention(
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     result: Tensor = _Attention.apply(query, key, value, attn_mask, scale, order, phase)
     return result
+
+
+def _opened(function: Any) -> Any:
+    """A Python function of PyTorch's without its first step, which shows a mode the whole call, and then nothing that it consists of."""
+    names = {**function.__globals__, "has_torch_function": lambda tensors: False}
+    return FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+
+
+_MULTI_HEAD = _opened(F.multi_head_attention_forward)
+
+
+def multi_head(mode: TorchFunctionMode, *args: Any, **settings: Any) -> Any:
+    """`F.multi_head_attention_forward`, whose parts a mode sees, its linear layers and attention among them."""
+    if any(isinstance(value, Tensor) and type(value) not in PLAIN for value in (*args, *settings.values())):
+        return F.multi_head_attention_forward(*args, **settings)  # such a type may have a function of its own
+    with mode:
+        return _MULTI_HEAD(*args, **settings)

@@ -24,10 +24,10 @@ def _drawn(function: Callable[..., Tensor], phase: Phase, *args: Any, **kwargs: 
     return draws.KNOWN[function](phase.draws, function, *args, **kwargs)
 
 
-def _attention_by_math(*args: Any, **settings: Any) -> Any:
-    """`F.multi_head_attention_forward` by PyTorch's math path, whatever kernels the model has chosen meanwhile: no mode sees inside."""
+def _multi_head(phase: Phase, *args: Any, **settings: Any) -> Any:
+    """`F.multi_head_attention_forward`; what ours leave of it by PyTorch's math path, whatever kernels the model has chosen meanwhile."""
     with attention_by(BY_MATH):
-        return F.multi_head_attention_forward(*args, **settings)
+        return attention.multi_head(_Replace(phase), *args, **settings)
 
 
 # Replacements with the arguments of the function that they replace; those in WITH_PHASE take the phase of the pass before them.
@@ -42,7 +42,6 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.silu: partial(activation.smooth, kind=activation.SILU),
     F.gelu: activation.gelu,
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), concatenate.concatenate),
-    F.multi_head_attention_forward: _attention_by_math,
     F.max_pool2d: pool.max_pool2d,
     **dict.fromkeys((torch.norm, Tensor.norm), distance.norm),
     torch.linalg.norm: distance.linalg_norm,
@@ -60,6 +59,7 @@ WITH_PHASE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.conv_transpose3d: partial(conv.convolve_transposed, axes=3),
     F.linear: linear.linear,
     F.scaled_dot_product_attention: attention.attention,
+    F.multi_head_attention_forward: _multi_head,
     F.batch_norm: batch_norm.batch_norm,
     F.layer_norm: norm.layer_norm,
     F.group_norm: norm.group_norm,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from attrreg.ops import conv, depthwise, linear, pointwise
+from attrreg.ops import attention, conv, depthwise, linear, pointwise
 from attrreg.ops.modes import take_off, twice_differentiable
 from attrreg.ops.phase import Phase
 from attrreg.ops.process import checkpoints_recompute_inside, transformed
@@ -53,10 +53,14 @@ class _Faster(TorchFunctionMode):
             return conv.convolve_if_faster(self._phase, *args, **(kwargs or {}))
         if func is F.linear and not transformed():
             return linear.linear(self._phase, *args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward and not transformed():
+            return attention.multi_head(self, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 def _may_gain(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.MultiheadAttention):
+        layer = layer.out_proj
     if not isinstance(layer, (nn.Conv2d, nn.Linear)):
         return False
     weight = layer._parameters.get("weight")  # not the attribute: where that is computed, to ask for it may change buffers
