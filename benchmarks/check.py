@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-import timm
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from attrreg.bench import report
+from attrreg.bench import cases, report
 from attrreg.bench import strategies as ways
 from attrreg.bench.measure import Cost
 from attrreg.bench.run import Record, ratios
@@ -167,7 +166,7 @@ def _least(text: str, values: dict[str, float], bound: float) -> Promise:
 @cache
 def _has_depthwise(name: str) -> bool:
     with torch.device("meta"):  # weights take long to make
-        model = timm.create_model(name)
+        model = cases.create(name)
     return any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels and m.groups > 1 for m in model.modules())
 
 

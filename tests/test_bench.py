@@ -15,6 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
+import attrreg
+from attrreg.baselines import Zero
 from attrreg.bench import measure, report, run, strategies
 from attrreg.bench.cases import Case, build
 from attrreg.bench.measure import Cost, Step
@@ -27,7 +29,7 @@ from tests.models import assert_close
 pytestmark = pytest.mark.cpu
 
 CPU = torch.device("cpu")
-MODELS = ["test_resnet", "test_vit", "test_efficientnet", "mobilenetv3_small_050"]
+MODELS = ["test_resnet", "test_vit", "test_efficientnet", "mobilenetv3_small_050", "torchvision/shufflenet_v2_x0_5"]
 
 
 def gradients_by_way(case: Case, penalty: str) -> dict[str, list[torch.Tensor]]:
@@ -44,6 +46,15 @@ def gradients_by_way(case: Case, penalty: str) -> dict[str, list[torch.Tensor]]:
         found[strategy.name] = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
         model.zero_grad(set_to_none=True)
     return found
+
+
+@pytest.mark.parametrize("name", ["resnet18", "torchvision/squeezenet1_1", "torchvision/vit_b_32"])
+def test_todays_activation_difference_is_of_the_features_that_ours_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = build(name, batch=2, size=64, device=CPU)
+    case.model.eval()  # no draws
+    monkeypatch.setattr(strategies, "Shuffle", Zero)
+    ours = attrreg.ActivationDifference(fill=Zero())(case.model, case.x, case.mask, case.y)
+    torch.testing.assert_close(strategies._activation_difference(case), ours)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -286,10 +297,14 @@ def test_a_path_of_many_images_is_measured_on_fewer() -> None:
     assert "batches of 64 images" in (text := report.markdown(replace(record, plan=plan))) and "of batches of 16" in text
 
 
+@pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
 @pytest.mark.parametrize(
     ("models", "size", "curves", "cause"),
     [
-        (("test_resnet", "no_such_model"), 64, True, r"timm has no model 'no_such_model'\. Choose one of timm\.list_models\(\)\.$"),
+        (("test_resnet", "no_such_model"), 64, True, r"There is no model 'no_such_model'\. Choose one of timm\.list_models\(\), or after "),
+        (("test_resnet", "torchvision/no_such_model"), 64, True, "There is no model 'torchvision/no_such_model'"),
+        (("test_resnet", "vit_b_16"), 64, True, r"timm has no model 'vit_b_16', but torchvision has\. Write torchvision/vit_b_16\.$"),
+        (("test_resnet", "torchvision/googlenet"), 64, True, "torchvision/googlenet returns a GoogLeNetOutputs and not logits alone"),
         (("test_resnet", "test_vit"), 8, False, "test_vit does not run on 2 images of 8 pixels"),
         (("inception_v4",), 96, True, r"inception_v4 .* 2 images of 32 pixels: .*Try another --size or --batch\. .* --no-curves leaves"),
     ],
@@ -299,7 +314,8 @@ def test_models_that_do_not_run_are_refused_before_others_are_measured(
 ) -> None:
     plan = run.Plan(models, (strategies.GRAD_CAM,), 2, size, 1, 0, curves, "cpu", None)
     record, notes = run.Record.of(plan), []
-    with pytest.raises(LookupError if "no_such_model" in models else ValueError, match=cause):
+    unknown = any("no_such_model" in name or name == "vit_b_16" for name in models)
+    with pytest.raises(LookupError if unknown else ValueError, match=cause):
         run.measure(plan, record, lambda doing, part: notes.append(doing))
     assert not record.costs and not notes
 

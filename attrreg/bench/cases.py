@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 
 CLASSES = 10
+TORCHVISION = "torchvision/"  # before the names of its models
 MODELS = (
     "resnet18",
     "resnet50",
@@ -54,10 +56,10 @@ class Case:
 
 
 def build(name: str, batch: int, size: int, device: torch.device, autocast: torch.dtype | None = None, channels_last: bool = False) -> Case:
-    """A timm model with random weights, in train mode, and random images, of which the upper left quarter is relevant.
+    """A model with random weights, in train mode, and random images, of which the upper left quarter is relevant.
 
     Args:
-        name: timm's.
+        name: timm's, or torchvision's after `torchvision/`.
         batch: images.
         size: of an image, in pixels a side.
         device: where to.
@@ -66,11 +68,11 @@ def build(name: str, batch: int, size: int, device: torch.device, autocast: torc
 
     Raises:
         LookupError: there is no such model.
-        ValueError: it does not take images of this size.
+        ValueError: it does not take images of this size, or returns more than logits.
     """
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = _create(name, size).to(device).train().to(memory_format=layout)
+    model = create(name, size).to(device).train().to(memory_format=layout)
     # Zero-initialised layers off zero: otherwise there is less to compute.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -81,19 +83,35 @@ def build(name: str, batch: int, size: int, device: torch.device, autocast: torc
     case = Case(name, model, x, torch.arange(batch, device=device) % CLASSES, mask.to(device), autocast)
     try:
         with torch.no_grad():
-            model(x)
+            returned = model(x)
     except Exception as error:  # a size that does not fit fails in as many ways as there are models
         said = str(error).rstrip(". ")
         raise ValueError(f"{name} does not run on {batch} images of {size} pixels: {said}. Try another --size or --batch.") from error
+    if not isinstance(returned, Tensor):
+        raise ValueError(f"{name} returns a {type(returned).__name__} and not logits alone, which cannot be measured here. Take another.")
     return case
 
 
-def _create(name: str, size: int) -> nn.Module:
-    if not timm.is_model(name.split(".")[0]):  # what follows names pretrained weights
-        raise LookupError(f"timm has no model {name!r}. Choose one of timm.list_models().")
+def create(name: str, size: int = 224) -> nn.Module:
+    """The model alone, in one size where it does not take any.
+
+    Raises:
+        LookupError: there is no such model.
+    """
+    known = torchvision.models.list_models(module=torchvision.models)
+    own = name.removeprefix(TORCHVISION)
+    if name.startswith(TORCHVISION):
+        there, make, sized = own in known, torchvision.models.get_model, {"image_size": size}
+    else:  # what follows a dot names pretrained weights
+        there, make, sized = timm.is_model(name.split(".")[0]), timm.create_model, {"img_size": size}
+    if not there and name in known:
+        raise LookupError(f"timm has no model {name!r}, but torchvision has. Write {TORCHVISION}{name}.")
+    if not there:
+        choices = f"timm.list_models(), or after {TORCHVISION} one of torchvision.models.list_models()"
+        raise LookupError(f"There is no model {name!r}. Choose one of {choices}.")
     try:
-        model = timm.create_model(name, num_classes=CLASSES, img_size=size)
+        model = make(own, num_classes=CLASSES, **sized)
     except (TypeError, AssertionError):  # most models take any size and have no such setting
-        model = timm.create_model(name, num_classes=CLASSES)
+        model = make(own, num_classes=CLASSES)
     assert isinstance(model, nn.Module)
     return model

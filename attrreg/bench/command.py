@@ -16,7 +16,7 @@ NEEDED = ("matplotlib", "rich")
 
 
 def bench(
-    model: Annotated[list[str] | None, typer.Option(help="timm models; again for each. Default: nine of different kinds.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="timm's, or torchvision/NAME; again for each. Default: nine.")] = None,
     penalty: Annotated[list[str] | None, typer.Option(help="Penalties by name; again for each. Default: all.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 16,
     size: Annotated[int, typer.Option(min=16, help="Pixels a side.")] = 64,

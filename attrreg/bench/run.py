@@ -26,7 +26,7 @@ class Plan:
     """What to measure.
 
     Attributes:
-        models: timm's names.
+        models: names, as `cases.build` takes them.
         penalties: of `strategies.PENALTIES`.
         batch, size: of the images.
         rounds, warmup: see `measure.costs`; the path method, ten times as slow, gets a third of the rounds.

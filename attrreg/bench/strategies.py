@@ -234,12 +234,23 @@ def _captum_grad_cam(layer: str) -> Loss:
 
 
 def _activation_difference(case: Case) -> Tensor:
-    model: Any = case.model
     masked = Shuffle()(case.x, case.mask[:, None].float(), torch.Generator(case.device).manual_seed(0))
     masked = torch.where(case.mask[:, None], case.x, masked)
-    clean, other = (model.forward_head(model.forward_features(x), pre_logits=True) for x in (case.x, masked))
+    clean, other = (_features(case.model, x) for x in (case.x, masked))
     distance: Tensor = (clean - other).flatten(1).norm(dim=1).mean()
     return distance
+
+
+def _features(model: Any, x: Tensor) -> Tensor:
+    """What enters the classifier."""
+    entered: list[Tensor] = []
+    if hasattr(model, "forward_head"):  # timm's
+        entered.append(model.forward_head(model.forward_features(x), pre_logits=True))
+    else:
+        classifier = [layer for layer in model.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))][-1]
+        with classifier.register_forward_pre_hook(lambda layer, args: entered.append(args[0])):
+            model(x)
+    return entered[0]
 
 
 def _integrated_gradients(steps: int) -> Loss:
