@@ -10,6 +10,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -165,7 +166,8 @@ def _least(text: str, values: dict[str, float], bound: float) -> Promise:
 
 @cache
 def _has_depthwise(name: str) -> bool:
-    with torch.device("meta"):  # weights take long to make
+    # Weights take long to make; but torchvision computes widths by tensors.
+    with nullcontext() if name.startswith(cases.TORCHVISION) else torch.device("meta"):
         model = cases.create(name)
     return any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels and m.groups > 1 for m in model.modules())
 

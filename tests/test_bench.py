@@ -282,6 +282,14 @@ def test_a_gpu_has_promises_of_its_own() -> None:
     assert all(promise.kept for promise in check.promises(on_cuda))
 
 
+@pytest.mark.parametrize(
+    ("name", "has"),
+    [("mobilenetv2_100", True), ("regnety_002", False), ("torchvision/mnasnet0_5", True), ("torchvision/regnet_y_400mf", False)],
+)
+def test_which_models_have_depthwise_convolutions(name: str, has: bool) -> None:
+    assert check._has_depthwise(name) == has
+
+
 def test_what_an_interrupted_run_lacks_is_named() -> None:
     record = record_with(2.1, 2.0)
     assert "Not measured" not in report.markdown(record)
