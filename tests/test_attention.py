@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -191,6 +192,21 @@ def test_what_multi_head_attention_saves_grows_with_tokens_only() -> None:
     with kept_sizes() as saved, twice_differentiable(Phase()):
         torch.autograd.grad(layer(x, x, x, need_weights=False)[0].sum(), x, create_graph=True)
     assert max(saved) == 3 * x.numel()
+
+
+@pytest.mark.cpu
+def test_a_multi_head_attention_that_is_not_pytorchs_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    @wraps(F.multi_head_attention_forward)
+    def of_a_program(*args: Any, **settings: Any) -> Any:
+        return F.multi_head_attention_forward(*args, **settings)
+
+    opened: Any = attention._opened
+    assert opened(F.multi_head_attention_forward) is not None and opened(of_a_program) is opened(print) is None
+    monkeypatch.setattr(attention, "_MULTI_HEAD", None)
+    layer, x = nn.MultiheadAttention(6, 3), torch.randn(5, 2, 6)
+    want = layer(x, x, x)
+    with twice_differentiable(Phase()):
+        torch.testing.assert_close(layer(x, x, x), want)
 
 
 class Own(Tensor):

@@ -265,8 +265,14 @@ def attention(
 
 
 def _opened(function: Any) -> Any:
-    """A Python function of PyTorch's without its first step, which shows a mode the whole call, and then nothing that it consists of."""
-    names = {**function.__globals__, "has_torch_function": lambda tensors: False}
+    """A Python function of PyTorch's without its first step, which shows a mode the whole call, and then nothing that it consists of.
+
+    None: it has no such step, as where a program has put a function of its own in its place.
+    """
+    asks = "has_torch_function"
+    if asks not in getattr(getattr(function, "__code__", None), "co_names", ()):
+        return None
+    names = {**function.__globals__, asks: lambda tensors: False}
     return FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
 
 
@@ -275,7 +281,8 @@ _MULTI_HEAD = _opened(F.multi_head_attention_forward)
 
 def multi_head(mode: TorchFunctionMode, *args: Any, **settings: Any) -> Any:
     """`F.multi_head_attention_forward`, whose parts a mode sees, its linear layers and attention among them."""
-    if any(isinstance(value, Tensor) and type(value) not in PLAIN for value in (*args, *settings.values())):
-        return F.multi_head_attention_forward(*args, **settings)  # such a type may have a function of its own
+    special = any(isinstance(value, Tensor) and type(value) not in PLAIN for value in (*args, *settings.values()))
+    if special or _MULTI_HEAD is None:  # such a type may have a function of its own
+        return F.multi_head_attention_forward(*args, **settings)
     with mode:
         return _MULTI_HEAD(*args, **settings)
