@@ -243,13 +243,13 @@ def _activation_difference(case: Case) -> Tensor:
 
 def _features(model: Any, x: Tensor) -> Tensor:
     """What enters the classifier."""
-    entered: list[Tensor] = []
     if hasattr(model, "forward_head"):  # timm's
-        entered.append(model.forward_head(model.forward_features(x), pre_logits=True))
-    else:
-        classifier = [layer for layer in model.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))][-1]
-        with classifier.register_forward_pre_hook(lambda layer, args: entered.append(args[0])):
-            model(x)
+        features: Tensor = model.forward_head(model.forward_features(x), pre_logits=True)
+        return features
+    entered: list[Tensor] = []
+    classifier = [layer for layer in model.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))][-1]
+    with classifier.register_forward_pre_hook(lambda layer, args: entered.append(args[0])):
+        model(x)
     return entered[0]
 
 

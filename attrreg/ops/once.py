@@ -49,13 +49,20 @@ class _Faster(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.conv2d and not transformed():
-            return conv.convolve_if_faster(self._phase, *args, **(kwargs or {}))
-        if func is F.linear and not transformed():
-            return linear.linear(self._phase, *args, **(kwargs or {}))
-        if func is F.multi_head_attention_forward and not transformed():
-            return attention.multi_head(self, *args, **(kwargs or {}))
+        if func in FASTER and not transformed():
+            return FASTER[func](self._phase, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _multi_head(phase: Phase, *args: Any, **settings: Any) -> Any:
+    return attention.multi_head(_Faster(phase), *args, **settings)
+
+
+FASTER: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.conv2d: conv.convolve_if_faster,
+    F.linear: linear.linear,
+    F.multi_head_attention_forward: _multi_head,
+}
 
 
 def _may_gain(layer: nn.Module) -> bool:
