@@ -213,11 +213,11 @@ def suspended(model: nn.Module, as_users_forward: bool = False) -> Iterator[None
     A pass that stands in for the loop's forward (`as_users_forward`) also drops what was recorded, as that forward would.
     """
     found = [attachment for module in modules(model) if (attachment := attached(module)) is not None and not attachment.suspended]
-    for attachment in found:
-        attachment.suspended = True
-        if as_users_forward:
-            attachment._discard()
     try:
+        for attachment in found:
+            attachment.suspended = True
+            if as_users_forward:
+                attachment._discard()
         yield
     finally:
         for attachment in found:

@@ -70,8 +70,8 @@ class Differences:
         self._taken.append(Taken(recording.x, score, self._runner.chosen(recording, score), places, list(leaves.values()), replay))
         return [leaves[name] for name in names]
 
-    def differentiated(self, total: Tensor) -> Tensor:
-        """The penalty with its gradient through the leaves.
+    def differentiated(self, total: Tensor, images: Tensor) -> Tensor:
+        """The penalty with its gradient through the leaves; `images`: the whole batch, which is nothing that a penalty trains.
 
         Raises:
             RuntimeError: it reaches no trainable parameter.
@@ -82,7 +82,7 @@ class Differences:
         found = iter(torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True, materialize_grads=True))
         for taken in self._taken:
             slope = self._slope(taken, [next(found) for _ in taken.leaves])
-            if not any(leaf is not self._runner.call.x for leaf in trainable_leaves(slope)):
+            if not any(leaf is not images for leaf in trainable_leaves(slope)):
                 raise RuntimeError(
                     f"{taken.score!r} has no path to any trainable parameter, so its term could train nothing. Unfreeze some."
                 )

@@ -1,4 +1,4 @@
-"""Attributions, objectives and baselines of the user's own: what they return is checked, and also that they write into nothing."""
+"""Attributions, objectives and baselines of the user's own: that they write into nothing is checked, and what the first two return."""
 
 from __future__ import annotations
 

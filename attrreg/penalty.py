@@ -121,7 +121,7 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
             wide = per_image.to(masks.penalty_dtype(per_image.dtype))
             parts[term.name] = term.weight * trace.annotation.mean(wide, term.reduction)
         first, *_ = parts.values()
-        total = trace.differentiated(torch.stack([part.to(first.dtype) for part in parts.values()]).sum())
+        total = trace.differentiated(torch.stack([part.to(first.dtype) for part in parts.values()]).sum(), images)
         distributed.prepare_backward(call.entry, total, engine.twice and any(isinstance(need, Grad) for need in needs))
         trace.commit()
     return Penalty(total, {name: part.detach() for name, part in parts.items()}, trace.output if as_users_forward else None)

@@ -165,7 +165,7 @@ class Runner:
         given = [part for part in (value, self.call.target) if part is not None]
         before, start = list(map(version, given)), Rng.of(value.device) if _runs_own(score) else None
         with full_precision(value.device):
-            per_image = self._placewise(score, value, self.call.target)
+            per_image = self._placewise(score, value)
         self.drew |= start is not None and not Rng.of(value.device).same(start)
         if list(map(version, given)) != before:
             raise ValueError(f"{score!r} writes into the value or the target that it is given, which others read too. Write into a copy.")
@@ -176,8 +176,9 @@ class Runner:
             )
         return per_image
 
-    def _placewise(self, score: Score, value: Tensor, target: Tensor | None) -> Tensor:
+    def _placewise(self, score: Score, value: Tensor) -> Tensor:
         """The scores of each place by itself: a score that draws draws for an image, whatever its place."""
+        target = self.call.target
         if self.places == 1:
             return score(value, target)
         values = value.unflatten(0, (-1, self.places)).unbind(1)

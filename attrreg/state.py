@@ -49,15 +49,13 @@ def drawn_seed(generator: torch.Generator | None) -> int:
     return int(torch.randint(2**62, (), generator=generator, device=device))
 
 
-Moment = Mapping[tuple[int, str], Tensor]  # what buffers held, by the id of their module and by name
+Moment = Mapping[tuple[nn.Module, str], Tensor]  # what buffers held, by their module and name
 NOW: Moment = MappingProxyType({})
 
 
 def moment_of(model: nn.Module) -> Moment:
     """What a model's buffers hold now, for a pass to be run later as it would have run now."""
-    return {
-        (id(module), name): buffer.clone() for module in modules(model) for name, buffer in module._buffers.items() if buffer is not None
-    }
+    return {(module, name): buffer.clone() for module in modules(model) for name, buffer in module._buffers.items() if buffer is not None}
 
 
 class Buffers:
@@ -77,7 +75,7 @@ class Buffers:
         for module, buffers in self._originals:
             for name, buffer in buffers.items():
                 if buffer is not None and id(buffer) not in self._copies:
-                    self._copies[id(buffer)] = moment.get((id(module), name), buffer).clone()
+                    self._copies[id(buffer)] = moment.get((module, name), buffer).clone()
         self._left: list[tuple[nn.Module, dict[str, Tensor | None], dict[str, Tensor | None]]] = []
 
     def stand_in(self) -> None:

@@ -266,13 +266,13 @@ class Trace:
             return self._differences.leaves(recording, score, wanted, replay)
         return self._runner.backward(recording, score, wanted, self._runner.twice)
 
-    def differentiated(self, total: Tensor) -> Tensor:
-        """The penalty with the gradients that the engine gives it.
+    def differentiated(self, total: Tensor, images: Tensor) -> Tensor:
+        """The penalty with the gradients that the engine gives it; `images`: the whole batch.
 
         Raises:
             RuntimeError: they reach no trainable parameter.
         """
-        return total if self._differences is None else self._differences.differentiated(total)
+        return total if self._differences is None else self._differences.differentiated(total, images)
 
     def _ascend(self, point: Ascent, replay: Rng) -> Tensor:
         runner = Runner(self.call, twice=False)

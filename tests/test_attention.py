@@ -202,11 +202,20 @@ def test_a_multi_head_attention_that_is_not_pytorchs_is_left_alone(monkeypatch: 
 
     opened: Any = attention._opened
     assert opened(F.multi_head_attention_forward) is not None and opened(of_a_program) is opened(print) is None
-    monkeypatch.setattr(attention, "_MULTI_HEAD", None)
+    monkeypatch.setattr(attention, "MULTI_HEAD", of_a_program)
     layer, x = nn.MultiheadAttention(6, 3), torch.randn(5, 2, 6)
     want = layer(x, x, x)
     with twice_differentiable(Phase()):
         torch.testing.assert_close(layer(x, x, x), want)
+
+
+@pytest.mark.cpu
+def test_an_attention_that_a_program_puts_in_its_place_later_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, pytorchs = nn.MultiheadAttention(6, 3), torch.randn(5, 2, 6), F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **settings: 2 * pytorchs(*args, **settings))
+    want = layer(x, x, x, need_weights=False)[0]
+    with twice_differentiable(Phase()):
+        torch.testing.assert_close(layer(x, x, x, need_weights=False)[0], want)
 
 
 class Own(Tensor):

@@ -39,10 +39,11 @@ def test_a_parameter_that_nothing_reads(regularizer: attrreg.AttributionRegulari
     model, regularizer = SmoothNet().double().requires_grad_(False), regularizer.using(engine)
     model.unused = nn.Parameter(torch.zeros((), dtype=torch.float64))
     for images in (x, x.clone().requires_grad_()):  # images that are trained are no parameters
-        with regularizer.attach(model) if attached else nullcontext():
-            model(images)
-            with pytest.raises(RuntimeError, match=r"no path to any trainable parameter, so .*Unfreeze"):
-                regularizer(model, images, mask, target)
+        for annotated in (None, torch.arange(N) > 0):  # nor are a part of them, where others need no pass
+            with regularizer.attach(model) if attached else nullcontext():
+                model(images)
+                with pytest.raises(RuntimeError, match=r"no path to any trainable parameter, so .*Unfreeze"):
+                    regularizer(model, images, mask, target, annotated=annotated)
     brightness = torch.ones((), dtype=torch.float64, requires_grad=True)  # what made the images can be trained
     regularizer(model, x * brightness, mask, target).backward()
     assert brightness.grad is not None and brightness.grad.isfinite() and brightness.grad != 0

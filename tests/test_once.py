@@ -230,6 +230,23 @@ def test_a_layer_that_fails_leaves_nothing(attached: bool) -> None:
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
 
 
+def test_a_layer_whose_failure_the_model_catches_leaves_nothing_either() -> None:
+    class Tries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Fails(4, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with pytest.raises(ArithmeticError):
+                self.inner(x)
+            assert not _get_current_function_mode_stack()  # what follows is PyTorch's
+            return x
+
+    model = Tries()
+    with operators(model, Phase(), False, False):
+        model(torch.randn(2, 4, 1, 1))
+
+
 def test_layers_inside_layers() -> None:
     class Adapted(nn.Conv2d):
         def __init__(self) -> None:

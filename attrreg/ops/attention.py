@@ -276,13 +276,14 @@ def _opened(function: Any) -> Any:
     return FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
 
 
-_MULTI_HEAD = _opened(F.multi_head_attention_forward)
+MULTI_HEAD = F.multi_head_attention_forward  # as it is where a mode is shown it, whatever a program puts in its place later
 
 
 def multi_head(mode: TorchFunctionMode, *args: Any, **settings: Any) -> Any:
     """`F.multi_head_attention_forward`, whose parts a mode sees, its linear layers and attention among them."""
     special = any(isinstance(value, Tensor) and type(value) not in PLAIN for value in (*args, *settings.values()))
-    if special or _MULTI_HEAD is None:  # such a type may have a function of its own
-        return F.multi_head_attention_forward(*args, **settings)
+    opened = None if special else _opened(MULTI_HEAD)  # each time anew: a program may have replaced what it calls meanwhile
+    if opened is None:  # such a type may have a function of its own
+        return MULTI_HEAD(*args, **settings)
     with mode:
-        return _MULTI_HEAD(*args, **settings)
+        return opened(*args, **settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -27,11 +27,17 @@ def _drawn(function: Callable[..., Tensor], phase: Phase, *args: Any, **kwargs: 
 def _multi_head(phase: Phase, *args: Any, **settings: Any) -> Any:
     """`F.multi_head_attention_forward`; what ours leave of it by PyTorch's math path, whatever kernels the model has chosen meanwhile."""
     with attention_by(BY_MATH):
-        return attention.multi_head(_Replace(phase), *args, **settings)
+        return attention.multi_head(Replace(TWICE, phase), *args, **settings)
 
 
-# Replacements with the arguments of the function that they replace; those in WITH_PHASE take the phase of the pass before them.
-REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+def _any_phase(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function that has nothing to be told of the pass."""
+    return lambda phase, *args, **kwargs: function(*args, **kwargs)
+
+
+Replacements = Mapping[Callable[..., Any], Callable[..., Any]]
+
+_FOR_ANY_PHASE: Replacements = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), partial(activation.piecewise, kind=activation.RELU)),
     **dict.fromkeys((torch.relu_, Tensor.relu_), partial(activation.piecewise, kind=activation.RELU, inplace=True)),
     F.relu6: partial(activation.hardtanh, min_val=0.0, max_val=6.0),
@@ -49,8 +55,9 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     torch.cdist: distance.cdist,
 }
 
-
-WITH_PHASE: dict[Callable[..., Any], Callable[..., Any]] = {
+# The functions that can be differentiated twice in place of PyTorch's, with the phase of the pass before their arguments.
+TWICE: Replacements = {
+    **{function: _any_phase(ours) for function, ours in _FOR_ANY_PHASE.items()},
     F.conv1d: partial(conv.convolve, axes=1),
     F.conv2d: conv.convolve,
     F.conv3d: partial(conv.convolve, axes=3),
@@ -70,27 +77,25 @@ WITH_PHASE: dict[Callable[..., Any], Callable[..., Any]] = {
     **{function: partial(_drawn, function) for function in draws.KNOWN},
 }
 
-
-OURS = {*REPLACEMENTS, *WITH_PHASE}
 NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # NumPy's names of arguments, which PyTorch's functions take too
 
 
-class _Replace(TorchFunctionMode):
-    def __init__(self, phase: Phase) -> None:
+class Replace(TorchFunctionMode):
+    """Computes functions by others, which are told the phase of the pass."""
+
+    def __init__(self, by: Replacements, phase: Phase) -> None:
         super().__init__()
-        self._phase = phase
+        self._by, self._phase = by, phase
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in OURS or transformed():  # in this order: a model asks for shapes more often than it computes
+        if func not in self._by or transformed():  # in this order: a model asks for shapes more often than it computes
             return func(*args, **kwargs)
         if kwargs and not NUMPY.keys().isdisjoint(kwargs):
             kwargs = {NUMPY.get(name, name): value for name, value in kwargs.items()}
-        if func in WITH_PHASE:
-            return WITH_PHASE[func](self._phase, *args, **kwargs)
-        return REPLACEMENTS[func](*args, **kwargs)
+        return self._by[func](self._phase, *args, **kwargs)
 
 
 @contextmanager
@@ -105,7 +110,7 @@ def twice_differentiable(phase: Phase, at_once: bool = True) -> Iterator[Callabl
         at_once: False: they start with the first checkpointed block, or when what this yields is called. Nothing costs time until then:
             PyTorch shows a mode every call, those that it leaves as they are too.
     """
-    mode, begun = _Replace(phase), False
+    mode, begun = Replace(TWICE, phase), False
     depth = len(_get_current_function_mode_stack())
 
     def begin() -> None:
@@ -133,7 +138,7 @@ def twice_differentiable(phase: Phase, at_once: bool = True) -> Iterator[Callabl
 
 @contextmanager
 def _operators(phase: Phase) -> Iterator[None]:
-    with attention_by(BY_MATH), _Replace(phase):
+    with attention_by(BY_MATH), Replace(TWICE, phase):
         yield
 
 

@@ -72,8 +72,8 @@ class _LayerNormInputGradient(Function):
         rows = (1, -1, count)
         shaped, mean, inverse, weight = x.view(rows), mu.view(-1), r.view(-1), g.reshape(-1)
         product = (gy * g).reshape(rows)
-        gx, a, _ = _of_channels(product, shaped, mean, inverse)  # one pass, not worth keeping
-        rpv, b, _ = _of_channels(v.reshape(rows), shaped, mean, inverse)
+        gx, a = _of_channels(product, shaped, mean, inverse)  # one pass, not worth keeping
+        rpv, b = _of_channels(v.reshape(rows), shaped, mean, inverse)
         torch.mul(gy.view(rows), rpv, out=product)  # a new tensor of this size costs as much as a pass over it
         products, share = product[0], -1 / count  # a and b are sums here
         phi = torch.addmv(mean, products, weight, beta=0, alpha=share)  # since sum(v gx) = sum(g gy r P(v)); no scalars, which take longer
@@ -84,10 +84,10 @@ class _LayerNormInputGradient(Function):
         return rpv.view(v.shape).data.mul_(g), for_x.view(x.shape).data, for_g, None, None, None
 
 
-def _of_channels(u: Tensor, x: Tensor, mu: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """r P(u), sum(u xhat) and sum(u), of `(1, channels, M)`."""
-    found: tuple[Tensor, Tensor, Tensor] = aten.native_batch_norm_backward(u, x, None, None, None, mu, r, True, 0.0, [True] * 3)
-    return found
+def _of_channels(u: Tensor, x: Tensor, mu: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """r P(u) and sum(u xhat), of `(1, channels, M)`."""
+    rpu, u_xhat, _ = aten.native_batch_norm_backward(u, x, None, None, None, mu, r, True, 0.0, [True] * 3)
+    return rpu, u_xhat
 
 
 def layer_norm(

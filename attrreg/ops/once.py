@@ -8,12 +8,12 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from attrreg.ops import attention, conv, depthwise, linear, pointwise
-from attrreg.ops.modes import take_off, twice_differentiable
+from attrreg.ops.modes import Replace, Replacements, take_off, twice_differentiable
 from attrreg.ops.phase import Phase
-from attrreg.ops.process import checkpoints_recompute_inside, transformed
+from attrreg.ops.process import checkpoints_recompute_inside
 from attrreg.walk import modules
 
 
@@ -41,24 +41,11 @@ def operators(model: nn.Module, phase: Phase, twice: bool, at_once: bool) -> Ite
         yield go_on
 
 
-class _Faster(TorchFunctionMode):
-    def __init__(self, phase: Phase) -> None:
-        super().__init__()
-        self._phase = phase
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in FASTER and not transformed():
-            return FASTER[func](self._phase, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
 def _multi_head(phase: Phase, *args: Any, **settings: Any) -> Any:
-    return attention.multi_head(_Faster(phase), *args, **settings)
+    return attention.multi_head(Replace(FASTER, phase), *args, **settings)
 
 
-FASTER: dict[Callable[..., Any], Callable[..., Any]] = {
+FASTER: Replacements = {
     F.conv2d: conv.convolve_if_faster,
     F.linear: linear.linear,
     F.multi_head_attention_forward: _multi_head,
@@ -94,7 +81,7 @@ def _faster(model: nn.Module, phase: Phase) -> Iterator[Callable[[], None]]:
     Such a block is recomputed when all this is over, and has to compute the same then. The mode is on inside layers that may gain and
     nowhere else: PyTorch calls a mode for every operation, which costs a few percent of a pass of small layers.
     """
-    mode, there = _Faster(phase), True
+    mode, there = Replace(FASTER, phase), True
 
     def before(layer: nn.Module, args: Any) -> None:
         if there and _gains(layer, args):
@@ -113,7 +100,7 @@ def _faster(model: nn.Module, phase: Phase) -> Iterator[Callable[[], None]]:
         exits.callback(take_off, mode)  # which is on where a layer failed
         for layer in layers:
             exits.enter_context(layer.register_forward_pre_hook(before))
-            exits.enter_context(layer.register_forward_hook(after, prepend=True))
+            exits.enter_context(layer.register_forward_hook(after, prepend=True, always_call=True))
         if layers:
             exits.enter_context(checkpoints_recompute_inside(nullcontext, leave))
         yield leave
