@@ -22,12 +22,18 @@ from attrreg.state import cut_off
 from attrreg.walk import modules
 from attrreg.wrappers import compiled, compiling, unwrap
 
+OTHER_IMAGES = (
+    "The penalty got another tensor of images than the model did. It is computed for the one that it got, by a forward of its own. If both "
+    "should be the same, pass the very tensor that the model was called with: normalised, moved and laid out as it was there. If you mean "
+    "other images, ignore this."
+)
+
 
 class Attachment:
     """Handle of `reg.attach(model)`: records the loop's own forwards until it is removed.
 
     A context manager; `remove()` does the same as leaving it. Nothing is recorded while gradients are disabled, nor where the loop runs the
-    model in a checkpoint or in `save_on_cpu`.
+    model in a checkpoint or in `save_on_cpu`. It warns once where a penalty gets other images than the forward did.
 
     Args:
         entry: the model, in its wrappers.
@@ -59,6 +65,7 @@ class Attachment:
         self._recording: Recording | None = None
         self._kind: Hashable = None  # of the last forward
         self._called: Called | None = None
+        self._warned = False  # of other images
         self.suspended = False
         self._watches: list[RemovableHandle] = []
         self._hooks: list[RemovableHandle] = []
@@ -108,6 +115,9 @@ class Attachment:
         recording = self._recording
         if recording is None or ((any(sites.values()) or SPATIAL in sites) and self._hooked(recording)):
             return None
+        if recording.x is not call.x and recording.x.shape == call.x.shape and not (returned or self._warned):
+            self._warned = True
+            warnings.warn(OTHER_IMAGES, stacklevel=6)  # the user's line: above it are __call__, compute, run, _clean_pass and this
         if not recording.serves(call, sites, twice, asked, alone) or (returned and not recording.can_be_returned):
             return None
         self._forget()

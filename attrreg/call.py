@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -58,7 +59,15 @@ class Call:
         module = self.entry if as_users_forward else undistributed(self.entry) if self.as_compiled else self.model
         with nullcontext() if self.as_compiled else eager(module):
             if self.inputs is None:
-                return module(image)
+                try:
+                    return module(image)
+                except TypeError as error:
+                    if not (further := _required(self.model)[1:]):
+                        raise
+                    raise TypeError(
+                        f"The model is called with the images alone, but its forward also takes {', '.join(further)}. Pass all that it is "
+                        "called with by `inputs=`: a tuple with x in it, or a dictionary."
+                    ) from error
             if isinstance(self.inputs, Mapping):
                 return module(**{name: image if value is self.x else value for name, value in self.inputs.items()})
             return module(*(image if value is self.x else value for value in self.inputs))
@@ -126,6 +135,13 @@ def picked_by(output: Select) -> Hashable:
     code = output.__code__  # which stays, where it is written in the loop
     inside = any(isinstance(constant, CodeType) for constant in code.co_consts)
     return ... if inside or set(code.co_names) & output.__globals__.keys() else code
+
+
+def _required(model: nn.Module) -> list[str]:
+    """The arguments that a model's forward cannot do without, by name."""
+    free = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    arguments = signature(model.forward).parameters.values()
+    return [argument.name for argument in arguments if argument.default is Parameter.empty and argument.kind not in free]
 
 
 def _described(output: Any) -> str:

@@ -104,7 +104,10 @@ def check(mask: Tensor, x: Tensor, annotated: Tensor | None, needs_region: str |
 
 def _canonical(mask: Tensor, x: Tensor) -> Tensor:
     if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}. Convert it, for example with torch.as_tensor(mask).")
+        remedy = "Convert it, for example with torch.as_tensor(mask)."
+        if mask is None or isinstance(mask, (list, tuple)):
+            remedy = "Stack the images' masks: torch.stack(masks). Where an image has none, put any mask, and say so with `annotated=`."
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}. {remedy}")
     if mask.dtype is not torch.bool and not mask.is_floating_point():
         raise TypeError(
             f"mask must be boolean or floating point, got {mask.dtype}. Write `mask > 0`, or `mask == label` for a map of labels."

@@ -88,8 +88,9 @@ def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:
     """Check one term's needs against the call, before any pass.
 
     Raises:
-        ValueError: naming the term.
+        TypeError, ValueError: naming the term.
     """
+    check_layers(needs, call.model, name)
     for score in dict.fromkeys(score for need in needs for score in _scores_of(need)):
         resolved = score.resolve(call.target, call.shown)
         if call.target is not None:
@@ -101,15 +102,16 @@ def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:
             raise ValueError(f"{name}: on a path only the gradient at the input can be taken. Ask for Grad(INPUT, score, path).")
         if need.at.needs_mask and call.mask is None:
             raise ValueError(f"{name}: its baseline is made from the mask, and there is none. Pass `mask=`.")
-    check_layers(needs, call.model, name)
 
 
 def check_layers(needs: Iterable[Need], model: nn.Module, name: str) -> None:
     """Check that a model has the layers of one term's needs.
 
     Raises:
-        ValueError: naming the term.
+        TypeError, ValueError: naming the term.
     """
+    if not isinstance(needs, Iterable):
+        raise TypeError(f"{name}: needs() gave a {type(needs).__name__}, but gives a tuple of needs. Write (need,).")
     for site in dict.fromkeys(site for need in needs for site in (need.site, *(score.site for score in _scores_of(need)))):
         try:
             sites.check_layer(model, site)

@@ -276,7 +276,8 @@ class MapRegularizer(SingleRegularizer):
     def __post_init__(self) -> None:
         name = type(self).__name__
         if not isinstance(self.score, Score):
-            raise TypeError(f"{name}: score must be a scores.Score, got {self.score!r}. Write for example scores.TargetLogit().")
+            remedy = "Write for example scores.TargetLogit(); an objective goes by name: objective=."
+            raise TypeError(f"{name}: score must be a scores.Score, got {self.score!r}. {remedy}")
         if isinstance(self.objective, type) or not callable(self.objective):
             raise TypeError(
                 f"{name}: objective must be a function (map, mask) -> (N,), got {self.objective!r}. Write for example objectives.Energy()."

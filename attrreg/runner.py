@@ -171,8 +171,8 @@ class Runner:
             raise ValueError(f"{score!r} writes into the value or the target that it is given, which others read too. Write into a copy.")
         if per_image.shape != (self.call.x.shape[0],):
             raise ValueError(
-                f"{score!r} gave {tuple(per_image.shape)}, but a score is ({self.call.x.shape[0]},), one number an image. Do not "
-                "reduce over the batch: a loss, for example, takes reduction='none'."
+                f"{score!r} gave {tuple(per_image.shape)}, but a score is ({self.call.x.shape[0]},), one number an image. Reduce over all "
+                "but the batch: a loss, for example, takes reduction='none', and one of several labels .sum(1) then."
             )
         return per_image
 

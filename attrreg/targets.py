@@ -24,14 +24,16 @@ def check_classes(target: Tensor) -> None:
         TypeError, ValueError: naming `target`.
     """
     if target.is_floating_point() or target.dtype is torch.bool:
-        others = "For one-hot labels write `target.argmax(1)`; one logit takes BinaryLogit(), regression RegressionOutput()."
+        indices = "Write `target.long()`" if target.dim() == 1 else "For one-hot labels write `target.argmax(1)`"
+        others = f"{indices}; several labels take MultiLabelLogit(), one logit BinaryLogit(), regression RegressionOutput()."
         raise TypeError(f"target must be class indices, got {target.dtype}. {others}")
     if target.dim() != 1:
         remedy = "Reshape it; a label map is (N, H, W)." if target.dim() > 2 else "Reshape it."
         raise ValueError(f"target must be ({len(target)},), one class an image of x, got {tuple(target.shape)}. {remedy}")
     if bool((target < 0).any()):
         raise ValueError(
-            f"target has the class {int(target.min())}, which is negative. Pass class indices, and leave out images to be ignored."
+            f"target has the class {int(target.min())}, which is negative. Pass class indices. Images to be ignored are left out by "
+            "`annotated=`, and have any class: target.clamp(min=0)."
         )
 
 

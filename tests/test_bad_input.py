@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import attrreg
 from attrreg import baselines, masks, objectives, scores
+from attrreg.needs import Grad
+from attrreg.sites import INPUT
 from attrreg.trace import passes
 from tests.models import SmoothNet, smooth_batch
 from tests.test_side_effects import assert_same, snapshot
@@ -50,6 +52,12 @@ def empty_for(index: int) -> Tensor:
     return values
 
 
+@dataclass(frozen=True, repr=False)
+class Bare(attrreg.InputGradient):
+    def needs(self) -> Any:
+        return Grad(INPUT, self.score)
+
+
 def call(**changes: Any) -> Callable[..., Tensor]:
     regularizer = changes.pop("reg", TERM)
     settings = {"x": x, "mask": mask, "target": target} | changes
@@ -64,7 +72,8 @@ BEFORE_COMPUTE: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], lis
     "mask vector": (call(mask=mask[0, 0]), ValueError, ["mask"]),
     "mask integer": (call(mask=mask.long()), TypeError, ["mask", "int64", "mask > 0"]),
     "mask complex": (call(mask=mask.to(torch.complex64)), TypeError, ["mask", "complex64"]),
-    "mask none": (call(mask=None), TypeError, ["mask", "NoneType"]),
+    "mask none": (call(mask=None), TypeError, ["mask", "NoneType", "annotated="]),
+    "mask list": (call(mask=list(mask)), TypeError, ["mask", "list", "torch.stack"]),
     "mask nan": (call(mask=nan_mask()), ValueError, ["mask", "NaN"]),
     "mask above one": (call(mask=mask.double() * 255), ValueError, ["mask", "[0, 1]", "255"]),
     "mask below zero": (call(mask=mask.double() - 1), ValueError, ["mask", "[0, 1]"]),
@@ -92,8 +101,8 @@ BEFORE_COMPUTE: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], lis
         ValueError,
         ["heat", "Contrast", "target="],
     ),
-    "target negative": (call(target=torch.tensor([0, -1, 1])), ValueError, ["target", "-1"]),
-    "target float": (call(target=target.double()), TypeError, ["target", "float64"]),
+    "target negative": (call(target=torch.tensor([0, -1, 1])), ValueError, ["target", "-1", "target.clamp(min=0)"]),
+    "target float": (call(target=target.double()), TypeError, ["target", "float64", "target.long()"]),
     "target one-hot": (
         call(reg=attrreg.InputGradient(scores.TargetLogit()), target=torch.eye(3).long()),
         ValueError,
@@ -102,6 +111,8 @@ BEFORE_COMPUTE: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], lis
     "target list": (call(target=target.tolist()), TypeError, ["target", "list", "as_tensor"]),
     "target of one for all": (call(target=target[:1]), ValueError, ["target", "(3,)", "(1,)"]),
     "target scalar": (call(target=target[0]), ValueError, ["target", "(3,)", "()"]),
+    "needs that are no tuple": (call(reg=Bare()), TypeError, ["Bare", "Grad", "(need,)"]),
+    "attach needs that are no tuple": (lambda model: Bare().attach(model), TypeError, ["Bare", "Grad", "(need,)"]),
     "unknown layer": (call(reg=attrreg.GradCAM(layer="boddy")), ValueError, ["GradCAM", "'boddy'", "'body'"]),
     "unknown layer, far off": (call(reg=attrreg.GradCAM(layer="zzzz")), ValueError, ["'zzzz'", "stem"]),
     "unknown layer of a difference": (call(reg=attrreg.ActivationDifference("stm")), ValueError, ["ActivationDifference", "'stem'"]),
@@ -162,6 +173,11 @@ AFTER_FORWARD: dict[str, tuple[Callable[[nn.Module, bool], Any], type[Exception]
     "target too large": (call(target=torch.tensor([0, 3, 1])), ValueError, ["target", "class 3", "3 classes"]),
     "no spatial map": (call(reg=attrreg.GradCAM(layer="head")), ValueError, ["'head'", "spatial map"]),
     "layer behind the score": (call(reg=attrreg.GradCAM("body", score=scores.RandomProjection("stem"))), RuntimeError, ["'body'"]),
+    "loss of each label": (
+        call(reg=attrreg.InputGradient(scores.TaskLoss(nn.BCEWithLogitsLoss(reduction="none"))), target=torch.rand(N, 3).double()),
+        ValueError,
+        ["TaskLoss", "one number an image", ".sum(1)"],
+    ),
     "loss that reduces": (
         call(reg=attrreg.InputGradient(scores.TaskLoss(nn.functional.cross_entropy))),
         ValueError,

@@ -124,7 +124,7 @@ def test_it_trains_as_the_line_in_the_loop_would(end: str, model: str) -> None:
 
 def test_other_images_than_the_step_used_cost_a_forward_of_their_own() -> None:
     module = Module(normalize=True)
-    with passes() as counter:
+    with passes() as counter, pytest.warns(UserWarning, match="another tensor of images"):
         fit(module, AttributionPenalty(REGULARIZER, model="net"))
     assert counter.forward == 8
     assert_same(module, by_hand(attached=False)[0])  # and move neither BatchNorm nor the generators

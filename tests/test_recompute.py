@@ -54,20 +54,21 @@ def spectral() -> nn.Module:
 @pytest.mark.parametrize("way", ["evaluate", "attached", "call, then a forward"])
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_chunks_are_recomputed_from_the_buffers_of_their_first_run(build: Callable[[], nn.Module], way: str, chunk: int) -> None:
-    start, (x, mask, target) = net(build()), batch(3, channels=2, size=8, classes=3)
+    start, (images, mask, target) = net(build()), batch(3, channels=2, size=8, classes=3)
+    x = images.double()
 
     def results(chunk: int | None) -> tuple[Tensor, list[Tensor]]:
         model, regularizer = copy.deepcopy(start), attrreg.IntegratedGradients(steps=4, chunk=chunk)
         if way == "evaluate":
-            value = regularizer.evaluate(model, x.double(), mask, target).total
+            value = regularizer.evaluate(model, x, mask, target).total
         elif way == "attached":
             with regularizer.attach(model):
-                model(x.double())
-                value = regularizer(model, x.double(), mask, target)
+                model(x)
+                value = regularizer(model, x, mask, target)
         else:
-            value = regularizer(model, x.double(), mask, target)
+            value = regularizer(model, x, mask, target)
         if way == "call, then a forward":
-            model(x.double())
+            model(x)
         return value, gradients(model, value)
 
     (value, found), (expected, want) = results(chunk), results(None)

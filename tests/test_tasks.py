@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import ModuleType
 
 import pytest
@@ -152,7 +153,7 @@ def test_bad_targets_and_outputs(score: scores.Score, model: nn.Module, target: 
 
 def test_a_number_an_image_is_no_class() -> None:
     x, mask, _ = smooth_batch()
-    with pytest.raises(TypeError, match=r"class indices, got torch.float64.*one logit takes BinaryLogit.*regression RegressionOutput"):
+    with pytest.raises(TypeError, match=r"class indices, got torch.float64.*one logit BinaryLogit.*regression RegressionOutput"):
         attrreg.InputGradient()(SmoothNet(classes=1).double(), x, mask, torch.rand(3, dtype=torch.float64))
 
 
@@ -186,3 +187,28 @@ def test_an_image_without_any_label_is_not_penalised(term: attrreg.AttributionRe
     assert_close(gradients(model, value), gradients(model, want), 1e-9)
     nothing = term(model, x, mask, torch.zeros_like(hot))
     assert nothing == 0 and not any(gradient.any() for gradient in gradients(model, nothing))
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = SmoothNet().double()
+
+    def forward(self, x: Tensor, scale: float, shift: float = 0.0) -> Tensor:
+        return scale * self.inner(x) + shift  # type: ignore[no-any-return]
+
+
+class Fails(SmoothNet):
+    def forward(self, x: Tensor) -> Tensor:
+        raise TypeError("of the model's own")
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_other_inputs_that_were_forgotten(attached: bool) -> None:
+    model, regularizer, (x, mask, target) = Scaled(), attrreg.InputGradient(), smooth_batch()
+    with regularizer.attach(model) if attached else nullcontext():
+        model(x, 2.0)
+        with pytest.raises(TypeError, match=r"forward also takes scale\. Pass .*`inputs=`"):
+            regularizer(model, x, mask, target)
+    with pytest.raises(TypeError, match=r"^of the model's own$"):
+        regularizer(Fails().double(), x, mask, target)
