@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from attrreg.graph import nodes, trainable_leaves
 from attrreg.ops.process import transformed
-from attrreg.walk import modules
+from attrreg.walk import modules, within_whole
 
 LARGE = 4  # how many of the last layers are kept whose outputs are maps or tokens, which take memory; those of vectors are all kept
 PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -43,7 +43,8 @@ class Heads:
     def __init__(self, model: nn.Module) -> None:
         named = _classifiers(model)
         self._named = bool(named)
-        self.layers = named or [module for module in modules(model) if isinstance(module, PROJECTIONS)]
+        whole = within_whole(model)
+        self.layers = named or [module for module in modules(model) if isinstance(module, PROJECTIONS) and module not in whole]
         self.entered: Tensor | None = None
         self._first = len(named) > 1  # of heads that the model names, the first is its main one; else the last that ran is
         self._found: list[Head] = []

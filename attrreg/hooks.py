@@ -24,7 +24,7 @@ from attrreg.ops.rectify import Rule, rectify
 from attrreg.recording import Called, Conditions, Recording, kept
 from attrreg.sites import FEATURES, INPUT, SPATIAL, SPECIAL, check_layer, varies
 from attrreg.state import Rng, autocast_type, cut_off, own_buffers
-from attrreg.walk import modules
+from attrreg.walk import modules, within_whole
 
 MAPS = 128  # how many of the last maps are kept for layer="auto": more than the last block of any timm model has
 
@@ -165,7 +165,7 @@ class Tap:
                 if self._map is not None and not self._is_there(self._map):
                     self._map = None
                 known = None if self._map is None else [(self._map, self._model.get_submodule(self._map))]
-                for name, module in known or self._model.named_modules():
+                for name, module in known or _opened(self._model):
                     if name and _reachable(module):
                         self._hook(module, self._take_map(name))
             elif site not in SPECIAL and self._is_there(site):
@@ -265,6 +265,12 @@ class Tap:
             return None if on is output else on
 
         return hook
+
+
+def _opened(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers that `layer="auto"` may be, by name: none inside an encoder that would run otherwise with hooks inside."""
+    whole = within_whole(model)
+    return [(name, module) for name, module in model.named_modules() if module not in whole]
 
 
 def _recomputing(model: nn.Module, phase: Phase, extra: bool, leaves: list[nn.Module]) -> Callable[[], AbstractContextManager[object]]:

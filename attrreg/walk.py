@@ -20,6 +20,17 @@ def modules(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def runs_whole(module: nn.Module) -> bool:
+    """Whether it is an encoder that PyTorch may run on nested tensors: then it must have no hooks inside, and meet no function mode."""
+    nests = isinstance(module, nn.TransformerEncoder) and not module.training and getattr(module, "use_nested_tensor", False)
+    return nests and not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def within_whole(model: nn.Module) -> set[nn.Module]:
+    """The modules inside those encoders."""
+    return {layer for module in modules(model) if runs_whole(module) for layer in modules(module)[1:]}
+
+
 def modes(model: nn.Module) -> list[bool]:
     """Whether each module is in train mode, in the order of `modules`."""
     return [module.training for module in modules(model)]

@@ -35,6 +35,9 @@ from attrreg.ops.process import BY_MATH, attention_by
 from attrreg.state import full_precision
 
 aten = torch.ops.aten
+# Values of a mask below which all keys of a query are as good as masked, though it has weights for them. What the CPU's kernel keeps for
+# its backward is the logarithm of a sum next to these values, in which the sum is lost.
+HIDDEN = -64.0
 KEPT = 4  # how many times as large as the queries P may be, to be kept: a ViT's 197 tokens of 64 values are 3.1 times
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -45,7 +48,7 @@ class Kind:
 
     Attributes:
         scale: s.
-        blind: some query may have all keys masked, and then gets zeros. Also True where finding out would mean waiting for a GPU.
+        blind: some query may have all keys masked; by -inf, it gets zeros. Also True where finding out would mean waiting for a GPU.
         shape: of P.
         few: on the CPU, of so few keys that P is kept for the backward.
     """
@@ -69,7 +72,7 @@ def _blind(mask: Tensor | None) -> bool:
         return False
     if mask.device.type != "cpu" or type(mask) not in PLAIN:  # others may have no values to ask for
         return True
-    return bool((mask == -math.inf).all(-1).any())
+    return bool((mask < HIDDEN).all(-1).any())
 
 
 def _rows(tensor: Tensor) -> Tensor:

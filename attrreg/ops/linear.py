@@ -116,14 +116,14 @@ class _Linear(Function):
         for_a, for_w, *_ = ctx.needs_input_grad
         # As PyTorch's own: what no derivative needs may be freed or changed.
         ctx.save_for_backward(a if for_w else None, None if not for_a else again if for_w else w)
-        ctx.phase = phase
+        ctx.phase, ctx.shape = phase, a.shape
         ctx.set_materialize_grads(False)
         return _fast(a, w, bias), again
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, earlier: Tensor | None) -> tuple[Tensor | None, ...]:
-        if g is None:
-            return None, earlier, None, None
+        if g is None:  # zeros, for the hooks of a user's on what comes before: PyTorch would call them with None
+            return earlier.new_zeros(ctx.shape) if earlier is not None and ctx.needs_input_grad[0] else None, earlier, None, None
         a, w = ctx.saved_tensors
         for_a, for_w, for_bias = wanted(ctx, 3)
         g = g.contiguous()  # so that what reads it does not copy it each time

@@ -93,6 +93,8 @@ class Replace(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in self._by or transformed():  # in this order: a model asks for shapes more often than it computes
             return func(*args, **kwargs)
+        if args and getattr(args[0], "is_nested", False):  # its shape is none that ours could compute with
+            return func(*args, **kwargs)
         if kwargs and not NUMPY.keys().isdisjoint(kwargs):
             kwargs = {NUMPY.get(name, name): value for name, value in kwargs.items()}
         return self._by[func](self._phase, *args, **kwargs)
@@ -118,7 +120,7 @@ def twice_differentiable(phase: Phase, at_once: bool = True) -> Iterator[Callabl
         if not begun:
             begun = True
             stack = _get_current_function_mode_stack()  # the model may be inside modes and choices of its own, and leaves them from the top
-            _set_stack([*stack[:depth], mode, *stack[depth:]])
+            set_stack([*stack[:depth], mode, *stack[depth:]])
             choose_kernels(BY_MATH)
 
     def start() -> None:
@@ -146,10 +148,11 @@ def take_off(mode: TorchFunctionMode) -> None:
     """Take a function mode off wherever it is, if it is on."""
     stack = _get_current_function_mode_stack()
     if mode in stack:
-        _set_stack([entered for entered in stack if entered is not mode])
+        set_stack([entered for entered in stack if entered is not mode])
 
 
-def _set_stack(modes: list[TorchFunctionMode]) -> None:
+def set_stack(modes: list[TorchFunctionMode]) -> None:
+    """Put these function modes on in place of those that are."""
     for _ in _get_current_function_mode_stack():
         _pop_mode()
     for mode in modes:

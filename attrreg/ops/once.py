@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from attrreg.ops import attention, conv, depthwise, linear, pointwise
-from attrreg.ops.modes import Replace, Replacements, take_off, twice_differentiable
+from attrreg.ops.modes import Replace, Replacements, set_stack, take_off, twice_differentiable
 from attrreg.ops.phase import Phase
 from attrreg.ops.process import checkpoints_recompute_inside
-from attrreg.walk import modules
+from attrreg.walk import modules, runs_whole
 
 
 @contextmanager
@@ -27,10 +27,15 @@ def operators(model: nn.Module, phase: Phase, twice: bool, at_once: bool) -> Ite
         twice: whether anything will be differentiated twice.
         at_once: it will be from the start on; False: from the call of what this yields on.
     """
+    layers = modules(model)
+    encoders = [*filter(runs_whole, layers)]
+    within = {layer for encoder in encoders for layer in modules(encoder)}
     with ExitStack() as entered:
         steps: list[Callable[[], None]] = []
+        for encoder in encoders:
+            entered.enter_context(_whole(encoder))
         if not (twice and at_once):
-            steps.append(entered.enter_context(_faster(model, phase)))
+            steps.append(entered.enter_context(_faster([layer for layer in layers if _may_gain(layer) and layer not in within], phase)))
         if twice:
             steps.append(entered.enter_context(twice_differentiable(phase, at_once)))
 
@@ -39,6 +44,23 @@ def operators(model: nn.Module, phase: Phase, twice: bool, at_once: bool) -> Ite
                 step()
 
         yield go_on
+
+
+@contextmanager
+def _whole(encoder: nn.Module) -> Iterator[None]:
+    """Take our modes off while such an encoder runs on what needs no gradient: with one on, PyTorch computes something else for padding."""
+    stacks: list[list[TorchFunctionMode]] = []
+
+    def before(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stacks.append(_get_current_function_mode_stack())
+        if not any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values())):
+            set_stack([mode for mode in stacks[-1] if not isinstance(mode, Replace)])
+
+    def after(encoder: nn.Module, args: Any, output: Any) -> None:
+        set_stack(stacks.pop())
+
+    with encoder.register_forward_pre_hook(before, with_kwargs=True), encoder.register_forward_hook(after, always_call=True):
+        yield
 
 
 def _multi_head(phase: Phase, *args: Any, **settings: Any) -> Any:
@@ -54,7 +76,7 @@ FASTER: Replacements = {
 
 def _may_gain(layer: nn.Module) -> bool:
     if isinstance(layer, nn.MultiheadAttention):
-        layer = layer.out_proj
+        layer = getattr(layer, "out_proj", layer)
     if not isinstance(layer, (nn.Conv2d, nn.Linear)):
         return False
     weight = layer._parameters.get("weight")  # not the attribute: where that is computed, to ask for it may change buffers
@@ -75,11 +97,11 @@ def _gains(layer: nn.Module, args: tuple[Any, ...]) -> bool:
 
 
 @contextmanager
-def _faster(model: nn.Module, phase: Phase) -> Iterator[Callable[[], None]]:
-    """Compute some layers faster until what this yields is called, or the first checkpointed block starts.
+def _faster(layers: Sequence[nn.Module], phase: Phase) -> Iterator[Callable[[], None]]:
+    """Compute layers that may gain faster until what this yields is called, or the first checkpointed block starts.
 
-    Such a block is recomputed when all this is over, and has to compute the same then. The mode is on inside layers that may gain and
-    nowhere else: PyTorch calls a mode for every operation, which costs a few percent of a pass of small layers.
+    Such a block is recomputed when all this is over, and has to compute the same then. The mode is on inside these layers and nowhere
+    else: PyTorch calls a mode for every operation, which costs a few percent of a pass of small layers.
     """
     mode, there = Replace(FASTER, phase), True
 
@@ -95,7 +117,6 @@ def _faster(model: nn.Module, phase: Phase) -> Iterator[Callable[[], None]]:
         nonlocal there
         there = False
 
-    layers = [*filter(_may_gain, modules(model))]
     with ExitStack() as exits:
         exits.callback(take_off, mode)  # which is on where a layer failed
         for layer in layers:
