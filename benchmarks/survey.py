@@ -2,6 +2,7 @@
 
 python -m benchmarks.survey                    three quarters of an hour on two cores
 python -m benchmarks.survey --channels-last    the nine models of `attrreg bench` in that layout; ten minutes
+python -m benchmarks.survey --torchvision      models of torchvision in place of timm's; ten minutes
 python -m benchmarks.survey --resume           go on with one that was interrupted
 python -m benchmarks.survey --section survey-zen4    the same for a section of any name, as of another processor
 """
@@ -27,7 +28,7 @@ from benchmarks.page import marks, write_section
 COMMAND = "python -m benchmarks.survey"
 PROMISE = "promise of `benchmarks.check` that is about attrreg and measured here"
 ROUNDS = 7
-MODELS = (
+MODELS: tuple[str, ...] = (
     # Convolutions
     *("resnet34", "resnetv2_50", "resnext50_32x4d", "seresnet50", "skresnet18", "dpn68", "hrnet_w18_small", "ese_vovnet19b_dw"),
     *("gernet_s", "repvgg_a0", "mobileone_s0", "regnetx_004"),
@@ -39,6 +40,13 @@ MODELS = (
     *("mobilevit_s", "edgenext_xx_small", "fastvit_t8", "efficientvit_b0", "coat_lite_tiny", "maxvit_pico_rw_256", "visformer_tiny"),
     # Neither
     *("resmlp_12_224", "poolformer_s12", "sequencer2d_s"),
+)
+TORCHVISION = tuple(
+    f"torchvision/{name}"
+    for name in (
+        *("alexnet", "squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v3_small", "mnasnet0_5", "efficientnet_b0", "regnet_y_400mf"),
+        *("convnext_tiny", "swin_t", "vit_b_32"),
+    )
 )
 MEASURED = {
     ways.INPUT_GRADIENT: (ways.TODAY, ways.ATTACHED, ways.LAZY),
@@ -125,13 +133,16 @@ def main() -> None:
     parser.add_argument(
         "--resume", action="store_true", help="keep what is measured already, by the same code and versions on the same machine"
     )
-    parser.add_argument("--channels-last", action="store_true", help="lay out models and images in torch.channels_last")
-    parser.add_argument("--section", help="of the page; else it follows from the layout")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--channels-last", action="store_true", help="lay out models and images in torch.channels_last")
+    kinds.add_argument("--torchvision", action="store_true", help="measure torchvision's models")
+    parser.add_argument("--section", help="of the page; else it follows from these")
     arguments = parser.parse_args()
-    usual, command = "survey", COMMAND
-    models: tuple[str, ...] = MODELS
+    usual, command, models = "survey", COMMAND, MODELS
     if arguments.channels_last:
         usual, command, models = "survey-channels-last", f"{COMMAND} --channels-last", cases.MODELS
+    elif arguments.torchvision:
+        usual, command, models = "survey-torchvision", f"{COMMAND} --torchvision", TORCHVISION
     section = arguments.section or usual
     if marks(section, command)[0] not in PAGE.read_text():  # rather than after an hour
         parser.error(f"docs/{PAGE.name} has no section {section} of `{command}`. Write its marks there first.")

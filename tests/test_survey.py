@@ -13,27 +13,32 @@ from benchmarks.page import marks
 from tests.test_bench import record_with
 
 
-@pytest.mark.parametrize(("layout", "named"), [([], []), (["--channels-last"], []), (["--channels-last"], ["--section", "survey-other"])])
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [([], []), (["--channels-last"], []), (["--channels-last"], ["--section", "survey-other"]), (["--torchvision"], [])],
+)
 def test_a_survey_writes_a_row_a_model_and_what_it_misses(
-    layout: list[str], named: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    kind: list[str], named: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     numbers, page = tmp_path / "survey.json", tmp_path / "page.md"
-    section = named[1] if named else "survey-channels-last" if layout else "survey"
-    page.write_text("\n".join(["before", *marks(section, " ".join([survey.COMMAND, *layout])), "after"]))
+    section = named[1] if named else "-".join(["survey", *(option.removeprefix("--") for option in kind)])
+    page.write_text("\n".join(["before", *marks(section, " ".join([survey.COMMAND, *kind])), "after"]))
+    listed = (cases, "MODELS") if "--channels-last" in kind else (survey, "TORCHVISION" if kind else "MODELS")
     monkeypatch.setattr(survey, "PAGE", page)
     monkeypatch.setattr(survey, "ROUNDS", 1)
     monkeypatch.setattr(survey, "keep_memory", lambda: False)  # for the whole process
     monkeypatch.setattr(check, "results", lambda name: numbers)
     runs: list[tuple[tuple[str, ...], list[str]]] = [(("test_resnet",), []), (("test_resnet", "test_vit"), ["--resume"])]
-    for models, arguments in runs[:1] if layout else runs:
-        monkeypatch.setattr(cases if layout else survey, "MODELS", models)
-        monkeypatch.setattr("sys.argv", ["survey", *arguments, *layout, *named])
+    for models, arguments in runs[:1] if kind else runs:
+        monkeypatch.setattr(*listed, models)
+        monkeypatch.setattr("sys.argv", ["survey", *arguments, *kind, *named])
         first = report.load(numbers).costs if numbers.exists() else {}
         survey.main()
     record = report.load(numbers)
-    assert record.costs.keys() == set(models) and record.costs.items() >= first.items() and bool(first) != bool(layout)
+    assert record.costs.keys() == set(models) and record.costs.items() >= first.items() and bool(first) != bool(kind)
     rows = [line.split("|")[1:-1] for line in page.read_text().splitlines() if line.startswith("| test_")]
-    assert record.plan.channels_last == bool(layout) and ("channels_last" in page.read_text()) == bool(layout)
+    laid_out = "--channels-last" in kind
+    assert record.plan.channels_last == laid_out and ("channels_last" in page.read_text()) == laid_out
     assert [row[0].strip() for row in rows] == list(models) and {len(row) for row in rows} == {1 + len(survey.COLUMNS)}
 
 
