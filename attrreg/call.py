@@ -210,6 +210,18 @@ def check_differentiable(model: nn.Module, x: Tensor, output: Select, inputs: In
         )
 
 
+def check_model(model: nn.Module) -> None:
+    """Check the model.
+
+    Raises:
+        TypeError: naming `model`.
+        RuntimeError: the call is being compiled.
+    """
+    refuse_compiling()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}. Pass the model itself, not a function of it.")
+
+
 def check_images(model: nn.Module, x: Tensor) -> None:
     """Check the model and its images.
 
@@ -217,9 +229,7 @@ def check_images(model: nn.Module, x: Tensor) -> None:
         TypeError, ValueError: naming `model` or `x`.
         RuntimeError: the call is being compiled.
     """
-    refuse_compiling()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}. Pass the model itself, not a function of it.")
+    check_model(model)
     check_batch(x)
 
 

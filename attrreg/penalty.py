@@ -21,7 +21,7 @@ from attrreg.part import check_fraction, part_of
 from attrreg.points import CLEAN
 from attrreg.state import full_precision, undone_on_error
 from attrreg.trace import Trace
-from attrreg.wrappers import refuse_compiling, unwrap
+from attrreg.wrappers import unwrap
 
 if TYPE_CHECKING:
     from attrreg.regularizer import MapRegularizer, Term
@@ -52,9 +52,7 @@ def attach(terms: Sequence[Term], model: nn.Module, engine: Engine, due: Callabl
     Raises:
         TypeError, ValueError, RuntimeError: see `AttributionRegularizer.attach`.
     """
-    refuse_compiling()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}. Pass the model itself.")
+    calls.check_model(model)
     for term in terms:
         check_layers(term.regularizer.needs(), unwrap(model), term.name)
     needs = needs_of(terms)

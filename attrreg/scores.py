@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrreg.settings import check_loss, keep_integer
+from attrreg.settings import keep_integer
 from attrreg.sites import OUTPUT, check_layer_name, feature_site
 from attrreg.spec import Key
-from attrreg.targets import check_classes, check_logits, check_maps, required
+from attrreg.targets import check_classes, check_logits, check_loss, check_maps, required
 
 
 class Score(Key, ABC):

@@ -1,4 +1,4 @@
-"""Checks of settings that several kinds share: numbers, counts, integers; and the check of a loss."""
+"""Checks of settings that several kinds share: numbers, counts, integers."""
 
 from __future__ import annotations
 
@@ -64,18 +64,3 @@ def keep_integer(spec: Any, name: str, or_none: bool = False) -> None:
     if not fits_64_bits(value):
         raise ValueError(f"{type(spec).__name__}: {name} must fit 64 bits, got {value!r}. Give a smaller one.")
     object.__setattr__(spec, name, int(value))
-
-
-def check_loss(function: Any) -> None:
-    """Check the loss of a `TaskLoss`.
-
-    Raises:
-        TypeError: naming it.
-    """
-    if isinstance(function, type):
-        raise TypeError(
-            f"TaskLoss: function must be a loss (logits, target) -> (N,), got the class {function.__name__}. Pass an instance of it, such "
-            "as nn.CrossEntropyLoss(reduction='none')."
-        )
-    if function is not None and not callable(function):
-        raise TypeError(f"TaskLoss: function must be a loss (logits, target) -> (N,), got {function!r}. Leave it out for cross-entropy.")

@@ -1,6 +1,8 @@
-"""What a target and logits have to be: the checks that scores share."""
+"""What a target, logits and a loss have to be: the checks that scores share."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,3 +89,18 @@ def check_maps(value: Tensor, target: Tensor, ignored: int) -> None:
     kept, classes = target[target != ignored], max(2, value.shape[1])
     if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < classes:
         raise ValueError(f"target has classes outside [0, {classes}). Pass class indices, or set ignore_index.")
+
+
+def check_loss(function: Any) -> None:
+    """Check the loss of a `TaskLoss`.
+
+    Raises:
+        TypeError: naming it.
+    """
+    if isinstance(function, type):
+        raise TypeError(
+            f"TaskLoss: function must be a loss (logits, target) -> (N,), got the class {function.__name__}. Pass an instance of it, such "
+            "as nn.CrossEntropyLoss(reduction='none')."
+        )
+    if function is not None and not callable(function):
+        raise TypeError(f"TaskLoss: function must be a loss (logits, target) -> (N,), got {function!r}. Leave it out for cross-entropy.")
