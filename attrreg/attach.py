@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,9 @@ OTHER_IMAGES = (
     "should be the same, pass the very tensor that the model was called with: normalised, moved and laid out as it was there. If you mean "
     "other images, ignore this."
 )
+
+
+SEEN = 64  # how many images of the last forwards are remembered, to tell that a penalty gets others
 
 
 class Attachment:
@@ -66,6 +70,7 @@ class Attachment:
         self._kind: Hashable = None  # of the last forward
         self._called: Called | None = None
         self._warned = False  # of other images
+        self._seen: deque[weakref.ref[Tensor]] = deque(maxlen=SEEN)
         self.suspended = False
         self._watches: list[RemovableHandle] = []
         self._hooks: list[RemovableHandle] = []
@@ -115,13 +120,19 @@ class Attachment:
         recording = self._recording
         if recording is None or ((any(sites.values()) or SPATIAL in sites) and self._hooked(recording)):
             return None
-        if recording.x is not call.x and recording.x.shape == call.x.shape and not (returned or self._warned):
+        if not (returned or self._warned) and self._has_not_seen(call.x, recording):
             self._warned = True
             warnings.warn(OTHER_IMAGES, stacklevel=6)  # the user's line: above it are __call__, compute, run, _clean_pass and this
         if not recording.serves(call, sites, twice, asked, alone) or (returned and not recording.can_be_returned):
             return None
         self._forget()
         return recording
+
+    def _has_not_seen(self, x: Tensor, recording: Recording) -> bool:
+        """Whether images look like those of a forward, and no forward got them."""
+        if x.shape != recording.x.shape or recording.x.requires_grad:  # the copy that another attachment makes has a graph
+            return False
+        return not any(images() is x for images in self._seen)
 
     def _hooked(self, recording: Recording) -> bool:
         """Whether the loop has put hooks on the output, or keeps its gradient: for its loss, but an inner backward would run them too."""
@@ -152,12 +163,13 @@ class Attachment:
             self._tap = None
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if self.suspended or not self.live or compiling() or transformed() or torch._C._is_tracing() or _in_backward():
+        if compiling() or self.suspended or not self.live or transformed() or torch._C._is_tracing() or _in_backward():
             return None  # what runs under torch.func, forward-mode derivatives, a tracer or a backward is not the loop's forward
         self._discard()  # the last step's graph, and what an interrupted forward left
         arguments: dict[int | str, Any] = dict(enumerate(args)) | kwargs
-        images = (key for key, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 4)
-        place = next(images, None)
+        images = [key for key, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 4]
+        self._seen.extend(weakref.ref(arguments[key]) for key in images)
+        place = next(iter(images), None)
         hooks, own = model._forward_hooks, self._hooks[1].id  # `own`: the hook that calls `_after`
         if not torch.is_grad_enabled() or _runs_again() or place is None or own not in hooks:  # the last: all hooks were cleared
             return None

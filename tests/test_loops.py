@@ -254,3 +254,30 @@ def test_an_unattached_call_draws_from_where_the_loops_forward_left_the_generato
     want = oracles.squared_input_gradient(model, x, mask, target).mean()  # draws the same
     torch.testing.assert_close(value, want)
     assert_close(gradients(model, value), gradients(model, want), 1e-10)
+
+
+class Deep(SmoothNet):
+    def forward(self, depth: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) + depth.mean()
+
+
+def test_it_warns_of_images_that_no_forward_got() -> None:
+    (x, mask, target), model, part = smooth_batch(), Deep().double(), SmoothNet().double()
+    other = x + 1
+    with REG.attach(model):  # a warning would be an error
+        model(other, x)
+        REG(model, x, mask, target, inputs=(other, x))
+        model(other, x)
+        model(other, other + 1)  # another view of them
+        REG(model, x, mask, target, inputs=(other, x))
+        part_of_x = x[:2]  # is no mistake
+        REG(model, part_of_x, mask[:2], target[:2], inputs=(other, part_of_x))
+    whole = nn.Sequential(part, nn.Linear(3, 3).double())
+    with REG.attach(whole), REG.attach(part):
+        whole(x)
+        REG(part, x, mask, target)
+    with REG.attach(part), pytest.warns(UserWarning, match="another tensor of images") as caught:
+        for _ in range(2):
+            part(x)
+            REG(part, x / 255, mask, target)
+    assert len(caught) == 1 and caught[0].filename == __file__

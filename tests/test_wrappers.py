@@ -122,6 +122,17 @@ def test_finite_differences_run_compiled_where_no_layer_is_named(regularizer: At
     assert_close(gradients(plain, value), gradients(plain, want), 1e-8)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute")
+def test_a_compiled_function_of_an_attached_model_is_one_graph() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    want = TERMS(model, x, mask, target)
+    loss = torch.compile(lambda x, target: F.cross_entropy(model(x), target), backend="aot_eager", fullgraph=True)
+    with TERMS.attach(model):
+        total = loss(x, target) + TERMS(model, x, mask, target)
+    torch.testing.assert_close(total, F.cross_entropy(model(x), target) + want)
+    assert_close(gradients(model, total), gradients(model, F.cross_entropy(model(x), target) + want), 1e-10)
+
+
 def test_distributed_and_data_parallel_wrappers(process_group: None) -> None:
     plain, (x, mask, target) = SmoothNet().double(), smooth_batch()
     want = gradients(plain, F.cross_entropy(plain(x), target) + TERMS(plain, x, mask, target))
