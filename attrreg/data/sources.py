@@ -1,0 +1,156 @@
+"""Where the masks of an image tree come from: a tree of mask images, or a file of boxes."""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy
+import torch
+from torch import Tensor
+
+from attrreg.masks import from_boxes
+
+UNMASKED = ", or, for images of which none has a mask, take torchvision's ImageFolder"
+
+
+class MaskSource(ABC):
+    """Where the masks of an image tree come from. Images go by their path below its root, such as `cat/001.jpg`."""
+
+    @abstractmethod
+    def __contains__(self, name: object) -> bool:
+        """Whether an image is annotated; `name` is a `PurePosixPath`."""
+
+    @abstractmethod
+    def __call__(self, name: PurePosixPath, size: tuple[int, int]) -> Tensor:
+        """The mask `(H, W)` of an annotated image of that size, boolean or in [0, 1]: 1 = relevant."""
+
+
+def nonzero(values: Tensor) -> Tensor:
+    """Every value but 0 is relevant."""
+    return values != 0
+
+
+@dataclass(frozen=True)
+class MaskFolder(MaskSource):
+    """Mask images in a tree of the same shape: `cat/001.jpg` has its mask in `cat/001.png`.
+
+    An image without such a file is not annotated. A mask that is 0 everywhere says that nothing in the image is relevant.
+
+    Args:
+        root: the folder.
+        suffix: what follows the image's name without its extension, for example "_mask.png".
+        relevant: from the file's values `(H, W)` (of a palette image its indices) to the mask, boolean or in [0, 1]. By default
+            every value but 0 is relevant; `lambda values: values == 2` picks one region of a label map.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+
+    root: str | Path
+    suffix: str = ".png"
+    relevant: Callable[[Tensor], Tensor] = field(default=nonzero, repr=False)
+
+    def __post_init__(self) -> None:
+        check_folder("MaskFolder", self.root, UNMASKED)
+
+    def path(self, name: PurePosixPath) -> Path:
+        """Where the mask of an image would be."""
+        return Path(self.root) / name.parent / (name.stem + self.suffix)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the file exists."""
+        return isinstance(name, PurePosixPath) and self.path(name).is_file()
+
+    def __call__(self, name: PurePosixPath, size: tuple[int, int]) -> Tensor:
+        """Read the file.
+
+        Raises:
+            ValueError: naming the file: it has several channels, or not the size of its image.
+        """
+        from PIL import Image
+
+        path = self.path(name)
+        with Image.open(path) as file:
+            found = numpy.array(file)
+        if found.dtype.kind == "u" and found.dtype.itemsize > 1:  # 16 bits: PyTorch compares few such types, and takes no other byte order
+            found = found.astype(numpy.int64)
+        values = torch.as_tensor(found)
+        if values.dim() != 2:
+            raise ValueError(f"{path} has {values.shape[-1]} channels, but a mask has one. Save it as a greyscale or palette image.")
+        if tuple(values.shape) != size:
+            raise ValueError(f"{path} is {tuple(values.shape)}, but its image is {size}. Bring them to one size.")
+        return self.relevant(values)
+
+
+@dataclass(frozen=True)
+class BoxFile(MaskSource):
+    """Bounding boxes in a COCO-style JSON file: a pixel is relevant where any box of its image touches it.
+
+    It reads `images` (`id`, `file_name`: the path below the image root) and `annotations` (`image_id`, `bbox`: x, y, width,
+    height in pixels). All boxes of an image count, whatever their category. An image that `images` lists without any
+    box was looked at, and nothing in it is relevant. An image that it does not list is not annotated.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ValueError: naming the file and the entry: it is not of that form, two images have one `id`, or a box is empty.
+    """
+
+    path: str | Path
+    boxes: dict[PurePosixPath, list[tuple[float, ...]]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "boxes", _read_boxes(Path(self.path)))
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the file lists the image."""
+        return name in self.boxes
+
+    def __call__(self, name: PurePosixPath, size: tuple[int, int]) -> Tensor:
+        """Draw the boxes.
+
+        Raises:
+            ValueError: a box lies outside its image.
+        """
+        try:
+            return from_boxes([self.boxes[name]], size)[0]
+        except ValueError as error:
+            raise ValueError(f"{self.path}, {name}: {error}") from None
+
+
+def check_folder(who: str, root: str | Path, remedy: str = "") -> None:
+    """Check that there is a folder; `who` asks for it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not Path(root).is_dir():
+        raise ValueError(f"{who}: there is no folder {root}. Give the path of one{remedy}.")
+
+
+def _read_boxes(path: Path) -> dict[PurePosixPath, list[tuple[float, ...]]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        images = {(image["id"], PurePosixPath(image["file_name"])) for image in content["images"]}
+        if len(names := dict(images)) < len(images):
+            raise ValueError("two images have one id")
+        found = [(names[entry["image_id"]], tuple(map(float, entry["bbox"]))) for entry in content["annotations"]]
+    except OSError as error:
+        raise ValueError(f"BoxFile: {path} cannot be read ({error.strerror}). Give the path of a JSON file.") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a COCO-style file: {type(error).__name__} {error}. Give `images` with `id` and `file_name`, and `annotations` "
+            "with `image_id` and `bbox`."
+        ) from None
+    boxes: dict[PurePosixPath, list[tuple[float, ...]]] = {name: [] for name in names.values()}
+    for name, box in found:
+        if len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) <= 0:
+            raise ValueError(f"{path}: {name} has the box {list(box)}. Give x, y, width and height in pixels, the last two above 0.")
+        boxes[name].append((box[0], box[1], box[0] + box[2], box[1] + box[3]))
+    return boxes
