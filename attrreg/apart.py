@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,11 +14,14 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from attrreg.call import Call, Select
 from attrreg.distributed import sharded
-from attrreg.recording import parts
+from attrreg.recording import Recording, parts
 from attrreg.runner import Runner
 from attrreg.sites import INPUT, OUTPUT
-from attrreg.state import autocast_type, isolated
-from attrreg.walk import modes
+from attrreg.state import Rng, autocast_type, isolated
+from attrreg.walk import modules
+
+# What may be raised by a model or a baseline that expects a certain number of images, where it gets another one.
+SIZE_ERRORS = (RuntimeError, ValueError, AssertionError, LookupError, TypeError, AttributeError)
 
 
 @dataclass
@@ -27,7 +30,7 @@ class Shown:
 
     Attributes:
         calls: how many there were.
-        found: what was shown last; None: nothing.
+        found: what was shown last; None: nothing. False stays.
     """
 
     calls: int = 0
@@ -40,7 +43,7 @@ class Shown:
         nothing at first.
         """
         self.calls += 1
-        return self.found is None or self.calls & (self.calls - 1) == 0  # a power of two
+        return self.found is None or (self.found and self.calls & (self.calls - 1) == 0)  # a power of two
 
 
 _SHOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Shown]] = WeakKeyDictionary()
@@ -49,6 +52,11 @@ _SHOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Shown]] = WeakKeyDictionary(
 def shown(model: nn.Module, *kind: Hashable) -> Shown:
     """What was shown of a model, by what it is and in which kind of calls."""
     return _SHOWN.setdefault(model, {}).setdefault(kind, Shown())
+
+
+def state_key(model: nn.Module) -> Hashable:
+    """A key for what may change whether images meet: which modules are in train mode, and which have hooks."""
+    return tuple((module.training, bool(module._forward_pre_hooks), bool(module._forward_hooks)) for module in modules(model))
 
 
 def output_key(output: Select) -> Hashable:
@@ -67,33 +75,69 @@ def images_apart(call: Call) -> bool:
         return False
     if sharded(model):  # other ranks may not run the pass that shows it, which would wait for them
         return False
-    apart = shown(model, "images", tuple(modes(model)), output_key(call.output))
+    apart = shown(model, "images", state_key(model), output_key(call.output))
     if apart.due():
-        # Another half of the images each time: only some of them may meet, as in pairs.
-        order = torch.randperm(len(call.x), generator=torch.Generator().manual_seed(apart.calls), device="cpu")
-        chosen = torch.zeros_like(order, dtype=torch.bool)
-        chosen[order[: len(order) // 2]] = True
         try:
-            gradient = _spread(call, chosen.to(call.x.device))
-        except RuntimeError:  # no gradient can be taken; a term that needs one will say so
-            gradient = None
-        if gradient is not None and not bool(gradient[chosen].any()):  # a head that starts at zero shows nothing yet
-            return False
-        apart.found = gradient is not None and not bool(gradient[~chosen].any())
+            apart.found = _are_apart(call, apart.calls)
+        except SIZE_ERRORS:  # it knows how many images it gets, or no gradient can be taken: a term that needs one will say so
+            apart.found = False
     return bool(apart.found)
 
 
-def _spread(call: Call, chosen: Tensor) -> Tensor | None:
-    """The gradient of what a model gives for some images, with respect to all; None: it has none."""
+def _are_apart(call: Call, number: int) -> bool | None:
+    """Whether a probe finds images apart; None: it shows nothing yet. Of one group of images after another: only some of them may meet."""
+    images, device = len(call.x), call.x.device
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(number), device="cpu")
+    half = (order < max(1, images // 2)).to(device)
+    # At first, any two images are told apart by one of these; later, by chance.
+    bits = [(order >> bit & 1 == 1).to(device) for bit in range((images - 1).bit_length())] if number == 1 else []
     runner = Runner(call, twice=False)
-    with isolated(call.model, device=call.x.device):
+    with isolated(call.model, device=device):
+        start = Rng.of(device)
         recording = runner.forward(call.x.detach(), {INPUT: True}, check=True)
-        given = parts(recording.output) if call.output is None else [*parts(recording.output), runner.at(recording, OUTPUT)]
-        by_image = [part for part in given if part.requires_grad and part.shape[:1] == chosen.shape and part.layout == torch.strided]
-        if not by_image:
-            return None
-        gradient = runner.spread(recording, torch.stack([_weighed(part[chosen]) for part in by_image]).sum())
-    return None if gradient is None else gradient.nan_to_num(0.0)  # of a black image it may be zero times infinity
+        drew = not Rng.of(device).same(start)
+        outputs = _by_image(runner, recording, images)
+        for chosen in (half, *bits, *(~bit for bit in bits)):
+            differentiable = [part for part in outputs if part.requires_grad]
+            if not differentiable:
+                return False
+            gradient = runner.spread(recording, torch.stack([_weighed(part[chosen]) for part in differentiable]).sum())
+            gradient = None if gradient is None else gradient.nan_to_num(0.0)  # of a black image it may be zero times infinity
+            if gradient is None or not bool(gradient[chosen].any()):  # a head that starts at zero
+                return None if gradient is not None else False
+            if bool(gradient[~chosen].any()):
+                return False
+    # The largest value of all is in one of the halves, which then gives the same.
+    return drew or call.inputs is not None or all(_as_whole(call, outputs, chosen.nonzero()[:, 0]) for chosen in (half, ~half))
+
+
+def _as_whole(call: Call, outputs: Sequence[Tensor], chosen: Tensor) -> bool:
+    """Whether some images give alone what they give among all: what has no gradient shows only so."""
+    if len(chosen) < 2:  # of a single one some models drop an axis
+        return True
+    few = Runner(replace(call, x=call.x[chosen]), twice=False)
+
+    def alone(images: Tensor) -> list[Tensor]:
+        with torch.no_grad(), isolated(call.model, device=images.device):
+            found = _by_image(few, few.forward(images, {}, check=True), len(images))
+            return [part.nan_to_num(0.0) for part in found]
+
+    images = call.x.detach()[chosen]
+    found, among = alone(images), [part.detach()[chosen].nan_to_num(0.0) for part in outputs]
+    if len(found) != len(among):
+        return False
+    if all(map(close, among, found)):
+        return True
+    nearly = alone(images * (1 + torch.finfo(images.dtype).eps))
+    return all(close(a, b, noise=difference(c, b)) for a, b, c in zip(among, found, nearly, strict=True))
+
+
+def _by_image(runner: Runner, recording: Recording, images: int) -> list[Tensor]:
+    """The floating-point tensors that a model gave with a row for each image, and the logits that are picked from them."""
+    given = parts(recording.output)
+    if runner.call.output is not None:
+        given.append(runner.at(recording, OUTPUT))
+    return [part for part in given if part.is_floating_point() and part.shape[:1] == (images,) and part.layout == torch.strided]
 
 
 def _weighed(part: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from attrreg import sites
-from attrreg.apart import close, couples, difference, output_key, shown
+from attrreg.apart import SIZE_ERRORS, close, couples, difference, output_key, shown, state_key
 from attrreg.differences import Differences
 from attrreg.distributed import sharded
 from attrreg.graph import trainable_leaves
@@ -23,10 +23,7 @@ from attrreg.recording import Recording
 from attrreg.runner import Runner
 from attrreg.scores import Score
 from attrreg.state import Rng, isolated
-from attrreg.walk import modes, modules
-
-# What may be raised by a model or a baseline that expects a certain number of images, where it gets another one.
-SIZE_ERRORS = (RuntimeError, ValueError, AssertionError, LookupError, TypeError, AttributeError)
+from attrreg.walk import modules
 
 
 class PathGradients:
@@ -35,7 +32,7 @@ class PathGradients:
     Places share a batch if each can have the draws of the clean pass (`ops.draws` knows dropout and stochastic depth) and if images
     meet in nothing but batch normalisation of the whole batch, which our operator does place by place. Modules tell whether that is to
     be expected, the pass whether it was so, now and then by a forward and a backward more; if not, it is thrown away, and each place runs
-    alone. What passes have shown is remembered for the model, its modes, the output and where scores read.
+    alone. What passes have shown is remembered for the model, its modes and hooks, the output and where scores read.
 
     A chunked path's backward keeps this object, so it holds nothing that passes computed.
 
@@ -57,7 +54,7 @@ class PathGradients:
         self._scores = scores
         self._replay = replay
         self._differences = differences
-        self._kind = (tuple(modes(self.call.model)), output_key(self.call.output), tuple(score.site for score in scores))
+        self._kind = (state_key(self.call.model), output_key(self.call.output), tuple(score.site for score in scores))
         self._coupled = any(map(couples, modules(self.call.model)))
         self._shares = self._may_share()
         self.reached: dict[int, Tensor] = {}
@@ -133,35 +130,49 @@ class PathGradients:
             drew = not Rng.of(batch.device).same(self._replay)
         if drew or (self._coupled and recording.phase.normalised != {batch.shape[0]}):
             return None
-        if not self._as_alone(recording.draws, images[0]) or not self._apart(runner, recording, images[-1]):
+        if not self._as_alone(recording.draws, images[0]) or not self._apart(runner, recording, images):
             return None
         self._note(runner, recording, create_graph)
         found = [runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
         # Not by index, whose backward is a tensor of zeros for each place.
         return [list(each) for each in zip(*(gradient.unflatten(0, (-1, places)).unbind(1) for gradient in found), strict=True)]
 
-    def _apart(self, runner: Runner, recording: Recording, last: Tensor) -> bool:
-        """Whether the last place, the most unlike a baseline, gets what it gets alone, and its scores depend on no other."""
-        apart = shown(runner.call.model, "places", *self._kind, len(last), runner.places)
+    def _apart(self, runner: Runner, recording: Recording, images: Sequence[Tensor]) -> bool:
+        """Whether places get what they get alone, and their scores depend on no other.
+
+        It looks at the last place, the most unlike a baseline, and at one of the others, in turn: a model that divides by the largest value
+        of the batch finds it at the last, which then depends on nothing else.
+        """
+        apart = shown(runner.call.model, "places", *self._kind, len(images[0]), runner.places)
         if not apart.due():
             return True
-        alone, shows = self._pass(last.detach(), check=True), True
-        for score in self._scores:
-            # What depends on the place in the batch, or on draws of the model's own, has no gradient that would show it.
-            of_last = runner.at(recording, score.site)[runner.places - 1 :: runner.places]
-            by_itself = self._runner.at(alone, score.site)
-            if not close(of_last, by_itself):  # statistics of a few values make much of rounding
-                nearly = self._pass(last.detach() * (1 + torch.finfo(last.dtype).eps), check=True)
-                if not close(of_last, by_itself, noise=difference(self._runner.at(nearly, score.site), by_itself)):
-                    return False
-            gradient = runner.spread(recording, runner.scores(recording, score).unflatten(0, (-1, runner.places))[:, -1].sum())
-            if gradient is None or not bool(gradient.any()):  # a head that starts at zero shows nothing yet
-                shows = False
-            elif bool(gradient.unflatten(0, (-1, runner.places))[:, :-1].any()):
-                return False
-        if shows:
+        last = runner.places - 1
+        found = [self._place_apart(runner, recording, place, images[place].detach()) for place in (last, apart.calls % last)]
+        if False in found:
+            return False
+        if None not in found:
             apart.found = True
         return True
+
+    def _place_apart(self, runner: Runner, recording: Recording, place: int, images: Tensor) -> bool | None:
+        """Whether one place is by itself; None: its gradients show nothing."""
+        alone, shows = self._pass(images, check=True), True
+        for score in self._scores:
+            # What depends on the place in the batch, or on draws of the model's own, has no gradient that would show it.
+            together, by_itself = runner.at(recording, score.site)[place :: runner.places], self._runner.at(alone, score.site)
+            if not close(together, by_itself):  # statistics of a few values make much of rounding
+                nearly = self._pass(images * (1 + torch.finfo(images.dtype).eps), check=True)
+                if not close(together, by_itself, noise=difference(self._runner.at(nearly, score.site), by_itself)):
+                    return False
+            gradient = runner.spread(recording, runner.scores(recording, score).unflatten(0, (-1, runner.places))[:, place].sum())
+            if gradient is None or not bool(gradient.any()):  # a head that starts at zero shows nothing yet
+                shows = False
+                continue
+            by_place = gradient.unflatten(0, (-1, runner.places)).clone()
+            by_place[:, place] = 0
+            if bool(by_place.any()):
+                return False
+        return True if shows else None
 
     def _as_alone(self, draws: Draws, images: Tensor) -> bool:
         """Whether a pass drew what one over the images alone draws. To know that, one such forward has to run."""

@@ -9,11 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attrreg.apart import close, images_apart
+from attrreg.apart import SIZE_ERRORS, close, images_apart
 from attrreg.attach import attached
 from attrreg.baselines import Baseline, Fixed, OtherImage, made_of
 from attrreg.call import Call
-from attrreg.folding import SIZE_ERRORS
 from attrreg.needs import Need, Value
 from attrreg.scores import Score
 from attrreg.settings import is_real

@@ -58,7 +58,7 @@ def test_norms_of_each_image_let_none_meet(norm: Callable[[], nn.Module]) -> Non
     layers = [nn.Conv2d(2, 4, 3), norm(), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)]
     model, (x, mask, target) = Watched(nn.Sequential(*layers)).double(), smooth_batch(4)
     value = TERM(model, x, mask, target, annotated=torch.tensor([True, False, False, False]))
-    assert model.seen == [4, 2]
+    assert model.seen == [4, 2, 2, 2]
     alone = TERM(model, x[:1], mask[:1], target[:1])
     torch.testing.assert_close(value, alone, rtol=1e-10, atol=0)
     with passes() as counted:

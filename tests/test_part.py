@@ -48,7 +48,13 @@ def test_images_without_annotation_are_left_out_and_nothing_else_changes(reducti
     with regularizer.attach(model):
         model(x)
         whole = regularizer(model, x, mask, target, annotated=annotated)
-    assert model.seen == [5, 2, 5]  # the first shows, once for a model, that its images do not depend on each other
+    assert model.seen == [
+        5,
+        2,
+        3,
+        2,
+        5,
+    ]  # the first, and its two halves alone, show, once for a model, that its images do not depend on each other
     torch.testing.assert_close(value, whole, rtol=1e-12, atol=0)
     assert_close(gradients(model, value), gradients(model, whole), 1e-10)
 
@@ -59,7 +65,7 @@ def test_a_single_annotated_image_keeps_another_beside_it() -> None:
     for annotated in torch.eye(5).bool()[[0, 4]]:
         value = TERM(model, x, mask, target, annotated=annotated)
         assert_close([value], [TERM.evaluate(model, x, mask, target, annotated=annotated).total], 1e-12)
-    assert model.seen == [5, 2, 5, 5, 2, 5]  # it shows at the first call and at the second
+    assert model.seen == [5, 2, 3, 2, 5] * 2  # it shows at the first call and at the second
 
 
 def test_coupled_images_all_take_part() -> None:
@@ -70,7 +76,7 @@ def test_coupled_images_all_take_part() -> None:
     TERM(model.eval(), x, mask, target, annotated=annotated)
     attrreg.ActivationDifference()(model, x, mask, target, annotated=annotated)  # shuffles: draws for each image
     TERM(model, x, mask, target, annotated=torch.zeros(4, dtype=torch.bool))  # none: the same work as the other ranks of a run
-    assert model.seen == [4, 4, 2, 4, 4, 4]
+    assert model.seen == [4, 4, 2, 2, 2, 4, 4, 4]
 
 
 @pytest.mark.parametrize("norm", [lambda: nn.BatchNorm2d(4, track_running_stats=False).eval(), lambda: EvoNorm2dB0(4)])
@@ -232,7 +238,7 @@ def test_an_own_baseline_of_each_image_by_itself() -> None:
     model, (x, mask, target) = Watched(SmoothNet().double()), smooth_batch(4)
     regularizer, annotated = attrreg.ActivationDifference(fill=Halved()), torch.tensor([False, True, True, True])
     value = regularizer(model, x, mask, target, annotated=annotated)
-    assert model.seen == [4, 3, 3]  # the first shows that images are apart
+    assert model.seen == [4, 2, 2, 3, 3]  # the first three show that images are apart
     torch.testing.assert_close(value, regularizer.evaluate(model, x, mask, target, annotated=annotated).total, rtol=1e-12, atol=0)
     assert regularizer(model, x, mask, target, fraction=0.5).isfinite()
 
@@ -289,7 +295,7 @@ def test_outputs_of_all_kinds_show_whether_images_meet(kind: str) -> None:
         found.append([*model.seen])
         with torch.no_grad():
             gated.gate.add_(0.5)
-    assert found == ([[4, 2], [4, 4], [4]] if kind == "gate" else [[4, 2], [4, 2], [2]])
+    assert found == ([[4, 2, 2, 2], [4, 4], [4]] if kind == "gate" else [[4, 2, 2, 2], [4, 2, 2, 2], [2]])
     assert value.isfinite()
 
 
@@ -305,7 +311,7 @@ def test_a_black_image_couples_nobody() -> None:
     x = x.detach().clone()
     x[1] = 0
     value = TERM(model, x, mask, target, annotated=torch.tensor([True, False, True, True]))
-    assert model.seen == [4, 3] and all(gradient.isfinite().all() for gradient in gradients(model, value))
+    assert model.seen == [4, 2, 2, 3] and all(gradient.isfinite().all() for gradient in gradients(model, value))
 
 
 class Beside(SmoothNet):
