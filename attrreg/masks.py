@@ -156,7 +156,7 @@ def resize(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return F.adaptive_avg_pool2d(mask, size)
 
 
-def from_boxes(boxes: Sequence[Tensor | Sequence[Sequence[float]] | None], size: tuple[int, int]) -> Tensor:
+def from_boxes(boxes: Sequence[Tensor | Sequence[Tensor | Sequence[float]] | None], size: tuple[int, int]) -> Tensor:
     """Masks from bounding boxes: a pixel is relevant where any box of its image touches it.
 
     Args:
@@ -185,11 +185,16 @@ def from_boxes(boxes: Sequence[Tensor | Sequence[Sequence[float]] | None], size:
     return masks
 
 
-def _checked_boxes(name: str, entry: Tensor | Sequence[Sequence[float]], height: int, width: int) -> list[list[float]]:
+def _checked_boxes(name: str, entry: Tensor | Sequence[Tensor | Sequence[float]], height: int, width: int) -> list[list[float]]:
     """The boxes of an image of that size."""
     form = str(getattr(getattr(entry, "format", "XYXY"), "value", "XYXY"))  # of torchvision's `BoundingBoxes`
     if form != "XYXY":
         raise ValueError(f"{name} are {form}, not (x1, y1, x2, y2). Convert them: v2.ConvertBoundingBoxFormat('XYXY').")
+    canvas = getattr(entry, "canvas_size", (height, width))
+    if tuple(canvas) != (height, width):
+        raise ValueError(f"{name} are of an image of {tuple(canvas)}, but size={(height, width)}. Scale them with their image.")
+    if not isinstance(entry, Tensor):  # a box may be a tensor
+        entry = [torch.as_tensor(box).tolist() for box in entry]
     listed = torch.as_tensor(entry, dtype=torch.float64)
     if listed.numel() % 4 or (listed.numel() and listed.shape[-1] != 4):
         raise ValueError(f"{name} has the shape {tuple(listed.shape)}, but boxes are (K, 4). Give (x1, y1, x2, y2) a box.")

@@ -24,7 +24,16 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 
 
 def _judged(map: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The map and o, in float32 at least: a sum over a map leaves the range of half precision, and eps is below it."""
+    """The map and o, in float32 at least: a sum over a map leaves the range of half precision, and eps is below it.
+
+    Raises:
+        ValueError: the mask is not `(N, 1, H, W)`, or one for all, of the map's height and width: it would meet other images' maps.
+    """
+    if map.dim() != 4 or mask.dim() != 4 or len(mask) not in (1, len(map)) or mask.shape[1:] != (1, *map.shape[2:]):
+        raise ValueError(
+            f"The map must be (N, C, H, W) and the mask (N, 1, H, W), got {tuple(map.shape)} and {tuple(mask.shape)}. Write "
+            "mask[:, None] for (N, H, W), and attrreg.masks.resize(mask, size) for another size."
+        )
     map = map.to(penalty_dtype(map.dtype))
     return map, 1 - mask.to(map.dtype)
 

@@ -197,7 +197,8 @@ def _draw_map(axes: Axes, map: Tensor, signed: bool, size: tuple[int, int]) -> N
     values = map.detach().cpu().double()
     values = values.sum(dim=0) if signed else values.abs().sum(dim=0)
     # The largest 1% would otherwise leave the rest of a gradient map dark.
-    top = max(float(values.abs().quantile(QUANTILE)), 1e-30)
+    finite = values.abs()[values.isfinite()]
+    top = max(float(finite.quantile(QUANTILE)) if len(finite) else 0.0, 1e-30)
     # At the size of the image, so that the mask's outline lies where it does there, whatever the size of the map.
     extent = (-0.5, size[1] - 0.5, size[0] - 0.5, -0.5)
     settings: dict[str, Any] = {"cmap": "PRGn", "vmin": -top} if signed else {"cmap": "viridis", "vmin": 0}
@@ -206,8 +207,8 @@ def _draw_map(axes: Axes, map: Tensor, signed: bool, size: tuple[int, int]) -> N
 
 
 def _outline(axes: Axes, relevant: Tensor, size: tuple[int, int]) -> None:
-    if relevant.min() >= 0.5 or relevant.max() < 0.5:
-        return  # there is no edge
+    if relevant.min() >= 0.5 or relevant.max() < 0.5 or min(relevant.shape) < 2:
+        return  # there is no edge, or none that Matplotlib could draw
     height, width = relevant.shape
     # The centres of the mask's pixels, in pixels of the image.
     columns = (numpy.arange(width) + 0.5) * size[1] / width - 0.5

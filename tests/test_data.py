@@ -10,18 +10,16 @@ from typing import Any
 import numpy
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from timm.data import FastCollateMixup, Mixup, create_transform
-from torch import Tensor, nn
+from timm.data import create_transform
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import datasets, tv_tensors
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 import attrreg
-from attrreg import scores
-from attrreg.data import BoxFile, MaskedImageFolder, MaskFolder, MaskSource, Sample, WithMasks
+from attrreg.data import BoxFile, MaskedImageFolder, MaskFolder, MaskSource, Sample
 from tests import shapes
 from tests.models import FAMILIES
 
@@ -192,7 +190,7 @@ def test_boxes(root: Path, tmp_path: Path) -> None:
     [
         ({"annotations": [{"image_id": 7, "bbox": [2, 3, 0, 5]}]}, r"disc/000\.jpg has the box \[2\.0, 3\.0, 0\.0, 5\.0\].*above 0"),
         ({"annotations": [{"image_id": 7, "bbox": [2, 3, 5]}]}, "Give x, y, width and height"),
-        ({"annotations": [{"image_id": 8, "bbox": [2, 3, 4, 5]}]}, "not a COCO-style file: KeyError 8"),
+        ({"annotations": [{"image_id": 8, "bbox": [2, 3, 4, 5]}]}, "an annotation is of the image 8, which `images` does not list"),
         ({"images": [{"id": 1}]}, "KeyError 'file_name'.*Give `images`"),
         ({"images": [{"id": 7, "file_name": "a.jpg"}, {"id": 7, "file_name": "b.jpg"}]}, r"two images have one id\. Give `images`"),
         ({"annotations": [{"image_id": 7, "bbox": [40, 3, 4, 5]}]}, r"boxes\.json, disc/000\.jpg: .*outside an image of 32 x 32"),
@@ -256,95 +254,73 @@ def test_transforms_without_masks_are_refused(folder: MaskedImageFolder, transfo
         MaskedImageFolder(folder.root, folder.masks, transforms)
 
 
-# Mixing
+# Files of other kinds
 
 
-def batch() -> Sample:
-    torch.manual_seed(1)
-    return Sample(torch.rand(4, 3, 16, 16), torch.rand(4, 16, 16) < 0.3, torch.tensor([0, 1, 2, 1]), torch.tensor([1, 1, 0, 1]).bool())
+def one_image(root: Path) -> tuple[Path, Path]:
+    """An image `disc/000` and its mask, to be replaced."""
+    shapes.write(root, each=1, without_mask=0)
+    return root / "images" / "disc" / "000.jpg", root / "masks" / "disc" / "000.png"
 
 
-def made_from(images: Tensor, mixed: Tensor, pixelwise: bool) -> Tensor:
-    """Which images a mixed one is made of, `(N, N, H, W)` bool, found from the pixels alone."""
-    if pixelwise:
-        return (mixed[:, None] == images[None]).all(dim=2)
-    flat = images.flatten(1).double()
-    shares: Tensor = torch.linalg.lstsq(flat.T, mixed.flatten(1).double().T).solution.T
-    return (shares > 1e-6)[:, :, None, None].expand(-1, -1, *images.shape[2:])
+def read(root: Path, **settings: Any) -> Sample:
+    return MaskedImageFolder(root / "images", MaskFolder(root / "masks", **settings))[0]
 
 
-MIXES = {
-    "torchvision cutmix": (lambda: v2.CutMix(num_classes=3), True),
-    "torchvision mixup": (lambda: v2.MixUp(num_classes=3), False),
-    "timm cutmix": (lambda: Mixup(mixup_alpha=0.0, cutmix_alpha=1.0, num_classes=3, mode="elem"), True),
-    "timm mixup": (lambda: Mixup(mixup_alpha=1.0, num_classes=3, mode="pair"), False),
-}
+def test_images_are_turned_upright_as_their_masks_are(tmp_path: Path) -> None:
+    path, mask = one_image(tmp_path)
+    image = Image.new("RGB", (32, 32))
+    image.paste((255, 255, 255), (0, 0, 8, 32))
+    turn = image.getexif()
+    turn[0x0112] = 6  # to be shown turned by 90 degrees to the right
+    image.save(path, exif=turn, quality=95)
+    upright = numpy.zeros((32, 32), dtype=numpy.uint8)
+    upright[:8] = 255
+    Image.fromarray(upright).save(mask)
+    sample = read(tmp_path)
+    assert (sample.image.float().mean(0)[sample.mask] > 200).all() and (sample.image.float().mean(0)[8:][~sample.mask[8:]] < 60).all()
 
 
-@pytest.mark.parametrize("name", MIXES)
-def test_masks_follow_the_mix(name: str) -> None:
-    make, pixelwise = MIXES[name]
-    given = batch()
-    for seed in range(20):
-        torch.manual_seed(seed)
-        numpy.random.seed(seed)
-        mixed = WithMasks(make())(given)
-        torch.manual_seed(seed)
-        numpy.random.seed(seed)
-        alone, labels = make()(given.image.clone(), given.label)
-        torch.testing.assert_close(mixed.image, alone)
-        torch.testing.assert_close(mixed.label, labels)
-        made_of = made_from(given.image, mixed.image, pixelwise)
-        unknown = (made_of & ~given.annotated.view(1, -1, 1, 1)).flatten(1).any(dim=1)
-        relevant = (made_of & given.mask[None]).any(dim=1)
-        assert torch.equal(mixed.annotated, ~unknown)
-        assert torch.equal(mixed.mask, relevant | unknown.view(-1, 1, 1))
+def test_images_of_sixteen_bits_are_refused_and_not_cut_off(tmp_path: Path) -> None:
+    path, _ = one_image(tmp_path)
+    Image.fromarray(numpy.full((32, 32), 3000, dtype=numpy.uint16)).save(path.with_suffix(".png"))
+    path.unlink()
+    with pytest.raises(ValueError, match=r"000\.png has more than 8 bits a value.*Give a loader="):
+        read(tmp_path)
 
 
-def test_mixed_batches_train(folder: MaskedImageFolder) -> None:
-    data = MaskedImageFolder(folder.root, folder.masks, FLOAT)
-    mix = WithMasks(v2.RandomChoice([v2.CutMix(num_classes=2), v2.MixUp(num_classes=2)]))
-    loader = DataLoader(data, batch_size=8, shuffle=True, collate_fn=mix.collate)
-    x, mask, y, annotated = next(iter(loader))
-    model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    value = attrreg.InputGradient()(model, x, mask, target=y, annotated=annotated)
-    shared = attrreg.InputGradient(scores.MultiLabelLogit())(model, x, mask, target=y, annotated=annotated)
-    torch.testing.assert_close(value, shared)
-    (F.cross_entropy(model(x), y) + value).backward()
-    assert annotated.any() and not annotated.all() and float(value.detach()) > 0
+@pytest.mark.parametrize("which", [0, 1])
+def test_files_that_cannot_be_read_are_named(tmp_path: Path, which: int) -> None:
+    path = one_image(tmp_path)[which]
+    path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(ValueError, match=rf"{path.name} cannot be read: .*Replace it"):
+        read(tmp_path)
 
 
-def test_a_mix_goes_to_spawned_workers(folder: MaskedImageFolder) -> None:
-    # They are given the data set and the collate function as pickles.
-    given = MaskedImageFolder(folder.root, folder.masks, FLOAT), WithMasks(Mixup(cutmix_alpha=1.0, num_classes=2)).collate
-    data, collate = pickle.loads(pickle.dumps(given))
-    mixed = collate([data[0], data[1]])
-    assert mixed.label.shape == (2, 2) and mixed.mask.dtype == torch.bool
+def test_masks_of_jpeg_need_a_threshold(tmp_path: Path) -> None:
+    _, path = one_image(tmp_path)
+    drawn = numpy.asarray(Image.open(path)) > 0
+    Image.open(path).save(path.with_suffix(".jpg"), quality=50)
+    with pytest.raises(ValueError, match=r"000\.jpg is a JPEG.*Give relevant="):
+        read(tmp_path, suffix=".jpg")
+    assert (read(tmp_path, suffix=".jpg", relevant=lambda values: values > 127).mask.numpy() == drawn).mean() > 0.98
 
 
-def test_a_little_of_an_unannotated_image_counts_in_half_precision_too() -> None:
-    given, known = batch(), torch.tensor([True, False, False, False])
-    mix = WithMasks(lambda images, labels: (0.99 * images + 0.01 * images.roll(1, 0), labels))
-    mixed = mix(given._replace(image=given.image.bfloat16(), annotated=known))
-    assert mixed.image.dtype == torch.bfloat16 and not mixed.annotated.any()
+def test_an_extension_in_capitals_is_the_same(tmp_path: Path) -> None:
+    _, path = one_image(tmp_path)
+    want = read(tmp_path).mask
+    path.rename(path.with_suffix(".PNG"))
+    assert torch.equal(read(tmp_path).mask, want)
 
 
-def test_shares_in_single_precision_add_up_in_double_precision_too() -> None:
-    given, (share, rest) = batch(), torch.tensor([0.1, 0.9]).tolist()  # timm's are in float32: these two add up to 1 - 2e-8
-    mix = WithMasks(lambda images, labels: (share * images + rest * images.flip(0), labels))
-    given = given._replace(image=given.image.double(), annotated=torch.ones(4, dtype=torch.bool))
-    assert mix(given).annotated.all()
+def test_what_transforms_may_not_do(folder: MaskedImageFolder) -> None:
+    with pytest.raises(TypeError, match=r"transforms move no masks: Inputs of type Mask.*v2\.RandomAffine"):
+        MaskedImageFolder(folder.root, folder.masks, v2.RandAugment())[0]
+    with pytest.raises(TypeError, match=r"transforms returned Image and Mask for disc/000\.jpg.*v2\.ToImage"):
+        MaskedImageFolder(folder.root, folder.masks, v2.ToPILImage())[0]
 
+    def fails(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        raise TypeError("its own")
 
-def test_what_cannot_be_mixed() -> None:
-    mix, given = WithMasks(v2.CutMix(num_classes=3)), batch()
-    with pytest.raises(TypeError, match=r"annotated must be a boolean tensor, got list"):
-        mix(given._replace(annotated=[True] * 4))
-    with pytest.raises(TypeError, match=r"mask must be boolean.*mask > 0\.5"):
-        mix(given._replace(mask=given.mask.float()))
-    with pytest.raises(ValueError, match=r"mask must be \(4, 16, 16\).*Resize"):
-        mix(given._replace(mask=given.mask[:, ::2, ::2]))
-    with pytest.raises(TypeError, match=r"image must be floating point.*ToDtype"):
-        mix(given._replace(image=given.image.byte()))
-    with pytest.raises(TypeError, match=r"FastCollateMixup made torch\.uint8 .* masks are lost\. Use CutMix"):
-        WithMasks(FastCollateMixup(num_classes=3))(given)
+    with pytest.raises(TypeError, match=r"^its own$"):
+        MaskedImageFolder(folder.root, folder.masks, fails)[0]

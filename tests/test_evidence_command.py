@@ -222,3 +222,7 @@ def test_what_waits_is_not_begun_after_an_interrupt(tmp_path: Path) -> None:
     script.write_text(STOPS)
     subprocess.run([sys.executable, str(script), str(begun)], stderr=subprocess.DEVNULL, timeout=300)
     assert 1 <= len(begun.read_text().splitlines()) < 10
+
+
+def test_what_is_named_twice_is_done_once() -> None:
+    assert plans.plan(["crosses", "crosses"], ["plain", "plain"]) == plans.plan(["crosses"], ["plain"])

@@ -189,3 +189,25 @@ def test_no_gradient_flows_into_the_mask(regularizer: attrreg.AttributionRegular
     (slope,) = torch.autograd.grad(value, made, allow_unused=True)
     assert slope is None
     assert not ReplaceOutside()(x, made.sigmoid()).requires_grad
+
+
+def test_boxes_of_another_image_and_boxes_that_are_tensors() -> None:
+    boxes = BoundingBoxes([[1, 1, 3, 3]], format="XYXY", canvas_size=(16, 16))
+    with pytest.raises(ValueError, match=r"boxes\[0\] are of an image of \(16, 16\), but size=\(8, 8\)\. Scale"):
+        masks.from_boxes([boxes], (8, 8))
+    tensors = [torch.tensor([1.0, 1, 3, 3]), torch.tensor([5, 5, 6, 6])]
+    assert torch.equal(masks.from_boxes([tensors], (16, 16)), masks.from_boxes([[(1, 1, 3, 3), (5, 5, 6, 6)]], (16, 16)))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        *(objectives.SquaredOutside(), objectives.AbsoluteOutside(), objectives.LogOutside(), objectives.NetOutside()),
+        *(objectives.OutsideFraction(), objectives.Energy()),
+    ],
+)
+def test_an_objective_refuses_a_mask_that_would_meet_other_images(objective: objectives.Objective) -> None:
+    map, mask = torch.rand(3, 1, 4, 4), torch.ones(3, 4, 4)
+    with pytest.raises(ValueError, match=r"mask \(N, 1, H, W\), got .*\(3, 4, 4\)\. Write mask\[:, None\]"):
+        objective(map, mask)
+    torch.testing.assert_close(objective(map, mask[:1, None]), objective(map, mask[:, None]))  # one for all

@@ -241,6 +241,7 @@ def judge(model: nn.Module, target: Tensor, measure: Any = metrics.share_inside)
         (lambda: metrics.share_inside(MAP, MAP[:1, 0]), ValueError, r"mask is for 1 images.*\. "),
         (lambda: metrics.pointing_game(MAP, MAP[:, 0], -1), ValueError, r"tolerance must be.*\. "),
         (lambda: metrics.accuracy(MAP, torch.zeros(2)), ValueError, r"logits must be \(N, classes\).*\. "),
+        (lambda: metrics.accuracy(torch.rand(3, 1), torch.tensor([0, 1, 1])), ValueError, r"two classes, got \(3, 1\)\. For one logit"),
         (lambda: metrics.auc(torch.rand(3, 2), torch.tensor([0, 1, 255])), ValueError, r"target must be 0 or 1.*\. "),
         (lambda: metrics.group_accuracies(torch.rand(2, 2), torch.zeros(2), torch.zeros(3)), ValueError, r"groups must be \(2,\).*\. "),
         (lambda: metrics.Occlusion(window=0), ValueError, r"window must be.*\. "),

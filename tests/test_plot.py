@@ -240,3 +240,14 @@ def test_the_default_type_is_that_of_no_picture(half_by_default: None) -> None:
 def test_bad_curves(penalties: Any, shares: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plot.training(penalties, shares)
+
+
+def test_a_value_that_is_not_finite_leaves_the_others_visible() -> None:
+    x, mask, map = torch.rand(1, 3, 8, 8), torch.zeros(1, 8, 8).bool(), torch.rand(1, 1, 8, 8)
+    map[0, 0, 0, 0] = float("nan")
+    (image,) = plot.attributions(x, mask, {"map": map}).axes[-1].get_images()
+    assert 0.5 < image.get_clim()[1] <= 1
+
+
+def test_a_mask_of_one_column_has_no_outline() -> None:
+    plot.attributions(torch.rand(1, 3, 8, 8), torch.tensor([[[1.0], [0.0]]]), {"map": torch.rand(1, 1, 8, 8)})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from attrreg.data.sources import UNMASKED, BoxFile, MaskFolder, MaskSource, check_folder
+from attrreg.data.sources import UNMASKED, BoxFile, MaskFolder, MaskSource, check_folder, opened
 
 if TYPE_CHECKING:
     from torchvision.tv_tensors import Image, Mask
@@ -51,7 +51,8 @@ class MaskedImageFolder(Dataset[Sample]):
         root: a folder with a subfolder for each class.
         masks: `MaskFolder(...)`, `BoxFile(...)`, or a source of your own.
         transforms: of image (uint8, `(3, H, W)`) and mask; returns both, the image as floats: `v2.ToDtype(torch.float32, scale=True)`.
-        loader: reads an image file into anything that `v2.functional.to_image` takes. By default Pillow, as RGB.
+        loader: reads an image file into anything that `v2.functional.to_image` takes. By default Pillow, as RGB, and turned upright as its
+            EXIF data say, as the tools show it in which masks are drawn.
 
     Attributes:
         classes: the names of the classes, sorted.
@@ -67,13 +68,11 @@ class MaskedImageFolder(Dataset[Sample]):
     def __init__(
         self, root: str | Path, masks: MaskSource, transforms: Transforms | None = None, loader: Callable[[Path], Any] | None = None
     ) -> None:
-        from torchvision.datasets.folder import pil_loader
-
         if not isinstance(masks, MaskSource):
             raise TypeError(f"masks must be a data.MaskSource, got {masks!r}. Write MaskFolder('masks') or BoxFile('boxes.json').")
         check_folder("MaskedImageFolder", root)
         _check_transforms(transforms)
-        self.root, self.masks, self.transforms, self.loader = Path(root), masks, transforms, loader or pil_loader
+        self.root, self.masks, self.transforms, self.loader = Path(root), masks, transforms, loader or _rgb
         if isinstance(masks, MaskFolder) and Path(masks.root).resolve().is_relative_to(self.root.resolve()):
             raise ValueError(f"The masks in {masks.root} lie within the images of {root}, and would be taken for images. Move them out.")
         self.classes, self.names, self.targets = _images(self.root)
@@ -102,7 +101,7 @@ class MaskedImageFolder(Dataset[Sample]):
         """Read an image and its mask, and transform both.
 
         Raises:
-            TypeError, ValueError: naming the file: the mask does not fit its image, or a transform lost it.
+            TypeError, ValueError: naming the file: it cannot be read, its mask does not fit it, or a transform lost that.
         """
         from torchvision.tv_tensors import Mask
 
@@ -112,10 +111,13 @@ class MaskedImageFolder(Dataset[Sample]):
         mask = Mask(self.masks(name, size) if known else torch.ones(size, dtype=self._dtype))
         if mask.shape != size:
             raise ValueError(f"{type(self.masks).__name__} gave {name}, {size}, a mask {tuple(mask.shape)}. Let it be of the image's size.")
-        moved = (image, mask) if self.transforms is None else self.transforms(image, mask)
+        moved = (image, mask) if self.transforms is None else _moved(self.transforms, image, mask)
         if not isinstance(moved, (tuple, list)) or len(moved) != 2:
             raise TypeError(f"transforms returned a {type(moved).__name__} for {name} and its mask. Return both: image, mask.")
         moved_image, moved_mask = moved
+        if not (isinstance(moved_image, Tensor) and isinstance(moved_mask, Tensor)):
+            kinds = f"{type(moved_image).__name__} and {type(moved_mask).__name__}"
+            raise TypeError(f"transforms returned {kinds} for {name} and its mask. Return tensors: end with v2.ToImage().")
         if moved_mask.shape[-2:] != moved_image.shape[-2:]:
             raise ValueError(
                 f"transforms made {name} {tuple(moved_image.shape)} and its mask {tuple(moved_mask.shape)}. Use transforms of "
@@ -130,6 +132,27 @@ def _check_transforms(transforms: Transforms | None) -> None:
             f"transforms is a {type(transforms).__name__} of torchvision.transforms, which moves an image without its mask. Use that of "
             "torchvision.transforms.v2."
         )
+
+
+def _moved(transforms: Transforms, image: Image, mask: Mask) -> Any:
+    try:
+        return transforms(image, mask)
+    except TypeError as error:
+        if "Inputs of type Mask are not supported" not in str(error):
+            raise
+        raise TypeError(
+            f"transforms move no masks: {error} RandAugment and its kind choose among transforms of which some move the image alone. "
+            "Write out those that you want, as v2.RandomAffine and v2.ColorJitter."
+        ) from error
+
+
+def _rgb(path: Path) -> Any:
+    from PIL import ImageOps
+
+    with opened(path) as file:
+        if file.mode.startswith(("I", "F")):  # Pillow would cut off at 255
+            raise ValueError(f"{path} has more than 8 bits a value, which RGB has not. Give a loader= that scales them.")
+        return ImageOps.exif_transpose(file).convert("RGB")
 
 
 def _example(masks: MaskSource, name: PurePosixPath) -> str:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy
 import torch
 from torch import Tensor
 
 from attrreg.masks import from_boxes
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 UNMASKED = ", or, for images of which none has a mask, take torchvision's ImageFolder"
 
@@ -43,7 +48,7 @@ class MaskFolder(MaskSource):
 
     Args:
         root: the folder.
-        suffix: what follows the image's name without its extension, for example "_mask.png".
+        suffix: what follows the image's name without its extension, for example "_mask.png"; its extension also in capitals.
         relevant: from the file's values `(H, W)` (of a palette image its indices) to the mask, boolean or in [0, 1]. By default
             every value but 0 is relevant; `lambda values: values == 2` picks one region of a label map.
 
@@ -59,8 +64,10 @@ class MaskFolder(MaskSource):
         check_folder("MaskFolder", self.root, UNMASKED)
 
     def path(self, name: PurePosixPath) -> Path:
-        """Where the mask of an image would be."""
-        return Path(self.root) / name.parent / (name.stem + self.suffix)
+        """Where the mask of an image would be; its extension may be in capitals."""
+        path = Path(self.root) / name.parent / (name.stem + self.suffix)
+        capitals = path.with_suffix(path.suffix.upper())
+        return capitals if capitals.is_file() and not path.is_file() else path
 
     def __contains__(self, name: object) -> bool:
         """Whether the file exists."""
@@ -70,13 +77,16 @@ class MaskFolder(MaskSource):
         """Read the file.
 
         Raises:
-            ValueError: naming the file: it has several channels, or not the size of its image.
+            ValueError: naming the file: it cannot be read, has several channels, is a JPEG of which every value but 0 would be relevant, or
+                has not the size of its image.
         """
-        from PIL import Image
-
         path = self.path(name)
-        with Image.open(path) as file:
-            found = numpy.array(file)
+        with opened(path) as file:
+            found, lossy = numpy.array(file), file.format == "JPEG"
+        if lossy and self.relevant is nonzero:
+            raise ValueError(
+                f"{path} is a JPEG, whose compression leaves few values at 0. Give relevant=, as `lambda values: values > 127`."
+            )
         if found.dtype.kind == "u" and found.dtype.itemsize > 1:  # 16 bits: PyTorch compares few such types, and takes no other byte order
             found = found.astype(numpy.int64)
         values = torch.as_tensor(found)
@@ -124,6 +134,23 @@ class BoxFile(MaskSource):
             raise ValueError(f"{self.path}, {name}: {error}") from None
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[PIL.Image.Image]:
+    """An image file, read.
+
+    Raises:
+        ValueError: naming the file: it cannot be read.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            file.load()
+            yield file
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}. Replace it, or take it out.") from error
+
+
 def check_folder(who: str, root: str | Path, remedy: str = "") -> None:
     """Check that there is a folder; `who` asks for it.
 
@@ -140,7 +167,7 @@ def _read_boxes(path: Path) -> dict[PurePosixPath, list[tuple[float, ...]]]:
         images = {(image["id"], PurePosixPath(image["file_name"])) for image in content["images"]}
         if len(names := dict(images)) < len(images):
             raise ValueError("two images have one id")
-        found = [(names[entry["image_id"]], tuple(map(float, entry["bbox"]))) for entry in content["annotations"]]
+        found = [(entry["image_id"], tuple(map(float, entry["bbox"]))) for entry in content["annotations"]]
     except OSError as error:
         raise ValueError(f"BoxFile: {path} cannot be read ({error.strerror}). Give the path of a JSON file.") from None
     except (KeyError, TypeError, ValueError) as error:
@@ -149,7 +176,10 @@ def _read_boxes(path: Path) -> dict[PurePosixPath, list[tuple[float, ...]]]:
             "with `image_id` and `bbox`."
         ) from None
     boxes: dict[PurePosixPath, list[tuple[float, ...]]] = {name: [] for name in names.values()}
-    for name, box in found:
+    for number, box in found:
+        if number not in names:
+            raise ValueError(f"{path}: an annotation is of the image {number!r}, which `images` does not list. Add it, or leave that out.")
+        name = names[number]
         if len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) <= 0:
             raise ValueError(f"{path}: {name} has the box {list(box)}. Give x, y, width and height in pixels, the last two above 0.")
         boxes[name].append((box[0], box[1], box[0] + box[2], box[1] + box[3]))

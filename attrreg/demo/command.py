@@ -24,7 +24,7 @@ class Data(str, enum.Enum):
 def demo(
     data: Annotated[Data, typer.Option(help="Digits with a decoy patch, or the founding paper's synthetic crosses.")] = Data.DECOY_MNIST,
     fast: Annotated[bool, typer.Option("--fast", help="A smaller budget: under a minute instead of under four.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the data, the weights and the order of the images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the data, the weights and the order of the images.")] = 0,
     out: Annotated[Path, typer.Option(help="The picture to write (.png); the numbers go beside it (.json).")] = Path("attrreg-demo.png"),
     device: Annotated[str, typer.Option(help="Where to train, for example cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads. More are faster on an idle machine, much slower on a busy one.")] = 1,

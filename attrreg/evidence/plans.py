@@ -48,8 +48,8 @@ def plan(
         unknown = [kind for kind in data if kind not in known]
         if unknown:
             raise ValueError(f"data {unknown[0]!r} is unknown. Use one of {', '.join(known)}.")
-        trainings = tuple(known[kind] for kind in data)
+        trainings = tuple(known[kind] for kind in dict.fromkeys(data))
     if epochs is not None:
         trainings = tuple(replace(training, epochs=epochs) for training in trainings)
-    names = tuple(methods or (known.name for known in METHODS))
+    names = tuple(dict.fromkeys(methods or (known.name for known in METHODS)))
     return Plan(trainings, names, 1, (0,)) if quick else Plan(trainings, names, trials, tuple(range(seeds)))

@@ -109,6 +109,10 @@ def check_shapes(logits: Tensor, target: Tensor) -> None:
         raise ValueError(
             f"logits must be (N, classes) and target (N,), got {tuple(logits.shape)} and {tuple(target.shape)}. Pass one class an image."
         )
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"logits must be of at least two classes, got {tuple(logits.shape)}. For one logit y write torch.cat([0 * y, y], dim=1)."
+        )
 
 
 def check_groups(groups: Tensor, target: Tensor) -> None:
