@@ -76,8 +76,8 @@ def test_every_way_runs(penalty: str) -> None:
     case = build("test_resnet", batch=2, size=64, device=CPU)
     steps = {strategy.name: strategy.prepare(case) for strategy in strategies.strategies(penalty, case)}
     notes: list[float] = []
-    found = measure.costs(steps, 2, 1, notes.append)
-    assert notes == [1, 1, 1] and found[strategies.PLAIN].ratio == found[strategies.PLAIN].memory == 1
+    found = measure.costs(steps, 3, 1, notes.append)  # so many that a path looks no more at whether its places are apart
+    assert notes == [1, 1, 1, 1] and found[strategies.PLAIN].ratio == found[strategies.PLAIN].memory == 1
     ours, today = (found[way].operations for way in (strategies.ATTACHED, strategies.TODAY))
     assert ours <= found[strategies.UNATTACHED].operations <= 1.3 * today
 
