@@ -105,7 +105,7 @@ def check(mask: Tensor, x: Tensor, annotated: Tensor | None, needs_region: str |
 def _canonical(mask: Tensor, x: Tensor) -> Tensor:
     if not isinstance(mask, Tensor):
         remedy = "Convert it, for example with torch.as_tensor(mask)."
-        if mask is None or isinstance(mask, (list, tuple)):
+        if mask is None or (isinstance(mask, (list, tuple)) and all(part is None or isinstance(part, Tensor) for part in mask)):
             remedy = "Stack the images' masks: torch.stack(masks). Where an image has none, put any mask, and say so with `annotated=`."
         raise TypeError(f"mask must be a tensor, got {type(mask).__name__}. {remedy}")
     if mask.dtype is not torch.bool and not mask.is_floating_point():
@@ -187,14 +187,15 @@ def from_boxes(boxes: Sequence[Tensor | Sequence[Tensor | Sequence[float]] | Non
 
 def _checked_boxes(name: str, entry: Tensor | Sequence[Tensor | Sequence[float]], height: int, width: int) -> list[list[float]]:
     """The boxes of an image of that size."""
-    form = str(getattr(getattr(entry, "format", "XYXY"), "value", "XYXY"))  # of torchvision's `BoundingBoxes`
-    if form != "XYXY":
-        raise ValueError(f"{name} are {form}, not (x1, y1, x2, y2). Convert them: v2.ConvertBoundingBoxFormat('XYXY').")
-    canvas = getattr(entry, "canvas_size", (height, width))
-    if tuple(canvas) != (height, width):
-        raise ValueError(f"{name} are of an image of {tuple(canvas)}, but size={(height, width)}. Scale them with their image.")
-    if not isinstance(entry, Tensor):  # a box may be a tensor
-        entry = [torch.as_tensor(box).tolist() for box in entry]
+    for part in [entry] if isinstance(entry, Tensor) else entry:  # torchvision's `BoundingBoxes` say more
+        form = str(getattr(getattr(part, "format", "XYXY"), "value", "XYXY"))
+        if form != "XYXY":
+            raise ValueError(f"{name} are {form}, not (x1, y1, x2, y2). Convert them: v2.ConvertBoundingBoxFormat('XYXY').")
+        rows, columns = getattr(part, "canvas_size", (0, 0))
+        if rows > height or columns > width:  # smaller ones may have been padded
+            raise ValueError(f"{name} are of an image of {(rows, columns)}, but size={(height, width)}. Scale them with their image.")
+    if not isinstance(entry, Tensor):
+        entry = [torch.as_tensor(box, dtype=torch.float64).tolist() for box in entry]
     listed = torch.as_tensor(entry, dtype=torch.float64)
     if listed.numel() % 4 or (listed.numel() and listed.shape[-1] != 4):
         raise ValueError(f"{name} has the shape {tuple(listed.shape)}, but boxes are (K, 4). Give (x1, y1, x2, y2) a box.")

@@ -27,9 +27,11 @@ def _judged(map: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The map and o, in float32 at least: a sum over a map leaves the range of half precision, and eps is below it.
 
     Raises:
-        ValueError: the mask is not `(N, 1, H, W)`, or one for all, of the map's height and width: it would meet other images' maps.
+        ValueError: the mask is not one for each image, or one for all, of the map's height and width: it would meet other images' maps.
     """
-    if map.dim() != 4 or mask.dim() != 4 or len(mask) not in (1, len(map)) or mask.shape[1:] != (1, *map.shape[2:]):
+    images = (1, *mask.shape[:-2])[-2:] if mask.dim() < 4 else mask.shape[:2]  # as PyTorch takes axes that are missing
+    fits = map.dim() == 4 and 1 < mask.dim() < 5 and mask.shape[-2:] == map.shape[-2:]
+    if not (fits and all(size in (1, of) for size, of in zip(images, map.shape, strict=False))):
         raise ValueError(
             f"The map must be (N, C, H, W) and the mask (N, 1, H, W), got {tuple(map.shape)} and {tuple(mask.shape)}. Write "
             "mask[:, None] for (N, H, W), and attrreg.masks.resize(mask, size) for another size."
@@ -183,7 +185,7 @@ class TotalVariation(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Penalty `(N,)` of maps `(N, C, H, W)`; `mask` is not read."""
-        map, _ = _judged(map, mask)
+        map = map.to(penalty_dtype(map.dtype))
         if map.shape[2] * map.shape[3] == 1:
             raise ValueError("TotalVariation: the map has one cell, which has no neighbours. Name a layer with a finer map.")
         return map.diff(dim=2).abs().sum(dim=(1, 2, 3)) + map.diff(dim=3).abs().sum(dim=(1, 2, 3))

@@ -324,3 +324,12 @@ def test_what_transforms_may_not_do(folder: MaskedImageFolder) -> None:
 
     with pytest.raises(TypeError, match=r"^its own$"):
         MaskedImageFolder(folder.root, folder.masks, fails)[0]
+
+
+def test_a_mask_is_turned_as_its_own_file_says(tmp_path: Path) -> None:
+    _, path = one_image(tmp_path)
+    drawn = Image.open(path)
+    turn = Image.Exif()
+    turn[0x0112] = 3  # upside down
+    drawn.transpose(Image.Transpose.ROTATE_180).save(path, exif=turn)
+    assert (read(tmp_path).mask.numpy() == (numpy.asarray(drawn) > 0)).all()

@@ -196,6 +196,10 @@ def test_boxes_of_another_image_and_boxes_that_are_tensors() -> None:
     with pytest.raises(ValueError, match=r"boxes\[0\] are of an image of \(16, 16\), but size=\(8, 8\)\. Scale"):
         masks.from_boxes([boxes], (8, 8))
     tensors = [torch.tensor([1.0, 1, 3, 3]), torch.tensor([5, 5, 6, 6])]
+    with pytest.raises(ValueError, match=r"boxes\[0\] are XYWH"):
+        masks.from_boxes([[BoundingBoxes([[2, 2, 5, 5]], format="XYWH", canvas_size=(8, 8))]], (8, 8))
+    padded = BoundingBoxes([[1, 1, 3, 3]], format="XYXY", canvas_size=(8, 6))
+    assert masks.from_boxes([padded], (8, 8)).sum() == 4
     assert torch.equal(masks.from_boxes([tensors], (16, 16)), masks.from_boxes([[(1, 1, 3, 3), (5, 5, 6, 6)]], (16, 16)))
 
 
@@ -210,4 +214,7 @@ def test_an_objective_refuses_a_mask_that_would_meet_other_images(objective: obj
     map, mask = torch.rand(3, 1, 4, 4), torch.ones(3, 4, 4)
     with pytest.raises(ValueError, match=r"mask \(N, 1, H, W\), got .*\(3, 4, 4\)\. Write mask\[:, None\]"):
         objective(map, mask)
-    torch.testing.assert_close(objective(map, mask[:1, None]), objective(map, mask[:, None]))  # one for all
+    with pytest.raises(ValueError, match=r"got \(1, 1, 4, 4\) and \(3, 1, 4, 4\)"):
+        objective(map[:1], mask[:, None])
+    for same in (mask[:1, None], mask[:1], mask[0], mask[:, None].expand_as(map)):
+        torch.testing.assert_close(objective(map, same), objective(map, mask[:, None]))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from attrreg.data.sources import UNMASKED, BoxFile, MaskFolder, MaskSource, check_folder, opened
+from attrreg.data.sources import UNMASKED, BoxFile, MaskFolder, MaskSource, check_folder, opened, upright
 
 if TYPE_CHECKING:
     from torchvision.tv_tensors import Image, Mask
@@ -115,7 +115,7 @@ class MaskedImageFolder(Dataset[Sample]):
         if not isinstance(moved, (tuple, list)) or len(moved) != 2:
             raise TypeError(f"transforms returned a {type(moved).__name__} for {name} and its mask. Return both: image, mask.")
         moved_image, moved_mask = moved
-        if not (isinstance(moved_image, Tensor) and isinstance(moved_mask, Tensor)):
+        if not (hasattr(moved_image, "shape") and hasattr(moved_mask, "shape")):
             kinds = f"{type(moved_image).__name__} and {type(moved_mask).__name__}"
             raise TypeError(f"transforms returned {kinds} for {name} and its mask. Return tensors: end with v2.ToImage().")
         if moved_mask.shape[-2:] != moved_image.shape[-2:]:
@@ -147,12 +147,10 @@ def _moved(transforms: Transforms, image: Image, mask: Mask) -> Any:
 
 
 def _rgb(path: Path) -> Any:
-    from PIL import ImageOps
-
     with opened(path) as file:
         if file.mode.startswith(("I", "F")):  # Pillow would cut off at 255
             raise ValueError(f"{path} has more than 8 bits a value, which RGB has not. Give a loader= that scales them.")
-        return ImageOps.exif_transpose(file).convert("RGB")
+        return upright(file).convert("RGB")
 
 
 def _example(masks: MaskSource, name: PurePosixPath) -> str:

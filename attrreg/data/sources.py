@@ -6,7 +6,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from attrreg.masks import from_boxes
 if TYPE_CHECKING:
     import PIL.Image
 
+ORIENTATION = 0x0112  # EXIF's tag
 UNMASKED = ", or, for images of which none has a mask, take torchvision's ImageFolder"
 
 
@@ -82,7 +83,7 @@ class MaskFolder(MaskSource):
         """
         path = self.path(name)
         with opened(path) as file:
-            found, lossy = numpy.array(file), file.format == "JPEG"
+            found, lossy = numpy.array(upright(file)), file.format == "JPEG"
         if lossy and self.relevant is nonzero:
             raise ValueError(
                 f"{path} is a JPEG, whose compression leaves few values at 0. Give relevant=, as `lambda values: values > 127`."
@@ -93,7 +94,10 @@ class MaskFolder(MaskSource):
         if values.dim() != 2:
             raise ValueError(f"{path} has {values.shape[-1]} channels, but a mask has one. Save it as a greyscale or palette image.")
         if tuple(values.shape) != size:
-            raise ValueError(f"{path} is {tuple(values.shape)}, but its image is {size}. Bring them to one size.")
+            raise ValueError(
+                f"{path} is {tuple(values.shape)}, but its image is {size}, upright as EXIF data say. Bring them to one size, or read the "
+                "images by a loader= of your own."
+            )
         return self.relevant(values)
 
 
@@ -143,12 +147,24 @@ def opened(path: Path) -> Iterator[PIL.Image.Image]:
     """
     from PIL import Image
 
-    try:
-        with Image.open(path) as file:
+    with ExitStack() as entered:
+        try:
+            file = entered.enter_context(Image.open(path))
             file.load()
-            yield file
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}. Replace it, or take it out.") from error
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's for broken files, too
+            raise ValueError(f"{path} cannot be read: {error}. Replace it, or take it out.") from error
+        yield file
+
+
+def upright(file: PIL.Image.Image) -> PIL.Image.Image:
+    """The image as its EXIF data say that it is to be shown. Pillow's own `exif_transpose` fails on other tags that are broken."""
+    from PIL import Image
+
+    ways = [*(None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM)]
+    ways += [*(Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)]
+    orientation = file.getexif().get(ORIENTATION, 1)
+    way = ways[orientation - 1] if orientation in range(1, 9) else None
+    return file if way is None else file.transpose(way)
 
 
 def check_folder(who: str, root: str | Path, remedy: str = "") -> None:
@@ -167,7 +183,8 @@ def _read_boxes(path: Path) -> dict[PurePosixPath, list[tuple[float, ...]]]:
         images = {(image["id"], PurePosixPath(image["file_name"])) for image in content["images"]}
         if len(names := dict(images)) < len(images):
             raise ValueError("two images have one id")
-        found = [(entry["image_id"], tuple(map(float, entry["bbox"]))) for entry in content["annotations"]]
+        listed = [(entry["image_id"], tuple(map(float, entry["bbox"]))) for entry in content["annotations"]]
+        found = [(names.get(number), number, box) for number, box in listed]
     except OSError as error:
         raise ValueError(f"BoxFile: {path} cannot be read ({error.strerror}). Give the path of a JSON file.") from None
     except (KeyError, TypeError, ValueError) as error:
@@ -176,10 +193,9 @@ def _read_boxes(path: Path) -> dict[PurePosixPath, list[tuple[float, ...]]]:
             "with `image_id` and `bbox`."
         ) from None
     boxes: dict[PurePosixPath, list[tuple[float, ...]]] = {name: [] for name in names.values()}
-    for number, box in found:
-        if number not in names:
+    for name, number, box in found:
+        if name is None:
             raise ValueError(f"{path}: an annotation is of the image {number!r}, which `images` does not list. Add it, or leave that out.")
-        name = names[number]
         if len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) <= 0:
             raise ValueError(f"{path}: {name} has the box {list(box)}. Give x, y, width and height in pixels, the last two above 0.")
         boxes[name].append((box[0], box[1], box[0] + box[2], box[1] + box[3]))
