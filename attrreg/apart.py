@@ -56,7 +56,7 @@ def shown(model: nn.Module, *kind: Hashable) -> Shown:
 
 def state_key(model: nn.Module) -> Hashable:
     """A key for what may change whether images meet: which modules are in train mode, and which have hooks."""
-    return tuple((module.training, bool(module._forward_pre_hooks), bool(module._forward_hooks)) for module in modules(model))
+    return bytes(module.training + 2 * bool(module._forward_pre_hooks or module._forward_hooks) for module in modules(model))
 
 
 def output_key(output: Select) -> Hashable:
@@ -77,34 +77,40 @@ def images_apart(call: Call) -> bool:
         return False
     apart = shown(model, "images", state_key(model), output_key(call.output))
     if apart.due():
-        try:
-            apart.found = _are_apart(call, apart.calls)
-        except SIZE_ERRORS:  # it knows how many images it gets, or no gradient can be taken: a term that needs one will say so
-            apart.found = False
+        apart.found = _are_apart(call, apart.calls, thorough=apart.found is None)
     return bool(apart.found)
 
 
-def _are_apart(call: Call, number: int) -> bool | None:
-    """Whether a probe finds images apart; None: it shows nothing yet. Of one group of images after another: only some of them may meet."""
+def _are_apart(call: Call, number: int, thorough: bool) -> bool | None:
+    """Whether a probe finds images apart; None: it shows nothing yet. Only some of them may meet, as in pairs.
+
+    Args:
+        call: the call.
+        number: of the probe.
+        thorough: part any two images; else part them at random, in two halves.
+    """
     images, device = len(call.x), call.x.device
     order = torch.randperm(images, generator=torch.Generator().manual_seed(number), device="cpu")
     half = (order < max(1, images // 2)).to(device)
-    # At first, any two images are told apart by one of these; later, by chance.
-    bits = [(order >> bit & 1 == 1).to(device) for bit in range((images - 1).bit_length())] if number == 1 else []
+    bits = [(order >> bit & 1 == 1).to(device) for bit in range((images - 1).bit_length())] if thorough else []
     runner = Runner(call, twice=False)
     with isolated(call.model, device=device):
         start = Rng.of(device)
         recording = runner.forward(call.x.detach(), {INPUT: True}, check=True)
         drew = not Rng.of(device).same(start)
         outputs = _by_image(runner, recording, images)
-        for chosen in (half, *bits, *(~bit for bit in bits)):
-            differentiable = [part for part in outputs if part.requires_grad]
-            if not differentiable:
-                return False
-            gradient = runner.spread(recording, torch.stack([_weighed(part[chosen]) for part in differentiable]).sum())
-            gradient = None if gradient is None else gradient.nan_to_num(0.0)  # of a black image it may be zero times infinity
-            if gradient is None or not bool(gradient[chosen].any()):  # a head that starts at zero
-                return None if gradient is not None else False
+        differentiable = [part for part in outputs if part.requires_grad]
+        for chosen in [group for bit in bits for group in (bit, ~bit)] or [half]:
+            try:
+                total = torch.stack([_weighed(part[chosen]) for part in differentiable]).sum()
+                gradient = runner.spread(recording, total)
+            except RuntimeError:  # none can be taken; a term that needs one will say so
+                return None
+            if gradient is None:
+                return None
+            gradient = gradient.nan_to_num(0.0)  # of a black image it may be zero times infinity
+            if not bool(gradient[chosen].any()):  # a head that starts at zero
+                return None
             if bool(gradient[~chosen].any()):
                 return False
     # The largest value of all is in one of the halves, which then gives the same.
@@ -123,7 +129,11 @@ def _as_whole(call: Call, outputs: Sequence[Tensor], chosen: Tensor) -> bool:
             return [part.nan_to_num(0.0) for part in found]
 
     images = call.x.detach()[chosen]
-    found, among = alone(images), [part.detach()[chosen].nan_to_num(0.0) for part in outputs]
+    among = [part.detach()[chosen].nan_to_num(0.0) for part in outputs]
+    try:
+        found = alone(images)
+    except SIZE_ERRORS:  # it knows how many images it gets
+        return False
     if len(found) != len(among):
         return False
     if all(map(close, among, found)):

@@ -62,7 +62,8 @@ class Call:
                 try:
                     return module(image)
                 except TypeError as error:
-                    if not (further := _required(self.model)[1:]):
+                    further = _required(self.model)[1:]
+                    if not (further and "missing" in str(error)):
                         raise
                     raise TypeError(
                         f"The model is called with the images alone, but its forward also takes {', '.join(further)}. Pass all that it is "

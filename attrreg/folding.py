@@ -147,7 +147,7 @@ class PathGradients:
         if not apart.due():
             return True
         last = runner.places - 1
-        found = [self._place_apart(runner, recording, place, images[place].detach()) for place in (last, apart.calls % last)]
+        found = [self._place_apart(runner, recording, place, images[place].detach()) for place in (last, apart.calls.bit_length() % last)]
         if False in found:
             return False
         if None not in found:

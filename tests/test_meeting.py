@@ -30,6 +30,7 @@ MEETINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "places in the batch": lambda h: h + 0.1 * torch.arange(len(h), dtype=h.dtype)[:, None],
     "pairs from both ends": lambda h: h + 0.3 * h.flip(0),
     "pairs of neighbours": lambda h: h + 0.3 * h.unflatten(0, (-1, 2)).flip(1).flatten(0, 1) if len(h) % 2 == 0 else h,
+    "one pair": lambda h: h + 0.3 * (torch.arange(len(h)) == 4)[:, None] * h[1],
     "the last one": lambda h: h + h[-1:],
 }
 
@@ -85,5 +86,68 @@ class OfSix(SmoothNet):
 
 def test_a_model_of_a_fixed_number_of_images_gets_all() -> None:
     model, (x, mask, target) = OfSix().double(), smooth_batch(6)
+    value = TERM(model, x, mask, target, annotated=ANNOTATED)
+    torch.testing.assert_close(value, TERM.evaluate(model, x, mask, target, annotated=ANNOTATED).total, rtol=1e-12, atol=0)
+
+
+def test_a_head_that_starts_at_zero_does_not_end_the_search() -> None:
+    model, (x, mask, target) = Meets("pairs of neighbours"), smooth_batch(6)
+    weight = model.head.weight.detach().clone()
+    nn.init.zeros_(model.head.weight)
+    TERM(model, x, mask, target, annotated=ANNOTATED)
+    with torch.no_grad():
+        model.head.weight.copy_(weight)
+    whole = TERM.evaluate(model, x, mask, target, annotated=ANNOTATED).total
+    for _ in range(8):
+        torch.testing.assert_close(TERM(model, x, mask, target, annotated=ANNOTATED), whole, rtol=1e-12, atol=0)
+
+
+class Pair(SmoothNet):
+    """One image reads another; and dropout, so that no half can be run alone to compare."""
+
+    def __init__(self, reader: int, read: int) -> None:
+        super().__init__(dropout=0.2)
+        self.reader, self.read = reader, read
+        self.sizes: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        logits: Tensor = super().forward(x)
+        return logits + (torch.arange(len(x)) == self.reader)[:, None] * logits[self.read % len(x)]
+
+
+@pytest.mark.parametrize(("reader", "read"), [(i, j) for i in range(6) for j in range(6) if i != j])
+def test_any_pair_is_found_at_once_and_not_forgotten(reader: int, read: int) -> None:
+    model, (x, mask, target) = Pair(reader, read).double(), smooth_batch(6)
+    for _ in range(20 if reader == 0 else 1):
+        TERM(model, x, mask, target, annotated=ANNOTATED)
+    assert set(model.sizes) == {6}
+
+
+def test_a_call_that_fails_shows_nothing() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch(6)
+    with pytest.raises(RuntimeError, match="channels"):
+        TERM(model, x[:, :1], mask, target, annotated=ANNOTATED)
+    sizes: list[int] = []
+    model.stem.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    for _ in range(3):
+        TERM(model, x, mask, target, annotated=ANNOTATED)
+    assert sizes[-1] == int(ANNOTATED.sum())
+
+
+def test_places_are_looked_at_in_turn() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch(3)
+    regularizer, seen = attrreg.IntegratedGradients(steps=4, chunk=None, objective=SquaredOutside()), []
+    model.stem.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()) if len(args[0]) == 3 else None)
+    for _ in range(64):
+        regularizer(model, x, mask, target)
+    shares = {round(float((images / x).mean()), 6) for images in seen}
+    assert len(shares) == 4  # each place was run alone at some call
+
+
+@pytest.mark.parametrize("largest", range(6))
+def test_a_value_of_one_image_by_which_all_are_divided(largest: int) -> None:
+    model, (x, mask, target) = Meets("the largest value without gradient"), smooth_batch(6)
+    x = x * torch.where(torch.arange(6) == largest, 9, 1).view(-1, 1, 1, 1)
     value = TERM(model, x, mask, target, annotated=ANNOTATED)
     torch.testing.assert_close(value, TERM.evaluate(model, x, mask, target, annotated=ANNOTATED).total, rtol=1e-12, atol=0)
