@@ -76,7 +76,7 @@ def entering(heads: Sequence[Head], logits: Tensor, own: Sequence[Tensor]) -> Te
         own: what they are read from of what the model returned: a head that `output=` applies does not count.
 
     Raises:
-        ValueError: the logits come from none of the layers, or the classifier is no layer.
+        ValueError: the logits come from none of the layers, or the classifier is no layer, or ran several times.
     """
     for head in reversed(heads):
         if head.left is logits or (head.node is not None and any(node is head.node for node in nodes(logits))):
@@ -84,6 +84,11 @@ def entering(heads: Sequence[Head], logits: Tensor, own: Sequence[Tensor]) -> Te
                 raise ValueError(
                     "Other weights than those of the last linear or convolutional layer come after it or beside it, so it may not be the "
                     "classifier. Name the layer of the features."
+                )
+            if _ran_beside(heads, head, logits):
+                raise ValueError(
+                    "The classifier ran more than once in one forward, as on several crops, so that what enters it is not one tensor. "
+                    "Name a layer that runs once, or let the model run once on each crop."
                 )
             return _beside(heads, head, logits).entered
     if logits.grad_fn is not None and any(head.node is not None for head in heads):
@@ -97,6 +102,12 @@ def _weights_after(heads: Sequence[Head], head: Head, own: Sequence[Tensor]) -> 
     found = [leaf for leaf in trainable_leaves(*own, around=before) if sum(size > 1 for size in leaf.shape) > 1]
     known = {id(weight) for each in heads for weight in each.layer.parameters()} if found else set()
     return any(id(leaf) not in known for leaf in found)
+
+
+def _ran_beside(heads: Sequence[Head], last: Head, logits: Tensor) -> bool:
+    """Whether the logits come from another run of a layer, too, that is not before this one."""
+    others = [head.node for head in heads if head is not last and head.layer is last.layer and head.node is not None]
+    return bool(others) and any(node in others for node in nodes(logits, around=[last.node]))
 
 
 def _beside(heads: Sequence[Head], last: Head, logits: Tensor) -> Head:

@@ -39,6 +39,17 @@ def test_batch_norm_is_as_precise_as_pytorchs_where_means_are_far(offset: float,
     assert float((ours - want).norm()) <= 2 * float((theirs - want).norm()) + 2e-6 * float(want.norm())
 
 
+@pytest.mark.parametrize("mean", [0.0, -30.0, 1000.0])
+def test_weights_have_precise_gradients_in_eval_mode_where_means_are_far(mean: float) -> None:
+    x, gy = torch.randn(8, 6, 14, 14) + mean, torch.randn(8, 6, 14, 14)
+    want = (gy.double() * (x.double() - mean)).sum((0, 2, 3))
+    scale = torch.ones(6, requires_grad=True)
+    with twice_differentiable(Phase()):
+        y = F.batch_norm(x, torch.full((6,), mean), torch.ones(6), scale, torch.zeros(6), eps=1e-12)
+    (got,) = torch.autograd.grad(y, scale, gy)
+    assert float((got - want).norm()) < 1e-6 * float(want.norm())
+
+
 @pytest.mark.parametrize("shape", [(4, 6, 3, 3), (16, 6, 24, 24), (2, 8192, 4, 2)])  # the last: of few values, by large
 def test_batch_norm_moves_its_statistics_as_pytorchs(shape: tuple[int, ...]) -> None:
     x, found = torch.randn(shape), []

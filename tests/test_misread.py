@@ -139,6 +139,20 @@ def test_two_classifiers_behind_a_scale_have_features() -> None:
     assert DIFFERENCE(model, x, mask, target) > 0
 
 
+class Crops(SmoothNet):
+    """One classifier for the halves of an image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[..., :4]) + super().forward(x[..., 4:])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("term", [DIFFERENCE, attrreg.InputGradient(score=attrreg.scores.RandomProjection())])
+def test_what_entered_the_last_of_several_runs_is_not_taken_for_the_features(term: attrreg.AttributionRegularizer) -> None:
+    model, (x, mask, target) = Crops().double(), smooth_batch()
+    with pytest.raises(ValueError, match=r"The classifier ran more than once.*Name a layer"):
+        term(model, x, mask, target)
+
+
 class Members(nn.Module):
     """An ensemble whose members run at once, by torch.func."""
 

@@ -251,6 +251,8 @@ def _batch_norm(
         format = suggested(input)  # as PyTorch lays out what it makes of such a tensor
     if format != torch.contiguous_format and input.shape[-1] == 1:  # by the stride of this axis the next layer tells the layout
         input = input.clone(memory_format=format)
-    # The gradient of scale needs the mean as it is now; the buffer itself may have moved by then.
-    shift = b - running_mean.clone() * scale
-    return affine(input.contiguous(memory_format=format), scale, shift).to(input.dtype)
+    # What is differentiated needs the mean as it is now; the buffer itself may have moved by then.
+    input, mean, dtype = input.contiguous(memory_format=format), running_mean.clone(), input.dtype
+    if g.requires_grad:  # its gradient is sum(gy (x - mean)), and as a difference of two sums it would be of few digits
+        return affine(affine(input, torch.ones_like(mean), -mean), scale, b).to(dtype)
+    return affine(input, scale, b - mean * scale).to(dtype)

@@ -150,7 +150,8 @@ def instance_norm(
     """`F.instance_norm`: a group norm of one channel a group, where nothing is kept for later images."""
     own = use_input_stats and running_mean is None and running_var is None
     fits = input.dim() > 1 and sound.with_parameters(input, input.shape[1:2], weight, bias)
-    if not (own and fits and input.numel()) or input.shape[2:].numel() == 1:  # PyTorch refuses a single position
+    # PyTorch refuses a single position.
+    if not (own and fits and input.numel() and eps > 0) or input.shape[2:].numel() == 1:
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     return group_norm(phase, input.contiguous(), input.shape[1], weight, bias, eps).to(input.dtype)
 
