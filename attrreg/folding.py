@@ -47,7 +47,7 @@ class PathGradients:
         differences: takes the gradients as leaves, to be moved by; None: they come with their graph.
     """
 
-    def __init__(self, runner: Runner, scores: list[Score], replay: Rng, differences: Differences | None = None) -> None:
+    def __init__(self, runner: Runner, scores: list[Score], replay: Rng, differences: Differences | None) -> None:
         self.call = runner.call
         self._runner = runner
         self._wanted = {sites.INPUT: True} | {score.site: False for score in scores}
