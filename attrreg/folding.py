@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from attrreg import sites
-from attrreg.apart import SIZE_ERRORS, close, couples, difference, output_key, shown, state_key
+from attrreg.apart import SIZE_ERRORS, couples, output_key, same_alone, shown, state_key
 from attrreg.differences import Differences
 from attrreg.distributed import sharded
 from attrreg.graph import trainable_leaves
@@ -117,8 +117,11 @@ class PathGradients:
     def _note(self, runner: Runner, recording: Recording, create_graph: bool) -> None:
         """Remember the leaves that the scores of a pass were computed from."""
         if not create_graph or not self.reached:  # else the pass repeats one that was noted, to have its graph
-            leaves = trainable_leaves(*(runner.at(recording, score.site) for score in self._scores))
-            self.reached.update((id(leaf), leaf) for leaf in leaves)
+            self.reached.update((id(leaf), leaf) for leaf in trainable_leaves(*self._read(runner, recording)))
+
+    def _read(self, runner: Runner, recording: Recording) -> list[Tensor]:
+        """What the scores of a pass are computed from."""
+        return [runner.at(recording, score.site) for score in self._scores]
 
     def _together(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]] | None:
         places = len(images)
@@ -156,14 +159,12 @@ class PathGradients:
 
     def _place_apart(self, runner: Runner, recording: Recording, place: int, images: Tensor) -> bool | None:
         """Whether one place is by itself; None: its gradients show nothing."""
-        alone, shows = self._pass(images, check=True), True
+        together = [value[place :: runner.places] for value in self._read(runner, recording)]
+        # What depends on the place in the batch, or on draws of the model's own, has no gradient that would show it.
+        if not same_alone(together, images, lambda image: self._read(self._runner, self._pass(image, check=True))):
+            return False
+        shows = True
         for score in self._scores:
-            # What depends on the place in the batch, or on draws of the model's own, has no gradient that would show it.
-            together, by_itself = runner.at(recording, score.site)[place :: runner.places], self._runner.at(alone, score.site)
-            if not close(together, by_itself):  # statistics of a few values make much of rounding
-                nearly = self._pass(images * (1 + torch.finfo(images.dtype).eps), check=True)
-                if not close(together, by_itself, noise=difference(self._runner.at(nearly, score.site), by_itself)):
-                    return False
             gradient = runner.spread(recording, runner.scores(recording, score).unflatten(0, (-1, runner.places))[:, place].sum())
             if gradient is None or not bool(gradient.any()):  # a head that starts at zero shows nothing yet
                 shows = False
