@@ -14,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from attrreg import sites
 from attrreg.apart import SIZE_ERRORS, couples, output_key, same_alone, shown, state_key
-from attrreg.differences import Differences
+from attrreg.differences import Differences, gradients_of
 from attrreg.distributed import sharded
 from attrreg.graph import trainable_leaves
 from attrreg.ops.channels import dense, memory_format
@@ -102,12 +102,7 @@ class PathGradients:
     def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:
         recording = self._pass(images)
         self._note(self._runner, recording, create_graph)
-        return [self._gradient(recording, score, create_graph) for score in self._scores]
-
-    def _gradient(self, recording: Recording, score: Score, create_graph: bool) -> Tensor:
-        if self._differences is not None:
-            return self._differences.leaves(recording, score, [sites.INPUT], self._replay)[0]
-        return self._runner.backward(recording, score, [sites.INPUT], create_graph)[0]
+        return [gradients_of(self._runner, self._differences, recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
 
     def _pass(self, images: Tensor, check: bool = False) -> Recording:
         """A place alone."""
