@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -128,18 +128,21 @@ def _as_whole(call: Call, outputs: Sequence[Tensor], chosen: Tensor) -> bool:
             found = _by_image(few, few.forward(images, {}, check=True), len(images))
             return [part.nan_to_num(0.0) for part in found]
 
-    images = call.x.detach()[chosen]
-    among = [part.detach()[chosen].nan_to_num(0.0) for part in outputs]
     try:
-        found = alone(images)
+        return same_alone([part.detach()[chosen].nan_to_num(0.0) for part in outputs], call.x.detach()[chosen], alone)
     except SIZE_ERRORS:  # it knows how many images it gets
         return False
+
+
+def same_alone(among: Sequence[Tensor], images: Tensor, alone: Callable[[Tensor], Sequence[Tensor]]) -> bool:
+    """Whether `alone` makes of images what came of them among others, but for rounding, or for what rounding makes of the images."""
+    found = alone(images)
     if len(found) != len(among):
         return False
     if all(map(close, among, found)):
         return True
-    nearly = alone(images * (1 + torch.finfo(images.dtype).eps))
-    return all(close(a, b, noise=difference(c, b)) for a, b, c in zip(among, found, nearly, strict=True))
+    nearly = alone(images * (1 + torch.finfo(images.dtype).eps))  # statistics of a few values make much of rounding
+    return all(close(a, b, noise=_difference(c, b)) for a, b, c in zip(among, found, nearly, strict=True))
 
 
 def _by_image(runner: Runner, recording: Recording, images: int) -> list[Tensor]:
@@ -158,10 +161,10 @@ def _weighed(part: Tensor) -> Tensor:
 
 def close(a: Tensor, b: Tensor, noise: float = 0.0) -> bool:
     """Whether two results differ by rounding alone, or by little more than the noise of the like."""
-    return a.shape == b.shape and difference(a, b) <= max(_rounding(a), 100 * noise)
+    return a.shape == b.shape and _difference(a, b) <= max(_rounding(a), 100 * noise)
 
 
-def difference(a: Tensor, b: Tensor) -> float:
+def _difference(a: Tensor, b: Tensor) -> float:
     """The largest, by the largest value."""
     return float(((a - b).abs().amax() / b.abs().amax().clamp_min(torch.finfo(b.dtype).tiny)).detach())
 

@@ -51,7 +51,7 @@ class Differences:
         self._engine = engine
         self._taken: list[Taken] = []
 
-    def leaves(self, recording: Recording, score: Score, wanted: list[str], replay: Rng) -> list[Tensor]:
+    def leaves(self, recording: Recording, score: Score, wanted: list[str]) -> list[Tensor]:
         """The gradients at the wanted sites, as leaves to be moved by.
 
         Raises:
@@ -67,7 +67,7 @@ class Differences:
         # Another term may name the layer that `layer="auto"` is. It then moves once, along what both terms make of its gradient.
         leaves = {name: gradient.detach().requires_grad_() for name, gradient in zip(names, found, strict=True)}
         places = {name: self._runner.at(recording, site).detach() for name, site in zip(names, wanted, strict=True)}
-        self._taken.append(Taken(recording.x, score, self._runner.chosen(recording, score), places, list(leaves.values()), replay))
+        self._taken.append(Taken(recording.x, score, self._runner.chosen(recording, score), places, list(leaves.values()), recording.rng))
         return [leaves[name] for name in names]
 
     def differentiated(self, total: Tensor, images: Tensor) -> Tensor:
@@ -106,3 +106,12 @@ class Differences:
             for name in layers:
                 self._runner.at(recording, name)  # raises where it did not run this time, and so was not moved
             return self._runner.scores(recording, taken.chosen).sum()
+
+
+def gradients_of(
+    runner: Runner, differences: Differences | None, recording: Recording, score: Score, wanted: list[str], create_graph: bool
+) -> list[Tensor]:
+    """The gradients at one pass, as the engine differentiates them: with their graph, or as leaves to be moved by."""
+    if differences is not None:
+        return differences.leaves(recording, score, wanted)
+    return runner.backward(recording, score, wanted, create_graph)

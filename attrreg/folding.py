@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from attrreg import sites
-from attrreg.apart import SIZE_ERRORS, close, couples, difference, output_key, shown, state_key
-from attrreg.differences import Differences
+from attrreg.apart import SIZE_ERRORS, couples, output_key, same_alone, shown, state_key
+from attrreg.differences import Differences, gradients_of
 from attrreg.distributed import sharded
 from attrreg.graph import trainable_leaves
 from attrreg.ops.channels import dense, memory_format
@@ -47,7 +47,7 @@ class PathGradients:
         differences: takes the gradients as leaves, to be moved by; None: they come with their graph.
     """
 
-    def __init__(self, runner: Runner, scores: list[Score], replay: Rng, differences: Differences | None = None) -> None:
+    def __init__(self, runner: Runner, scores: list[Score], replay: Rng, differences: Differences | None) -> None:
         self.call = runner.call
         self._runner = runner
         self._wanted = {sites.INPUT: True} | {score.site: False for score in scores}
@@ -102,12 +102,7 @@ class PathGradients:
     def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:
         recording = self._pass(images)
         self._note(self._runner, recording, create_graph)
-        return [self._gradient(recording, score, create_graph) for score in self._scores]
-
-    def _gradient(self, recording: Recording, score: Score, create_graph: bool) -> Tensor:
-        if self._differences is not None:
-            return self._differences.leaves(recording, score, [sites.INPUT], self._replay)[0]
-        return self._runner.backward(recording, score, [sites.INPUT], create_graph)[0]
+        return [gradients_of(self._runner, self._differences, recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
 
     def _pass(self, images: Tensor, check: bool = False) -> Recording:
         """A place alone."""
@@ -117,8 +112,11 @@ class PathGradients:
     def _note(self, runner: Runner, recording: Recording, create_graph: bool) -> None:
         """Remember the leaves that the scores of a pass were computed from."""
         if not create_graph or not self.reached:  # else the pass repeats one that was noted, to have its graph
-            leaves = trainable_leaves(*(runner.at(recording, score.site) for score in self._scores))
-            self.reached.update((id(leaf), leaf) for leaf in leaves)
+            self.reached.update((id(leaf), leaf) for leaf in trainable_leaves(*self._read(runner, recording)))
+
+    def _read(self, runner: Runner, recording: Recording) -> list[Tensor]:
+        """What the scores of a pass are computed from."""
+        return [runner.at(recording, score.site) for score in self._scores]
 
     def _together(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]] | None:
         places = len(images)
@@ -156,14 +154,12 @@ class PathGradients:
 
     def _place_apart(self, runner: Runner, recording: Recording, place: int, images: Tensor) -> bool | None:
         """Whether one place is by itself; None: its gradients show nothing."""
-        alone, shows = self._pass(images, check=True), True
+        together = [value[place :: runner.places] for value in self._read(runner, recording)]
+        # What depends on the place in the batch, or on draws of the model's own, has no gradient that would show it.
+        if not same_alone(together, images, lambda image: self._read(self._runner, self._pass(image, check=True))):
+            return False
+        shows = True
         for score in self._scores:
-            # What depends on the place in the batch, or on draws of the model's own, has no gradient that would show it.
-            together, by_itself = runner.at(recording, score.site)[place :: runner.places], self._runner.at(alone, score.site)
-            if not close(together, by_itself):  # statistics of a few values make much of rounding
-                nearly = self._pass(images * (1 + torch.finfo(images.dtype).eps), check=True)
-                if not close(together, by_itself, noise=difference(self._runner.at(nearly, score.site), by_itself)):
-                    return False
             gradient = runner.spread(recording, runner.scores(recording, score).unflatten(0, (-1, runner.places))[:, place].sum())
             if gradient is None or not bool(gradient.any()):  # a head that starts at zero shows nothing yet
                 shows = False

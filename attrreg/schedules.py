@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from attrreg import penalty
 from attrreg.attach import Attachment, attached
 from attrreg.call import Call
+from attrreg.ops.precision import wide
 from attrreg.penalty import Penalty
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.settings import is_integer, is_number, keep_count
@@ -253,5 +254,4 @@ def _number(weight: Any) -> float:
 
 def _zero(x: Tensor) -> Tensor:
     """Zero, 0-dim, with a graph so that a loop can call backward on it. It leads to no parameter, whose hooks would see a gradient of 0."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.zeros((), dtype=dtype, device=x.device, requires_grad=True).clone()  # a loop may add to it in place, not to a leaf
+    return torch.zeros((), dtype=wide(x), device=x.device, requires_grad=True).clone()  # a loop may add to it in place, not to a leaf

@@ -69,7 +69,7 @@ class Buffers:
         moment: what the buffers shall hold.
     """
 
-    def __init__(self, model: nn.Module, moment: Moment = NOW) -> None:
+    def __init__(self, model: nn.Module, moment: Moment) -> None:
         self._originals = [(module, dict(module._buffers) if module._buffers else {}) for module in modules(model)]
         self._copies: dict[int, Tensor] = {}  # one shared by two modules stays shared
         for module, buffers in self._originals:

@@ -18,7 +18,7 @@ from attrreg.apart import output_key, shown
 from attrreg.attach import attached
 from attrreg.call import Call
 from attrreg.counting import Passes, passes
-from attrreg.differences import Differences
+from attrreg.differences import Differences, gradients_of
 from attrreg.distributed import sharded, synchronises
 from attrreg.engines import Engine, FiniteDifference
 from attrreg.folding import PathGradients
@@ -184,7 +184,7 @@ class Trace:
                 continue
             if point != CLEAN:
                 self._recordings[point] = self._pass(point, seeds[point], replay)
-            self._differentiate(point, replay)
+            self._differentiate(point)
 
     def commit(self) -> None:
         """Make what the clean pass did to the model's buffers final, where it stood in for the user's forward."""
@@ -248,7 +248,7 @@ class Trace:
         with isolated(self.call.model, replay):
             return self._runner.forward(image, sites_at(point, self._needs), rule=rule)
 
-    def _differentiate(self, point: Point, replay: Rng) -> None:
+    def _differentiate(self, point: Point) -> None:
         """All gradients at one point: one backward for each distinct score."""
         groups: dict[Score, list[Grad]] = {}
         for need in self._needs:
@@ -256,15 +256,9 @@ class Trace:
                 groups.setdefault(self._concrete(need.score), []).append(need)
         for score, needs in groups.items():
             wanted = list(dict.fromkeys(need.site for need in needs))
-            found = dict(zip(wanted, self._gradients(self._recordings[point], score, wanted, replay), strict=True))
+            found = gradients_of(self._runner, self._differences, self._recordings[point], score, wanted, self._runner.twice)
             for need in needs:
-                self._grads[need.site, need.score, point] = found[need.site]
-
-    def _gradients(self, recording: Recording, score: Score, wanted: list[str], replay: Rng) -> list[Tensor]:
-        """The gradients at one pass, as the engine differentiates them: with their graph, or as leaves to be moved by."""
-        if self._differences is not None:
-            return self._differences.leaves(recording, score, wanted, replay)
-        return self._runner.backward(recording, score, wanted, self._runner.twice)
+                self._grads[need.site, need.score, point] = found[wanted.index(need.site)]
 
     def differentiated(self, total: Tensor, images: Tensor) -> Tensor:
         """The penalty with the gradients that the engine gives it; `images`: the whole batch.

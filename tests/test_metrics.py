@@ -15,10 +15,9 @@ import attrreg
 from attrreg import baselines, metrics, objectives
 
 
-def cases(count: int = 20) -> list[tuple[Tensor, Tensor]]:
+def cases() -> list[tuple[Tensor, Tensor]]:
     """Maps with ties and zeros, and boolean masks of every size but none."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
+    generator, count, made = torch.Generator().manual_seed(0), 20, []
     for index in range(count):
         map = torch.randint(-3, 4, (1, 1 + index % 3, 4, 5), generator=generator).double()
         mask = torch.rand(1, 4, 5, generator=generator) < (index + 1) / (count + 1)

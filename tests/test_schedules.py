@@ -182,15 +182,6 @@ def test_attached_evaluate_runs_no_forward_at_any_step() -> None:
     assert len(forwards) == 6
 
 
-def test_the_zero_of_a_skipped_step_has_a_graph_and_no_gradient() -> None:
-    model, x, mask, target = case()
-    regularizer = Scheduled(attrreg.InputGradient(), schedules.Every(2))
-    regularizer.step = 1
-    value = regularizer(model, x, mask, target)
-    value.backward()
-    assert float(value.detach()) == 0 and all(parameter.grad is None for parameter in model.parameters())
-
-
 def test_the_zero_of_a_skipped_step_is_in_full_precision_and_passes_by_what_is_frozen() -> None:
     model, (x, mask, target) = SmoothNet().bfloat16(), smooth_batch()
     model.stem.requires_grad_(False)

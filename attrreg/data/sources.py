@@ -158,10 +158,9 @@ def opened(path: Path) -> Iterator[PIL.Image.Image]:
 
 def upright(file: PIL.Image.Image) -> PIL.Image.Image:
     """The image as its EXIF data say that it is to be shown. Pillow's own `exif_transpose` fails on other tags that are broken."""
-    from PIL import Image
+    from PIL.Image import Transpose as To
 
-    ways = [*(None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM)]
-    ways += [*(Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)]
+    ways = None, To.FLIP_LEFT_RIGHT, To.ROTATE_180, To.FLIP_TOP_BOTTOM, To.TRANSPOSE, To.ROTATE_270, To.TRANSVERSE, To.ROTATE_90
     orientation = file.getexif().get(ORIENTATION, 1)
     way = ways[orientation - 1] if orientation in range(1, 9) else None
     return file if way is None else file.transpose(way)

@@ -22,7 +22,7 @@ MODES = ("use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", BY_DIF
 MANY = 2**24  # differences of values, from which on there is no tensor of them
 
 
-def two_norm(x: Tensor, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+def two_norm(x: Tensor, dim: Any, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     """sqrt(sum x^2)."""
     if dtype is not None:
         x = x.to(dtype)
