@@ -113,8 +113,9 @@ def _are_apart(call: Call, number: int, thorough: bool) -> bool | None:
                 return None
             if bool(gradient[~chosen].any()):
                 return False
-    # The largest value of all is in one of the halves, which then gives the same.
-    return drew or call.inputs is not None or all(_as_whole(call, outputs, chosen.nonzero()[:, 0]) for chosen in (half, ~half))
+    # The largest value of all is in one of the halves, which then gives the same. Of three images, halves would show one pair alone.
+    groups = [half, ~half] if images > 3 else [order.to(device) != left for left in range(images)]
+    return drew or call.inputs is not None or all(_as_whole(call, outputs, chosen.nonzero()[:, 0]) for chosen in groups)
 
 
 def _as_whole(call: Call, outputs: Sequence[Tensor], chosen: Tensor) -> bool:
@@ -130,6 +131,8 @@ def _as_whole(call: Call, outputs: Sequence[Tensor], chosen: Tensor) -> bool:
 
     try:
         return same_alone([part.detach()[chosen].nan_to_num(0.0) for part in outputs], call.x.detach()[chosen], alone)
+    except torch.OutOfMemoryError:  # says nothing of the model
+        raise
     except SIZE_ERRORS:  # it knows how many images it gets
         return False
 

@@ -165,6 +165,8 @@ class Attachment:
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if compiling() or self.suspended or not self.live or transformed() or torch._C._is_tracing() or _in_backward():
             return None  # what runs under torch.func, forward-mode derivatives, a tracer or a backward is not the loop's forward
+        if model is not self._model:  # nor is that of a replica on another device, which has these hooks too, in a thread of its own
+            return None
         self._discard()  # the last step's graph, and what an interrupted forward left
         arguments: dict[int | str, Any] = dict(enumerate(args)) | kwargs
         images = [key for key, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 4]
@@ -184,7 +186,7 @@ class Attachment:
         return tuple(arguments[i] for i in range(len(args))), {name: arguments[name] for name in kwargs}
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
-        if self.suspended or self._tap is None or _in_backward():
+        if self.suspended or self._tap is None or _in_backward() or model is not self._model:
             return
         tap, self._tap = self._tap, None
         tap.close()

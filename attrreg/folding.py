@@ -88,15 +88,16 @@ class PathGradients:
         """For each place, one gradient a score, of the shape of its images."""
         if len(images) == 1:
             return [self._alone(images[0], create_graph)]
+        lasting = True
         try:
             found = self._together(images, create_graph)
-        except SIZE_ERRORS:  # a model may know how many images it gets; any other mistake is raised again below
-            found = None
+        except SIZE_ERRORS as error:  # a model may know how many images it gets; any other mistake is raised again below
+            found, lasting = None, not isinstance(error, torch.OutOfMemoryError)
         if found is None:
             self._shares = False
             found = [self._alone(image, create_graph) for image in images]
-            # They ran one by one, so what failed together was no mistake of the call: it is remembered.
-            shown(self.call.model, "places", *self._kind).found = False
+            if lasting:  # they ran one by one, so what failed together was no mistake of the call: it is remembered
+                shown(self.call.model, "places", *self._kind).found = False
         return found
 
     def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:

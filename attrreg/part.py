@@ -99,6 +99,8 @@ def _mixes(baseline: Baseline, call: Call) -> bool:
         whole = made(every)
         try:
             alone = made(kept)
+        except torch.OutOfMemoryError:
+            raise
         except SIZE_ERRORS:  # it may hold something for each image of the batch
             return True
     finally:

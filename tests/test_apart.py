@@ -50,6 +50,38 @@ def test_a_call_that_is_wrong_shows_nothing_of_places() -> None:
     assert counted.forward == 1
 
 
+class Passing(nn.Module):
+    """Memory is short once, for batches of so many images."""
+
+    def __init__(self, images: int) -> None:
+        super().__init__()
+        self.net, self.images = Watched(SmoothNet()), images
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == self.images:
+            self.images = 0
+            raise torch.OutOfMemoryError("out of memory")
+        logits: Tensor = self.net(x)
+        return logits
+
+
+def test_a_lack_of_memory_that_passes_says_nothing_of_a_model() -> None:
+    x, mask, target = smooth_batch(5)
+    annotated = torch.tensor([True, False, True, False, False])
+    model = Passing(images=3).double()  # one of the halves that run alone
+    with pytest.raises(torch.OutOfMemoryError):
+        TERM(model, x, mask, target, annotated=annotated)
+    TERM(model, x, mask, target, annotated=annotated)
+    assert model.net.seen[-1] == 2
+    model = Passing(images=4 * len(x)).double()
+    forwards = []
+    for _ in range(2):
+        with passes() as counted:
+            WHOLE_PATH(model, x, mask, target)
+        forwards.append(counted.forward)
+    assert forwards == [5, 1]
+
+
 NORMS = [lambda: nn.InstanceNorm2d(4), lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True), lambda: FrozenBatchNorm2d(4)]
 
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from attrreg.ops import fused
+from attrreg.ops import Phase, fused, twice_differentiable
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -26,6 +28,27 @@ def test_kernels_equal_pytorchs_double_backward() -> None:
 
 def test_the_cpu_goes_without() -> None:
     assert fused.kernels(torch.ones(3)) is None
+
+
+class _OnCuda(TorchDispatchMode):
+    """Refuses what CUDA's kernel fails on, and the CPU's does not."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.native_batch_norm_backward.default:
+            weight, asked = args[2], args[-1]
+            assert weight is not None or not (asked[0] and any(asked[1:])), "gradients of weights that there are none of"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm((4, 6, 6)), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4), nn.BatchNorm2d(4)])
+def test_second_derivatives_of_norms_ask_for_nothing_that_cudas_kernels_fail_on(norm: nn.Module) -> None:
+    x = torch.randn(3, 4, 6, 6, requires_grad=True)
+    with _OnCuda():
+        with twice_differentiable(Phase()):
+            y = norm(x)
+        (gradient,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("there", [False, True])

@@ -49,6 +49,31 @@ class Meets(nn.Module):
         return logits
 
 
+class Capacity(nn.Module):
+    """Images compete for places, without a gradient that would show it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = SmoothNet(), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x)
+        taken = torch.zeros(len(h), 1, dtype=h.dtype)
+        taken[: 1 + len(h) // 3] = 1  # the first in the batch have places
+        logits: Tensor = self.head((h * taken).tanh())
+        return logits
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_three_images_each_two_are_looked_at(seed: int) -> None:
+    torch.manual_seed(seed)
+    model, (x, mask, target) = Capacity().double(), smooth_batch(3)
+    for left_out in range(3):
+        annotated = torch.arange(3) != left_out
+        whole = TERM.evaluate(model, x, mask, target, annotated=annotated).total
+        torch.testing.assert_close(TERM(model, x, mask, target, annotated=annotated), whole, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("name", MEETINGS)
 def test_all_images_take_part(name: str) -> None:
     model, (x, mask, target) = Meets(name), smooth_batch(6)

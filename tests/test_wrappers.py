@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -145,6 +145,21 @@ def test_distributed_and_data_parallel_wrappers(process_group: None) -> None:
             if DEVICE == "cpu":  # elsewhere DataParallel gives the model a copy of the images
                 assert counted.forward == (1 if way == "attached" else 2)
             assert_close(accumulated(plain), want, 1e-10)
+
+
+def test_a_replica_on_another_device_is_not_the_loops_forward() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    want = TERMS(model, x, mask, target)
+    with TERMS.attach(model) as attachment:
+        model(x)
+        kept = attachment._recording
+        replica = cast(nn.Module, model._replicate_for_data_parallel())  # it shares the hooks, as those that threads of DataParallel run
+        replica(x)
+        assert attachment._recording is kept is not None
+        with passes() as counted:
+            value = TERMS(model, x, mask, target)
+        assert counted.forward == 1  # of the masked images
+    torch.testing.assert_close(value, want)
 
 
 class TwoInputs(nn.Module):

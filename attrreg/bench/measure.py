@@ -125,8 +125,8 @@ def _timed(step: Step) -> float:
 
 
 def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:

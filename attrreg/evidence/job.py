@@ -128,7 +128,8 @@ def run(job: Job, device: torch.device, note: Note = lambda epochs: None, tested
     Raises:
         packages.Missing: a package that the data comes from is not here.
     """
-    with _one_thread(), torch.random.fork_rng():
+    own = [] if device.type == "cpu" else [device]
+    with _one_thread(), torch.random.fork_rng(own, device_type=device.type if own else "cuda"):
         return _run(job, device, note, tested)
 
 

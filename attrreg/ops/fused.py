@@ -24,8 +24,9 @@ def kernels(*tensors: Tensor) -> Any | None:
         return None
     if any(type(tensor) is not Tensor for tensor in tensors):  # distributed, or otherwise without memory of its own
         return None
-    strides = first.stride()
-    if not dense(first) or any(tensor.stride() != strides for tensor in tensors[1:]):
+    strides = first.stride()  # which may differ in axes of length one
+    alike = all(tensor.is_contiguous() for tensor in tensors) or all(tensor.stride() == strides for tensor in tensors)
+    if not (dense(first) and alike):
         return None
     return _kernels(first.device)
 

@@ -86,7 +86,8 @@ class _LayerNormInputGradient(Function):
 
 def _of_channels(u: Tensor, x: Tensor, mu: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """r P(u) and sum(u xhat), of `(1, channels, M)`."""
-    rpu, u_xhat, _ = aten.native_batch_norm_backward(u, x, None, None, None, mu, r, True, 0.0, [True] * 3)
+    ones = torch.ones_like(r)  # CUDA's kernel makes the gradients of weights like these, and fails without
+    rpu, u_xhat, _ = aten.native_batch_norm_backward(u, x, ones, None, None, mu, r, True, 0.0, [True] * 3)
     return rpu, u_xhat
 
 
