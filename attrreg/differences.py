@@ -51,13 +51,13 @@ class Differences:
         self._engine = engine
         self._taken: list[Taken] = []
 
-    def leaves(self, recording: Recording, score: Score, wanted: list[str]) -> list[Tensor]:
-        """The gradients at the wanted sites, as leaves to be moved by.
+    def leaves(self, recording: Recording, score: Score, wanted: list[str], retain: bool) -> list[Tensor]:
+        """The gradients at the wanted sites, as leaves to be moved by; `retain`: see `Runner.backward`.
 
         Raises:
             ValueError: the automatic layer is overwritten, so that it cannot be moved where its gradient is.
         """
-        found = self._runner.backward(recording, score, wanted, create_graph=False)
+        found = self._runner.backward(recording, score, wanted, create_graph=False, retain=retain)
         if sites.SPATIAL in wanted and self._runner.map in recording.overwritten:
             raise ValueError(
                 f"layer='auto' is {self._runner.map!r}, whose output the model overwrites in place, so finite differences cannot move it. "
@@ -109,9 +109,12 @@ class Differences:
 
 
 def gradients_of(
-    runner: Runner, differences: Differences | None, recording: Recording, score: Score, wanted: list[str], create_graph: bool
+    runner: Runner, differences: Differences | None, recording: Recording, score: Score, wanted: list[str], create_graph: bool, retain: bool
 ) -> list[Tensor]:
-    """The gradients at one pass, as the engine differentiates them: with their graph, or as leaves to be moved by."""
+    """The gradients at one pass, as the engine differentiates them: with their graph, or as leaves to be moved by.
+
+    For `retain` see `Runner.backward`. A graph that is not needed again is not retained: compiled ones may refuse that.
+    """
     if differences is not None:
-        return differences.leaves(recording, score, wanted)
-    return runner.backward(recording, score, wanted, create_graph)
+        return differences.leaves(recording, score, wanted, retain)
+    return runner.backward(recording, score, wanted, create_graph, retain)

@@ -103,7 +103,11 @@ class PathGradients:
     def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:
         recording = self._pass(images)
         self._note(self._runner, recording, create_graph)
-        return [gradients_of(self._runner, self._differences, recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
+        last, wanted = len(self._scores) - 1, [sites.INPUT]
+        return [
+            gradients_of(self._runner, self._differences, recording, score, wanted, create_graph, retain=i < last)[0]
+            for i, score in enumerate(self._scores)
+        ]
 
     def _pass(self, images: Tensor, check: bool = False) -> Recording:
         """A place alone."""

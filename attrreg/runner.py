@@ -41,6 +41,11 @@ FREED = (
     "backward, or give it retain_graph=True."
 )
 
+DONATED = (
+    "torch.compile made a backward that frees what it reads, and this penalty goes on with the graph after its inner backward. Write "
+    "torch._functorch.config.donated_buffer = False before the first step."
+)
+
 FABRIC = (
     "Fabric refuses gradients of what its wrapper returned outside fabric.backward. Give the penalty the model inside, under "
     "fabric.autocast(): reg(model.module, x, mask)."
@@ -114,8 +119,8 @@ class Runner:
             self.at(recording, sites.OUTPUT)  # now: a function that draws shall draw what it draws in each pass
         return recording
 
-    def backward(self, recording: Recording, score: Score, wanted: list[str], create_graph: bool) -> list[Tensor]:
-        """The gradients of a score at the wanted sites, all from one backward."""
+    def backward(self, recording: Recording, score: Score, wanted: list[str], create_graph: bool, retain: bool = True) -> list[Tensor]:
+        """The gradients of a score at the wanted sites, all from one backward; not `retain`: which is the last through this pass."""
         read_at = self.at(recording, score.site)
         if score.site == sites.OUTPUT and not read_at.requires_grad:
             raise RuntimeError(DETACHED)
@@ -129,7 +134,7 @@ class Runner:
         named = [site for site in wanted if not (find and site == sites.SPATIAL)]
         inputs = [self.at(recording, site) for site in named] + [map for _, map in maps]
         if scale is None:
-            grads = self._gradients(recording, total, inputs, create_graph)
+            grads = self._gradients(recording, total, inputs, create_graph, retain=retain)
         else:
             grads = self._scaled_gradients(recording, total, scale, inputs, create_graph)
         found = dict(zip(named, grads, strict=False))
@@ -190,7 +195,7 @@ class Runner:
         return self._gradients(recording, total, [self.at(recording, sites.INPUT)], create_graph=False, check=True)[0]
 
     def _gradients(
-        self, recording: Recording, total: Tensor, inputs: list[Tensor], create_graph: bool, check: bool = False
+        self, recording: Recording, total: Tensor, inputs: list[Tensor], create_graph: bool, check: bool = False, retain: bool = True
     ) -> tuple[Tensor | None, ...]:
         for counter in self._counters:
             counter.backward += not check
@@ -199,7 +204,7 @@ class Runner:
             raise RuntimeError("The score has no gradient: it detaches what it reads, or gives a constant. Let gradients through it.")
         # A backward runs in the types of its forward.
         with _explained(recording), recording.phase.attributing(), full_precision(total.device):
-            return torch.autograd.grad(total, inputs, create_graph=create_graph, retain_graph=True, allow_unused=True)
+            return torch.autograd.grad(total, inputs, create_graph=create_graph, retain_graph=create_graph or retain, allow_unused=True)
 
     def _scaled_gradients(
         self, recording: Recording, total: Tensor, scale: Tensor, inputs: list[Tensor], create_graph: bool
@@ -287,6 +292,8 @@ def _explained(recording: Recording) -> Iterator[None]:
             raise RuntimeError(REENTRANT) from error
         if recording.conditions is not None and "a second time" in str(error):
             raise RuntimeError(FREED) from error
+        if "donated buffers" in str(error):
+            raise RuntimeError(DONATED) from error
         if "fabric.backward" in str(error):
             raise RuntimeError(FABRIC) from error
         raise

@@ -254,11 +254,17 @@ class Trace:
         for need in self._needs:
             if isinstance(need, Grad) and need.at == point:
                 groups.setdefault(self._concrete(need.score), []).append(need)
-        for score, needs in groups.items():
-            wanted = list(dict.fromkeys(need.site for need in needs))
-            found = gradients_of(self._runner, self._differences, self._recordings[point], score, wanted, self._runner.twice)
+        for i, (score, needs) in enumerate(groups.items(), start=1):
+            recording, wanted = self._recordings[point], list(dict.fromkeys(need.site for need in needs))
+            retain = i < len(groups) or self._read_later(point, recording)
+            found = gradients_of(self._runner, self._differences, recording, score, wanted, self._runner.twice, retain)
             for need in needs:
                 self._grads[need.site, need.score, point] = found[wanted.index(need.site)]
+
+    def _read_later(self, point: Point, recording: Recording) -> bool:
+        """Whether the graph of a pass is needed after its gradients were taken: by the loop, or by terms that read its values."""
+        loops = recording.conditions is not None or (point == CLEAN and self._own_forward is not None)
+        return loops or any(need.at == point and not isinstance(need, Grad) for need in self._needs)
 
     def differentiated(self, total: Tensor, images: Tensor) -> Tensor:
         """The penalty with the gradients that the engine gives it; `images`: the whole batch.
