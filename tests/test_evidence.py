@@ -109,8 +109,10 @@ def test_names_tell_jobs_apart() -> None:
     assert set(changes) == {field.name for field in dataclasses.fields(Job)}
     assert JOB.name == replace(JOB).name
     assert len({JOB.name, *(replace(JOB, **{key: value}).name for key, value in changes.items())}) == 1 + len(changes)
-    with pytest.raises(ValueError, match=r"batch=99 is larger than the 24 training images\. "):
+    with pytest.raises(ValueError, match=r"24 training images are fewer than a batch of 99\. "):
         job.run(replace(JOB, batch=99), CPU)
+    with pytest.raises(ValueError, match=r"24 training images in batches of 24 are one step.*Add epochs"):
+        job.run(replace(JOB, batch=24, epochs=1), CPU)
     with pytest.raises(ValueError, match=r"no data set 'nowhere'\. "):
         sources.from_dict({"kind": "nowhere"})
 

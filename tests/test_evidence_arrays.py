@@ -128,6 +128,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "no class": (lambda root: relabel(root, "_3.npy,1", "_3.npy"), r"train_img_3\.npy has the class None"),
     "negative class": (lambda root: relabel(root, "_3.npy,1", "_3.npy,-1"), r"train_img_3\.npy has the class '-1'"),
     "classes from 1": (lambda root: relabel(root, ".npy,0", ".npy,2"), r"train has the classes \[1, 2\], .* Number them from 0"),
+    "one class": (lambda root: relabel(root, ",1", ",0"), r"train has the class 0 alone, which leaves nothing to learn\. Add images"),
     "class of the test alone": (lambda root: relabel(root, "_3.npy,1", "_3.npy,2", "test"), r"all splits \[0, 1, 2\]\. Number them from 0"),
     "image twice": (lambda root: relabel(root, "train_img_3", "train_img_2"), r"train_img_2\.npy is there twice.* Leave one row"),
     "image of two splits": (
@@ -154,8 +155,17 @@ def test_files_that_are_missing_are_named(root: Path) -> None:
         arrays.folder(root)
 
 
-def test_four_images_are_too_few_to_hold_a_fifth_back(root: Path) -> None:
-    write_arrays(root, "train", 4)
+def test_of_each_class_a_fifth_is_held_back(root: Path) -> None:
+    write_arrays(root, "train", 22)
+    relabel(root, ",1", ",0")
+    for number in (4, 9, 14):
+        relabel(root, f"_{number}.npy,0", f"_{number}.npy,1")
+    task = arrays.folder(root)
+    assert task.similar.labels.bincount().tolist() == [3, 1] and task.train.labels.bincount().tolist() == [16, 2]
+
+
+def test_an_image_of_each_class_is_too_few_to_hold_a_fifth_back(root: Path) -> None:
+    write_arrays(root, "train", 2)
     with pytest.raises(ValueError, match=r"too few to hold a fifth back\. "):
         arrays.folder(root)
 

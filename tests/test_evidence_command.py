@@ -66,23 +66,26 @@ def test_rows_whose_data_are_not_here_are_left_out(command: Any, tmp_path: Path)
 def test_command_on_a_folder(command: Any, tmp_path: Path) -> None:
     for name, count in (("train", 20), ("valid", 4), ("test", 4)):
         write_arrays(tmp_path, name, count)
-    done = command("--folder", str(tmp_path), "--epochs", "1")
+    few = command("--folder", str(tmp_path), "--epochs", "1")
+    assert few.exit_code == 2 and "are one step, which trains nothing" in " ".join(few.output.replace("│", " ").split())
+    done = command("--folder", str(tmp_path), "--epochs", "2")
     assert done.exit_code == 0, done.output
+    assert "over plain (95%)" in done.output  # whole, though this is no terminal
     record = next(iter(load(tmp_path / "results.jsonl").values()))
     source = record.job.source
     assert isinstance(source, Folder) and source.contents
     assert replace(source, contents="") == Folder(str(tmp_path))
     done = command(
-        "--folder", str(tmp_path), "--epochs", "1", "--flip", "--sizes", "16,4,4", "--splits", "train,test,valid", "--dilation", "1"
+        "--folder", str(tmp_path), "--epochs", "2", "--flip", "--sizes", "16,4,4", "--splits", "train,test,valid", "--dilation", "1"
     )
     assert done.exit_code == 0, done.output
-    done = command("--folder", str(tmp_path), "--epochs", "1", "--similar", "valid")
+    done = command("--folder", str(tmp_path), "--epochs", "2", "--similar", "valid")
     assert done.exit_code == 0, done.output
     found = {record.job.source for record in load(tmp_path / "results.jsonl").values()}
     wanted = Folder(str(tmp_path), "train", "test", "valid", flip=True, sizes=(16, 4, 4), dilation=1)
     assert {replace(wanted, contents=source.contents), Folder(str(tmp_path), similar="valid", contents=source.contents)} <= found
     write_arrays(tmp_path, "train", 24)  # other data under the same names are trained on anew
-    done = command("--folder", str(tmp_path), "--epochs", "1")
+    done = command("--folder", str(tmp_path), "--epochs", "2")
     assert done.exit_code == 0, done.output
     assert len({record.job.source for record in load(tmp_path / "results.jsonl").values()}) == len(found) + 1
     job._task.cache_clear()  # as in another process

@@ -91,4 +91,4 @@ def bench(
         report.plot_curves(record, out.with_name(out.stem + "-curves.png"))
     console.print(report.conditions(record), highlight=False)
     console.print(report.summary(record))
-    console.print(f"Written: {out}, .md and .png beside it", highlight=False, soft_wrap=True)
+    console.print(f"Written: {out}, .md and .png beside it", highlight=False, markup=False, soft_wrap=True)

@@ -52,4 +52,4 @@ def demo(
     report.save_json(run, out.with_suffix(".json"))
     console.print(report.table(run))
     console.print(report.notes(run), highlight=False)
-    console.print(f"Picture: {out}, numbers: {out.with_suffix('.json')}", highlight=False, soft_wrap=True)
+    console.print(f"Picture: {out}, numbers: {out.with_suffix('.json')}", highlight=False, markup=False, soft_wrap=True)

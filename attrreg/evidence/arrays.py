@@ -41,7 +41,7 @@ def folder(
         root: the folder.
         splits: what the training, validation and test splits are called. The shortcut should mislead in the last two.
         similar: a split of images like those of training, to choose settings on. None: with `flip`, the validation images as they are;
-            else a fifth of the training images, taken from them. It may be the validation split.
+            else a fifth of the training images of each class, taken from them. It may be the validation split.
         flip: mirror the validation and test images sidewards, masks included. The founding paper's arrays (`distractor1`, `distractor2`,
             `distractor3`) are stored straight, and its code mirrors the last two while loading: that is their shift.
         sizes: how many images of each split to draw, each class alike, so at most as many; there (500, 128, 128). None: all.
@@ -70,12 +70,12 @@ def folder(
         like_training = valid
     else:
         order = torch.randperm(len(train), generator=generator)
-        held = len(train) // 5
-        if not held:
+        held = _fifth(train.labels[order])
+        if not held.any():
             raise ValueError(
                 f"{root}: {len(train)} training images are too few to hold a fifth back. Name a split with `similar=` (--similar)."
             )
-        like_training, train = train.take(order[:held]), train.take(order[held:])
+        like_training, train = train.take(order[held]), train.take(order[~held])
     if flip:
         valid, test = valid.mirrored(), test.mirrored()
     clean = replace(test, images=ReplaceOutside()(test.images, test.masks))
@@ -88,6 +88,15 @@ def digest(root: Path | str) -> str:
     for path in sorted([*Path(root).glob("*.csv"), *Path(root).glob("*.npy")]):
         found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()[:16]
+
+
+def _fifth(labels: Tensor) -> Tensor:
+    """A fifth of each class, the first of each: `(N,)` bool. Of a class of two to four images one, of one none."""
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        own = (labels == label).nonzero()[:, 0]
+        held[own[: max(len(own) // 5, min(1, len(own) - 1))]] = True
+    return held
 
 
 def _some(split: Split, name: str, size: int, generator: Generator) -> Split:
@@ -118,6 +127,8 @@ def _splits(root: Path, names: Sequence[str], dilation: int) -> list[Split]:
             )
     known = parts[0].labels.unique().tolist()
     seen = sorted({label for part in parts for label in part.labels.tolist()})
+    if len(known) < 2:
+        raise ValueError(f"{root}: {names[0]} has the class {known[0]} alone, which leaves nothing to learn. Add images of another.")
     if known != list(range(len(known))) or seen != known:
         raise ValueError(f"{root}: {names[0]} has the classes {known}, all splits {seen}. Number them from 0, all of them in {names[0]}.")
     low, high = min(float(part.images.min()) for part in parts), max(float(part.images.max()) for part in parts)
@@ -178,7 +189,9 @@ def _stacked(paths: Sequence[Path]) -> Tensor:
 
 def _array(path: Path) -> numpy.typing.NDArray[numpy.float32]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, though a table of labels names it. Put it there, or take its row out.")
+        raise FileNotFoundError(
+            f"{path} does not exist, though a table of labels names it, or its image. Put it there, or take its row out."
+        )
     try:
         array: numpy.typing.NDArray[Any] = numpy.load(path)
     except (ValueError, EOFError, OSError) as error:  # empty, cut off, pickled

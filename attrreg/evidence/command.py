@@ -62,6 +62,7 @@ def evidence(
     with console.status("loading"):
         from attrreg.evidence import plans, report, study
         from attrreg.evidence.ledger import Failed, Ledger, cores
+        from attrreg.evidence.training import Budget
         from attrreg.progress import bar
 
     try:
@@ -69,7 +70,9 @@ def evidence(
         plan = plans.plan(data, method, own, trials, seeds, epochs, quick)
         ledger = Ledger(out, target, workers=jobs or (cores() if target.type == "cpu" else 1))  # a GPU has memory for few
         if own is not None:
-            own.task(0)
+            images = len(own.task(0).train)
+            for training in plan.trainings:
+                Budget(training.epochs, training.batch, rate=0.0).steps(images)
     except (ValueError, RuntimeError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     if rerun is not None:
@@ -90,8 +93,11 @@ def evidence(
         raise failed or typer.Exit(1)
     out.with_suffix(".md").write_text(tables + "\n")
     report.plot(plan, ledger, out.with_suffix(".png"))
-    console.print(f"Written: {out}, .md and .png beside it", highlight=False, soft_wrap=True)
-    console.print(Markdown(tables))
+    console.print(f"Written: {out}, .md and .png beside it", highlight=False, markup=False, soft_wrap=True)
+    if console.width < max(map(len, tables.splitlines())):  # a pipe, or a narrow terminal: rich would cut cells off
+        console.print(tables, highlight=False, markup=False, soft_wrap=True)
+    else:
+        console.print(Markdown(tables))
     if failed is not None:
         raise failed
 

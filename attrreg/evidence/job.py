@@ -27,7 +27,7 @@ from attrreg.evidence.sources import Source
 from attrreg.evidence.training import Budget, predict, train
 
 SELECTIONS = ("similar", "valid")  # the splits on which an epoch can be chosen, and settings
-IDLE = 4  # an epoch is chosen only after the first 1/IDLE of them: a model that has learnt nothing is fooled by nothing
+IDLE = 4  # an epoch is chosen from the end of the first 1/IDLE of them on: a model that has learnt nothing is fooled by nothing
 SAMPLE = 32  # test images whose maps are judged
 JUDGES: dict[str, metrics.Attribution] = {
     "input gradient": InputGradient().attribute,
@@ -162,11 +162,9 @@ def _run(job: Job, device: torch.device, note: Note, tested: bool) -> Record:
 def _train(job: Job, model: nn.Module, task: Task, note: Note) -> dict[str, tuple[float, int, dict[str, Tensor]]]:
     """Train, and give what was best on each validation split: the loss, the epoch, the weights. The model is left in eval mode."""
     data = annotate(task.train, job.annotated, job.quality, job.seed)
-    each = len(data) // job.batch
-    if not each:
-        raise ValueError(f"batch={job.batch} is larger than the {len(data)} training images. Choose a smaller one.")
+    budget, each = Budget(job.epochs, job.batch, job.rate), len(data) // job.batch
     best: dict[str, tuple[float, int, dict[str, Tensor]]] = {}
-    for count, _ in enumerate(train(model, data, job.train_with(), Budget(job.epochs, job.batch, job.rate), job.seed), start=1):
+    for count, _ in enumerate(train(model, data, job.train_with(), budget, job.seed), start=1):
         epoch, left = divmod(count, each)
         if left:
             continue

@@ -31,8 +31,18 @@ class Budget:
     rate: float
 
     def steps(self, images: int) -> int:
-        """Training steps on so many images."""
-        return self.epochs * (images // self.batch)
+        """Training steps on so many images.
+
+        Raises:
+            ValueError: there are fewer images than a batch has, or a single step, at which the cycle's rate is next to zero.
+        """
+        if images < self.batch:
+            raise ValueError(f"{images} training images are fewer than a batch of {self.batch}. Add some.")
+        if (steps := self.epochs * (images // self.batch)) < 2:
+            raise ValueError(
+                f"{images} training images in batches of {self.batch} are one step, which trains nothing. Add epochs or images."
+            )
+        return steps
 
 
 def train(model: nn.Module, data: Split, method: Method, budget: Budget, seed: int) -> Iterator[Tensor]:
