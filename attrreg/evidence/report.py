@@ -102,9 +102,10 @@ def _conditions(plan: Plan, training: Training, ledger: Ledger) -> str:
     machines = " and ".join(sorted({where(record) for record in records}))
     dates = sorted({record.environment["date"] for record in records})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    again = f"attrreg evidence --rerun '{training.source.kind}/METHOD' --out {shlex.quote(str(ledger.path))}"
     return (
         f"`{training.source!r}`, {training.epochs} epochs in batches of {training.batch}, {plan.trials} settings tried for each method. "
-        f"Measured {when} on {machines}. Any row again: `attrreg evidence --rerun '{training.source.kind}/METHOD' --out {shlex.quote(str(ledger.path))}`; "
+        f"Measured {when} on {machines}. Any row again: `{again}`; "
         "those of fewer or worse masks by the name of a record."
     )
 
@@ -157,8 +158,8 @@ def _maps(plan: Plan, training: Training, ledger: Ledger) -> str:
             cells = [" / ".join(spread([each and each[judge][what] for each in maps]) for what in ("inside", "iou")) for judge in judges]
             lines.append([name, *cells])
     words = (
-        f"Share of attribution inside the mask / IoU at mask size by three attributions, on at most {SAMPLE} test images, at the settings and the "
-        "epoch chosen on shifted validation:"
+        f"Share of attribution inside the mask / IoU at mask size by three attributions, on at most {SAMPLE} test images, at the settings "
+        "and the epoch chosen on shifted validation:"
     )
     return f"{words}\n\n{markdown_table(['method', *judges], lines)}" if lines else ""
 
