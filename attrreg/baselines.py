@@ -137,8 +137,9 @@ class Blur(Baseline):
         """Blurred `x`; the border is reflected."""
         from torchvision.transforms.v2.functional import gaussian_blur  # timm brings torchvision; slow to import
 
-        radius = min(math.ceil(3 * self.sigma), min(x.shape[-2:]) - 1)  # reflection cannot reach further than the image
-        blurred: Tensor = gaussian_blur(x, kernel_size=[2 * radius + 1] * 2, sigma=[self.sigma] * 2)
+        # Along the width, then the height; reflection cannot reach further than the image.
+        kernel = [2 * min(math.ceil(3 * self.sigma), size - 1) + 1 for size in (x.shape[-1], x.shape[-2])]
+        blurred: Tensor = gaussian_blur(x, kernel_size=kernel, sigma=[self.sigma] * 2)
         return blurred
 
 

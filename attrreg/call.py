@@ -242,15 +242,19 @@ def check_batch(x: Tensor) -> None:
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(
-            f"x must be a floating-point tensor, got {kind}. Scale and normalise the images first, for example `x.float() / 255`."
-        )
+        remedy = "Scale and normalise the images first, for example `x.float() / 255`."
+        if isinstance(x, (list, tuple)):
+            remedy = "Stack the images: torch.stack(x). A model that takes a list of them is wrapped in a module that takes a tensor."
+        raise TypeError(f"x must be a floating-point tensor, got {kind}. {remedy}")
     if x.dim() == 4 and x.numel() == 0:
         raise ValueError(f"x holds no image, or images without pixels: its shape is {tuple(x.shape)}. Skip batches without images.")
     if x.dim() != 4:
         remedy = "Add or keep the missing axes."
         if x.dim() > 4:
-            remedy = "Put frames or slices into the batch or the channels, and wrap the model in a module that takes them apart."
+            remedy = (
+                "Put frames or slices into the channels, or into the batch with a row of logits for each, and wrap the model in a module "
+                "that takes them apart."
+            )
         raise ValueError(f"x must be a batch of images (N, C, H, W), got {tuple(x.shape)}. {remedy}")
 
 

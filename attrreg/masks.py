@@ -145,18 +145,19 @@ def checked_flags(annotated: Tensor | None, x: Tensor) -> Tensor:
     return annotated.to(x.device, copy=True)  # a graph keeps it: not what was made under inference_mode, or will be written to
 
 
-def resize(mask: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(mask: Tensor, size: Sequence[int]) -> Tensor:
     """Resize a canonical mask `(N, 1, H, W)` to a map's size, by area.
 
     Downwards every cell is the mean of the pixels it covers, so a thin region becomes soft and never vanishes;
     upwards pixels are repeated (averaged with a neighbour where the sizes do not divide).
     """
-    if mask.shape[-2:] == size:
+    height, width = size
+    if mask.shape[-2:] == (height, width):
         return mask
-    return F.adaptive_avg_pool2d(mask, size)
+    return F.adaptive_avg_pool2d(mask, (height, width))
 
 
-def from_boxes(boxes: Sequence[Tensor | Sequence[Tensor | Sequence[float]] | None], size: tuple[int, int]) -> Tensor:
+def from_boxes(boxes: Sequence[Tensor | Sequence[Tensor | Sequence[float]] | None], size: Sequence[int]) -> Tensor:
     """Masks from bounding boxes: a pixel is relevant where any box of its image touches it.
 
     Args:

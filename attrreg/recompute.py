@@ -51,7 +51,7 @@ def along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None, di
             values = _added(values, _summed(rest, images, gradients, False))
         # At other places the model may compute with others, as sparse experts do.
         more = [leaf for key, leaf in gradients.reached.items() if key not in known]
-        step = _Step(part, gradients, moment)
+        step = _Step(part, gradients, moment, [*leaves, *more])
         total = _added(total, list(_Recomputed.apply(step, values, x, *leaves, *more)))
         values = []
     return total
@@ -76,7 +76,7 @@ def _added(total: list[Tensor], terms: list[Tensor]) -> list[Tensor]:
 class _Step:
     """The sum over a part of the path, to be run again under the conditions of its first run."""
 
-    def __init__(self, stops: Sequence[Stop], gradients: PathGradients, moment: Moment) -> None:
+    def __init__(self, stops: Sequence[Stop], gradients: PathGradients, moment: Moment, leaves: Sequence[Tensor]) -> None:
         self._stops = stops
         self._gradients = gradients
         self._model = gradients.call.model
@@ -84,6 +84,9 @@ class _Step:
         self._modes = modes(self._model)
         others = [part for part in parts(gradients.call.inputs) if part is not gradients.call.x]
         self._others = [(part, version(part)) for part in others]
+        # Those too that the values are no function of: by the last layer's bias a score may choose its class.
+        trained = [weight for weight in self._model.parameters() if weight.requires_grad]
+        self._weights = [(weight, version(weight)) for weight in (*leaves, *trained)]
         kind = gradients.call.x.device.type
         self._autocast = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
@@ -93,6 +96,11 @@ class _Step:
         if modes(self._model) != self._modes:
             raise RuntimeError(
                 "The model changed between train and eval mode between the penalty and its backward, where chunked path methods "
+                "recompute. Call backward first, or pass chunk=None."
+            )
+        if any(version(weight) != then for weight, then in self._weights):
+            raise RuntimeError(
+                "Parameters were changed between the penalty and its backward, as by an optimizer's step, where chunked path methods "
                 "recompute. Call backward first, or pass chunk=None."
             )
         if any(version(part) != then for part, then in self._others):
@@ -132,8 +140,8 @@ class _Recomputed(Function):
 
     @staticmethod
     def forward(ctx: Any, step: _Step, values: list[Tensor], x: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-        # The leaves themselves: hooks on saved tensors, as of `save_on_cpu`, would give others back, of any version and without hooks.
-        ctx.step, ctx.leaves, ctx.versions = step, leaves, [leaf._version for leaf in leaves]
+        # The leaves themselves: hooks on saved tensors, as of `save_on_cpu`, would give others back, without hooks.
+        ctx.step, ctx.leaves = step, leaves
         ctx.save_for_backward(x)
         return tuple(values)
 
@@ -141,11 +149,6 @@ class _Recomputed(Function):
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         (x,), leaves = ctx.saved_tensors, ctx.leaves
-        if [leaf._version for leaf in leaves] != ctx.versions:
-            raise RuntimeError(
-                "Parameters were changed between the penalty and its backward, as by an optimizer's step, where chunked path methods "
-                "recompute. Call backward first, or pass chunk=None."
-            )
         images = x.detach().requires_grad_(ctx.needs_input_grad[2])
         inputs = [value for value in (images, *leaves) if value.requires_grad]  # a leaf may have been frozen meanwhile
         with ctx.step.again(images) as values:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 from attrreg.settings import is_real
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 def public_path(kind: Any) -> str:

@@ -119,8 +119,8 @@ BEFORE_COMPUTE: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], lis
     "unknown layer of a score": (call(reg=attrreg.InputGradient(scores.RandomProjection("hed"))), ValueError, ["'hed'", "'head'"]),
     "integer x": (call(x=x.long()), TypeError, ["x", "int64", "255"]),
     "x without channels": (call(x=x[:, 0]), ValueError, ["x", "(N, C, H, W)"]),
-    "x of volumes": (call(x=x[:, :, None]), ValueError, ["x", "(N, C, H, W)", "slices into the batch or the channels"]),
-    "x list": (call(x=[x]), TypeError, ["x", "list"]),
+    "x of volumes": (call(x=x[:, :, None]), ValueError, ["x", "(N, C, H, W)", "slices into the channels, or into the batch"]),
+    "x list": (call(x=[x]), TypeError, ["x", "list", "torch.stack(x)"]),
     "empty batch": (call(x=x[:0], mask=mask[:0], target=target[:0]), ValueError, ["x"]),
     "model": (
         lambda model: TERM(model.forward, x, mask, target),  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -133,6 +134,13 @@ def test_a_blur_reaches_three_deviations(sigma: float) -> None:
     gauss = torch.exp(-distance.square() / (2 * sigma**2)) * (distance.abs() <= 3 * sigma)
     blurred = baselines.Blur(sigma)(impulse, None, torch.Generator())[0, 0]
     torch.testing.assert_close(blurred, torch.outer(gauss, gauss) / gauss.sum() ** 2)
+
+
+def test_a_signal_of_one_row_is_blurred_along_it() -> None:
+    x, gauss = torch.randn(2, 3, 1, 64).double(), torch.exp(-torch.arange(-6, 7).double().square() / 8)
+    want = F.conv1d(F.pad(x[:, :, 0], (6, 6), "reflect").flatten(0, 1)[:, None], gauss[None, None] / gauss.sum()).reshape(x.shape)
+    for turned, wanted in ((x, want), (x.mT, want.mT)):
+        torch.testing.assert_close(baselines.Blur(2.0)(turned, None, torch.Generator()), wanted)
 
 
 def test_pixels_that_are_relevant_in_part_are_shuffled() -> None:

@@ -151,6 +151,17 @@ def test_bad_targets_and_outputs(score: scores.Score, model: nn.Module, target: 
         attrreg.InputGradient(score)(model.double(), x, mask, target)
 
 
+def test_clips_whose_frames_are_images_need_a_row_of_logits_for_each() -> None:
+    class Clips(SmoothNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).unflatten(0, (-1, 2)).mean(1)  # type: ignore[no-any-return]  # of two frames each
+
+    model, (x, mask, _) = Clips().double(), smooth_batch(4)
+    with pytest.raises(ValueError, match=r"reads \(2, 3\) for 4 images.*repeat_interleave"):
+        attrreg.InputGradient()(model, x, mask)
+    assert attrreg.InputGradient()(model, x, mask, output=lambda logits: logits.repeat_interleave(2, 0)) > 0
+
+
 def test_a_number_an_image_is_no_class() -> None:
     x, mask, _ = smooth_batch()
     with pytest.raises(TypeError, match=r"class indices, got torch.float64.*one logit BinaryLogit.*regression RegressionOutput"):

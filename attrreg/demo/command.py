@@ -14,7 +14,7 @@ from attrreg.options import check_device, check_out, check_packages
 NEEDED = ("matplotlib", "mlxtend", "rich")
 
 
-class Data(str, enum.Enum):
+class Data(enum.StrEnum):
     """The tasks."""
 
     DECOY_MNIST = "decoy-mnist"

@@ -37,9 +37,17 @@ class _Former(Function):
         return g
 
 
+def _holders(x: Tensor) -> int:
+    """How many hold its memory, and with them, from some PyTorch on, the storage that is asked for here."""
+    return torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+
+
+ALONE = _holders(torch.empty(1))
+
+
 def _shared(x: Tensor) -> bool:
     """Whether its memory is seen by other tensors too, which would change with it."""
-    return x._is_view() or torch._C._storage_Use_Count(x.untyped_storage()._cdata) > 2  # it and the storage asked for here
+    return x._is_view() or _holders(x) > ALONE
 
 
 def _written_over(function: type[Function], input: Tensor, kind: Piecewise | Smooth) -> Tensor:
