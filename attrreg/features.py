@@ -105,8 +105,9 @@ def _weights_after(heads: Sequence[Head], head: Head, own: Sequence[Tensor]) -> 
 
 
 def _ran_beside(heads: Sequence[Head], last: Head, logits: Tensor) -> bool:
-    """Whether the logits come from another run of a layer, too, that is not before this one."""
-    others = [head.node for head in heads if head is not last and head.layer is last.layer and head.node is not None]
+    """Whether the logits come from another run of a layer, too, on other features, that is not before this one."""
+    runs = [head for head in heads if head.layer is last.layer and head.entered is not last.entered]
+    others = [head.node for head in runs if head.node is not None]
     return bool(others) and any(node in others for node in nodes(logits, around=[last.node]))
 
 

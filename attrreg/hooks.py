@@ -71,6 +71,7 @@ class Tap:
         self._maps: deque[tuple[str, Tensor, int]] = deque(maxlen=MAPS)  # with how often it had been written to
         self._heads: Heads | None = None
         self._leaves: list[nn.Module] = []
+        self._added: list[tuple[nn.Module, Tensor]] = []
         self._runs: Counter[str] = Counter()
         self._output: Any = None
         self._exits = ExitStack()
@@ -84,7 +85,9 @@ class Tap:
         self._phase.draws = Draws(x.shape[0] // self._phase.places, self._phase.places, self._rng)
         try:
             self._register()
-            self._exits.enter_context(checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra, self._leaves)))
+            self._exits.enter_context(
+                checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra, self._leaves, self._added))
+            )
             if self._twice:  # else the model computes as it does by itself
                 # What comes before the first of them is differentiated once.
                 at_once = INPUT in self._taken or (SPATIAL in self._taken and self._map is None)
@@ -207,7 +210,9 @@ class Tap:
                 self._problems[site] = problem
                 return None
             if site in self._moves:
-                output = output + self._moves[site].to(output.dtype)
+                move = self._moves[site].to(output.dtype)
+                self._added.append((module, move))
+                output = output + move
             value: Tensor = self._differentiable(output, module) if self._sites[site] else output
             self._values[site] = value
             if self._sites[site]:
@@ -273,12 +278,23 @@ def _opened(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if module not in whole]
 
 
-def _recomputing(model: nn.Module, phase: Phase, extra: bool, leaves: list[nn.Module]) -> Callable[[], AbstractContextManager[object]]:
-    """Where checkpointed blocks are recomputed, without holding on to what the pass recorded."""
+def _recomputing(
+    model: nn.Module, phase: Phase, extra: bool, leaves: list[nn.Module], added: list[tuple[nn.Module, Tensor]]
+) -> Callable[[], AbstractContextManager[object]]:
+    """Where checkpointed blocks are recomputed, without holding on to what the pass recorded.
+
+    Args:
+        model, phase, extra: see `Tap`.
+        leaves: layers whose output became a leaf.
+        added: layers whose output was moved, with how far.
+    """
 
     def leaf(module: nn.Module, args: Any, output: Any) -> Tensor | None:
         # Behind frozen layers, all that followed the leaf saved tensors in the first run.
         return output.detach().requires_grad_().clone() if isinstance(output, Tensor) and not output.requires_grad else None
+
+    def again(move: Tensor, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output + move
 
     @contextmanager
     def recomputing() -> Iterator[None]:
@@ -286,6 +302,8 @@ def _recomputing(model: nn.Module, phase: Phase, extra: bool, leaves: list[nn.Mo
         with ExitStack() as hooks, own_buffers(model) if extra or phase.inner else nullcontext():
             for module in leaves:
                 hooks.enter_context(module.register_forward_hook(leaf))
+            for module, move in added:
+                hooks.enter_context(module.register_forward_hook(partial(again, move)))
             try:
                 yield
             finally:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrreg.settings import is_integer
+
 
 def penalty_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype penalties are computed in: never less than float32, whatever the model runs in."""
@@ -173,7 +175,7 @@ def from_boxes(boxes: Sequence[Tensor | Sequence[Tensor | Sequence[float]] | Non
     Raises:
         ValueError: naming `size` or the entry of `boxes`: not `(K, 4)`, in another format, or a box is empty, not finite or outside.
     """
-    if not (isinstance(size, Sequence) and len(size) == 2):
+    if not (isinstance(size, Sequence) and len(size) == 2 and all(map(is_integer, size))):
         raise ValueError(f"size must be (H, W), got {size!r}. Give the height and width of the images in pixels.")
     height, width = size
     masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)

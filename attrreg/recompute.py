@@ -84,9 +84,8 @@ class _Step:
         self._modes = modes(self._model)
         others = [part for part in parts(gradients.call.inputs) if part is not gradients.call.x]
         self._others = [(part, version(part)) for part in others]
-        # Those too that the values are no function of: by the last layer's bias a score may choose its class.
-        trained = [weight for weight in self._model.parameters() if weight.requires_grad]
-        self._weights = [(weight, version(weight)) for weight in (*leaves, *trained)]
+        # Those too that the gradients are no function of: by the last layer's bias a score may choose its class.
+        self._weights = [(leaf, version(leaf)) for leaf in (*leaves, *gradients.reached.values())]
         kind = gradients.call.x.device.type
         self._autocast = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 

@@ -268,9 +268,8 @@ class Runner:
         if site == sites.OUTPUT and site not in recording.values:
             recording.values[site] = recording.picked(self.call)
         if site in recording.problems or site not in recording.values:
-            missing = f"Value({site!r}) was read, but not declared. Let needs() of the term return it."
-            if site == sites.FEATURES:
-                missing = "The model has no linear or convolutional layer, whose input would be the features. Name a layer."
+            assert site in recording.problems or site == sites.FEATURES, site
+            missing = "The model has no linear or convolutional layer, whose input would be the features. Name a layer."
             raise ValueError(recording.problems.get(site, missing))
         return self._features(recording) if site == sites.FEATURES else recording.values[site]
 

@@ -24,7 +24,7 @@ from attrreg.engines import Engine, FiniteDifference
 from attrreg.folding import PathGradients
 from attrreg.graph import which_are_read
 from attrreg.masks import Annotation
-from attrreg.needs import Grad, Need, Value, only_clean, sites_at
+from attrreg.needs import Grad, Need, Scored, Value, only_clean, sites_at
 from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
 from attrreg.recompute import along
 from attrreg.recording import Recording, version
@@ -66,11 +66,13 @@ class Trace:
 
     def value(self, site: str, at: Point = CLEAN) -> Tensor:
         """The value at a site; images `(N, C, H, W)` at `INPUT`, logits at `OUTPUT`."""
-        recording = self._recordings.get(at := self._seen(at))
-        if recording is None and (site, at) == (sites.INPUT, CLEAN):  # which need no pass
-            return self._give_out(self.call.x)
-        if recording is None:
+        at = self._seen(at)
+        images = site == sites.INPUT and (at == CLEAN or at in self._recordings)  # which each pass has
+        if not images and Value(site, at) not in self._needs:
             raise ValueError(f"Value({site!r}, {at!r}) was read, but not declared. Let needs() of the term return it.")
+        recording = self._recordings.get(at)
+        if recording is None:
+            return self._give_out(self.call.x)
         if site == sites.SPATIAL:
             self._runner.find_map(recording)
         return self._give_out(self._runner.at(recording, site))
@@ -83,7 +85,7 @@ class Trace:
 
     def score(self, score: Score, at: Point = CLEAN) -> Tensor:
         """A score of each image, `(N,)`."""
-        if (at := self._seen(at)) not in self._recordings or (score.draws and score not in self._score_seeds):
+        if Scored(score, at := self._seen(at)) not in self._needs:
             raise ValueError(f"Scored({score!r}, {at!r}) was read, but not declared. Let needs() of the term return it.")
         return self._runner.scores(self._recordings[at], self._concrete(score))
 
@@ -264,7 +266,7 @@ class Trace:
     def _read_later(self, point: Point, recording: Recording) -> bool:
         """Whether the graph of a pass is needed after its gradients were taken: by the loop, or by terms that read its values."""
         loops = recording.conditions is not None or (point == CLEAN and self._own_forward is not None)
-        return loops or any(need.at == point and not isinstance(need, Grad) for need in self._needs)
+        return loops or any(need.at == point and need.site != sites.INPUT and not isinstance(need, Grad) for need in self._needs)
 
     def differentiated(self, total: Tensor, images: Tensor) -> Tensor:
         """The penalty with the gradients that the engine gives it; `images`: the whole batch.
@@ -281,7 +283,7 @@ class Trace:
         for _ in range(point.steps):
             with isolated(self.call.model, replay):
                 recording = runner.forward(image, {sites.INPUT: True, score.site: False})
-            (gradient,) = runner.backward(recording, score, [sites.INPUT], create_graph=False)
+            (gradient,) = runner.backward(recording, score, [sites.INPUT], create_graph=False, retain=False)
             image = point.step(self.call.x.detach(), image, gradient, self.mask)
         return image
 

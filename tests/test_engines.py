@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
 
 import attrreg
 from attrreg import baselines, engines, scores, sites
@@ -88,6 +89,34 @@ def test_a_loss_may_have_the_only_weights_that_are_trained() -> None:
         found.append(gradients(loss, regularizer(model, x, mask, target, output=lambda logits: logits)))
     assert all(gradient.any() for gradient in found[0])
     assert_close(found[1], found[0], 1e-6)
+
+
+class Block(nn.Module):
+    """Two layers, checkpointed or not."""
+
+    def __init__(self, checkpoints: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.checkpoints = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), checkpoints
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.checkpoints:
+            result: Tensor = checkpoint(self.inner, h, use_reentrant=False)
+            return result
+        return self.inner(h)
+
+    def inner(self, h: Tensor) -> Tensor:
+        return self.second(self.first(h).mul(3).tanh()).tanh()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("layer", ["1.first", "auto"])
+def test_layers_in_checkpointed_blocks_move_in_the_recomputation_too(layer: str) -> None:
+    (x, mask, target), found = smooth_batch(), []
+    for checkpoints, engine in ((False, engines.DoubleBackward()), (False, FINE), (True, FINE)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(2, 4, 3), Block(checkpoints), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).double()
+        found.append(gradients(model, attrreg.GradCAM(layer).using(engine)(model, x, mask, target)))
+    assert_close(found[1], found[0], 1e-6)
+    assert_close(found[2], found[1], 1e-9)
 
 
 def test_passes_are_counted() -> None:

@@ -58,8 +58,8 @@ class Capacity(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.body(x)
-        taken = torch.zeros(len(h), 1, dtype=h.dtype)
-        taken[: 1 + len(h) // 3] = 1  # the first in the batch have places
+        taken = torch.full((len(h), 1), 0.5, dtype=h.dtype)
+        taken[-1 - len(h) // 3 :] = 1  # the last in the batch have places
         logits: Tensor = self.head((h * taken).tanh())
         return logits
 

@@ -146,6 +146,19 @@ class Crops(SmoothNet):
         return super().forward(x[..., :4]) + super().forward(x[..., 4:])
 
 
+class Gated(SmoothNet):
+    """A classifier whose first opinion gates the features that it reads at last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(self.stem(x).tanh()).mean((2, 3))
+        return self.head(h * self.head(h).sigmoid().mean(1, keepdim=True)) + 0 * self.head(h).detach()  # type: ignore[no-any-return]
+
+
+def test_runs_of_a_classifier_before_its_last_one_leave_the_features_clear() -> None:
+    model, (x, mask, target) = Gated().double(), smooth_batch()
+    assert DIFFERENCE(model, x, mask, target) > 0
+
+
 @pytest.mark.parametrize("term", [DIFFERENCE, attrreg.InputGradient(score=attrreg.scores.RandomProjection())])
 def test_what_entered_the_last_of_several_runs_is_not_taken_for_the_features(term: attrreg.AttributionRegularizer) -> None:
     model, (x, mask, target) = Crops().double(), smooth_batch()

@@ -18,7 +18,7 @@ from attrreg.objectives import AbsoluteOutside, LogOutside, Objective, SquaredOu
 from attrreg.ops.rectify import Rule
 from attrreg.points import At, Rectified
 from attrreg.scores import Score, TargetLogit
-from attrreg.sites import INPUT
+from attrreg.sites import INPUT, OUTPUT
 from attrreg.spec import Spec
 from attrreg.trace import Trace
 from tests.models import SmoothNet, assert_close, gradients, smooth_batch
@@ -299,7 +299,8 @@ class Constant(Score):
 @pytest.mark.parametrize(
     ("read", "message"),
     [
-        (lambda trace: trace.value("body"), r"Value\('body'\) was read, but not declared"),
+        (lambda trace: trace.value("body"), r"Value\('body', .*Clean.*\) was read, but not declared"),
+        (lambda trace: trace.value(OUTPUT), r"Value\('<output>', .*Clean.*\) was read, but not declared"),  # though the score reads it
         (lambda trace: trace.value(INPUT, At(baselines.Zero())), r"Value\('<input>', .*At.*\) was read, but not declared"),
         (lambda trace: trace.grad(INPUT, scores.SumLogProb()), r"Grad\('<input>', .*SumLogProb.*\) was read, but not declared"),
         (lambda trace: trace.score(scores.SumLogProb(), At(baselines.Zero())), r"Scored\(.*SumLogProb.*At.*\) was read, but not declared"),

@@ -134,17 +134,22 @@ def test_a_compiled_function_of_an_attached_model_is_one_graph() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute")
-def test_finite_differences_of_a_compiled_model_whose_batches_vary() -> None:
+@pytest.mark.parametrize(
+    "term",
+    [attrreg.InputGradient(), attrreg.InputXGradient(), attrreg.PGDEx(steps=2), attrreg.IntegratedGradients(2)],
+    ids=lambda term: type(term).__name__,
+)
+def test_finite_differences_of_a_compiled_model_whose_batches_vary(term: AttributionRegularizer) -> None:
     torch._dynamo.reset()
     plain, (x, mask, target) = SmoothNet().double(), smooth_batch(4)
-    term = attrreg.InputGradient().using(engines.FiniteDifference(step=1e-4))
+    term = term.using(engines.FiniteDifference(step=1e-4))
     model: Any = torch.compile(plain, backend="aot_eager")
     for images in (4, 3):  # from the second size on PyTorch compiles backwards that cannot keep their graph
         loss = F.cross_entropy(model(x[:images]), target[:images]) + term(model, x[:images], mask[:images], target[:images])
         want = F.cross_entropy(plain(x[:images]), target[:images]) + term(plain, x[:images], mask[:images], target[:images])
         assert_close(gradients(plain, loss), gradients(plain, want), 1e-8)
     with pytest.raises(RuntimeError, match="donated_buffer = False"):
-        term.evaluate(model, x[:2], mask[:2], target[:2])
+        attrreg.InputGradient().using(engines.FiniteDifference()).evaluate(model, x[:2], mask[:2], target[:2])
 
 
 def test_distributed_and_data_parallel_wrappers(process_group: None) -> None:

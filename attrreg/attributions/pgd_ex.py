@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attrreg.needs import Need, Value
+from attrreg.needs import Need, Scored
 from attrreg.points import Ascent
 from attrreg.regularizer import SingleRegularizer
 from attrreg.scores import TaskLoss
 from attrreg.settings import is_number, is_real, keep_count
-from attrreg.sites import OUTPUT
 from attrreg.trace import Trace
 
 
@@ -68,8 +67,8 @@ class PGDEx(SingleRegularizer):
         return Ascent(self.loss, self.epsilon, self.steps, rate, low, high)
 
     def needs(self) -> tuple[Need, ...]:
-        """The output on the worst images."""
-        return (Value(OUTPUT, self._worst),)
+        """The loss on the worst images."""
+        return (Scored(self.loss, self._worst),)
 
     def per_image(self, trace: Trace) -> Tensor:
         """The loss there."""

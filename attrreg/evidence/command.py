@@ -94,7 +94,8 @@ def evidence(
     out.with_suffix(".md").write_text(tables + "\n")
     report.plot(plan, ledger, out.with_suffix(".png"))
     console.print(f"Written: {out}, .md and .png beside it", highlight=False, markup=False, soft_wrap=True)
-    if console.width < max(map(len, tables.splitlines())):  # a pipe, or a narrow terminal: rich would cut cells off
+    widest = max(len(line) for line in tables.splitlines() if line.startswith("|"))
+    if console.width < widest:  # a pipe, or a narrow terminal: rich would cut cells off
         console.print(tables, highlight=False, markup=False, soft_wrap=True)
     else:
         console.print(Markdown(tables))

@@ -253,6 +253,7 @@ def _batch_norm(
         input = input.clone(memory_format=format)
     # What is differentiated needs the mean as it is now; the buffer itself may have moved by then.
     input, mean, dtype = input.contiguous(memory_format=format), running_mean.clone(), input.dtype
-    if g.requires_grad:  # its gradient is sum(gy (x - mean)), and as a difference of two sums it would be of few digits
-        return affine(affine(input, torch.ones_like(mean), -mean), scale, b).to(dtype)
+    # The weight's gradient is sum(gy (x - mean)), and as a difference of two sums it would have few digits. Narrow types have few anyway.
+    if g.requires_grad and input.dtype == g.dtype:
+        return affine(input - mean.view(1, -1, *[1] * (input.dim() - 2)), scale, b)
     return affine(input, scale, b - mean * scale).to(dtype)
