@@ -115,7 +115,7 @@ def _are_apart(call: Call, number: int, thorough: bool) -> bool | None:
                 return False
     # The largest value of all is in one of the halves, which then gives the same. Of three images, halves would show one pair alone.
     groups = [half, ~half] if images > 3 else [order.to(device) != left for left in range(images)]
-    return drew or call.inputs is not None or all(_as_whole(call, outputs, chosen.nonzero()[:, 0]) for chosen in groups)
+    return drew or all(_as_whole(call, outputs, chosen.nonzero()[:, 0]) for chosen in groups)
 
 
 def _as_whole(call: Call, outputs: Sequence[Tensor], chosen: Tensor) -> bool:

@@ -135,7 +135,7 @@ def _before_block(model: nn.Module, total: Tensor, maps: list[NamedMap], last: N
         inside = [later for later, _ in maps[place + 1 : end + 1]]
         block = _around(inside)
         runs = block and not isinstance(model.get_submodule(block), (nn.ModuleList, nn.ModuleDict))
-        apart = runs and block not in inside and not name.startswith(f"{block}.")
+        apart = runs and not name.startswith(f"{block}.")
         if apart and map.shape[2:] == last[1].shape[2:] and (place == 0 or not bypassed(total, map, first)):
             return name, map
     return last

@@ -284,6 +284,9 @@ def test_an_adapter_beside_the_classifier_is_not_taken_for_it(dropout: float, ra
     if not frozen:
         difference = TERMS["activation_difference"]
         torch.testing.assert_close(difference(adapted, x, mask), difference(model, x, mask))
+        return
+    with pytest.raises(RuntimeError, match="no path to any trainable parameter"):  # what the adapter's own two layers share is no feature
+        TERMS["activation_difference"](adapted, x, mask)
 
 
 def test_a_layer_under_its_other_name() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import attrreg
+from attrreg import baselines
 from attrreg.trace import passes
 from tests.models import SmoothNet, assert_close, gradients, smooth_batch
 from tests.test_part import Watched
@@ -99,3 +102,61 @@ def test_norms_of_each_image_let_none_meet(norm: Callable[[], nn.Module]) -> Non
     one_by_one = attrreg.IntegratedGradients(steps=4, chunk=1)(model, x, mask, target)
     torch.testing.assert_close(together, one_by_one, rtol=1e-10, atol=0)
     assert_close(gradients(model, together), gradients(model, one_by_one), 1e-9)
+
+
+class Straight(nn.Module):
+    """Images meet in gradients alone, as behind a straight-through estimator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body(x.mean(3).flatten(1)[:, :8]).tanh()
+        total = hidden.square().sum(0)
+        logits: Tensor = self.head(hidden + (total - total.detach()))
+        return logits
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_places_may_meet_in_gradients_alone(zero: bool) -> None:
+    model, (x, mask, target) = Straight().double(), smooth_batch()
+    if zero:  # shows nothing yet
+        weight = model.head.weight.detach().clone()
+        nn.init.zeros_(model.head.weight)
+        for _ in range(2):
+            assert WHOLE_PATH(model, x, mask, target) == 0
+        model.head.weight.data.copy_(weight)
+    found = [path(model, x, mask, target) for path in (WHOLE_PATH, attrreg.IntegratedGradients(steps=4, chunk=1))]
+    torch.testing.assert_close(*found, rtol=1e-10, atol=0)
+
+
+@dataclass(frozen=True, repr=False)
+class Noise(baselines.Baseline):
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        return torch.randn_like(x)
+
+
+def test_an_own_baseline_that_draws_unsaid_draws_what_it_draws_alone() -> None:
+    model, (x, mask, target), found = SmoothNet().double(), smooth_batch(4), []
+    for way in (attrreg.ActivationDifference(fill=Noise()), attrreg.ActivationDifference(fill=Noise()).evaluate):
+        torch.manual_seed(0)
+        value: Any = way(model, x, mask, target, annotated=torch.tensor([False, True, False, False]))
+        found.append(getattr(value, "total", value))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+
+
+class Conditioned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = SmoothNet()
+
+    def forward(self, scale: Tensor, x: Tensor) -> Tensor:
+        return scale * self.net(x)  # type: ignore[no-any-return]
+
+
+def test_other_inputs_keep_all_images_together() -> None:
+    model, (x, mask, target) = Conditioned().double(), smooth_batch(4)
+    settings: dict[str, Any] = {"annotated": torch.tensor([False, True, False, True]), "inputs": (torch.rand(4, 1).double(), x)}
+    want = TERM.evaluate(model, x, mask, target, **settings).total
+    torch.testing.assert_close(TERM(model, x, mask, target, **settings), want, rtol=1e-12, atol=0)

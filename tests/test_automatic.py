@@ -221,8 +221,16 @@ def by_a_global(key: str) -> Any:
     return lambda out: next(out[PICKED] for _ in range(1))
 
 
+MAKERS = [
+    lambda key: lambda out, key=key: out[key],
+    lambda key: lambda out, *, key=key: out[key],
+    lambda key: lambda out: out[key],
+    by_a_global,
+]
+
+
 @pytest.mark.parametrize("order", ["aabb", "bbaa"])
-@pytest.mark.parametrize("make", [lambda key: lambda out, key=key: out[key], lambda key: lambda out: out[key], by_a_global])
+@pytest.mark.parametrize("make", MAKERS)
 def test_functions_of_equal_code_may_pick_different_outputs(make: Any, order: str) -> None:
     model, (x, mask, target) = Steps().double(), smooth_batch()
     fresh = copy.deepcopy(model)

@@ -153,3 +153,67 @@ def test_finite_differences_do_not_move_what_is_overwritten() -> None:
     with pytest.raises(ValueError, match=r"layer='auto' is 'body', whose output the model overwrites in place.* Name a layer"):
         attrreg.GradCAM().using(engines.FiniteDifference())(model, x, mask, target)
     attrreg.GradCAM("body").using(engines.FiniteDifference())(model, x, mask, target)
+
+
+class Step(nn.Module):
+    """A residual block, whose own output is no map where it pools."""
+
+    def __init__(self, stride: int = 1, pools: bool = False, enters: bool = False) -> None:
+        super().__init__()
+        self.stride, self.pools = stride, pools
+        self.enter = nn.Conv2d(4, 4, 1) if enters else None
+        self.conv = nn.Conv2d(4, 4, 3, stride, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.enter is None else self.enter(x)
+        x = x[..., :: self.stride, :: self.stride] + self.conv(x).tanh()
+        return x.mean((2, 3)) if self.pools else x
+
+
+class Residual(nn.Module):
+    """Steps behind a stem; `long`: a shortcut around all of them, too."""
+
+    def __init__(self, *steps: nn.Module, long: bool = False) -> None:
+        super().__init__()
+        self.stem, self.stage, self.head, self.long = nn.Conv2d(2, 4, 3, padding=1), nn.Sequential(*steps), nn.Linear(4, 3), long
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).tanh()
+        logits: Tensor = self.head(self.stage(x) + (x.mean((2, 3)) if self.long else 0))
+        return logits
+
+
+class Loose(nn.Module):
+    """Convolutions in a list, each beside a shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(4, 3)
+        self.steps = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for step in self.steps:
+            x = x + step(x).tanh()
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("build", "layer"),
+    [
+        (lambda: Residual(Step(), Step(pools=True)), "stage.0"),
+        (lambda: Residual(Step(pools=True)), "stem"),
+        (lambda: Residual(Step(pools=True, enters=True)), "stem"),
+        (lambda: Residual(Step(stride=2, pools=True)), "stage.0.conv"),
+        (lambda: Residual(Step(), Step(pools=True), long=True), "stem"),
+        (Loose, "steps.1"),
+    ],
+    ids=["last of two", "the only one", "its first layer is not beside a shortcut", "another size", "a longer shortcut", "in a list"],
+)
+def test_the_map_that_enters_the_last_block_where_a_shortcut_leads_around_its_branch(build: Callable[[], nn.Module], layer: str) -> None:
+    model, (x, mask, target) = build().double(), smooth_batch()
+    with attrreg.GradCAM().attach(model) as handle:
+        model(x)
+        attrreg.GradCAM()(model, x, mask, target)
+    assert handle.map == layer

@@ -289,8 +289,9 @@ def test_names() -> None:
         TERM + 0.5 * attrreg.InputGradient(scores.PredictedLogit())
     with pytest.raises(ValueError, match="no single name"):
         (TERM + attrreg.InputXGradient()).named("both")
-    with pytest.raises(ValueError, match="name"):
-        TERM.named("")
+    for name in ("", 5):
+        with pytest.raises(ValueError, match="name must be a non-empty string"):
+            TERM.named(name)  # type: ignore[arg-type]
 
 
 SETTINGS: list[tuple[Callable[[], Any], type[Exception], str]] = [

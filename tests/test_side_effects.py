@@ -316,3 +316,20 @@ def test_x_that_requires_grad_keeps_its_grad_to_itself() -> None:
     assert x.grad is None
     plain = gradients(model, attrreg.InputGradient()(model, x.detach(), mask, target))
     assert_close(gradients(model, value), plain, 1e-12)
+
+
+def test_listing_layers_leaves_everything_as_it_was() -> None:
+    layers = [nn.ReLU(inplace=True), nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 3)]
+    model, (x, mask, target), others = nn.Sequential(*layers).double(), smooth_batch(), smooth_batch()[0]
+    with attrreg.InputGradient().attach(model):
+        model(x)
+        before = snapshot(model, others)
+        graphs: list[bool] = []
+        handle = model[1].register_forward_hook(lambda *given: graphs.append(given[2].requires_grad))
+        assert [layer.name for layer in attrreg.layers(model, others)] == ["0", "1", "2", "3"]
+        handle.remove()
+        assert graphs == [False]
+        assert_same(before, snapshot(model, others))
+        with passes() as counted:
+            attrreg.InputGradient()(model, x, mask, target)
+    assert counted.forward == 0  # the loop's forward is still the last one

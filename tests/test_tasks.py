@@ -210,8 +210,12 @@ class Scaled(nn.Module):
 
 
 class Fails(SmoothNet):
-    def forward(self, x: Tensor) -> Tensor:
-        raise TypeError("of the model's own")
+    def __init__(self, message: str) -> None:
+        super().__init__()
+        self.message = message
+
+    def forward(self, x: Tensor, *others: Tensor, **options: float) -> Tensor:
+        raise TypeError(self.message)
 
 
 @pytest.mark.parametrize("attached", [False, True])
@@ -221,5 +225,6 @@ def test_other_inputs_that_were_forgotten(attached: bool) -> None:
         model(x, 2.0)
         with pytest.raises(TypeError, match=r"forward also takes scale\. Pass .*`inputs=`"):
             regularizer(model, x, mask, target)
-    with pytest.raises(TypeError, match=r"^of the model's own$"):
-        regularizer(Fails().double(), x, mask, target)
+    for fails in (Fails("of the model's own").double(), Fails("something is missing").double()):
+        with pytest.raises(TypeError, match=f"^{fails.message}$"):
+            regularizer(fails, x, mask, target)
