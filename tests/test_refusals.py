@@ -101,6 +101,7 @@ REFUSED: dict[str, Operator] = {
     "linalg.norm of three axes": lambda: torch.linalg.norm(H, dim=(1, 2, 3)),
     "norm, fro of three axes": lambda: torch.norm(H, "fro", (1, 2, 3)),
     "vector_norm in a narrower type": lambda: torch.linalg.vector_norm(H.double(), dtype=torch.float32),
+    "vector_norm in a complex type": lambda: torch.linalg.vector_norm(H, dtype=torch.complex64),
     "leaky_relu in place, steeper below": lambda: slope(lambda x: F.leaky_relu(x, -0.3, inplace=True)),
     "hardtanh, a bound to train": lambda: F.hardtanh(H, torch.tensor(-1.0, requires_grad=True), 1.0),  # type: ignore[arg-type]
     "hardtanh, an upper bound to train": lambda: F.hardtanh(H, -1.0, torch.tensor(1.0, requires_grad=True)),  # type: ignore[arg-type]
