@@ -87,5 +87,5 @@ class FiniteDifference(Engine):
                 # A place that is zero everywhere, such as the start of a path, has no length: there the step is that of units.
                 found.append(torch.where(norm > 0, norm, math.sqrt(place.numel())) / way.norm())
             ratios = torch.stack(found)
-            least = self.step * torch.where(ratios.isfinite() & (ratios > 0), ratios, math.inf).amin()
+            least = self.step * torch.where(ratios > 0, ratios, math.inf).amin()
             return torch.where(least.isfinite(), least, 0.0)

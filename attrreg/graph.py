@@ -38,7 +38,7 @@ def leads_to_ours(node: Any, phase: Any) -> bool:
     """Whether a gradient at a node would reach nothing but the leaf that this pass made: no, at the first node with several inputs."""
     while len(following := node.next_functions) == 1 and following[0][0] is not None:
         ((node, _),) = following
-    return not following and getattr(getattr(node, "variable", None), LEAF, None) is phase
+    return getattr(getattr(node, "variable", None), LEAF, None) is phase
 
 
 def which_are_read(total: Tensor, values: Sequence[Tensor]) -> list[bool]:

@@ -38,6 +38,7 @@ NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "spectral norm": lambda x: torch.linalg.norm(x, 2, dim=(1, 2)),
     "nuclear norm": lambda x: torch.linalg.norm(x, "nuc", dim=(1, 2)),
     "cdist": lambda x: torch.cdist(x, 2 * x + 1),
+    "cdist from constants": lambda x: torch.cdist(torch.linspace(-1, 1, 8, dtype=x.dtype).view(2, 4), x),
     "cdist p=1": lambda x: torch.cdist(x, 2 * x + 1, p=1.0),
     "cdist p=3": lambda x: torch.cdist(x, 2 * x + 1, p=3.0),
     "cdist p=inf": lambda x: torch.cdist(x, 2 * x + 1, p=float("inf")),
@@ -97,10 +98,11 @@ def test_normalize_of_rows_of_which_some_are_zero(dim: int) -> None:
         torch.testing.assert_close(got, torch.where(want.isnan(), 0, want), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("shapes", [((5, 3), (4, 3)), ((2, 1, 5, 3), (4, 4, 3)), ((5, 3), (2, 4, 3))], ids=str)
+@pytest.mark.parametrize("shapes", [((5, 3), (4, 3)), ((2, 1, 5, 3), (4, 4, 3)), ((5, 3), (2, 4, 3)), ((30, 3), (27, 3))], ids=str)
 def test_distances_of_many_rows_have_the_derivatives_of_those_of_few(shapes: tuple[tuple[int, ...], ...]) -> None:
     x1, x2 = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
-    x2[..., 0, :] = x1.flatten(0, -2)[0]  # at a distance of zero
+    alike = x1.flatten(0, -2)[: x2.shape[-2] // 2]  # at a distance of zero, which by products of rows is only nearly so
+    x2[..., : len(alike), :] = alike
     x1.requires_grad_()
     x2.requires_grad_()
     found = []
@@ -112,6 +114,13 @@ def test_distances_of_many_rows_have_the_derivatives_of_those_of_few(shapes: tup
     assert found[1][0].grad_fn.name() == "_EuclideanBackward"  # type: ignore[union-attr]
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_other_distances_of_many_rows_are_pytorchs() -> None:
+    x = torch.randn(5, 3, requires_grad=True)
+    with twice_differentiable(Phase()), patch.object(distance, "MANY", 0):
+        found = torch.cdist(x, x + 1, p=1.0)
+    torch.testing.assert_close(found, torch.cdist(x, x + 1, p=1.0))
 
 
 class _Largest(TorchDispatchMode):

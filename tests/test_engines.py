@@ -243,6 +243,15 @@ def test_zero_directions_give_zero() -> None:
     assert all(gradient.isfinite().all() and not gradient.any() for gradient in gradients(model, value))
 
 
+def test_all_sites_move_by_the_least_of_their_steps() -> None:
+    places = torch.full((4,), 2.0), torch.zeros(9), torch.full((16,), 2e4).half(), torch.ones(3)
+    directions = torch.full((4,), 10.0), torch.ones(9), torch.ones(16), torch.zeros(3)
+    engine = engines.FiniteDifference(step=0.5)
+    for chosen, want in (([0, 1, 2, 3], 0.1), ([1], 0.5), ([2], 1e4), ([3], 0.0)):
+        found = engine.scale([places[site] for site in chosen], [directions[site] for site in chosen])
+        torch.testing.assert_close(found, torch.tensor(want))
+
+
 def test_engines_are_part_of_the_value() -> None:
     regularizer = (2.0 * attrreg.InputGradient() + attrreg.GradCAM()).using(engines.FiniteDifference(step=0.1))
     assert eval(repr(regularizer)) == regularizer

@@ -182,10 +182,11 @@ def test_calls_by_name_and_mistakes_are_pytorchs(layer: nn.Conv2d) -> None:
                 layer(*arguments)
 
 
-def test_autocast_and_strings_of_padding_are_pytorchs() -> None:
-    layer = nn.Conv2d(8, 8, 5, padding="same", groups=8)
-    with counted() as ours, operators(layer, Phase(), False, False):
+def test_autocast_and_strings_of_padding_and_images_alone_are_pytorchs() -> None:
+    layer, wide = nn.Conv2d(8, 8, 5, padding="same", groups=8), nn.Conv2d(8, 8, 5, padding=2, groups=8)
+    with counted() as ours, operators(nn.ModuleList([layer, wide]), Phase(), False, False):
         layer(torch.randn(2, 8, 6, 6))
+        assert wide(torch.randn(8, 6, 6)).shape == (8, 6, 6)
         with torch.autocast("cpu"):
             assert nn.Conv2d(8, 8, 1)(torch.randn(2, 8, 1, 1)).dtype == torch.bfloat16
     assert not ours

@@ -30,6 +30,13 @@ def slope(function: Callable[[Tensor], Tensor]) -> Tensor:
     return gradient
 
 
+def written(function: Callable[[Tensor], object], *shape: int) -> Tensor:
+    """What a function writes into the tensor that it is given for its result."""
+    out = torch.zeros(shape)
+    function(out)
+    return out
+
+
 REFUSED: dict[str, Operator] = {
     "conv2d of two axes": lambda: F.conv2d(R(8, 8), R(4, 1, 3, 3)),
     "conv2d of one axis": lambda: F.conv2d(R(8), R(4, 1, 1, 1)),
@@ -47,6 +54,7 @@ REFUSED: dict[str, Operator] = {
     "1x1, another type of bias": lambda: F.conv2d(H, R(4, 16, 1, 1), R(4).double()),
     "conv2d, stride 0": lambda: F.conv2d(H, R(4, 16, 3, 3), stride=0),
     "conv2d, three strides": lambda: F.conv2d(H, R(4, 16, 3, 3), stride=(1, 1, 1)),
+    "1x1, dilation 0": lambda: F.conv2d(H, R(4, 16, 1, 1), dilation=0),
     "conv2d, negative padding": lambda: F.conv2d(H, R(4, 16, 1, 1), padding=-1),
     "conv2d, unknown padding": lambda: F.conv2d(H, R(4, 16, 3, 3), padding="foo"),
     "conv2d, stride with same": lambda: F.conv2d(H, R(4, 16, 3, 3), stride=2, padding="same"),
@@ -64,28 +72,40 @@ REFUSED: dict[str, Operator] = {
     "batch_norm in eval mode, negative eps": lambda: F.batch_norm(H, torch.zeros(16), ONES(16), eps=-1.0),
     "batch_norm of one value a channel": lambda: F.batch_norm(H[:1, :, :1, :1], None, None, training=True),
     "batch_norm, mean alone": lambda: F.batch_norm(H, torch.zeros(16), None),
+    "batch_norm in eval mode without statistics": lambda: F.batch_norm(H, None, None),
+    "batch_norm in eval mode, another type of statistics": lambda: F.batch_norm(H, torch.zeros(16).double(), ONES(16).double()),
     "batch_norm of integers": lambda: F.batch_norm(H.long(), torch.zeros(16), ONES(16)),
     "layer_norm of integers": lambda: F.layer_norm(H.long(), (8,)),
+    "layer_norm, a number for a shape": lambda: F.layer_norm(H, 8),  # type: ignore[arg-type]
     "layer_norm, another shape": lambda: F.layer_norm(H, (7,)),
     "rms_norm, another shape": lambda: F.rms_norm(H, (1,)),
     "rms_norm, another weight": lambda: F.rms_norm(H, (8, 8), ONES(8)),
     "rms_norm of nothing": lambda: F.rms_norm(H, ()),
+    "rms_norm, a number for a shape": lambda: F.rms_norm(H, 8),  # type: ignore[arg-type]
+    "group_norm of one axis": lambda: F.group_norm(R(8), 1),
     "group_norm of one value": lambda: F.group_norm(R(1, 4, 1, 1), 4),
     "group_norm, groups do not divide": lambda: F.group_norm(H, 3),
     "group_norm, weight of one": lambda: F.group_norm(R(4, 16), 4, ONES(1)),
     "group_norm, another type of weights": lambda: F.group_norm(H.double(), 4, ONES(16), ONES(16)),
+    "instance_norm of one position": lambda: F.instance_norm(H[:, :, :1, :1]),  # of which all would be zero
     "cdist, other columns": lambda: torch.cdist(G(3, 5), G(4, 1)),
     "cdist of one axis": lambda: torch.cdist(G(5), G(4, 5)),
     "cdist, negative p": lambda: torch.cdist(G(3, 5), G(4, 5), p=-1),
+    "cdist, unknown mode": lambda: torch.cdist(G(3, 5), G(4, 5), compute_mode="fast"),
+    "cdist of two types": lambda: torch.cdist(G(3, 5), G(4, 5).double()),
     "gelu, unknown approximation": lambda: F.gelu(H, approximate="cubic"),
     "attention, another type of mask": lambda: F.scaled_dot_product_attention(H, H, H, R(8, 8).double()),
     "attention, causal with a mask": lambda: F.scaled_dot_product_attention(H, H, H, torch.zeros(8, 8), is_causal=True),
     "linalg.norm, fro of four axes": lambda: torch.linalg.norm(H, "fro"),
+    "linalg.norm, fro of one axis": lambda: torch.linalg.norm(H, "fro", dim=1),
     "linalg.norm of three axes": lambda: torch.linalg.norm(H, dim=(1, 2, 3)),
     "norm, fro of three axes": lambda: torch.norm(H, "fro", (1, 2, 3)),
     "vector_norm in a narrower type": lambda: torch.linalg.vector_norm(H.double(), dtype=torch.float32),
+    "vector_norm in a complex type": lambda: torch.linalg.vector_norm(H, dtype=torch.complex64),
     "leaky_relu in place, steeper below": lambda: slope(lambda x: F.leaky_relu(x, -0.3, inplace=True)),
     "hardtanh, a bound to train": lambda: F.hardtanh(H, torch.tensor(-1.0, requires_grad=True), 1.0),  # type: ignore[arg-type]
+    "hardtanh, an upper bound to train": lambda: F.hardtanh(H, -1.0, torch.tensor(1.0, requires_grad=True)),  # type: ignore[arg-type]
+    "leaky_relu, a slope to train": lambda: F.leaky_relu(H, torch.tensor(0.1, requires_grad=True)),  # type: ignore[arg-type]
     "cat along no axis": lambda: torch.cat([H, H], 7),
     "cat of numbers": lambda: torch.cat([H.sum(), H.sum()]),
 }
@@ -98,7 +118,18 @@ TAKEN: dict[str, Operator] = {
     "attention of no width": lambda: F.scaled_dot_product_attention(H[..., :0], H[..., :0], H),
     "attention, half with a wide mask": lambda: F.scaled_dot_product_attention(H.half(), H.half(), H.half(), R(8, 8)),
     "norm of three axes, by default": lambda: torch.norm(H, None, (1, 2, 3)),
+    "norm of complex numbers": lambda: torch.norm(torch.complex(H, H.sin()), dim=1),
+    "normalize of complex numbers": lambda: F.normalize(torch.complex(H, H.sin())),
+    "normalize of zeros by less than a square has room for": lambda: F.normalize(0 * H, eps=1e-30),
+    "norm, written": lambda: written(lambda out: torch.norm(H, dim=1, out=out), 4, 8, 8),
+    "vector_norm, written": lambda: written(lambda out: torch.linalg.vector_norm(H, dim=1, out=out), 4, 8, 8),
+    "linalg.norm, written": lambda: written(lambda out: torch.linalg.norm(H, dim=1, out=out), 4, 8, 8),
+    "normalize, written": lambda: written(lambda out: F.normalize(H, out=out), 4, 16, 8, 8),
+    "cat, written": lambda: written(lambda out: torch.cat([H, H], out=out), 8, 16, 8, 8),
+    "linear, weight of one axis": lambda: F.linear(H, R(8)),
     "batch_norm, eps 0": lambda: F.batch_norm(H, torch.zeros(16), ONES(16), eps=0.0),
+    "batch_norm in eval mode, half": lambda: F.batch_norm(H.bfloat16(), torch.zeros(16), ONES(16)),
+    "batch_norm in eval mode, half, with a weight to train": lambda: F.batch_norm(H.bfloat16(), torch.zeros(16), ONES(16), G(16)),
     "conv2d of no images": lambda: F.conv2d(H[:0], R(4, 16, 3, 3)),
     "conv2d, same padding": lambda: F.conv2d(H, R(4, 16, 3, 3), padding="same", dilation=2),
     "conv2d of one image": lambda: F.conv2d(H[0], R(4, 16, 1, 1), R(4)),
