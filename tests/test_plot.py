@@ -106,6 +106,9 @@ def test_outlines_lie_on_the_mask_whatever_the_maps_size() -> None:
     figure = plot.attributions(x, mask, {"coarse": phi[..., :4, :4]})
     box = grid(figure, 3)[0][2].collections[-1].get_datalim(grid(figure, 3)[0][2].transData)
     assert (box.x0, box.x1, box.y0, box.y1) == (5.5, 19.5, 3.5, 11.5)  # the edges of pixels 6 to 19 and 4 to 11
+    axes = grid(plot.attributions(x[:, :, :16], mask[:, :16], {"coarse": phi[..., :4, :6]}), 3)[0][2]  # wider than high
+    assert axes.collections[-1].get_datalim(axes.transData).bounds == (5.5, 3.5, 14, 8)
+    assert tuple(axes.get_images()[0].get_extent()) == (-0.5, 23.5, 15.5, -0.5)
 
 
 @pytest.mark.parametrize("scale", [(0.0, 1.0), (-3.0, 5.0)])
