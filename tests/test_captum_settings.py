@@ -14,7 +14,7 @@ import attrreg
 from attrreg import baselines
 from attrreg.captum.bridge import ACCEPTED
 from benchmarks.captum_check import Net
-from tests.test_captum import batch
+from tests.test_captum import SEGMENTS, batch
 
 pytestmark = pytest.mark.cpu
 
@@ -66,3 +66,19 @@ def test_a_layer_is_given_by_its_name(name: str) -> None:
     settings: dict[str, Any] = {"neuron_selector": 1} if name.startswith("Neuron") else {}
     with pytest.raises(TypeError, match="layer must be the dotted name of a layer"):
         attrreg.from_captum(getattr(captum.attr, name), layer=nn.Identity(), **settings)
+
+
+def test_neurons_are_counted_from_the_end_too() -> None:
+    model, (x, _, target) = Net().double(), batch()
+    last, same = (attrreg.InputGradient(attrreg.captum.Neuron("head", index)).attribute(model, x, target) for index in (-1, 2))
+    assert torch.equal(last, same)
+    for index in (3, -4):
+        with pytest.raises(ValueError, match="is no neuron"):
+            attrreg.InputGradient(attrreg.captum.Neuron("head", index)).attribute(model, x, target)
+
+
+def test_what_takes_a_segments_place_is_drawn_anew_each_call() -> None:
+    model, (x, mask, target) = Net().double(), batch()
+    term = attrreg.captum.FeatureAblation(SEGMENTS, baselines.Noise())
+    first, second = (term(model, x, mask, target) for _ in range(2))
+    assert first != second

@@ -140,6 +140,7 @@ BAD: list[tuple[scores.Score, nn.Module, Tensor | None, str]] = [
     (scores.RegressionOutput(3), SmoothNet(), None, "index in range"),
     (scores.RegressionOutput(-1), SmoothNet(), None, "index in range"),
     (scores.TargetLogit(), SmoothNet(classes=1), torch.tensor([0, 1, 0]), "class 1.*use scores.BinaryLogit"),
+    (scores.TaskLoss(), SmoothNet(), torch.tensor([0, -100, 1]), "class -100, which is negative"),
     (scores.TargetLogit(), Twice(), torch.tensor([0, 1, 2]), r"one row of logits an image, .* \(6, 3\) for 3 images"),
     (scores.Contrast(), Twice(), torch.tensor([0, 1, 2]), r"one row of logits an image, .* \(6, 3\) for 3 images"),
     (scores.SegmentationLogit(), nn.Sequential(Dense(6), nn.Unflatten(1, (2, 3)), nn.Flatten(0, 1)), LABELS, r"got \(6, 3, 8, 8\)"),
