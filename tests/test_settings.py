@@ -53,6 +53,8 @@ from tests.models import SmoothNet, smooth_batch
         (lambda: FeatureAblation([[0, 1]]), TypeError, r"segments must be a tensor of integers, got list\. "),  # type: ignore[arg-type]
         (lambda: FeatureAblation(torch.ones(2, 2).bool()), TypeError, r"segments must be a tensor of integers, got torch\.bool\. "),
         (lambda: baselines.Blur("5"), ValueError, r"Blur\(sigma='5'\) is not a blur\. "),  # type: ignore[arg-type]
+        (lambda: baselines.Noise(mean=float("nan")), ValueError, r"Noise\(mean=nan\) is not a normal distribution\. "),
+        (lambda: baselines.Fixed(torch.empty(0)), ValueError, r"baseline of shape \(0,\) is empty"),
         (lambda: metrics.Occlusion(stride=0), ValueError, r"stride must be an integer of at least 1, got 0\. "),
         (lambda: NeuronConductance("body"), TypeError, r"neuron must be a captum\.Neuron, got 'body'\. "),  # type: ignore[arg-type]
         (lambda: Neuron("body", ()), TypeError, r"Neuron: index must be an integer or a tuple of them, got \(\)\. "),
@@ -178,3 +180,11 @@ def test_counts_are_pythons_own() -> None:
     model, (x, mask, _) = SmoothNet().double(), smooth_batch()
     invariance(model, x, mask)
     assert invariance.step == 257
+
+
+def test_a_baseline_keeps_what_it_was_given() -> None:
+    image = torch.rand(3, 8, 8, requires_grad=True)
+    kept, want = baselines.Fixed(image), image.detach().clone()
+    with torch.no_grad():
+        image.zero_()
+    assert torch.equal(kept.image, want) and not kept.image.requires_grad
