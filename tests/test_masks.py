@@ -220,5 +220,8 @@ def test_an_objective_refuses_a_mask_that_would_meet_other_images(objective: obj
         objective(map, mask)
     with pytest.raises(ValueError, match=r"got \(1, 1, 4, 4\) and \(3, 1, 4, 4\)"):
         objective(map[:1], mask[:, None])
+    for other in (mask[0, 0], mask[:, None, :1, :1], mask[None, None]):
+        with pytest.raises(ValueError, match=r"The map must be \(N, C, H, W\) and the mask \(N, 1, H, W\)"):
+            objective(map, other)
     for same in (mask[:1, None], mask[:1], mask[0], mask[:, None].expand_as(map)):
         torch.testing.assert_close(objective(map, same), objective(map, mask[:, None]))

@@ -54,6 +54,10 @@ def label_loss(logits: Tensor, target: Tensor) -> Tensor:
     return nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(dim=1)
 
 
+def square_loss(outputs: Tensor, target: Tensor) -> Tensor:
+    return (outputs[:, 0] - target).square()
+
+
 LABELS = torch.randint(0, 3, (3, 8, 8), generator=torch.Generator().manual_seed(0))
 LABELS[:, :2] = -100
 FOREGROUND = LABELS.clamp(max=1)
@@ -67,6 +71,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "multi-label, half": lambda: (SmoothNet(), scores.MultiLabelLogit(), HOT.bfloat16(), multi_label),
     "multi-label, by the target's shape": lambda: (SmoothNet(), scores.ByTarget(), HOT, multi_label),
     "multi-label, by a loss": lambda: (SmoothNet(), scores.TaskLoss(label_loss), HOT.double(), lambda *data: label_loss(*data).sum()),
+    "regression, by a loss": lambda: (
+        SmoothNet(classes=1),
+        scores.TaskLoss(square_loss),
+        torch.tensor([0.5, 2.0, -1.0]).double(),
+        lambda *data: square_loss(*data).sum(),
+    ),
     "one logit": lambda: (SmoothNet(classes=1), scores.BinaryLogit(), torch.tensor([1, 0, 1]), binary),
     "one logit, float": lambda: (SmoothNet(classes=1), scores.BinaryLogit(), torch.tensor([[1.0], [0.0], [1.0]]), binary),
     "segmentation": lambda: (Dense(3), scores.SegmentationLogit(), LABELS, segmentation),
