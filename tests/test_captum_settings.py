@@ -14,7 +14,7 @@ import attrreg
 from attrreg import baselines
 from attrreg.captum.bridge import ACCEPTED
 from benchmarks.captum_check import Net
-from tests.test_captum import SEGMENTS, batch
+from tests.test_captum import CASES, SEGMENTS, TAKEN, batch
 
 pytestmark = pytest.mark.cpu
 
@@ -82,3 +82,10 @@ def test_what_takes_a_segments_place_is_drawn_anew_each_call() -> None:
     term = attrreg.captum.FeatureAblation(SEGMENTS, baselines.Noise())
     first, second = (term(model, x, mask, target) for _ in range(2))
     assert first != second
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_an_objective_is_checked(name: str) -> None:
+    kind, settings = getattr(captum.attr, name), CASES[name].settings
+    with pytest.raises(TypeError, match="objective must be"):
+        attrreg.from_captum(kind, objective="energy", **settings)  # type: ignore[arg-type]
