@@ -97,6 +97,7 @@ def test_a_little_of_an_unannotated_image_counts_in_half_precision_too() -> None
     mix = WithMasks(lambda images, labels: (0.9999 * images + 0.0001 * images.roll(1, 0), labels))
     mixed = mix(given._replace(image=given.image.bfloat16(), annotated=known))
     assert mixed.image.dtype == torch.bfloat16 and not mixed.annotated.any()
+    assert mix(given._replace(image=given.image.bfloat16(), annotated=torch.ones(4, dtype=torch.bool))).annotated.all()
 
 
 def test_shares_in_single_precision_add_up_in_double_precision_too() -> None:
