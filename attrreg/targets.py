@@ -83,7 +83,7 @@ def check_maps(value: Tensor, target: Tensor, ignored: int) -> None:
     Raises:
         ValueError: naming the score or `target`.
     """
-    if value.dim() != 4 or value.shape[:1] + value.shape[2:] != target.shape:
+    if value.shape[:1] + value.shape[2:] != target.shape:
         sizes = f"{tuple(value.shape)} and {tuple(target.shape)}"
         raise ValueError(f"SegmentationLogit needs logits (N, C, H, W) and a target (N, H, W), got {sizes}. Resize one of them.")
     kept, classes = target[target != ignored], max(2, value.shape[1])

@@ -186,6 +186,16 @@ def test_a_state_that_does_not_fit_changes_nothing(broken: dict[str, Any]) -> No
     assert invariance.state_dict()["width"] == state["width"] > 0
 
 
+def test_the_seed_alone_chooses_the_discriminators_first_weights() -> None:
+    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
+    found = []
+    for own, others in ((0, 1), (0, 2), (3, 2)):
+        torch.manual_seed(others)
+        invariance = attrreg.AdversarialInvariance(fill=baselines.Zero(), hidden=(8,), seed=own)
+        found.append(float(invariance(model, x, mask).detach()))
+    assert found[0] == found[1] != found[2]
+
+
 def test_no_annotation_trains_nobody() -> None:
     model, (x, mask, _) = SmoothNet().double(), smooth_batch()
     invariance = attrreg.AdversarialInvariance(hidden=(8,))

@@ -202,7 +202,7 @@ def test_bad_boxes(root: Path, tmp_path: Path, changes: dict[str, Any], message:
         MaskedImageFolder(root / "images", BoxFile(path))[0]
 
 
-def test_bad_files(root: Path, tmp_path: Path) -> None:
+def test_bad_files(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"no\.json cannot be read.*Give the path"):
         BoxFile(tmp_path / "no.json")
     with pytest.raises(ValueError, match=r"MaskFolder: there is no folder .*nowhere\. Give the path of one, or.*ImageFolder"):
@@ -217,6 +217,9 @@ def test_bad_files(root: Path, tmp_path: Path) -> None:
         MaskedImageFolder(root / "images", BoxFile(coco(tmp_path, images=[{"id": 7, "file_name": "000.jpg"}])))
     with pytest.raises(ValueError, match=r"lie within the images.*Move them out"):
         MaskedImageFolder(root, MaskFolder(root / "masks"))
+    monkeypatch.chdir(root)
+    with pytest.raises(ValueError, match=r"lie within the images"):
+        MaskedImageFolder(".", MaskFolder(root / "masks"))
     with pytest.raises(TypeError, match=r"masks must be a data\.MaskSource.*Write MaskFolder"):
         MaskedImageFolder(root / "images", root / "masks")  # type: ignore[arg-type]
 
@@ -237,6 +240,8 @@ def test_transforms_that_leave_the_mask_are_found(folder: MaskedImageFolder) -> 
         data[0]
     with pytest.raises(TypeError, match=r"transforms returned a Image for disc/000\.jpg and its mask\. Return both"):
         MaskedImageFolder(folder.root, folder.masks, lambda image, mask: image)[0]
+    with pytest.raises(TypeError, match=r"transforms returned a tuple for disc/000\.jpg and its mask\. Return both"):
+        MaskedImageFolder(folder.root, folder.masks, lambda image, mask: (image, mask, 0))[0]  # type: ignore[arg-type, return-value]
     for shape, said in (((16, 16), r"\(16, 16\)"), ((1, 32, 32), r"\(1, 32, 32\)")):
         with pytest.raises(ValueError, match=rf"InTheImage gave disc/000\.jpg, \(32, 32\), a mask {said}\. Let it be of the image's size"):
             MaskedImageFolder(folder.root, InTheImage(torch.zeros(shape, dtype=torch.bool)))[0]

@@ -154,8 +154,8 @@ def test_boxes_cover_every_pixel_they_touch(x1: float, y1: float, width: float, 
             assert bool(mask[row, column]) == touches
 
 
-@pytest.mark.parametrize("box", [(0, 0, math.inf, 4), (-math.inf, 0, 4, 4), (0, 0, 4, math.nan)])
-def test_boxes_that_are_not_finite(box: tuple[float, ...]) -> None:
+@pytest.mark.parametrize("box", [(0, 0, math.inf, 4), (-math.inf, 0, 4, 4), (0, 0, 4, math.nan), (4, 0, 4, 4), (0, 4, 4, 4)])
+def test_boxes_that_are_not_finite_or_empty(box: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match=r"boxes\[0\] has the box .* which is not finite, empty or outside"):
         masks.from_boxes([[box]], (8, 8))
 
@@ -199,6 +199,10 @@ def test_boxes_of_another_image_and_boxes_that_are_tensors() -> None:
     with pytest.raises(ValueError, match=r"boxes\[0\] are XYWH"):
         masks.from_boxes([[BoundingBoxes([[2, 2, 5, 5]], format="XYWH", canvas_size=(8, 8))]], (8, 8))
     padded = BoundingBoxes([[1, 1, 3, 3]], format="XYXY", canvas_size=(8, 6))
+    with pytest.raises(ValueError, match=r"boxes\[0\] are of an image of \(8, 6\), but size=\(6, 8\)"):
+        masks.from_boxes([padded], (6, 8))
+    with pytest.raises(ValueError, match=r"boxes\[0\] has the shape \(4, 3\), but boxes are \(K, 4\)"):
+        masks.from_boxes([torch.rand(4, 3)], (8, 8))
     assert masks.from_boxes([padded], (8, 8)).sum() == 4
     assert torch.equal(masks.from_boxes([tensors], (16, 16)), masks.from_boxes([[(1, 1, 3, 3), (5, 5, 6, 6)]], (16, 16)))
 
@@ -216,5 +220,8 @@ def test_an_objective_refuses_a_mask_that_would_meet_other_images(objective: obj
         objective(map, mask)
     with pytest.raises(ValueError, match=r"got \(1, 1, 4, 4\) and \(3, 1, 4, 4\)"):
         objective(map[:1], mask[:, None])
+    for other in (mask[0, 0], mask[:, None, :1, :1], mask[None, None]):
+        with pytest.raises(ValueError, match=r"The map must be \(N, C, H, W\) and the mask \(N, 1, H, W\)"):
+            objective(map, other)
     for same in (mask[:1, None], mask[:1], mask[0], mask[:, None].expand_as(map)):
         torch.testing.assert_close(objective(map, same), objective(map, mask[:, None]))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import attrreg
+from attrreg import baselines
 from attrreg.objectives import SquaredOutside
 from tests.models import SmoothNet, assert_close, gradients, smooth_batch
 
@@ -176,3 +177,17 @@ def test_a_value_of_one_image_by_which_all_are_divided(largest: int) -> None:
     x = x * torch.where(torch.arange(6) == largest, 9, 1).view(-1, 1, 1, 1)
     value = TERM(model, x, mask, target, annotated=ANNOTATED)
     torch.testing.assert_close(value, TERM.evaluate(model, x, mask, target, annotated=ANNOTATED).total, rtol=1e-12, atol=0)
+
+
+def test_an_image_that_is_all_relevant_moves_with_the_batch() -> None:
+    """Its features differ between the passes where batch normalisation sees the others' fills: that is no rounding."""
+    model, (x, mask, _) = SmoothNet(norm=True).double(), smooth_batch()
+    mask[0] = 1
+    term = attrreg.ActivationDifference("body", baselines.Zero())
+    seen: list[Tensor] = []
+    hook = model.body.register_forward_hook(lambda module, args, output: seen.append(output))
+    model(x), model(x * mask.unsqueeze(1))
+    hook.remove()
+    want = (seen[0] - seen[1]).flatten(1).norm(dim=1)
+    assert want[0] > 0.01
+    torch.testing.assert_close(term(model, x, mask), want.mean())

@@ -42,6 +42,7 @@ def update(metric: Any, generator: torch.Generator, batches: int = 3) -> list[tu
         (modules.EnergyPointingGame(), metrics.energy_pointing_game),
         (modules.PointingGame(1, signed=True), metrics.PointingGame(1, signed=True)),
         (modules.IoUAtMaskSize(), metrics.iou_at_mask_size),
+        (modules.IoUAtMaskSize(signed=True), lambda map, mask: metrics.iou_at_mask_size(map, mask, signed=True)),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -247,6 +247,7 @@ def judge(model: nn.Module, target: Tensor, measure: Any = metrics.share_inside)
         (lambda: metrics.Occlusion(window=2, stride=3), ValueError, r"stride=3 leaves pixels.*\. "),
         (lambda: metrics.Occlusion(fill=baselines.Shuffle()), ValueError, r"fill=.* depends on the mask.*\. "),
         (lambda: metrics.Occlusion(fill="zero"), TypeError, r"fill must be a tensor, a number or a baselines\.Baseline, got str\. "),  # type: ignore[arg-type]
+        (lambda: metrics.Occlusion(window=9)(Corner(), torch.rand(1, 1, 8, 12), torch.zeros(1)), ValueError, r"window=9 is larger.*\. "),
         (lambda: metrics.Occlusion(window=9)(Corner(), torch.rand(1, 1, 8, 8), torch.zeros(1)), ValueError, r"window=9 is larger.*\. "),
         (lambda: metrics.judged(Corner(), MAP, MAP, torch.zeros(2), "occlusion"), TypeError, r"attribution must be a function.*\. "),  # type: ignore[arg-type]
         (lambda: metrics.judged(Corner(), MAP, MAP, torch.zeros(2), attrreg.InputGradient()), TypeError, r"Pass .*`\.attribute`"),

@@ -94,9 +94,10 @@ def test_a_mix_goes_to_spawned_workers(folder: MaskedImageFolder) -> None:
 
 def test_a_little_of_an_unannotated_image_counts_in_half_precision_too() -> None:
     given, known = batch(), torch.tensor([True, False, False, False])
-    mix = WithMasks(lambda images, labels: (0.99 * images + 0.01 * images.roll(1, 0), labels))
+    mix = WithMasks(lambda images, labels: (0.9999 * images + 0.0001 * images.roll(1, 0), labels))
     mixed = mix(given._replace(image=given.image.bfloat16(), annotated=known))
     assert mixed.image.dtype == torch.bfloat16 and not mixed.annotated.any()
+    assert mix(given._replace(image=given.image.bfloat16(), annotated=torch.ones(4, dtype=torch.bool))).annotated.all()
 
 
 def test_shares_in_single_precision_add_up_in_double_precision_too() -> None:
@@ -118,3 +119,7 @@ def test_what_cannot_be_mixed() -> None:
         mix(given._replace(image=given.image.byte()))
     with pytest.raises(TypeError, match=r"FastCollateMixup made torch\.uint8 .* masks are lost\. Use CutMix"):
         WithMasks(FastCollateMixup(num_classes=3))(given)
+    with pytest.raises(TypeError, match=r"made torch\.float32 \(4, 5, 8, 8\) of .* masks are lost"):
+        WithMasks(lambda images, labels: (images[..., ::2, ::2], labels))(given)
+    with pytest.raises(TypeError, match=r"made torch\.float16 \(4, 5, 16, 16\) of .* masks are lost"):
+        WithMasks(lambda images, labels: (images.half(), labels))(given)

@@ -106,9 +106,12 @@ def test_outlines_lie_on_the_mask_whatever_the_maps_size() -> None:
     figure = plot.attributions(x, mask, {"coarse": phi[..., :4, :4]})
     box = grid(figure, 3)[0][2].collections[-1].get_datalim(grid(figure, 3)[0][2].transData)
     assert (box.x0, box.x1, box.y0, box.y1) == (5.5, 19.5, 3.5, 11.5)  # the edges of pixels 6 to 19 and 4 to 11
+    axes = grid(plot.attributions(x[:, :, :16], mask[:, :16], {"coarse": phi[..., :4, :6]}), 3)[0][2]  # wider than high
+    assert axes.collections[-1].get_datalim(axes.transData).bounds == (5.5, 3.5, 14, 8)
+    assert tuple(axes.get_images()[0].get_extent()) == (-0.5, 23.5, 15.5, -0.5)
 
 
-@pytest.mark.parametrize("scale", [(0.0, 1.0), (-3.0, 5.0)])
+@pytest.mark.parametrize("scale", [(0.0, 1.0), (-3.0, 5.0), (0.0, 4.0)])
 def test_images_are_stretched_only_if_they_must_be(scale: tuple[float, float]) -> None:
     x, mask, phi = case()
     low, high = scale
@@ -197,6 +200,8 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"mask": torch.full((3, 24, 24), 255)}, r"mask has values that are .*outside \[0, 1\]\. Scale it"),
         ({"maps": {}}, "maps is empty.*at least one"),
         ({"maps": {"phi": torch.rand(2, 3, 24, 24)}}, r"maps\['phi'\] is \(2, 3, 24, 24\).*for 3 images"),
+        ({"maps": {"phi": torch.rand(3, 24, 24)}}, r"maps\['phi'\] is \(3, 24, 24\).*Give \(N, C, h, w\)"),
+        ({"images": torch.rand(0, 3, 24, 24)}, r"images must be \(N, C, H, W\), got \(0, 3, 24, 24\)"),
         ({"maps": {"mask": torch.rand(3, 3, 24, 24)}}, "not called 'image' or 'mask'"),
         ({"captions": {"phi": ["one"]}}, r"captions\['phi'\] has 1 entries\. Give 3"),
         ({"captions": {"psi": ["a", "b", "c"]}}, "a title of maps"),
@@ -235,6 +240,7 @@ def test_the_default_type_is_that_of_no_picture(half_by_default: None) -> None:
         ({}, {"a": {0: 0.5}}, "penalties has nothing to draw"),
         ({"a": {0: 0.5}}, {"a": {}}, "shares_inside has nothing to draw"),
         ({"a": {0: 0.5}}, {"a": {0: 50.0}}, "Give shares, not percentages"),
+        ({"a": {0: 0.5}}, {"a": {0: -0.1}}, "leaves \\[0, 1\\]"),
     ],
 )
 def test_bad_curves(penalties: Any, shares: Any, message: str) -> None:
@@ -251,3 +257,12 @@ def test_a_value_that_is_not_finite_leaves_the_others_visible() -> None:
 
 def test_a_mask_of_one_column_has_no_outline() -> None:
     plot.attributions(torch.rand(1, 3, 8, 8), torch.tensor([[[1.0], [0.0]]]), {"map": torch.rand(1, 1, 8, 8)})
+
+
+def test_masks_without_an_edge_and_maps_without_values_are_drawn() -> None:
+    x, mask = torch.rand(3, 2, 8, 8), torch.zeros(3, 8, 8)  # two channels, of which the first is drawn
+    mask[1] = 1
+    rows = grid(plot.attributions(x, mask, {"zero": torch.zeros(3, 1, 8, 8), "nan": torch.full((3, 1, 8, 8), float("nan"))}), 4)
+    numpy.testing.assert_allclose(drawn(rows[0][0]), x[0, 0])
+    for _, _, zero, nan in rows:
+        assert not zero.collections and zero.get_xlabel() == nan.get_xlabel() == ""

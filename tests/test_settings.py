@@ -43,17 +43,37 @@ from tests.models import SmoothNet, smooth_batch
         (lambda: attrreg.PGDEx(steps=numpy.float64(2)), ValueError, r"steps must be an integer.*a float64\. "),  # type: ignore[arg-type]
         (lambda: schedules.Every(numpy.float64(2)), ValueError, r"steps must be an integer.*a float64\. Pass an int"),  # type: ignore[arg-type]
         (lambda: attrreg.ActivationDifference(b"stem"), TypeError, "layers must be dotted names"),  # type: ignore[arg-type]
+        (lambda: attrreg.ActivationDifference(3), TypeError, r"layers must be dotted names of layers, got 3\. "),  # type: ignore[arg-type]
+        (lambda: attrreg.ActivationDifference(()), TypeError, r"layers must be dotted names of layers, got \(\)\. "),
+        (lambda: attrreg.ActivationDifference(("stem", "")), TypeError, r"layers must be dotted names of layers, got \('stem', ''\)\. "),
+        (lambda: attrreg.ActivationDifference(detach="both"), ValueError, r"detach must be 'clean', 'masked' or None, got 'both'\. "),  # type: ignore[arg-type]
+        (lambda: NoiseTunnel(attrreg.ActivationDifference()), TypeError, r"of must be a map.*got ActivationDifference\. "),  # type: ignore[arg-type]
+        (lambda: NoiseTunnel(attrreg.InputGradient(), "vargrad", samples=1), ValueError, r"samples must be.* at least 2, got 1\. "),
+        (lambda: NoiseTunnel(attrreg.InputGradient(), std=-0.1), ValueError, r"std \(Captum's stdevs\) must be.*got -0\.1\. "),
+        (lambda: FeatureAblation([[0, 1]]), TypeError, r"segments must be a tensor of integers, got list\. "),  # type: ignore[arg-type]
+        (lambda: FeatureAblation(torch.ones(2, 2).bool()), TypeError, r"segments must be a tensor of integers, got torch\.bool\. "),
+        (lambda: baselines.Blur("5"), ValueError, r"Blur\(sigma='5'\) is not a blur\. "),  # type: ignore[arg-type]
+        (lambda: baselines.Noise(mean=float("nan")), ValueError, r"Noise\(mean=nan\) is not a normal distribution\. "),
+        (lambda: baselines.Fixed(torch.empty(0)), ValueError, r"baseline of shape \(0,\) is empty"),
+        (lambda: metrics.Occlusion(stride=0), ValueError, r"stride must be an integer of at least 1, got 0\. "),
+        (lambda: NeuronConductance("body"), TypeError, r"neuron must be a captum\.Neuron, got 'body'\. "),  # type: ignore[arg-type]
+        (lambda: Neuron("body", ()), TypeError, r"Neuron: index must be an integer or a tuple of them, got \(\)\. "),
+        (lambda: attrreg.PGDEx(epsilon="0.1"), ValueError, r"epsilon must be a positive number.*got '0\.1'\. "),  # type: ignore[arg-type]
         (lambda: attrreg.PGDEx(epsilon=0.0), ValueError, r"epsilon must be a positive.*\. "),
         (lambda: attrreg.PGDEx(rate=-1.0), ValueError, r"rate must be a positive.*\. "),
         (lambda: attrreg.PGDEx(steps=0), ValueError, r"steps must be.*\. "),
         (lambda: attrreg.PGDEx(bounds=(1.0, 0.0)), ValueError, r"bounds must be.*\. "),
+        (lambda: attrreg.PGDEx(bounds=(0.0, 0.5, 1.0)), ValueError, r"bounds must be.*got \(0\.0, 0\.5, 1\.0\)\. "),  # type: ignore[arg-type]
+        (lambda: attrreg.PGDEx(bounds=1.0), ValueError, r"bounds must be.*got 1\.0\. "),  # type: ignore[arg-type]
         (lambda: attrreg.PGDEx(bounds=(False, True)), ValueError, r"bounds must be.*\. "),
         (lambda: attrreg.PGDEx(loss=scores.TargetLogit()), TypeError, r"loss must be.*\. "),  # type: ignore[arg-type]
         (lambda: attrreg.AdversarialInvariance(every=0), ValueError, r"every must be.*\. "),
         (lambda: attrreg.AdversarialInvariance(rate=0.0), ValueError, r"rate must be.*\. "),
         (lambda: attrreg.AdversarialInvariance(rate="1e-3"), ValueError, r"rate must be.*\. "),  # type: ignore[arg-type]
         (lambda: attrreg.AdversarialInvariance(seed=1.0), TypeError, r"seed must be an integer of 64 bits.*\. "),  # type: ignore[arg-type]
+        (lambda: attrreg.AdversarialInvariance(seed=2**70), TypeError, r"seed must be an integer of 64 bits.*\. "),
         (lambda: attrreg.AdversarialInvariance(hidden=8), TypeError, r"hidden must be the widths.*\. "),  # type: ignore[arg-type]
+        (lambda: attrreg.AdversarialInvariance(hidden="64"), TypeError, r"hidden must be the widths of the hidden layers, got '64'\. "),  # type: ignore[arg-type]
         (lambda: attrreg.AdversarialInvariance(weight=-1.0), ValueError, r"weight of AdversarialInvariance must be.*\. "),
         (lambda: attrreg.AdversarialInvariance(layer=nn.Linear(1, 1)), TypeError, r"layer must be the dotted name.*\. "),  # type: ignore[arg-type]
         (lambda: attrreg.AdversarialInvariance(fill=1), TypeError, r"fill must be.*\. "),  # type: ignore[arg-type]
@@ -160,3 +180,11 @@ def test_counts_are_pythons_own() -> None:
     model, (x, mask, _) = SmoothNet().double(), smooth_batch()
     invariance(model, x, mask)
     assert invariance.step == 257
+
+
+def test_a_baseline_keeps_what_it_was_given() -> None:
+    image = torch.rand(3, 8, 8, requires_grad=True)
+    kept, want = baselines.Fixed(image), image.detach().clone()
+    with torch.no_grad():
+        image.zero_()
+    assert torch.equal(kept.image, want) and not kept.image.requires_grad

@@ -54,6 +54,10 @@ def label_loss(logits: Tensor, target: Tensor) -> Tensor:
     return nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(dim=1)
 
 
+def square_loss(outputs: Tensor, target: Tensor) -> Tensor:
+    return (outputs[:, 0] - target).square()
+
+
 LABELS = torch.randint(0, 3, (3, 8, 8), generator=torch.Generator().manual_seed(0))
 LABELS[:, :2] = -100
 FOREGROUND = LABELS.clamp(max=1)
@@ -67,6 +71,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "multi-label, half": lambda: (SmoothNet(), scores.MultiLabelLogit(), HOT.bfloat16(), multi_label),
     "multi-label, by the target's shape": lambda: (SmoothNet(), scores.ByTarget(), HOT, multi_label),
     "multi-label, by a loss": lambda: (SmoothNet(), scores.TaskLoss(label_loss), HOT.double(), lambda *data: label_loss(*data).sum()),
+    "regression, by a loss": lambda: (
+        SmoothNet(classes=1),
+        scores.TaskLoss(square_loss),
+        torch.tensor([0.5, 2.0, -1.0]).double(),
+        lambda *data: square_loss(*data).sum(),
+    ),
     "one logit": lambda: (SmoothNet(classes=1), scores.BinaryLogit(), torch.tensor([1, 0, 1]), binary),
     "one logit, float": lambda: (SmoothNet(classes=1), scores.BinaryLogit(), torch.tensor([[1.0], [0.0], [1.0]]), binary),
     "segmentation": lambda: (Dense(3), scores.SegmentationLogit(), LABELS, segmentation),
@@ -87,6 +97,7 @@ def test_scores_of_other_tasks(name: str) -> None:
     value = regularizer(model, x, mask, target)
     labels = torch.zeros(()) if target is None else target
     map, cam = oracles.input_gradient(model, x, labels, oracle), oracles.grad_cam(model, x, labels, oracle, layer)
+    torch.testing.assert_close(attrreg.InputGradient(score).attribute(model, x, target), map.detach())  # its sign too
     relevant = mask.unsqueeze(1).double()
     want = oracles.log_outside(map, relevant).mean() + oracles.absolute_outside(cam, relevant).mean()
     torch.testing.assert_close(value, want)
@@ -116,11 +127,12 @@ class Twice(SmoothNet):
 BAG = nn.Sequential(SmoothNet(classes=1), nn.Flatten(0), nn.Linear(3, 1))  # one logit for the whole batch
 
 BAD: list[tuple[scores.Score, nn.Module, Tensor | None, str]] = [
-    (scores.MultiLabelLogit(), SmoothNet(), torch.tensor([0, 1, 2]), r"target must be \(N, C\)"),
+    (scores.MultiLabelLogit(), SmoothNet(), torch.tensor([0, 1, 1]), r"target must be \(N, C\)"),
     (scores.MultiLabelLogit(), SmoothNet(), 2 * HOT, r"target must be \(N, C\)"),
     (scores.MultiLabelLogit(), SmoothNet(), HOT[:, :2], r"target is \(3, 2\), but the logits are \(3, 3\)"),
     (scores.MultiLabelLogit(), SmoothNet(), None, "MultiLabelLogit needs a target"),
     (scores.BinaryLogit(), SmoothNet(classes=1), torch.tensor([0, 2, 1]), "of 0 and 1"),
+    (scores.BinaryLogit(), SmoothNet(classes=1), HOT[:, :2], r"target must be \(N,\) of 0 and 1 for BinaryLogit, got \(3, 2\)"),
     (scores.BinaryLogit(), SmoothNet(), torch.tensor([0, 1, 1]), "one logit an image"),
     (scores.BinaryLogit(), Twice(classes=1), torch.tensor([0, 1, 1]), r"one logit an image, but the model returned \(6, 1\)"),
     (scores.BinaryLogit(), BAG, torch.tensor([0, 1, 1]), r"one logit an image, but the model returned \(1,\)"),
@@ -138,6 +150,7 @@ BAD: list[tuple[scores.Score, nn.Module, Tensor | None, str]] = [
     (scores.RegressionOutput(3), SmoothNet(), None, "index in range"),
     (scores.RegressionOutput(-1), SmoothNet(), None, "index in range"),
     (scores.TargetLogit(), SmoothNet(classes=1), torch.tensor([0, 1, 0]), "class 1.*use scores.BinaryLogit"),
+    (scores.TaskLoss(), SmoothNet(), torch.tensor([0, -100, 1]), "class -100, which is negative"),
     (scores.TargetLogit(), Twice(), torch.tensor([0, 1, 2]), r"one row of logits an image, .* \(6, 3\) for 3 images"),
     (scores.Contrast(), Twice(), torch.tensor([0, 1, 2]), r"one row of logits an image, .* \(6, 3\) for 3 images"),
     (scores.SegmentationLogit(), nn.Sequential(Dense(6), nn.Unflatten(1, (2, 3)), nn.Flatten(0, 1)), LABELS, r"got \(6, 3, 8, 8\)"),
@@ -198,6 +211,12 @@ def test_an_image_without_any_label_is_not_penalised(term: attrreg.AttributionRe
     assert_close(gradients(model, value), gradients(model, want), 1e-9)
     nothing = term(model, x, mask, torch.zeros_like(hot))
     assert nothing == 0 and not any(gradient.any() for gradient in gradients(model, nothing))
+
+
+def test_label_maps_of_ignored_pixels_alone_are_not_penalised() -> None:
+    model, (x, mask, _) = Dense(3).double(), smooth_batch()
+    value = attrreg.InputGradient(scores.SegmentationLogit(255))(model, x, mask, torch.full_like(LABELS, 255))
+    assert value == 0 and not any(gradient.any() for gradient in gradients(model, value))
 
 
 class Scaled(nn.Module):
