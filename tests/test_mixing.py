@@ -100,6 +100,12 @@ def test_a_little_of_an_unannotated_image_counts_in_half_precision_too() -> None
     assert mix(given._replace(image=given.image.bfloat16(), annotated=torch.ones(4, dtype=torch.bool))).annotated.all()
 
 
+def test_a_share_that_is_no_more_than_rounding_brings_no_mask_along() -> None:
+    given, known = batch(), torch.tensor([True, False, False, False])
+    mixed = WithMasks(lambda images, labels: ((1 - 1e-8) * images + 1e-8 * images.roll(1, 0), labels))(given._replace(annotated=known))
+    assert mixed.annotated.equal(known) and mixed.mask[0].equal(given.mask[0])
+
+
 def test_shares_in_single_precision_add_up_in_double_precision_too() -> None:
     given, (share, rest) = batch(), torch.tensor([0.1, 0.9]).tolist()  # timm's are in float32: these two add up to 1 - 2e-8
     mix = WithMasks(lambda images, labels: (share * images + rest * images.flip(0), labels))

@@ -53,7 +53,8 @@ class WithMasks:
         known = checked_flags(annotated, x).view(-1, 1, 1).expand_as(mask)
         # In float32 at least: in half precision a blend with little of another image would be rounded to none.
         wide = x.to(penalty_dtype(x.dtype))
-        stacked = torch.cat([wide, torch.stack([mask, known], dim=1).to(wide)], dim=1)
+        # An image whose share is no more than rounding leaves the others annotated: its mask, if it has none, must not count.
+        stacked = torch.cat([wide, torch.stack([mask & known, known], dim=1).to(wide)], dim=1)
         mixed, labels = self.mix(stacked, label)
         if mixed.shape != stacked.shape or mixed.dtype != wide.dtype:  # timm's FastCollateMixup rounds to integers
             raise TypeError(
