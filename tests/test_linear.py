@@ -92,9 +92,11 @@ def compare(function: Any, inputs: list[Tensor]) -> None:
     st.integers(1, 40),
     st.booleans(),
     st.sampled_from(["dense", "transposed", "strided", "expanded", "overlapping", "weight transposed", "weight strided", "bias strided"]),
+    st.integers(0, 2**31),
 )
 @settings(deadline=None, max_examples=100)
-def test_equal_pytorchs_derivatives(places: list[int], inner: int, columns: int, bias: bool, layout: str) -> None:
+def test_equal_pytorchs_derivatives(places: list[int], inner: int, columns: int, bias: bool, layout: str, seed: int) -> None:
+    torch.manual_seed(seed)
     inputs = [torch.randn(*places, inner), torch.randn(columns, inner) / inner**0.5, torch.randn(columns)][: 2 + bias]
     if layout == "transposed":
         inputs[0] = torch.randn(inner, *places).movedim(0, -1)
