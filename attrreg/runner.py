@@ -175,12 +175,12 @@ class Runner:
         if list(map(version, given)) != before:
             raise ValueError(f"{score!r} writes into the value or the target that it is given, which others read too. Write into a copy.")
         images = self.call.x.shape[0]
-        if per_image.shape != (images,) and value.shape[:1] != (images,):
-            raise ValueError(
-                f"{score!r} reads {tuple(value.shape)} for {images} images, of which each must have a row. Where images are frames of "
-                "clips, repeat the clip's row with `output=`: lambda logits: logits.repeat_interleave(frames, 0)."
-            )
         if per_image.shape != (images,):
+            if value.shape[:1] != (images,):
+                raise ValueError(
+                    f"{score!r} reads {tuple(value.shape)} for {images} images, of which each must have a row. Where images are frames of "
+                    "clips, repeat the clip's row with `output=`: lambda logits: logits.repeat_interleave(frames, 0)."
+                )
             raise ValueError(
                 f"{score!r} gave {tuple(per_image.shape)}, but a score is ({images},), one number an image. Reduce over all "
                 "but the batch: a loss, for example, takes reduction='none', and one of several labels .sum(1) then."

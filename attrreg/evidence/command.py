@@ -94,7 +94,7 @@ def evidence(
     out.with_suffix(".md").write_text(tables + "\n")
     report.plot(plan, ledger, out.with_suffix(".png"))
     console.print(f"Written: {out}, .md and .png beside it", highlight=False, markup=False, soft_wrap=True)
-    widest = max(len(line) for line in tables.splitlines() if line.startswith("|"))
+    widest = max((len(line) for line in tables.splitlines() if line.startswith("|")), default=0)
     if console.width < widest:  # a pipe, or a narrow terminal: rich would cut cells off
         console.print(tables, highlight=False, markup=False, soft_wrap=True)
     else:

@@ -128,8 +128,7 @@ def run(job: Job, device: torch.device, note: Note = lambda epochs: None, tested
     Raises:
         packages.Missing: a package that the data comes from is not here.
     """
-    own = [] if device.type == "cpu" else [device]
-    with _one_thread(), torch.random.fork_rng(own, device_type=device.type if own else "cuda"):
+    with _one_thread(), torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         return _run(job, device, note, tested)
 
 
