@@ -109,6 +109,8 @@ def _canonical(mask: Tensor, x: Tensor) -> Tensor:
         remedy = "Convert it, for example with torch.as_tensor(mask)."
         if mask is None or (isinstance(mask, (list, tuple)) and all(part is None or isinstance(part, Tensor) for part in mask)):
             remedy = "Stack the images' masks: torch.stack(masks). Where an image has none, put any mask, and say so with `annotated=`."
+        if mask is None:
+            remedy += " For a penalty on whole images, with nothing relevant, pass torch.zeros(H, W, dtype=torch.bool)."
         raise TypeError(f"mask must be a tensor, got {type(mask).__name__}. {remedy}")
     if mask.dtype is not torch.bool and not mask.is_floating_point():
         raise TypeError(

@@ -66,7 +66,8 @@ class AbsoluteOutside(Spec):
 
     Not scale-free, as `SquaredOutside`, but it drives attributions to exactly zero rather than to small ones.
 
-    Source: GradMask, arXiv 1910.00199 (there summed over the batch too: `presets.gradmask_viviano2019`).
+    Source: GradMask (Simpson et al. 2019, arXiv 1904.07478) as in arXiv 1910.00199, there summed over the batch too:
+        `presets.gradmask_viviano2019`.
     """
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
@@ -151,8 +152,8 @@ class Energy(Spec):
     Raises:
         ValueError: `eps` is negative or not finite.
 
-    Source: the energy loss of Rao et al. 2023 (Model Guidance), arXiv 2303.11932, without their treatment of maps
-        that are nowhere positive.
+    Source: the energy loss of Rao et al. 2023 (Model Guidance), arXiv 2303.11932. There a map of several channels is summed over them, with
+        signs, before phi+ (see `docs/objectives.md` for theirs); and a map that is nowhere positive has no gradient.
     """
 
     eps: float = 1e-12

@@ -135,7 +135,7 @@ class PredictedLogit(_Choosing):
 class Contrast(_Choosing):
     """|y_t - max_{k != t} y_k|: the target class against the best other; for two classes |y_0 - y_1|.
 
-    Source: GradMask, arXiv 1910.00199, which has the two-class form; the general one is ours.
+    Source: GradMask, arXiv 1904.07478 and 1910.00199, which has the two-class form; the general one is ours.
     """
 
     needs_target: ClassVar[bool] = True
@@ -188,10 +188,10 @@ class RandomProjection(Score):
     direction for the whole batch, the mean over it would vary as much as for one image.
 
     Args:
-        layer: dotted name of the layer, or "auto": the features that enter the classifier.
+        layer: dotted name of the layer, or "auto": the features that enter the classifier; `sites.OUTPUT`: the logits.
         seed: fixes the directions of the images of a batch by their places in it; a batch of another size has others. None: each call.
 
-    Source: ours; at x alone it gives the Jacobian regularizer of Hoffman et al. 2019, arXiv 1908.02729 (there of the logits).
+    Source: ours; at x alone it gives twice the Jacobian regularizer of Hoffman et al. 2019, arXiv 1908.02729 (there of the logits).
     """
 
     layer: str = "auto"

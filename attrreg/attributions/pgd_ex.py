@@ -36,8 +36,8 @@ class PGDEx(SingleRegularizer):
         `steps` forwards and backwards to the images, one more forward, and first-order gradients of that one. No double backward.
 
     Source:
-        PGD-Ex, Heo et al. 2023, arXiv 2303.06419, after Madry et al. 2018, arXiv 1706.06083. There from a random start; here from the
-        image, so that nothing is drawn.
+        PGD-Ex, Heo et al. 2023, arXiv 2303.06419, whose code (vihari/robust_mlx) starts from the image too, with steps of epsilon / steps;
+        after Madry et al. 2018, arXiv 1706.06083, who start from a random point.
     """
 
     epsilon: float = 0.1
