@@ -77,7 +77,8 @@ def images_apart(call: Call) -> bool:
         return False
     apart = shown(model, "images", state_key(model), output_key(call.output))
     if apart.due():
-        apart.found = _are_apart(call, apart.calls, thorough=apart.found is None)
+        found = _are_apart(call, apart.calls, thorough=apart.found is None)
+        apart.found = apart.found if found is None else found  # images that show nothing, as of NaN, say nothing
     return bool(apart.found)
 
 

@@ -293,7 +293,8 @@ def _orders(count: int, length: int, generator: torch.Generator, device: torch.d
         for row in orders:
             torch.randperm(length, generator=generator, out=row, device=device)
         return orders
-    return torch.rand((count, length), generator=generator, device=device, dtype=torch.float64).argsort(dim=1)
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # in which two are hardly ever equal; Apple's has none
+    return torch.rand((count, length), generator=generator, device=device, dtype=dtype).argsort(dim=1)
 
 
 def _mask(baseline: Baseline, mask: Tensor | None) -> Tensor:

@@ -50,7 +50,7 @@ class FiniteDifference(Engine):
     first order.
 
     Args:
-        step: length of eps v relative to the site's activations (to units, where those are all zero); positive.
+        step: length of eps v relative to the site's activations (to units, where those are all zero), of the images that move; positive.
 
     Raises:
         ValueError: `step` is not positive.
@@ -74,7 +74,7 @@ class FiniteDifference(Engine):
         """The factor eps by which all sites move along their directions: the least over sites of step |a| / |v|.
 
         Args:
-            places: the values a at the sites, of any shape.
+            places: the values a at the sites, images first.
             directions: the directions v, of the same shapes.
 
         Returns:
@@ -83,9 +83,12 @@ class FiniteDifference(Engine):
         with torch.no_grad():
             found = []
             for place, way in zip(places, directions, strict=True):
-                norm = place.to(way.dtype).norm()
+                lengths, ways = (rows.to(way.dtype).reshape(len(way), -1).norm(dim=1) for rows in (place, way))
+                moves = ways > 0  # the others, as images without annotation, say nothing of a step
+                norm = torch.where(moves, lengths, 0).norm()
                 # A place that is zero everywhere, such as the start of a path, has no length: there the step is that of units.
-                found.append(torch.where(norm > 0, norm, math.sqrt(place.numel())) / way.norm())
+                units = (moves.sum() * place[:1].numel()).to(norm.dtype).sqrt()
+                found.append(torch.where(norm > 0, norm, units) / ways.norm())
             ratios = torch.stack(found)
             least = self.step * torch.where(ratios > 0, ratios, math.inf).amin()
             return torch.where(least.isfinite(), least, 0.0)

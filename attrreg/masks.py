@@ -84,10 +84,10 @@ def check(mask: Tensor, x: Tensor, annotated: Tensor | None, needs_region: str |
     flags = checked_flags(annotated, x)
     pixels = relevant.flatten(1)
     low, high = pixels.amin(1), pixels.amax(1)  # NaN where there is one
-    # A blurred or resized mask is 1 + 1e-7 somewhere.
+    # A blurred or resized mask is 1 + 1e-7 somewhere, and 1 - 1e-7: relevant, where `baselines.Shuffle` would mix it with what is not.
     slack = min(32 * torch.finfo(mask.dtype).eps, 0.01) if mask.is_floating_point() else 0.0
     # One transfer to the host for all checks of values: each would otherwise wait for the device by itself.
-    bad, empty = flags & ~((low >= -slack) & (high <= 1 + slack)), flags & (high <= 0)
+    bad, empty = flags & ~((low >= -slack) & (high <= 1 + slack)), flags & (high <= slack)
     has_bad, has_empty, count = torch.stack([bad.any(), empty.any(), flags.sum()]).tolist()
     if has_bad:
         raise ValueError(
@@ -100,7 +100,7 @@ def check(mask: Tensor, x: Tensor, annotated: Tensor | None, needs_region: str |
             f"mask of image {first} has no relevant pixel, and {needs_region} is undefined without one. Leave the image out "
             "with `annotated=`, or use objectives.LogOutside(), which accepts empty masks."
         )
-    relevant = relevant.clamp(0, 1) if slack else relevant
+    relevant = torch.where(relevant >= 1 - slack, 1, relevant.clamp(min=0)) if slack else relevant
     return Annotation(torch.where(flags.view(-1, 1, 1, 1), relevant, 1), flags, count, x.shape[0])
 
 

@@ -39,7 +39,7 @@ def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
 
     Images without annotation are left out only where that changes nothing but dropout's draws: where the pass is the penalty's
     own, the model does not couple the images, and no image or score is made by draws over the batch or given for each sample. A single
-    annotated one keeps another beside it.
+    annotated one is there twice.
 
     Raises:
         ValueError: naming `fraction`.
@@ -65,7 +65,7 @@ def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
             return call
         indices = annotation.annotated.nonzero().squeeze(1)
         if annotation.count == 1:  # of a batch of one, some models drop an axis
-            indices = torch.cat([indices, (indices + 1) % annotation.batch]).sort().values
+            indices = indices.repeat(2)
     target = None if call.target is None else call.target[indices]
     return replace(call, x=call.x[indices], annotation=annotation.part(indices), target=target)
 

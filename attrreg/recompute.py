@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.utils import parametrize
 
+from attrreg.distributed import sharded
 from attrreg.folding import PathGradients
 from attrreg.graph import trainable_leaves
 from attrreg.ops.phase import once_differentiable
 from attrreg.points import Stop
 from attrreg.recording import parts, version
-from attrreg.state import Moment, moment_of, own_buffers
-from attrreg.walk import attributes, modes
+from attrreg.state import Moment, Settings, moment_of, own_buffers
+from attrreg.walk import attributes
 
 
 def along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None, differentiable: bool) -> list[Tensor]:
@@ -43,7 +44,8 @@ def along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None, di
     values = [value.detach() for value in first]  # from which the first chunk goes on
     del first  # and its graph with it
     total: list[Tensor] = []
-    moment = moment_of(gradients.call.model)
+    model = gradients.call.model
+    moment, settings = moment_of(model), None if sharded(model) else Settings(model)  # FSDP2 changes parameters in every pass
     for start in range(0, len(stops), chunk):
         part = stops[start : start + chunk]
         rest = part[1:] if start == 0 else part
@@ -51,7 +53,7 @@ def along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None, di
             values = _added(values, _summed(rest, images, gradients, False))
         # At other places the model may compute with others, as sparse experts do.
         more = [leaf for key, leaf in gradients.reached.items() if key not in known]
-        step = _Step(part, gradients, moment, [*leaves, *more])
+        step = _Step(part, gradients, moment, settings, [*leaves, *more])
         total = _added(total, list(_Recomputed.apply(step, values, x, *leaves, *more)))
         values = []
     return total
@@ -76,12 +78,13 @@ def _added(total: list[Tensor], terms: list[Tensor]) -> list[Tensor]:
 class _Step:
     """The sum over a part of the path, to be run again under the conditions of its first run."""
 
-    def __init__(self, stops: Sequence[Stop], gradients: PathGradients, moment: Moment, leaves: Sequence[Tensor]) -> None:
+    def __init__(
+        self, stops: Sequence[Stop], gradients: PathGradients, moment: Moment, settings: Settings | None, leaves: Sequence[Tensor]
+    ) -> None:
         self._stops = stops
         self._gradients = gradients
         self._model = gradients.call.model
-        self._moment = moment
-        self._modes = modes(self._model)
+        self._moment, self._settings = moment, settings
         others = [part for part in parts(gradients.call.inputs) if part is not gradients.call.x]
         self._others = [(part, version(part)) for part in others]
         # Those too that the gradients are no function of: by the last layer's bias a score may choose its class.
@@ -91,12 +94,15 @@ class _Step:
 
     @contextmanager
     def again(self, x: Tensor) -> Iterator[list[Tensor]]:
-        """The sum with its graph, and buffers as they were: where that is differentiated, checkpointed blocks run once more."""
-        if modes(self._model) != self._modes:
-            raise RuntimeError(
-                "The model changed between train and eval mode between the penalty and its backward, where chunked path methods "
-                "recompute. Call backward first, or pass chunk=None."
-            )
+        """The sum with its graph, and the model as it was: where that is differentiated, checkpointed blocks run once more."""
+        self._check()
+        settings = nullcontext() if self._settings is None else self._settings.back()
+        with settings, torch.enable_grad(), own_buffers(self._model, self._moment):
+            with self._autocast():
+                found = _summed(self._stops, x, self._gradients, True)
+            yield found
+
+    def _check(self) -> None:
         if any(version(weight) != then for weight, then in self._weights):
             raise RuntimeError(
                 "Parameters were changed between the penalty and its backward, as by an optimizer's step, where chunked path methods "
@@ -107,10 +113,6 @@ class _Step:
                 "inputs were written to between the penalty and its backward, where chunked path methods recompute. Call backward first, "
                 "or pass copies in inputs=."
             )
-        with torch.enable_grad(), own_buffers(self._model, self._moment):
-            with self._autocast():
-                found = _summed(self._stops, x, self._gradients, True)
-            yield found
 
     def meets_others(self, leaves: Sequence[Tensor]) -> bool:
         """Whether the graph may go on in one that was made outside the pass, which others need: of weights that come from elsewhere."""

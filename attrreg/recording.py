@@ -21,10 +21,9 @@ from attrreg.features import Head
 from attrreg.ops import Phase, twice_differentiable
 from attrreg.ops.draws import Draws
 from attrreg.sites import INPUT, OUTPUT, SPATIAL
-from attrreg.state import Rng, autocast_type
+from attrreg.state import PLAIN, Rng, autocast_type
 from attrreg.walk import modules
 
-PLAIN = (bool, int, float, str)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Buffers of these types are compared by value; of others, the version alone tells.
 COMPARED = (*FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -145,7 +145,8 @@ class Contrast(_Choosing):
         """The target class against the one that is the best other here, the larger of the two minus the smaller."""
         own = required(target).unsqueeze(1)
         other = value.scatter(1, own, float("-inf")).argmax(dim=1, keepdim=True)
-        sign = (value.gather(1, own) - value.gather(1, other)).sign()
+        margin = value.gather(1, own) - value.gather(1, other)
+        sign = margin.sign().where(~margin.isnan(), margin)  # the sign of NaN is 0, and the penalty would look clean
         return _Chosen(torch.cat((own, other), dim=1), torch.cat((sign, -sign), dim=1))
 
 

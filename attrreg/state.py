@@ -58,6 +58,51 @@ def moment_of(model: nn.Module) -> Moment:
     return {(module, name): buffer.clone() for module in modules(model) for name, buffer in module._buffers.items() if buffer is not None}
 
 
+_REGISTRIES = (
+    "_modules",
+    "_parameters",
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_backward_pre_hooks", "_backward_hooks"),
+)
+
+
+PLAIN = (bool, int, float, str)
+
+
+class Settings:
+    """The layers, parameters, hooks and plain settings, modes included, that a model has now: for a pass to be run later as it would now.
+
+    Until then `torch.func.functional_call` may have taken back the parameters that it lent, or a `with` block a hook or a temperature.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        held = [vars(module) for module in modules(model)]
+        registries = [values[name] for values in held for name in _REGISTRIES if isinstance(values.get(name), dict)]  # not TorchScript's
+        self._registries = [(registry, dict(registry)) for registry in registries]
+        self._plain = [(values, {name: value for name, value in values.items() if isinstance(value, PLAIN)}) for values in held]
+
+    @contextmanager
+    def back(self) -> Iterator[None]:
+        """Run a block with these in place."""
+        moved = [(live, then, dict(live)) for live, then in self._registries if [*map(id, live.values())] != [*map(id, then.values())]]
+        others = [(live, {k: live[k] for k, v in plain.items() if live.get(k, v) is not v}) for live, plain in self._plain]
+        plain = [(live, {k: then[k] for k in now}, now) for (live, then), (_, now) in zip(self._plain, others, strict=True) if now]
+        try:
+            for live, then, _ in moved:
+                live.clear()
+                live.update(then)
+            for live, then, _ in plain:
+                live.update(then)
+            yield
+        finally:
+            for live, _, now in moved:
+                live.clear()
+                live.update(now)
+            for live, _, now in plain:
+                live.update(now)
+
+
 class Buffers:
     """Copies of a model's buffers that stand in for them during a pass.
 

@@ -31,11 +31,6 @@ def within_whole(model: nn.Module) -> set[nn.Module]:
     return {layer for module in modules(model) if runs_whole(module) for layer in modules(module)[1:]}
 
 
-def modes(model: nn.Module) -> list[bool]:
-    """Whether each module is in train mode, in the order of `modules`."""
-    return [module.training for module in modules(model)]
-
-
 def attributes(model: nn.Module) -> Iterator[Any]:
     """The values of all attributes of all modules, and those in the lists, tuples and dicts among them."""
     for module in modules(model):

@@ -213,10 +213,13 @@ def test_a_multi_head_attention_that_is_not_pytorchs_is_left_alone(monkeypatch: 
 
 
 @pytest.mark.cpu
-def test_an_attention_that_a_program_puts_in_its_place_later_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x, pytorchs = nn.MultiheadAttention(6, 3), torch.randn(5, 2, 6), F.scaled_dot_product_attention
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_an_attention_that_a_program_puts_in_its_place_later_is_called(monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
+    layer, x, pytorchs = nn.MultiheadAttention(6, 3, dropout), torch.randn(5, 2, 6), F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **settings: 2 * pytorchs(*args, **settings))
+    torch.manual_seed(0)
     want = layer(x, x, x, need_weights=False)[0]
+    torch.manual_seed(0)
     with twice_differentiable(Phase()):
         torch.testing.assert_close(layer(x, x, x, need_weights=False)[0], want)
 

@@ -39,6 +39,22 @@ def test_batch_norm_is_as_precise_as_pytorchs_where_means_are_far(offset: float,
     assert float((ours - want).norm()) <= 2 * float((theirs - want).norm()) + 2e-6 * float(want.norm())
 
 
+@pytest.mark.parametrize("mean", [0.0, 1e3, 65535.0])
+@pytest.mark.parametrize("deviation", [0.0, 1.0])
+def test_instance_norm_is_as_precise_as_pytorchs_where_means_are_far(mean: float, deviation: float) -> None:
+    x = (deviation * torch.randn(4, 3, 16, 16, dtype=torch.float64) + mean).float()
+    gradient = torch.randn(4, 3, 16, 16)
+
+    def derivative(x: Tensor) -> Tensor:
+        x = x.requires_grad_()
+        return torch.autograd.grad(F.instance_norm(x), x, gradient.to(x.dtype))[0]
+
+    want, theirs = derivative(x.double()), derivative(x.clone())
+    with twice_differentiable(Phase()):
+        ours = derivative(x.clone())
+    assert float((ours - want).norm()) <= 4 * float((theirs - want).norm()) + 2e-6 * float(want.norm())
+
+
 @pytest.mark.parametrize("mean", [0.0, -30.0, 1000.0])
 def test_weights_have_precise_gradients_in_eval_mode_where_means_are_far(mean: float) -> None:
     x, gy = torch.randn(8, 6, 14, 14) + mean, torch.randn(8, 6, 14, 14)

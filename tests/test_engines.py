@@ -252,6 +252,14 @@ def test_all_sites_move_by_the_least_of_their_steps() -> None:
         torch.testing.assert_close(found, torch.tensor(want))
 
 
+def test_images_that_do_not_move_say_nothing_of_the_step() -> None:
+    places = torch.cat((torch.full((1, 4), 2.0), torch.full((3, 4), 1e3))), torch.cat((torch.zeros(1, 9), torch.full((3, 9), 1e3)))
+    directions = [torch.zeros_like(place) for place in places]
+    for place, direction, want in zip(places, directions, (4.0, 3.0), strict=True):
+        direction[0, 0] = 0.5
+        torch.testing.assert_close(engines.FiniteDifference(step=0.5).scale([place], [direction]), torch.tensor(want))
+
+
 def test_engines_are_part_of_the_value() -> None:
     regularizer = (2.0 * attrreg.InputGradient() + attrreg.GradCAM()).using(engines.FiniteDifference(step=0.1))
     assert eval(repr(regularizer)) == regularizer

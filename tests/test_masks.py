@@ -104,6 +104,11 @@ def test_soft_masks_may_miss_0_and_1_by_rounding() -> None:
         assert torch.equal(attrreg.InputGradient()(model, x, soft, target), want)
         with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
             attrreg.InputGradient()(model, x, (mask * x.new_tensor(1 + 50 * eps)).to(dtype), target)
+        blurred = torch.full_like(x[:, 0], 1e-4).masked_fill(mask, 1 - 9 * eps).to(dtype)
+        assert blurred.max() < 1
+        seeds = [torch.Generator(x.device).manual_seed(3) for _ in range(2)]
+        kept = [masks.check(given, x, None).relevant for given in (blurred, mask)]
+        assert torch.equal(*(baselines.Shuffle()(x, *given) for given in zip(kept, seeds, strict=True)))  # relevant pixels stay
     for dtype in (torch.float16, torch.bfloat16):  # whose eps are no small numbers
         with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
             attrreg.InputGradient()(model, x, 1.02 * mask.to(dtype), target)

@@ -311,6 +311,13 @@ def test_instance_norm_moves_the_statistics_that_it_keeps_as_pytorch_does() -> N
     torch.testing.assert_close(layers[0].state_dict(), layers[1].state_dict(), rtol=0, atol=0)
 
 
+def test_gelu_by_tanh_is_flat_far_out() -> None:
+    x = torch.tensor([-1e30, -1e12, 1e12, 1e30], requires_grad=True)
+    with twice_differentiable(Phase()):
+        (slope,) = torch.autograd.grad(F.gelu(x, approximate="tanh").sum(), x, create_graph=True)
+        assert torch.equal(torch.autograd.grad(slope.sum(), x)[0], torch.zeros(4))
+
+
 def test_instance_norm_of_one_image_takes_gradients_in_any_layout() -> None:
     # PyTorch's own, of 2.14, reads a gradient with channels last by the strides of another.
     x = torch.randn(1, 6, 3, 5, dtype=torch.float64, requires_grad=True)

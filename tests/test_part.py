@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -53,13 +54,16 @@ def test_images_without_annotation_are_left_out_and_nothing_else_changes(reducti
     assert_close(gradients(model, value), gradients(model, whole), 1e-10)
 
 
-def test_a_single_annotated_image_keeps_another_beside_it() -> None:
+def test_a_single_annotated_image_is_there_twice() -> None:
     model, (x, mask, target) = Watched(nn.Sequential(SmoothNet(), squeeze := nn.Flatten(0)).double()), smooth_batch(5)
     squeeze.forward = torch.squeeze  # type: ignore[method-assign]
     for annotated in torch.eye(5).bool()[[0, 4]]:
         value = TERM(model, x, mask, target, annotated=annotated)
         assert_close([value], [TERM.evaluate(model, x, mask, target, annotated=annotated).total], 1e-12)
     assert model.seen == [5, 2, 3, 2, 5] * 2  # it shows at the first call and at the second
+    bad = torch.where(annotated.view(5, 1, 1, 1), x, math.nan)  # another beside it would make its gradients NaN
+    for _ in range(2):  # at the second call the images are asked, and show nothing
+        assert all(gradient.isfinite().all() for gradient in gradients(model, TERM(model, bad, mask, target, annotated=annotated)))
 
 
 def test_coupled_images_all_take_part() -> None:

@@ -315,6 +315,7 @@ def test_images_to_draw_from_are_a_tensor() -> None:
 
 def test_contrast_at_a_tie_is_zero_and_has_no_gradient() -> None:
     logits = torch.tensor([[1.0, 1.0, 0.0], [2.0, 0.0, 1.0]], requires_grad=True)
+    assert scores.Contrast()(torch.tensor([[1.0, math.nan, 2.0]]), torch.tensor([0])).isnan().all()  # not a penalty of 0
     value = scores.Contrast()(logits, torch.tensor([0, 2]))
     torch.testing.assert_close(value.detach(), torch.tensor([0.0, 1.0]))
     (gradient,) = torch.autograd.grad(value.sum(), logits)

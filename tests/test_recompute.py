@@ -239,14 +239,6 @@ def test_a_score_that_draws_without_a_word_is_not_recomputed() -> None:
     assert attrreg.IntegratedGradients(score=Undeclared(), steps=3, chunk=None)(model, x.double(), mask).isfinite()
 
 
-def test_a_change_of_modes_before_the_backward_is_refused() -> None:
-    model, (x, mask, target) = net(nn.BatchNorm2d(8)), batch(3, channels=2, size=8, classes=3)
-    value = attrreg.IntegratedGradients(steps=4, chunk=2)(model, x.double(), mask, target)
-    model.eval()
-    with pytest.raises(RuntimeError, match=r"changed between train and eval.*chunk=None"):
-        value.backward()
-
-
 def test_labels_may_be_refilled_before_the_backward() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     reg, labels = attrreg.IntegratedGradients(steps=4), target.clone()

@@ -251,6 +251,7 @@ def _gelu_curvature(one: Tensor, other: Tensor, x: Tensor, scratch: Tensor) -> T
 def _tanh_gelu_curvature(one: Tensor, other: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
     # y = x (1 + t) / 2, t = tanh(u), u = k (x + c x^3): y'' = t' + x t'' / 2 with t' = (1 - t^2) u', t'' = (1 - t^2)(u'' - 2 t u'^2)
     k, c = math.sqrt(2 / math.pi), 0.044715
+    x = x.clamp(-64, 64)  # beyond, it is zero, and powers of x overflow
     t = torch.tanh(k * (x + c * x**3))
     first, second = k * (1 + 3 * c * x * x), 6 * k * c * x
     return ((1 - t * t) * (first + 0.5 * x * (second - 2 * t * first * first))).mul_(one).mul_(other)

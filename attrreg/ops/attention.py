@@ -148,6 +148,10 @@ def _slope(go: Tensor, v: Tensor, p: Tensor) -> Tensor:
     return ds
 
 
+# As they are where a mode is shown them, whatever a program puts in their place later: its own is around the call already.
+SDPA, MULTI_HEAD = F.scaled_dot_product_attention, F.multi_head_attention_forward
+
+
 class _Attention(Function):
     @staticmethod
     def forward(
@@ -167,7 +171,7 @@ class _Attention(Function):
             ctx.save_for_backward(q, k, v, mask, kept, log_sum)
         else:
             with attention_by(FUSED):
-                o = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+                o = SDPA(q, k, v, mask, scale=scale)
             ctx.save_for_backward(q, k, v, mask)
         result: Tensor = o
         return result
@@ -252,7 +256,7 @@ def attention(
     full = query.dim() > 1 and min(query.numel(), key.numel(), value.numel()) > 0  # the matrices of an empty one have no number
     if not (same and fits and full) or dropout_p or enable_gqa or not dtype.is_floating_point:
         with attention_by(BY_MATH):
-            return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            return SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if dtype != wide(query):
         return widely(partial(attention, phase), query, key, value, attn_mask, 0.0, is_causal, scale)
     if is_causal:
@@ -277,9 +281,6 @@ def _opened(function: Any) -> Any:
         return None
     names = {**function.__globals__, asks: lambda tensors: False}
     return FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
-
-
-MULTI_HEAD = F.multi_head_attention_forward  # as it is where a mode is shown it, whatever a program puts in its place later
 
 
 def multi_head(mode: TorchFunctionMode, *args: Any, **settings: Any) -> Any:

@@ -39,6 +39,8 @@ def _kernels(device: torch.device) -> Any | None:
         found = importlib.import_module("attrreg.ops.kernels")
         probe = torch.zeros(1, device=device)
         found.smooth("SILU", probe, probe, probe)
+    except torch.OutOfMemoryError:  # which says nothing of the next call
+        raise
     except Exception as error:  # for example no C compiler, which Triton needs on first use
         warnings.warn(
             f"attrreg's Triton kernels do not run on {device}, so normalisations and activations take PyTorch's operators, which are as "

@@ -67,6 +67,7 @@ def _smooth(v, gy, x, for_gy, for_x, count, KIND: tl.constexpr, BLOCK: tl.conste
     elif KIND == "TANH_GELU":  # see `activation`
         k: tl.constexpr = 0.7978845608028654
         c: tl.constexpr = 0.044715
+        z = tl.where(z > 64, 64.0, tl.where(z < -64, -64.0, z))
         t = 2 * _sigmoid(2 * k * (z + c * z * z * z)) - 1
         first = k * (1 + 3 * c * z * z)
         inner = 1 - t * t

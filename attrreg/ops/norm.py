@@ -154,7 +154,11 @@ def instance_norm(
     # PyTorch refuses a single position.
     if not (own and fits and input.numel() and eps > 0) or input.shape[2:].numel() == 1:
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    return group_norm(phase, input.contiguous(), input.shape[1], weight, bias, eps).to(input.dtype)
+    x = input.contiguous()
+    # The norm does not change, nor do its derivatives, but a layer norm's kernel loses digits where means are large.
+    if x.dtype == wide(x):
+        x = x - x.detach().mean(tuple(range(2, x.dim())), keepdim=True)
+    return group_norm(phase, x, input.shape[1], weight, bias, eps).to(input.dtype)
 
 
 class _Divided(Function):

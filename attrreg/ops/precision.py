@@ -17,9 +17,9 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 def widely(function: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
-    """Call a function of half types in float32, and round its result once; under CUDA's autocast it stays float32, as PyTorch's."""
-    y = _cast(function, wide(x), x, *rest)
-    return y if x.is_cuda and torch.is_autocast_enabled("cuda") else y.to(x.dtype)
+    """Call a function of half types in float32, and round its result once; under a GPU's autocast it stays float32, as PyTorch's."""
+    y, kind = _cast(function, wide(x), x, *rest), x.device.type
+    return y if kind in ("cuda", "xpu") and torch.is_autocast_enabled(kind) else y.to(x.dtype)
 
 
 def autocasts(x: Tensor) -> bool:

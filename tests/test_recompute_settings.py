@@ -1,0 +1,75 @@
+"""Chunked paths run again by the model of their first run, whatever it holds by then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attrreg
+from tests.models import assert_close, batch
+from tests.test_recompute import net
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.scale * h
+
+
+CHANGES: dict[str, Callable[[nn.Sequential], Any]] = {
+    "modes": lambda model: model.eval(),
+    "a setting": lambda model: setattr(model[2], "scale", 2.0),
+    "a hook": lambda model: model[2]._forward_hooks.clear(),
+    "a new hook": lambda model: model[5].register_forward_hook(lambda module, args, result: 2 * result),
+    "a parameter": lambda model: setattr(model[5], "weight", nn.Parameter(2 * model[5].weight.detach())),  # type: ignore[operator]
+    "a layer": lambda model: model.__setitem__(1, nn.Identity()),
+    "all parameters": lambda model: model.load_state_dict({k: 2 * v for k, v in model.state_dict().items()}, assign=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_chunks_run_by_the_model_of_their_first_run(change: str) -> None:
+    x, mask, target = batch(3, channels=2, size=8, classes=3)
+    found = []
+    for chunk in (2, None):
+        torch.manual_seed(0)
+        layers = nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), Scaled(), nn.SiLU(), nn.Flatten(), nn.Linear(8 * 36, 3)
+        model = nn.Sequential(*layers).double()
+        model[2].register_forward_hook(lambda module, args, result: result.square())
+        weights = list(model.parameters())
+        value = attrreg.IntegratedGradients(steps=4, chunk=chunk)(model, x.double(), mask, target)
+        CHANGES[change](model)
+        after = [*vars(model[2]).items()], [*model.modules()], [*map(id, model.parameters())], [*model[5]._forward_hooks]
+        value.backward()
+        assert after == ([*vars(model[2]).items()], [*model.modules()], [*map(id, model.parameters())], [*model[5]._forward_hooks])
+        found.append([value, *(torch.zeros(1) if weight.grad is None else weight.grad for weight in weights)])
+    assert_close(found[0], found[1], 1e-10)
+
+
+@pytest.mark.parametrize("derived", [False, True])
+def test_chunks_train_lent_parameters(derived: bool) -> None:
+    model, (x, mask, target) = net(nn.Identity()), batch(3, channels=2, size=8, classes=3)
+
+    class Penalised(nn.Module):
+        def __init__(self, chunk: int | None) -> None:
+            super().__init__()
+            self.model, self.chunk = model, chunk
+
+        def forward(self) -> Tensor:
+            return attrreg.IntegratedGradients(steps=4, chunk=self.chunk)(self.model, x.double(), mask, target)
+
+    found = []
+    for chunk in (1, None):
+        leaves = {name: (1.5 * value.detach()).requires_grad_() for name, value in Penalised(chunk).named_parameters()}
+        lent = {name: value * value if derived else value for name, value in leaves.items()}
+        torch.func.functional_call(Penalised(chunk), lent, ()).backward()
+        found.append([torch.zeros(1) if leaf.grad is None else leaf.grad for leaf in leaves.values()])
+        assert found[-1][0].any()
+    assert_close(found[0], found[1], 1e-10)
