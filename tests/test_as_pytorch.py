@@ -105,6 +105,9 @@ OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "attention of heads, mask of tokens": lambda x: _masked(x, 1, 1, 1, None),
     "attention of heads, mask of rows": lambda x: _masked(x, None, 1),
     "attention of heads, mask of three axes": lambda x: _masked(x, 1, None, None),
+    "attention of heads, by the same queries": lambda x: F.scaled_dot_product_attention(
+        _heads(x)[:1].expand_as(_heads(x)), *[_heads(x)] * 2
+    ),
     "attention of matrices": lambda x: F.scaled_dot_product_attention(x[0], x[0], x[0]),
 }
 EITHER = ("group norm", "batch norm, eval")  # whose layout is not compared at one position or one image, where both are the same in memory
