@@ -94,6 +94,9 @@ ATTENTION: dict[str, Callable[..., Tensor]] = {
     "with a constant bias that hides all from one by a finite number": lambda q, k, v, m: (
         F.scaled_dot_product_attention(q, k, v, m.detach().masked_fill(torch.arange(4)[:, None] == 1, torch.finfo(m.dtype).min)) + m.sum()
     ),
+    "with a constant bias that hides all from one by a number of no great size": lambda q, k, v, m: (
+        F.scaled_dot_product_attention(q, k, v, m.detach().masked_fill(torch.arange(4)[:, None] == 1, -1e4)) + m.sum()
+    ),
     "masked": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, (m > -0.5)[:1]) + m.sum(),
     "causal": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, is_causal=True) + m.sum(),
     "of one head": lambda q, k, v, m: F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0]) + m.sum(),
