@@ -250,11 +250,12 @@ def test_attention_to_nothing(tokens: int) -> None:
 
 
 @pytest.mark.cpu
-def test_attention_is_computed_where_its_inputs_are() -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_computed_where_its_inputs_are(causal: bool) -> None:
     q = torch.randn(2, 3, 4, 6)
     with torch.device("meta"), twice_differentiable(Phase()):  # as of `torch.set_default_device`
-        found = F.scaled_dot_product_attention(q, q, q)
-    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, q, q))
+        found = F.scaled_dot_product_attention(q, q, q, is_causal=causal)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, q, q, is_causal=causal))
 
 
 @pytest.mark.cpu
