@@ -253,7 +253,7 @@ AXIS: Any = {"axis": 1}  # these are not in PyTorch's stubs
 NUMBER: Any = np.int64(1)
 TENSOR: Any = torch.tensor(1)
 CALLS: dict[str, Callable[[Tensor], Any]] = {
-    "cat with a placeholder": lambda h: torch.cat([torch.empty(0), h], 1),
+    "cat with a placeholder": lambda h: torch.cat([h, torch.empty(0)], 1),
     "cat, axis": lambda h: torch.cat([h, h], **AXIS),
     "concatenate, axis": lambda h: torch.concatenate([h, h], **AXIS),
     "norm, axis": lambda h: torch.linalg.norm(h, keepdims=True, **AXIS),
