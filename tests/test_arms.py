@@ -340,3 +340,9 @@ def test_features_of_another_width_are_refused() -> None:
     with pytest.raises(ValueError, match=r"features are 20 wide, but were 80\. "):
         invariance(model, x[..., :4, :4], mask[:, :4, :4])
     assert invariance.step == 1
+
+
+def test_features_that_are_not_by_image_are_refused() -> None:
+    (x, mask, _), model = smooth_batch(), nn.Sequential(nn.Flatten(0, 1), nn.Unflatten(0, (3, 2)), SmoothNet()).double()
+    with pytest.raises(ValueError, match=r"layer '0' gives \(6, 8, 8\) for 3 images"):
+        attrreg.AdversarialInvariance(layer="0", hidden=(8,))(model, x, mask)
