@@ -97,7 +97,9 @@ def test_value_and_gradients_with_a_constant_discriminator() -> None:
     model, (x, mask, _) = SmoothNet().double(), smooth_batch()
     invariance = attrreg.AdversarialInvariance(2.0, layer="body", fill=baselines.Zero(), every=2, hidden=(8,))
     invariance(model, x, mask)  # trains
+    trained = copy.deepcopy(network(invariance))
     value = invariance(model, x, mask)  # does not
+    assert all(map(torch.equal, trained.parameters(), network(invariance).parameters()))
     relevant = mask.unsqueeze(1).to(x.dtype)
     layers = nn.Sequential(model.stem, model.act, model.body)
     judge = copy.deepcopy(network(invariance))
@@ -161,7 +163,7 @@ def test_a_checkpoint_goes_on_where_it_was() -> None:
     second.load_state_dict(fresh)  # of before the first call
     assert second.step == 0 and second._discriminator.network is None
     second.load_state_dict(first.state_dict())
-    assert second.step == 3
+    assert second.step == 3 and not network(second).training
     for step in range(3, 6):
         torch.testing.assert_close(second(model, x, mask, generator=torch.Generator().manual_seed(step)), values[step])
 
@@ -196,10 +198,20 @@ def test_the_seed_alone_chooses_the_discriminators_first_weights() -> None:
     assert found[0] == found[1] != found[2]
 
 
+def test_the_discriminators_layers_do_not_grow() -> None:
+    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
+    invariance = attrreg.AdversarialInvariance(fill=baselines.Zero(), hidden=(8, 8), rate=0.1)
+    for _ in range(30):
+        invariance(model, x, mask)
+    largest = [torch.linalg.matrix_norm(layer.weight, 2).item() for layer in network(invariance).modules() if isinstance(layer, nn.Linear)]
+    assert largest == pytest.approx([1.0] * 3, rel=0.1)  # as spectral normalisation estimates them
+
+
 def test_no_annotation_trains_nobody() -> None:
     model, (x, mask, _) = SmoothNet().double(), smooth_batch()
     invariance = attrreg.AdversarialInvariance(hidden=(8,))
     value = invariance(model, x, mask, annotated=torch.zeros(3, dtype=torch.bool))
+    assert not network(invariance).training
     fresh = copy.deepcopy(invariance)._discriminator
     fresh.build(fresh.width, x.device, x.dtype)
     assert fresh.network is not None and all(map(torch.equal, network(invariance).parameters(), fresh.network.parameters()))
@@ -328,3 +340,9 @@ def test_features_of_another_width_are_refused() -> None:
     with pytest.raises(ValueError, match=r"features are 20 wide, but were 80\. "):
         invariance(model, x[..., :4, :4], mask[:, :4, :4])
     assert invariance.step == 1
+
+
+def test_features_that_are_not_by_image_are_refused() -> None:
+    (x, mask, _), model = smooth_batch(), nn.Sequential(nn.Flatten(0, 1), nn.Unflatten(0, (3, 2)), SmoothNet()).double()
+    with pytest.raises(ValueError, match=r"layer '0' gives \(6, 8, 8\) for 3 images"):
+        attrreg.AdversarialInvariance(layer="0", hidden=(8,))(model, x, mask)

@@ -69,6 +69,10 @@ def _heads(x: Tensor) -> Tensor:
     return heads.transpose(1, 2)
 
 
+def _same(x: Tensor) -> Tensor:
+    return _heads(x)[:1].expand_as(_heads(x))
+
+
 def _masked(x: Tensor, *shape: int | None) -> Tensor:
     q = _heads(x)
     return F.scaled_dot_product_attention(q, q, q, q.new_zeros([size or q.shape[-2] for size in shape]))
@@ -105,6 +109,9 @@ OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "attention of heads, mask of tokens": lambda x: _masked(x, 1, 1, 1, None),
     "attention of heads, mask of rows": lambda x: _masked(x, None, 1),
     "attention of heads, mask of three axes": lambda x: _masked(x, 1, None, None),
+    "attention of heads, keys not dense": lambda x: F.scaled_dot_product_attention(_heads(x), _heads(x).mT.contiguous().mT, _heads(x)),
+    "attention of heads, narrow values": lambda x: F.scaled_dot_product_attention(_heads(x), _heads(x), _heads(x)[..., :1]),
+    "attention of heads, by the same queries": lambda x: F.scaled_dot_product_attention(_same(x), _heads(x), _heads(x)),
     "attention of matrices": lambda x: F.scaled_dot_product_attention(x[0], x[0], x[0]),
 }
 EITHER = ("group norm", "batch norm, eval")  # whose layout is not compared at one position or one image, where both are the same in memory
@@ -246,10 +253,15 @@ AXIS: Any = {"axis": 1}  # these are not in PyTorch's stubs
 NUMBER: Any = np.int64(1)
 TENSOR: Any = torch.tensor(1)
 CALLS: dict[str, Callable[[Tensor], Any]] = {
+    "cat with a placeholder": lambda h: torch.cat([h, torch.empty(0)], 1),
     "cat, axis": lambda h: torch.cat([h, h], **AXIS),
     "concatenate, axis": lambda h: torch.concatenate([h, h], **AXIS),
     "norm, axis": lambda h: torch.linalg.norm(h, keepdims=True, **AXIS),
     "vector norm, axis": lambda h: torch.linalg.vector_norm(h, **AXIS),
+    "norm in another type": lambda h: torch.norm(h, dim=1, dtype=torch.float64),
+    "norm of complex numbers": lambda h: torch.fft.rfft2(h).norm(dim=1),
+    "vector norm of complex numbers": lambda h: torch.linalg.vector_norm(torch.fft.rfft2(h), dim=1),
+    "matrix's norm of complex numbers": lambda h: torch.linalg.norm(torch.fft.rfft2(h), dim=(1, 2)),
     "vector norm, out": lambda h: torch.linalg.vector_norm(h, dim=1, out=None),
     "NumPy's number": lambda h: F.conv2d(h, _weights(8, C, 3, 3), padding=NUMBER, stride=(NUMBER, 1)),
     "a tensor": lambda h: F.conv2d(h, _weights(8, C, 3, 3), padding=TENSOR),

@@ -94,6 +94,9 @@ ATTENTION: dict[str, Callable[..., Tensor]] = {
     "with a constant bias that hides all from one by a finite number": lambda q, k, v, m: (
         F.scaled_dot_product_attention(q, k, v, m.detach().masked_fill(torch.arange(4)[:, None] == 1, torch.finfo(m.dtype).min)) + m.sum()
     ),
+    "with a constant bias that hides all from one by a number of no great size": lambda q, k, v, m: (
+        F.scaled_dot_product_attention(q, k, v, m.detach().masked_fill(torch.arange(4)[:, None] == 1, -1e4)) + m.sum()
+    ),
     "masked": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, (m > -0.5)[:1]) + m.sum(),
     "causal": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, is_causal=True) + m.sum(),
     "of one head": lambda q, k, v, m: F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0]) + m.sum(),
@@ -118,7 +121,7 @@ def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize("name", ATTENTION)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 8e-3)])
 def test_attention_equals_the_math_path(name: str, dtype: torch.dtype, tolerance: float) -> None:
     inputs = [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in SHAPES]
     check(ATTENTION[name], inputs, tolerance, sdpa_kernel(SDPBackend.MATH))
@@ -250,11 +253,12 @@ def test_attention_to_nothing(tokens: int) -> None:
 
 
 @pytest.mark.cpu
-def test_attention_is_computed_where_its_inputs_are() -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_computed_where_its_inputs_are(causal: bool) -> None:
     q = torch.randn(2, 3, 4, 6)
     with torch.device("meta"), twice_differentiable(Phase()):  # as of `torch.set_default_device`
-        found = F.scaled_dot_product_attention(q, q, q)
-    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, q, q))
+        found = F.scaled_dot_product_attention(q, q, q, is_causal=causal)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, q, q, is_causal=causal))
 
 
 @pytest.mark.cpu

@@ -205,21 +205,22 @@ def test_a_map_that_is_shown_communicates_nothing(two: Ranks) -> None:
     torch.testing.assert_close(found, attrreg.InputGradient().attribute(Case(()).model(), x, target))
 
 
-def said(rank: int) -> tuple[float, float]:
+def said(rank: int) -> tuple[float, ...]:
     model, (x, mask, target) = Case(()).model(), shares(2)[rank]
     flags = annotated(UNEVEN[rank])
     own = TERMS(model, x, mask, target, annotated=flags, group=False)
     groups: list[Any] = [dist.new_group([0]), dist.new_group([1])]
     same = TERMS(DistributedDataParallel(model), x, mask, target, annotated=flags, group=groups[rank])
-    return float(own.detach()), float(same.detach())
+    wrapped = TERMS(DistributedDataParallel(model, process_group=groups[rank]), x, mask, target, annotated=flags)
+    return float(own.detach()), float(same.detach()), float(wrapped.detach())
 
 
-def test_means_run_over_the_group_that_the_user_passes(two: Ranks) -> None:
+def test_means_run_over_the_group_that_the_user_passes_or_wraps_with(two: Ranks) -> None:
     model = Case(()).model()
     for rank, values in enumerate(two(said)):
         x, mask, target = shares(2)[rank]
         want = TERMS(model, x, mask, target, annotated=annotated(UNEVEN[rank]))
-        assert values == pytest.approx((float(want.detach()),) * 2, rel=1e-9)
+        assert values == pytest.approx((float(want.detach()),) * 3, rel=1e-9)
 
 
 def features_only(rank: int) -> float:

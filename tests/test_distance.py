@@ -25,6 +25,7 @@ NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "norm": lambda x: x.norm(),
     "norm of all, kept": lambda x: x.norm(2, dim=None, keepdim=True),
     "norm of axes": lambda x: x.norm(p=2, dim=(1, 2), keepdim=True),
+    "norm of matrices": lambda x: x.norm(dim=(1, 2)),
     "norm p=3": lambda x: x.norm(p=3, dim=1),
     "torch.norm": lambda x: torch.norm(x, dim=-1),
     "torch.norm in another dtype": lambda x: torch.norm(x, dim=-1, dtype=torch.float64),
@@ -33,6 +34,7 @@ NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "vector_norm p=3": lambda x: torch.linalg.vector_norm(x, 3.0, dim=1, keepdim=True),
     "vector_norm p=inf": lambda x: torch.linalg.vector_norm(x, float("inf"), dim=2),
     "linalg.norm": lambda x: torch.linalg.norm(x),
+    "linalg.norm of matrices": lambda x: torch.linalg.norm(x, dim=(1, 2)),
     "linalg.norm of rows": lambda x: torch.linalg.norm(x, 2, dim=-1, keepdim=True),
     "linalg.norm, NumPy's axis": lambda x: torch.linalg.norm(x, dim=NUMBER),
     "spectral norm": lambda x: torch.linalg.norm(x, 2, dim=(1, 2)),
@@ -60,7 +62,13 @@ def test_norms(name: str) -> None:
             assert torch.autograd.gradgradcheck(function, x)
 
 
-@pytest.mark.parametrize("name", ["normalize", "normalize p=fro", "norm", "norm of axes", "torch.norm", "vector_norm", "linalg.norm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("normalize", "normalize p=fro", "norm", "norm of axes", "norm of matrices"),
+        *("torch.norm", "vector_norm", "linalg.norm", "linalg.norm of matrices"),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_norms_at_zero(name: str, dtype: torch.dtype) -> None:
     x = torch.zeros(2, 3, 4, dtype=dtype, requires_grad=True)

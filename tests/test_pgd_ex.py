@@ -36,9 +36,11 @@ def naive_pgd(
 
 
 @pytest.mark.parametrize("within", [True, False])
+@pytest.mark.parametrize("soft", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_pgd_ex_against_one_image_at_a_time(reduction: Any, within: bool) -> None:
+def test_pgd_ex_against_one_image_at_a_time(reduction: Any, soft: bool, within: bool) -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    mask = torch.rand_like(x[:, 0]) if soft else mask
     x = x.clamp(-1, 1) if within else x
     assert within or (x.abs() > 1).any()
     regularizer = attrreg.PGDEx(epsilon=0.2, steps=4, rate=0.07, bounds=(-1.0, 1.0)).reduced(reduction)
@@ -73,6 +75,16 @@ def test_pgd_ex_leaves_unannotated_images_out_and_relevant_pixels_alone() -> Non
     torch.testing.assert_close(regularizer(model, x, mask, target, annotated=annotated), want)
     everything = torch.ones_like(mask)
     torch.testing.assert_close(regularizer(model, x, everything, target), F.cross_entropy(model(x), target))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_pgd_ex_takes_a_mask_of_another_size(dtype: torch.dtype) -> None:
+    model, (x, _, target), small = SmoothNet().to(dtype), smooth_batch(), torch.rand(3, 4, 4) < 0.5
+    values = [
+        attrreg.PGDEx(epsilon=0.2)(model, x.to(dtype), mask, target)
+        for mask in (small, small.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    ]
+    torch.testing.assert_close(*values)
 
 
 @pytest.mark.parametrize("bounds", [None, (0.0, 1.0), (-1.0, 1.0)])

@@ -72,7 +72,7 @@ def test_gradients_by_differences() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
-@pytest.mark.parametrize("case", ["packed", "projection", "dropout", "half"])
+@pytest.mark.parametrize("case", ["packed", "projection", "dropout", "half", "autocast"])
 def test_packed_projected_dropped_out_and_half_layers_are_pytorchs(case: str) -> None:
     kinds: dict[str, dict[str, Any]] = {"projection": {"proj_size": 2}, "dropout": {"dropout": 0.5, "num_layers": 2}}
     dtype = torch.bfloat16 if case == "half" else torch.float32
@@ -82,7 +82,7 @@ def test_packed_projected_dropped_out_and_half_layers_are_pytorchs(case: str) ->
     values = []
     for context in (twice_differentiable(Phase()), nullcontext()):
         torch.manual_seed(1)
-        with context:
+        with context, torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
             values.append(layer(given))
     torch.testing.assert_close(*values, rtol=0, atol=0)
 

@@ -137,6 +137,7 @@ def test_evaluate_on_a_skipped_step_is_the_plain_forward() -> None:
     torch.testing.assert_close(first.total, 2 * once)
     assert float(first.total.detach()) == pytest.approx(float(sum(first.terms.values())), rel=1e-5)
     second = regularizer.evaluate(model, x, mask, target)
+    assert regularizer.step == 2
     assert second.terms.keys() == first.terms.keys()
     assert not any(value.any() or value.requires_grad for value in second.terms.values())
     (F.cross_entropy(second.output, target) + second.total).backward()

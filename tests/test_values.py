@@ -145,3 +145,12 @@ def test_tokens_are_read_as_a_grid() -> None:
     patches, slopes = kept[0][:, -side * side :], gradient[:, -side * side :]
     want = (patches * slopes.mean(dim=1, keepdim=True)).sum(dim=2).reshape(2, 1, side, side).detach()
     same(got, want, 1e-10)
+
+
+def test_random_places_are_an_images_own_each_from_a_baseline_of_its_own() -> None:
+    x, path = torch.rand(3, 2, 4, 4, dtype=torch.float64), points.RandomPlaces(baselines.Noise(), 4, None)
+    stops = path.stops(x, None, torch.Generator().manual_seed(0))
+    places = torch.stack([torch.as_tensor(stop.alpha) for stop in stops])
+    assert places.shape == (4, 3, 1, 1, 1) and places.dtype == x.dtype and places.unique().numel() == 12
+    assert ((places >= 0) & (places < 1)).all() and [stop.weight for stop in stops] == [0.25] * 4
+    assert len({stop.baseline.sum().item() for stop in stops}) == 4

@@ -103,8 +103,8 @@ def _order(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> list[int] | 
     dense = all(tensor.stride(-1) == 1 for tensor in (q, k, v))
     if not (dense and _fits_kernel(q, k, v, mask)) or (mask is not None and (mask.dim() == 3 or mask.requires_grad)):
         return None
-    axes = list(range(q.dim()))
-    return axes if 0 in q.stride() else sorted(axes, key=q.stride, reverse=True)
+    like = torch.empty_like(q, device="meta") if 0 in q.stride() else q  # an expanded one's axes have no order of their own
+    return sorted(range(q.dim()), key=like.stride, reverse=True)
 
 
 def _for_kernel(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
