@@ -193,3 +193,6 @@ def test_other_inputs_keep_all_images_together() -> None:
     settings: dict[str, Any] = {"annotated": torch.tensor([False, True, False, True]), "inputs": (torch.rand(4, 1).double(), x)}
     want = TERM.evaluate(model, x, mask, target, **settings).total
     torch.testing.assert_close(TERM(model, x, mask, target, **settings), want, rtol=1e-12, atol=0)
+    with passes() as counted:
+        WHOLE_PATH(model, x, mask, target, **settings)
+    assert counted.forward == 4  # and places of a path alone

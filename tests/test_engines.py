@@ -319,7 +319,8 @@ def test_a_model_without_second_derivatives() -> None:
     model.load_state_dict(plain.state_dict())
     difference = attrreg.ActivationDifference(fill=baselines.Zero())
     assert_close(gradients(model, difference(model, x, mask)), gradients(plain, difference(plain, x, mask)), 1e-12)
-    exact = gradients(plain, attrreg.InputGradient()(plain, x, mask, target))
-    assert_close(gradients(model, attrreg.InputGradient().using(FINE)(model, x, mask, target)), exact, 1e-6)
+    for term in (attrreg.InputGradient(), attrreg.IntegratedGradients(steps=3)):
+        exact = gradients(plain, term(plain, x, mask, target))
+        assert_close(gradients(model, term.using(FINE)(model, x, mask, target)), exact, 1e-6)
     with pytest.raises(RuntimeError, match="once_differentiable"):  # PyTorch's own words, and no wrong gradient
         attrreg.InputGradient()(model, x, mask, target).backward()
