@@ -60,12 +60,13 @@ def state_key(model: nn.Module) -> Hashable:
 
 
 def output_key(output: Select) -> Hashable:
-    """A key for an `output=`: the code of a function, the name of another callable's type; these themselves may hold the model.
+    """A key for an `output=`: the code of a function, a module's state, the name of another's type; these themselves may hold the model.
 
     `call.picked_by` gives one only to functions that always pick alike. Here every callable has one: passes check what is shown under it.
     """
     kind: Any = type(output)
-    return getattr(output, "__code__", f"{kind.__module__}.{kind.__qualname__}") if callable(output) else (output,)
+    key = getattr(output, "__code__", f"{kind.__module__}.{kind.__qualname__}") if callable(output) else (output,)
+    return (key, state_key(output)) if isinstance(output, nn.Module) else key
 
 
 def images_apart(call: Call) -> bool:

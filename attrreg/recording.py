@@ -266,8 +266,8 @@ def _differences(now: list[Tensor], before: list[Kept]) -> list[bool | Tensor]:
     """For each buffer, whether it changed; where values were compared, a tensor on their device, so that nobody waits for a GPU yet."""
     found: list[bool | Tensor] = [len(now) != len(before)]
     for buffer, (earlier, then, value) in zip(now, before, strict=False):
-        same = buffer is earlier and version(buffer) == then
-        if same and value is not None and buffer.shape == value.shape:
+        same = buffer is earlier and version(buffer) == then and (value is None or buffer.shape == value.shape)
+        if same and value is not None:
             found.append(((buffer != value) & ((buffer == buffer) | (value == value))).any())  # NaN is NaN
         else:
             found.append(not same)

@@ -90,3 +90,11 @@ def test_float16_has_no_infinite_scale() -> None:
     model, (x, mask, target) = Saturated().half(), smooth_batch()
     value = attrreg.InputGradient(score=scores.TargetLogProb())(model, x.half(), mask, torch.zeros_like(target))
     assert value.isfinite()
+
+
+def test_distances_of_half_activations_survive_float16() -> None:
+    model, (x, mask, _) = SmoothNet(), batch(3, channels=2, size=24)
+    with torch.no_grad():
+        model.stem.weight.mul_(3000)
+    value = attrreg.ActivationDifference("stem")(model.half(), x.half(), mask)
+    assert value.dtype == torch.float32 and torch.finfo(torch.float16).max < value < torch.inf

@@ -289,6 +289,15 @@ def test_an_adapter_beside_the_classifier_is_not_taken_for_it(dropout: float, ra
         TERMS["activation_difference"](adapted, x, mask)
 
 
+def test_a_layer_of_the_same_width_before_an_adapted_classifier_is_not_taken_for_it() -> None:
+    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
+    model.drop = nn.Sequential(nn.Linear(5, 5), nn.Tanh()).double()  # type: ignore[assignment]
+    adapted = copy.deepcopy(model)
+    adapted.head = LowRank(adapted.head, 0.0, 2).double()  # type: ignore[assignment]
+    difference = TERMS["activation_difference"]
+    torch.testing.assert_close(difference(adapted, x, mask), difference(model, x, mask))
+
+
 def test_a_layer_under_its_other_name() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     model.alias = model.body

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import attrreg
-from attrreg import baselines
+from attrreg import baselines, folding
 from attrreg.trace import passes
 from tests.models import SmoothNet, assert_close, gradients, smooth_batch
 from tests.test_part import Watched
@@ -131,6 +131,39 @@ def test_places_may_meet_in_gradients_alone(zero: bool) -> None:
     torch.testing.assert_close(*found, rtol=1e-10, atol=0)
 
 
+class Depth(nn.Identity):
+    """Stochastic depth as Hugging Face's models have it where none is asked for."""
+
+    drop_prob: float | None = None
+
+
+class Functional(nn.Module):
+    """Dropout that no layer tells of."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return nn.functional.dropout(h, 0.5, self.training)
+
+
+HEADS = [(lambda: nn.Dropout(0.5), 4), (lambda: nn.Dropout(0.0), 1), (lambda: nn.BatchNorm1d(16), 4), (Depth, 1), (Functional, 5)]
+
+
+@pytest.mark.parametrize(("layer", "forwards"), HEADS)
+def test_a_head_outside_has_modes_of_its_own(layer: Callable[[], nn.Module], forwards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (x, _, target) = SmoothNet(classes=16).double(), smooth_batch()
+    head = nn.Sequential(layer(), nn.Linear(16, 3)).double().eval()
+    for _ in range(2):
+        WHOLE_PATH.attribute(model, x, target, output=head)
+    head.train()
+    found = []
+    for expected in (forwards, 4):
+        torch.manual_seed(0)
+        with passes() as counted:
+            found.append(WHOLE_PATH.attribute(model, x, target, output=head))
+        assert counted.forward == expected
+        monkeypatch.setattr(folding, "budget", lambda device: 1)
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-14)
+
+
 @dataclass(frozen=True, repr=False)
 class Noise(baselines.Baseline):
     def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -160,3 +193,6 @@ def test_other_inputs_keep_all_images_together() -> None:
     settings: dict[str, Any] = {"annotated": torch.tensor([False, True, False, True]), "inputs": (torch.rand(4, 1).double(), x)}
     want = TERM.evaluate(model, x, mask, target, **settings).total
     torch.testing.assert_close(TERM(model, x, mask, target, **settings), want, rtol=1e-12, atol=0)
+    with passes() as counted:
+        WHOLE_PATH(model, x, mask, target, **settings)
+    assert counted.forward == 4  # and places of a path alone

@@ -6,6 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,23 @@ def test_the_automatic_layer_is_found_anew_where_another_is_right(change: Callab
     want = attrreg.GradCAM()(fresh, x, mask, target)
     torch.testing.assert_close(value, want, rtol=1e-13, atol=0)
     assert_close(gradients(model, value), gradients(fresh, want), 1e-12)
+
+
+class ShowsMaps(SmoothNet):
+    """Returns its last map."""
+
+    def forward(self, x: Tensor) -> Any:
+        maps = self.body(self.act(self.stem(x)))
+        return {"logits": self.head(maps.mean((2, 3))), "maps": maps}
+
+
+def test_a_map_that_the_loop_has_written_into_is_computed_anew() -> None:
+    model, (x, mask, target), regularizer = ShowsMaps().double(), smooth_batch(), attrreg.GradCAM()
+    want = regularizer(model, x, mask, target, output="logits")
+    with regularizer.attach(model):
+        for _ in range(2):  # the second time, the layer is known
+            model(x)["maps"].mul_(2)
+            torch.testing.assert_close(regularizer(model, x, mask, target, output="logits"), want)
 
 
 class Grown(nn.Module):

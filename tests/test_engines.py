@@ -91,6 +91,14 @@ def test_a_loss_may_have_the_only_weights_that_are_trained() -> None:
     assert_close(found[1], found[0], 1e-6)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_images_alone_are_nothing_to_train(engine: engines.Engine) -> None:
+    model, (x, mask, target) = SmoothNet().double().requires_grad_(False), smooth_batch()
+    model.add_module("elsewhere", nn.Linear(2, 2))
+    with pytest.raises(RuntimeError, match="no path to any trainable parameter"):
+        attrreg.InputGradient().using(engine)(model, x.requires_grad_(), mask, target)
+
+
 class Block(nn.Module):
     """Two layers, checkpointed or not."""
 
@@ -199,6 +207,24 @@ def test_what_cannot_be_moved_is_refused() -> None:
         _AtFeatures().using(FINE)(model, x, mask, target)
 
 
+class Skips(SmoothNet):
+    """Leaves a layer out of every second forward."""
+
+    forwards = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += 1
+        h = self.stem(x)
+        logits: Tensor = self.head(self.body(self.act(h) if self.forwards % 2 else h.tanh()).mean((2, 3)))
+        return logits
+
+
+def test_a_layer_that_does_not_run_again_was_not_moved() -> None:
+    model, (x, mask, target) = Skips().double(), smooth_batch()
+    with pytest.raises(ValueError, match="layer 'act' did not run in the forward"):
+        attrreg.GradCAM("act").using(FINE)(model, x, mask, target)
+
+
 def test_a_recording_that_cannot_be_differentiated_twice_is_not_used() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     with attrreg.InputGradient().using(FINE).attach(model):
@@ -301,7 +327,8 @@ def test_a_model_without_second_derivatives() -> None:
     model.load_state_dict(plain.state_dict())
     difference = attrreg.ActivationDifference(fill=baselines.Zero())
     assert_close(gradients(model, difference(model, x, mask)), gradients(plain, difference(plain, x, mask)), 1e-12)
-    exact = gradients(plain, attrreg.InputGradient()(plain, x, mask, target))
-    assert_close(gradients(model, attrreg.InputGradient().using(FINE)(model, x, mask, target)), exact, 1e-6)
+    for term in (attrreg.InputGradient(), attrreg.IntegratedGradients(steps=3)):
+        exact = gradients(plain, term(plain, x, mask, target))
+        assert_close(gradients(model, term.using(FINE)(model, x, mask, target)), exact, 1e-6)
     with pytest.raises(RuntimeError, match="once_differentiable"):  # PyTorch's own words, and no wrong gradient
         attrreg.InputGradient()(model, x, mask, target).backward()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import attrreg
-from attrreg import baselines
+from attrreg import baselines, sites
 from attrreg.trace import passes
 from tests.models import SmoothNet, assert_close, batch, gradients, nearly_all, smooth_batch
 
@@ -246,6 +246,14 @@ def test_attach_names_the_term_of_an_unknown_layer() -> None:
         reg.attach(SmoothNet())
 
 
+def test_as_many_tokens_as_images_are_a_grid_unless_a_layer_takes_the_tokens_first() -> None:
+    value, x = torch.randn(4, 4, 8), torch.zeros(4, 3, 32, 32)
+    for first in (True, False):
+        model = nn.ModuleDict({"here": nn.Identity(), "attention": nn.MultiheadAttention(8, 2, batch_first=first)})
+        with nullcontext() if first else pytest.raises(ValueError, match=r"layer 'here' gives .*not a spatial map"):
+            assert sites.to_grid(value, model, x, "here").shape == (4, 8, 2, 2)
+
+
 class Windows(SmoothNet):
     """A layer works on windows, as Swin's attention does."""
 
@@ -257,11 +265,24 @@ class Windows(SmoothNet):
         return super().forward(self.inside(x.reshape(-1, 2, 4, 8)).reshape_as(x))
 
 
+class OneNumber(SmoothNet):
+    """A layer gives a number an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Flatten(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = super().forward(x) * self.inside(x.mean((1, 2, 3), keepdim=True))[:, None]
+        return result
+
+
 @pytest.mark.parametrize("kind", [attrreg.ActivationDifference, attrreg.AdversarialInvariance])
-def test_layers_without_a_row_an_image_are_named(kind: Any) -> None:
-    model, (x, mask, _) = Windows().double(), smooth_batch()
+@pytest.mark.parametrize(("build", "shape"), [(Windows, r"\(6, 2, 4, 8\)"), (OneNumber, r"\(3,\)")])
+def test_layers_without_a_row_an_image_are_named(kind: Any, build: Any, shape: str) -> None:
+    model, (x, mask, _) = build().double(), smooth_batch()
     regularizer = attrreg.ActivationDifference(("inside", "body")) if kind is attrreg.ActivationDifference else kind(layer="inside")
-    with pytest.raises(ValueError, match=r"layer 'inside' gives \(6, 2, 4, 8\) for 3 images.*Name a layer"):
+    with pytest.raises(ValueError, match=rf"layer 'inside' gives {shape} for 3 images.*Name a layer"):
         regularizer(model, x, mask)
 
 

@@ -100,6 +100,11 @@ def test_pgd_ex_moves_no_value_further_than_epsilon(bounds: Any) -> None:
         assert (seen[-1] <= x.clamp(min=bounds[1])).all() and (seen[-1] >= x.clamp(max=bounds[0])).all()
 
 
+def test_pgd_ex_climbs_in_the_type_of_the_images() -> None:
+    model, (x, mask, target) = SmoothNet().bfloat16(), smooth_batch()
+    assert attrreg.PGDEx(epsilon=0.5, steps=2)(model, x.bfloat16(), mask, target).isfinite()
+
+
 def test_pgd_ex_passes() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     with passes() as counted:

@@ -155,6 +155,23 @@ def test_chunks_leave_the_graph_of_inputs_made_elsewhere() -> None:
     assert_close(found[1], found[0], 1e-10)
 
 
+def test_chunks_leave_the_graph_of_what_an_output_reads() -> None:
+    model, (x, mask, target) = SmoothNet(classes=8).double(), smooth_batch()
+    maker, codes, found = nn.Linear(4, 8).double(), torch.randn(3, 4, dtype=torch.float64), []
+    for chunk in (None, 1):
+        prototypes = maker(codes).tanh()
+
+        def read(features: Tensor, prototypes: Tensor = prototypes) -> Tensor:
+            return features @ prototypes.mT
+
+        penalty = attrreg.IntegratedGradients(steps=3, chunk=chunk)(model, x, mask, target, output=read)
+        (F.cross_entropy(read(model(x)), target) + penalty).backward()
+        found.append(accumulated(nn.ModuleList([model, maker])))
+        model.zero_grad()
+        maker.zero_grad()
+    assert_close(found[1], found[0], 1e-10)
+
+
 def test_inputs_that_are_refilled_before_the_backward_are_refused() -> None:
     model, (x, mask, target), gains = Conditioned().double(), smooth_batch(), torch.ones(3, 8, dtype=torch.float64)
     value = attrreg.IntegratedGradients(steps=3, chunk=1)(model, x, mask, target, inputs={"x": x, "gains": gains})

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import pytest
@@ -203,7 +203,28 @@ class Renorm(nn.BatchNorm2d):
         return result
 
 
-@pytest.mark.parametrize("build", [Codes, lambda: Renorm(4)])
+class Moving(nn.Module):
+    """Reads a buffer, and then writes into it, puts another in its place (whose values nobody compares), or makes it longer."""
+
+    kept: Tensor
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.register_buffer("kept", torch.ones(2, dtype=torch.float64 if how == "grows" else torch.complex64))
+
+    def forward(self, h: Tensor) -> Tensor:
+        result = h * self.kept.abs().mean()
+        if self.how == "writes":
+            self.kept.mul_(2)
+        elif self.how == "assigns":
+            self.kept = 2 * self.kept
+        else:  # without PyTorch's noticing
+            self.kept.data = torch.cat([self.kept, 2 * self.kept[-1:]])
+        return result
+
+
+@pytest.mark.parametrize("build", [Codes, lambda: Renorm(4), *(partial(Moving, how) for how in ("writes", "assigns", "grows"))])
 def test_a_forward_that_moves_what_it_reads(build: Callable[[], nn.Module]) -> None:
     model, (x, _, _) = SmoothNet(), smooth_batch()
     model.norm = build()  # type: ignore[assignment]
