@@ -254,7 +254,7 @@ def attention(
     same = alone and query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and dtype == key.dtype == value.dtype
     fits = attn_mask is None or (attn_mask.dim() > 1 and attn_mask.dtype in (torch.bool, dtype, torch.float32))
     full = query.dim() > 1 and min(query.numel(), key.numel(), value.numel()) > 0  # the matrices of an empty one have no number
-    if not (same and fits and full) or dropout_p or enable_gqa or not dtype.is_floating_point:
+    if not (same and fits and full) or dropout_p or not dtype.is_floating_point:
         with attention_by(BY_MATH):
             return SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if dtype != wide(query):

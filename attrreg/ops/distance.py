@@ -28,7 +28,7 @@ def two_norm(x: Tensor, dim: Any, keepdim: bool = False, dtype: torch.dtype | No
         x = x.to(dtype)
     if x.dtype != wide(x):  # which has room for the squares
         return widely(two_norm, x, dim, keepdim)
-    squared = x.square().sum(dim=tuple(range(x.dim())) if dim is None else dim, keepdim=keepdim)
+    squared = x.square().sum(dim=dim, keepdim=keepdim)
     zero = squared == 0  # where sqrt has no derivatives
     return squared.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 

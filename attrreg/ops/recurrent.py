@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from attrreg.ops.linear import PLAIN, linear
-from attrreg.ops.phase import THIRD, Phase, once_differentiable, wanted
+from attrreg.ops.phase import Phase, once_differentiable, wanted
 from attrreg.ops.precision import autocasts
 from attrreg.state import full_precision
 
@@ -133,14 +133,11 @@ class _RecurrenceGradient(Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dp, dh, dc, h, c = _back(gh, gc, ggates, w, c0, cells, gates)
         ctx.save_for_backward(w, c0, cells, gates, dp, dh, dc)
-        ctx.is_second_order = ggates is not None  # only a second derivative sends gradients to the gates
         return dp, h, c
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v: Tensor, y0: Tensor, x0: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.is_second_order:  # else its share in a third derivative would be left out
-            raise RuntimeError(THIRD)
         w, c0, cells, gates, dp, dh, dc = ctx.saved_tensors
         steps, e = _Steps.of(c0, cells, gates), torch.empty_like(gates)
         y, x = (cells.new_empty((len(cells) + 1, *c0.shape)) for _ in range(2))
@@ -195,7 +192,7 @@ def lstm(phase: Phase, *args: Any, **settings: Any) -> tuple[Tensor, Tensor, Ten
 
 def _fits(*args: Any, **settings: Any) -> bool:
     """Whether arguments are those of `nn.LSTM` for a batch of sequences, and its layers are plain ones."""
-    if settings or len(args) != 9 or isinstance(args[1], Tensor):
+    if len(args) != 9 or isinstance(args[1], Tensor):
         return False
     x, states, weights, biased, layers, dropout, training, both, batch_first = args
     tensors = [x, *states, *weights]
