@@ -17,7 +17,7 @@ from attrreg.distributed import sharded
 from attrreg.recording import Recording, parts
 from attrreg.runner import Runner
 from attrreg.sites import INPUT, OUTPUT
-from attrreg.state import Rng, autocast_type, isolated
+from attrreg.state import autocast_type, isolated
 from attrreg.walk import modules
 
 # What may be raised by a model or a baseline that expects a certain number of images, where it gets another one.
@@ -94,10 +94,8 @@ def _are_apart(call: Call, number: int, thorough: bool) -> bool | None:
     half = (order < max(1, images // 2)).to(device)
     bits = [(order >> bit & 1 == 1).to(device) for bit in range((images - 1).bit_length())] if thorough else []
     runner = Runner(call, twice=False)
-    with isolated(call.model, device=device):
-        start = Rng.of(device)
+    with isolated(call.model, device):
         recording = runner.forward(call.x.detach(), {INPUT: True}, check=True)
-        drew = not Rng.of(device).same(start)
         outputs = _by_image(runner, recording, images)
         differentiable = [part for part in outputs if part.requires_grad]
         for chosen in [group for bit in bits for group in (bit, ~bit)] or [half]:
@@ -115,7 +113,7 @@ def _are_apart(call: Call, number: int, thorough: bool) -> bool | None:
                 return False
     # The largest value of all is in one of the halves, which then gives the same. Of three images, halves would show one pair alone.
     groups = [half, ~half] if images > 3 else [order.to(device) != left for left in range(images)]
-    return drew or all(_as_whole(call, outputs, chosen.nonzero()[:, 0]) for chosen in groups)
+    return recording.drew or all(_as_whole(call, outputs, chosen.nonzero()[:, 0]) for chosen in groups)
 
 
 def _as_whole(call: Call, outputs: Sequence[Tensor], chosen: Tensor) -> bool:
@@ -125,8 +123,8 @@ def _as_whole(call: Call, outputs: Sequence[Tensor], chosen: Tensor) -> bool:
     few = Runner(replace(call, x=call.x[chosen]), twice=False)
 
     def alone(images: Tensor) -> list[Tensor]:
-        with torch.no_grad(), isolated(call.model, device=images.device):
-            found = _by_image(few, few.forward(images, {}, check=True), len(images))
+        with torch.no_grad():
+            found = _by_image(few, few.replay(images, {}, check=True), len(images))
             return [part.nan_to_num(0.0) for part in found]
 
     try:

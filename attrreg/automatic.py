@@ -143,7 +143,7 @@ def _before_block(model: nn.Module, total: Tensor, maps: list[NamedMap], last: N
 
 def _reached(runner: Runner) -> set[str]:
     """Layers whose map comes from the images; takes a forward."""
-    with isolated(runner.call.model, device=runner.call.x.device):
+    with isolated(runner.call.model, runner.call.x.device):
         recording = runner.forward(runner.call.x.detach(), {sites.INPUT: True, sites.SPATIAL: False})
     images = [recording.values[sites.INPUT]]
     return {name for name, map in recording.maps if which_are_read(map, images)[0]}

@@ -114,7 +114,7 @@ class Call:
         if callable(self.output):  # a head, or a function that may run one: it may draw, and its norms may count the batch
             # Of a function that cannot hold the model, no buffers need be set aside: those of an empty module.
             held = self.model if picked_by(self.output) is ... else nn.Module()
-            with isolated(self.output if isinstance(self.output, nn.Module) else held, start, self.x.device):
+            with isolated(self.output if isinstance(self.output, nn.Module) else held, self.x.device, start):
                 return self.output(output)
         if isinstance(output, Tensor):  # where there are auxiliary heads in train mode only; an index would pick an image
             raise TypeError("a tensor has no parts that are logits")

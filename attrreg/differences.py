@@ -14,7 +14,7 @@ from attrreg.graph import trainable_leaves
 from attrreg.recording import Recording
 from attrreg.runner import Runner
 from attrreg.scores import Score
-from attrreg.state import Rng, full_precision, isolated
+from attrreg.state import full_precision, isolated
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,6 @@ class Taken:
         chosen: the same score, with what it chose in that pass.
         places: the sites' values, by the names under which they can be moved.
         leaves: the gradients there, in the same order.
-        replay: from where the pass drew.
     """
 
     image: Tensor
@@ -35,7 +34,6 @@ class Taken:
     chosen: Score
     places: Mapping[str, Tensor]
     leaves: Sequence[Tensor]
-    replay: Rng
 
 
 class Differences:
@@ -67,7 +65,7 @@ class Differences:
         # Another term may name the layer that `layer="auto"` is. It then moves once, along what both terms make of its gradient.
         leaves = {name: gradient.detach().requires_grad_() for name, gradient in zip(names, found, strict=True)}
         places = {name: self._runner.at(recording, site).detach() for name, site in zip(names, wanted, strict=True)}
-        self._taken.append(Taken(recording.x, score, self._runner.chosen(recording, score), places, list(leaves.values()), recording.rng))
+        self._taken.append(Taken(recording.x, score, self._runner.chosen(recording, score), places, list(leaves.values())))
         return [leaves[name] for name in names]
 
     def differentiated(self, total: Tensor, images: Tensor) -> Tensor:
@@ -101,7 +99,8 @@ class Differences:
         layers = {name: move for name, move in moves.items() if name != sites.INPUT}
         image = taken.image + moves[sites.INPUT].to(taken.image.dtype) if sites.INPUT in moves else taken.image
         wanted = dict.fromkeys([taken.chosen.site, *layers], False)
-        with isolated(self._runner.call.model, taken.replay), full_precision(image.device):
+        # The scores in here too: what one of the user's draws shall be the same on both sides.
+        with isolated(self._runner.call.model, image.device, self._runner.start), full_precision(image.device):
             recording = self._runner.forward(image, wanted, moves=layers)
             for name in layers:
                 self._runner.at(recording, name)  # raises where it did not run this time, and so was not moved

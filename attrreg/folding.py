@@ -18,11 +18,10 @@ from attrreg.differences import Differences, gradients_of
 from attrreg.distributed import sharded
 from attrreg.graph import trainable_leaves
 from attrreg.ops.channels import dense, memory_format
-from attrreg.ops.draws import Draws
 from attrreg.recording import Recording
 from attrreg.runner import Runner
 from attrreg.scores import Score
-from attrreg.state import Rng, isolated
+from attrreg.state import Rng
 from attrreg.walk import modules
 
 
@@ -43,16 +42,14 @@ class PathGradients:
     Args:
         runner: runs the passes.
         scores: what is differentiated.
-        replay: from where each pass draws.
         differences: takes the gradients as leaves, to be moved by; None: they come with their graph.
     """
 
-    def __init__(self, runner: Runner, scores: list[Score], replay: Rng, differences: Differences | None) -> None:
+    def __init__(self, runner: Runner, scores: list[Score], differences: Differences | None) -> None:
         self.call = runner.call
         self._runner = runner
         self._wanted = {sites.INPUT: True} | {score.site: False for score in scores}
         self._scores = scores
-        self._replay = replay
         self._differences = differences
         self._kind = (state_key(self.call.model), output_key(self.call.output), tuple(score.site for score in scores))
         self._coupled = any(map(couples, modules(self.call.model)))
@@ -101,18 +98,13 @@ class PathGradients:
         return found
 
     def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:
-        recording = self._pass(images)
+        recording = self._runner.replay(images, self._wanted)
         self._note(self._runner, recording, create_graph)
         last, wanted = len(self._scores) - 1, [sites.INPUT]
         return [
             gradients_of(self._runner, self._differences, recording, score, wanted, create_graph, retain=i < last)[0]
             for i, score in enumerate(self._scores)
         ]
-
-    def _pass(self, images: Tensor, check: bool = False) -> Recording:
-        """A place alone."""
-        with isolated(self.call.model, self._replay):
-            return self._runner.forward(images, self._wanted, check=check)
 
     def _note(self, runner: Runner, recording: Recording, create_graph: bool) -> None:
         """Remember the leaves that the scores of a pass were computed from."""
@@ -128,12 +120,10 @@ class PathGradients:
         # The places of an image lie side by side, so that batch normalisation can see them as channels. Stacked, they lose their layout.
         batch = torch.stack(list(images), dim=1).flatten(0, 1).contiguous(memory_format=memory_format(self.call.x))
         runner = self._runner.repeated(batch.detach(), places)
-        with isolated(runner.call.model, self._replay):
-            recording = runner.forward(batch, self._wanted)
-            drew = not Rng.of(batch.device).same(self._replay)
-        if drew or (self._coupled and recording.phase.normalised != {batch.shape[0]}):
+        recording = runner.replay(batch, self._wanted)
+        if recording.drew or (self._coupled and recording.phase.normalised != {batch.shape[0]}):
             return None
-        if not self._as_alone(recording.draws, images[0]) or not self._apart(runner, recording, images):
+        if not self._as_alone(recording, images[0]) or not self._apart(runner, recording, images):
             return None
         self._note(runner, recording, create_graph)
         found = [runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
@@ -161,7 +151,7 @@ class PathGradients:
         """Whether one place is by itself; None: its gradients show nothing."""
         together = [value[place :: runner.places] for value in self._read(runner, recording)]
         # What depends on the place in the batch, or on draws of the model's own, has no gradient that would show it.
-        if not same_alone(together, images, lambda image: self._read(self._runner, self._pass(image, check=True))):
+        if not same_alone(together, images, lambda image: self._read(self._runner, self._runner.replay(image, self._wanted, check=True))):
             return False
         shows = True
         for score in self._scores:
@@ -175,14 +165,15 @@ class PathGradients:
                 return False
         return True if shows else None
 
-    def _as_alone(self, draws: Draws, images: Tensor) -> bool:
+    def _as_alone(self, recording: Recording, images: Tensor) -> bool:
         """Whether a pass drew what one over the images alone draws. To know that, one such forward has to run."""
-        if draws.state.same(self._replay):
+        draws = recording.draws
+        if draws.state.same(recording.rng):
             return True
         if self._once is None:
-            with torch.no_grad(), isolated(self.call.model, self._replay):
-                recording = self._runner.forward(images.detach(), self._wanted)  # where gradients are taken, operators take note
-                self._once = Rng.of(images.device), recording.draws.shapes
+            with torch.no_grad():
+                once = self._runner.replay(images.detach(), self._wanted)  # where gradients are taken, operators take note
+            self._once = once.end, once.draws.shapes
         state, shapes = self._once
         return draws.state.same(state) and draws.shapes == shapes
 

@@ -155,6 +155,11 @@ class Recording:
         return self.phase.draws
 
     @property
+    def drew(self) -> bool:
+        """Whether the forward moved PyTorch's generators."""
+        return not self.end.same(self.rng)
+
+    @property
     def half(self) -> bool:
         """Whether it ran in float16."""
         return torch.float16 in (self.x.dtype, self.autocast)

@@ -24,7 +24,7 @@ from attrreg.ops.rectify import Rule
 from attrreg.recording import Recording, parts, version
 from attrreg.scores import Score
 from attrreg.spec import is_own
-from attrreg.state import Rng, full_precision
+from attrreg.state import Rng, full_precision, isolated
 
 DETACHED = (
     "The model's output carries no gradient: its forward runs under no_grad or detaches. Enable gradients inside the model, or leave the "
@@ -61,14 +61,16 @@ class Runner:
     Attributes:
         call: the checked arguments.
         twice: gradients will be differentiated again.
+        start: where the random number generators were before the clean pass, so that other passes draw the same; None: where they are.
         places: how often the batch has each image, side by side.
         map: the layer that `layer="auto"` turned out to be.
         drew: a score of the user's drew random numbers.
     """
 
-    def __init__(self, call: Call, twice: bool) -> None:
+    def __init__(self, call: Call, twice: bool, start: Rng | None = None) -> None:
         self.call = call
         self.twice = twice
+        self.start = start
         self.places = 1
         self.map = ""
         self.drew = False
@@ -118,6 +120,11 @@ class Runner:
         if sites.OUTPUT in wanted and callable(self.call.output):
             self.at(recording, sites.OUTPUT)  # now: a function that draws shall draw what it draws in each pass
         return recording
+
+    def replay(self, image: Tensor, wanted: dict[str, bool], rule: Rule | None = None, check: bool = False) -> Recording:
+        """A forward that starts from `start` and leaves no trace; for the arguments see `forward`."""
+        with isolated(self.call.model, self.call.x.device, self.start):
+            return self.forward(image, wanted, rule=rule, check=check)
 
     def backward(self, recording: Recording, score: Score, wanted: list[str], create_graph: bool, retain: bool = True) -> list[Tensor]:
         """The gradients of a score at the wanted sites, all from one backward; not `retain`: which is the last through this pass."""

@@ -132,19 +132,19 @@ def own_buffers(model: nn.Module, moment: Moment = NOW) -> Iterator[Buffers]:
 
 
 @contextmanager
-def isolated(model: nn.Module, rng: Rng | None = None, device: torch.device | None = None) -> Iterator[Buffers]:
+def isolated(model: nn.Module, device: torch.device, start: Rng | None = None) -> Iterator[Buffers]:
     """Run passes that leave no trace in the model's buffers or the random number generators.
 
     Args:
         model: the model.
-        rng: the state to start from, so that the pass draws what an earlier one drew; None: the present one.
-        device: the device whose generator is kept, besides the CPU's; that of `rng` if given.
+        device: the device whose generator is kept, besides the CPU's.
+        start: the state to start from, so that the pass draws what an earlier one drew; None: the present one.
     """
-    before = Rng.of(rng.device if rng is not None else device or torch.device("cpu"))
+    before = Rng.of(device)
     try:
         with own_buffers(model) as buffers:
-            if rng is not None:
-                rng.restore()
+            if start is not None:
+                start.restore()
             yield buffers
     finally:
         before.restore()

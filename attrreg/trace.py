@@ -119,15 +119,11 @@ class Trace:
         if seen.found:
             return True
 
-        def again(image: Tensor, wanted: dict[str, bool]) -> Recording:
-            with isolated(model, self._recordings[CLEAN].rng):
-                return self._runner.forward(image, wanted, check=True)
-
-        recording = again(images[0], {sites.INPUT: True, site: False})
+        recording = self._runner.replay(images[0], {sites.INPUT: True, site: False}, check=True)
         found = which_are_read(self._runner.at(recording, site), [recording.values[sites.INPUT]])[0]
         if not found:  # without a graph, as from frozen layers under no_grad? The passes so far may differ by rounding
             with torch.no_grad():
-                found = not torch.equal(*(self._runner.at(again(image, {site: False}), site) for image in images))
+                found = not torch.equal(*(self._runner.at(self._runner.replay(image, {site: False}, check=True), site) for image in images))
         if found:
             seen.found = True
         return found
@@ -177,15 +173,15 @@ class Trace:
                 the random number generators as that would; `commit` makes the former final.
         """
         self._clean_pass(sites_at(CLEAN, self._needs), as_users_forward)
-        replay = self._recordings[CLEAN].rng if CLEAN in self._recordings else Rng.of(self.call.x.device)
+        self._runner.start = self._recordings[CLEAN].rng if CLEAN in self._recordings else Rng.of(self.call.x.device)
         # Draws come after the clean pass, as they do in a loop whose own forward is reused.
         seeds = self._draw()
         for point in self._points():
             if isinstance(point, Path):
-                self._run_path(point, seeds[point], replay)
+                self._run_path(point, seeds[point])
                 continue
             if point != CLEAN:
-                self._recordings[point] = self._pass(point, seeds[point], replay)
+                self._recordings[point] = self._pass(point, seeds[point])
             self._differentiate(point)
 
     def commit(self) -> None:
@@ -203,7 +199,7 @@ class Trace:
             recording = attachment.take(call, wanted, self._runner.twice, asked, only_clean(self._needs), as_users_forward)
         if recording is None and (as_users_forward or wanted not in ({}, {sites.INPUT: False})):
             for known in dict.fromkeys((automatic.known(call, asked), None)):
-                with isolated(call.model, device=call.x.device) as buffers:
+                with isolated(call.model, call.x.device) as buffers:
                     recording = self._runner.forward(call.x, wanted, as_users_forward, map=known)
                     after = Rng.of(call.x.device)
                 if known is None or sites.SPATIAL in recording.values:  # else this pass went another way through the model
@@ -239,16 +235,15 @@ class Trace:
         resolved = score.resolve(self.call.target, self.call.shown)
         return resolved.drawn(self._score_seeds[score]) if score.draws else resolved
 
-    def _pass(self, point: Point, seed: int, replay: Rng) -> Recording:
+    def _pass(self, point: Point, seed: int) -> Recording:
         """The pass on the images that a point makes of the clean ones."""
         image, rule = self.call.x, point.rule if isinstance(point, Rectified) else None
         if isinstance(point, At):
             with own.given(point, self.call.x.detach(), self.call.mask) as (x, mask):
                 image = point.image(x, mask, self._generator(seed))
         if isinstance(point, Ascent):
-            image = self._ascend(point, replay)
-        with isolated(self.call.model, replay):
-            return self._runner.forward(image, sites_at(point, self._needs), rule=rule)
+            image = self._ascend(point)
+        return self._runner.replay(image, sites_at(point, self._needs), rule=rule)
 
     def _differentiate(self, point: Point) -> None:
         """All gradients at one point: one backward for each distinct score."""
@@ -276,23 +271,22 @@ class Trace:
         """
         return total if self._differences is None else self._differences.differentiated(total, images)
 
-    def _ascend(self, point: Ascent, replay: Rng) -> Tensor:
-        runner = Runner(self.call, twice=False)
+    def _ascend(self, point: Ascent) -> Tensor:
+        runner = Runner(self.call, twice=False, start=self._runner.start)
         score = self._concrete(point.score)
         image = self.call.x.detach()
         for _ in range(point.steps):
-            with isolated(self.call.model, replay):
-                recording = runner.forward(image, {sites.INPUT: True, score.site: False})
+            recording = runner.replay(image, {sites.INPUT: True, score.site: False})
             (gradient,) = runner.backward(recording, score, [sites.INPUT], create_graph=False, retain=False)
             image = point.step(self.call.x.detach(), image, gradient, self.mask)
         return image
 
-    def _run_path(self, path: Path, seed: int, replay: Rng) -> None:
+    def _run_path(self, path: Path, seed: int) -> None:
         needs = [need for need in self._needs if isinstance(need, Grad) and need.at == path]
         concrete = list(dict.fromkeys(self._concrete(need.score) for need in needs))
         with own.given(path, self.call.x.detach(), self.call.mask) as (x, mask):
             stops = path.stops(x, mask, self._generator(seed))
-        gradients = PathGradients(self._runner, concrete, replay, self._differences)
+        gradients = PathGradients(self._runner, concrete, self._differences)
         # Finite differences hold no graph of the gradients, so there is nothing to save by computing them again.
         chunk = path.chunk if self._differences is None else None
         sums = dict(zip(concrete, along(stops, gradients, chunk, self._differentiable), strict=True))

@@ -80,7 +80,7 @@ class Occlusion(Spec):
         with own.given(fill, x.detach(), None) as (images, _):
             filled = fill(images, None, draws)
         channels = x.shape[1]
-        with torch.no_grad(), isolated(model, device=x.device):
+        with torch.no_grad(), isolated(model, x.device):
             phi: Tensor = Captum(_logits_of(model, classes)).attribute(
                 x.detach(),
                 sliding_window_shapes=(channels, self.window, self.window),
