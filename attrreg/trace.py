@@ -240,7 +240,7 @@ class Trace:
         image, rule = self.call.x, point.rule if isinstance(point, Rectified) else None
         if isinstance(point, At):
             with own.given(point, self.call.x.detach(), self.call.mask) as (x, mask):
-                image = point.image(x, mask, self._generator(seed))
+                image = point.baseline(x, mask, self._generator(seed))
         if isinstance(point, Ascent):
             image = self._ascend(point)
         return self._runner.replay(image, sites_at(point, self._needs), rule=rule)
