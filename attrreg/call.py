@@ -36,6 +36,7 @@ class Call:
         as_compiled: parts under `torch.compile` may run compiled; otherwise they run eagerly.
         groups: the process groups over which means run.
         shown: this is a call of `.attribute`, for a map, and not for a penalty.
+        fraction: the share of the annotated images to compute the penalty on.
     """
 
     entry: nn.Module
@@ -48,6 +49,7 @@ class Call:
     as_compiled: bool = False
     groups: Groups = ()
     shown: bool = False
+    fraction: float = 1.0
 
     @property
     def model(self) -> nn.Module:
