@@ -17,7 +17,7 @@ from attrreg import automatic
 from attrreg.call import Call
 from attrreg.hooks import Tap
 from attrreg.ops.process import transformed
-from attrreg.recording import Called, Recording, image_state, keep_buffers, parts
+from attrreg.recording import Called, Recording, Request, image_state, keep_buffers, parts
 from attrreg.sites import SPATIAL
 from attrreg.state import cut_off
 from attrreg.walk import modules
@@ -103,27 +103,18 @@ class Attachment:
         # A copy of the model (an average of its weights, say) carries the hooks along; there they do nothing.
         return _inert, ()
 
-    def take(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any, alone: bool, returned: bool = False) -> Recording | None:
-        """The recorded pass, if it is the one a call needs. It is given out once: its graph may be freed after.
+    def take(self, call: Call, request: Request) -> Recording | None:
+        """The recorded pass, if it is the one a call needs; None: the call must run its own.
 
-        Args:
-            call: the call.
-            sites: what it reads; True where it takes a gradient.
-            twice: it differentiates gradients.
-            asked: which question `layer="auto"` answers in it, from `automatic.asked`; None: no term has `layer="auto"`.
-            alone: it runs no other pass; one would have to start from the same buffers.
-            returned: it returns the model's output to the user.
-
-        Returns:
-            The recording; None: the call must run its own forward.
+        It is given out once: its graph may be freed after.
         """
-        recording = self._recording
+        recording, sites = self._recording, request.sites
         if recording is None or ((any(sites.values()) or SPATIAL in sites) and self._hooked(recording)):
             return None
-        if not (returned or self._warned) and self._has_not_seen(call.x, recording):
+        if not (request.returns_output or self._warned) and self._has_not_seen(call.x, recording):
             self._warned = True
             warnings.warn(OTHER_IMAGES, stacklevel=6)  # the user's line: above it are __call__, compute, run, _clean_pass and this
-        if not recording.serves(call, sites, twice, asked, alone) or (returned and not recording.can_be_returned):
+        if not recording.serves(call, request):
             return None
         self._forget()
         return recording
@@ -178,8 +169,8 @@ class Attachment:
         x = arguments[place]
         sites = self._sites if self._due() else {}  # a step that a schedule skips: the output alone, for `Scheduled.evaluate`
         self._kind = automatic.kind(x, model)
-        asked, map = automatic.only(model, self._kind) or (None, None)
-        self._called = Called(args, kwargs, image_state(x), asked, None if self._alone else keep_buffers(model))
+        question, map = automatic.only(model, self._kind) or (None, None)
+        self._called = Called(args, kwargs, image_state(x), question, None if self._alone else keep_buffers(model))
         hooks[own] = hooks.pop(own)  # moved to the end: hooks that came later may change what the model returns
         self._tap = Tap(model, sites, own=False, map=map, twice=self._twice)
         arguments[place] = self._tap.open(x)

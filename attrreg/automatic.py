@@ -41,7 +41,7 @@ def kind(x: Tensor, model: nn.Module) -> Hashable:
     return x.shape[1:], model.training, len(modules(model))
 
 
-def asked(call: Call, score: Score | None) -> Question:
+def question_of(call: Call, score: Score | None) -> Question:
     """The question of a call; None: no score is differentiated there."""
     return Question(kind(call.x, call.model), picked_by(call.output), sites.OUTPUT if score is None else score.site)
 
@@ -116,7 +116,7 @@ def choose(call: Call, score: Score | None, maps: list[NamedMap], grads: Sequenc
                 "attrreg.layers(model, x)."
             )
         return len(maps) - 1
-    question = asked(call, score)
+    question = question_of(call, score)
     if question.picked_by is not ... or not call.shown:  # a map that is looked at is no question of the loop's
         _KNOWN.setdefault(call.model, {})[question] = maps[decided[-1]][0]
     return decided[-1]

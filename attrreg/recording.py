@@ -9,7 +9,7 @@ from copy import copy
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from attrreg.ops.draws import Draws
 from attrreg.sites import INPUT, OUTPUT, SPATIAL
 from attrreg.state import Rng, autocast_type
 from attrreg.walk import modules
+
+if TYPE_CHECKING:
+    from attrreg.automatic import Question
 
 PLAIN = (bool, int, float, str)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -38,15 +41,33 @@ class Called(NamedTuple):
     Attributes:
         args, kwargs: the arguments.
         images: how often the images were written to, and whether they require a gradient.
-        asked: what was asked of the layer for `layer="auto"`, where that one layer is recorded; None: all are.
+        question: what was asked of the layer for `layer="auto"`, where that one layer is recorded; None: all are.
         buffers: what `keep_buffers` gave; None: nobody asks.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     images: tuple[int, bool]
-    asked: Any
+    question: Question | None
     buffers: list[Kept] | None
+
+
+class Request(NamedTuple):
+    """What a call asks of its clean pass.
+
+    Attributes:
+        sites: what it reads; True where it takes a gradient.
+        twice: it differentiates gradients.
+        question: which one `layer="auto"` answers in it; None: no term has `layer="auto"`.
+        alone: the call runs no other pass; one would have to start from the same buffers.
+        returns_output: the call returns the model's output to the user.
+    """
+
+    sites: Mapping[str, bool]
+    twice: bool
+    question: Question | None
+    alone: bool
+    returns_output: bool
 
 
 class Conditions:
@@ -59,7 +80,7 @@ class Conditions:
         called: how it was called.
 
     Attributes:
-        asked: see `Called`.
+        question: see `Called`.
     """
 
     def __init__(self, model: nn.Module, output: Any, recorded: list[Tensor], called: Called) -> None:
@@ -68,7 +89,7 @@ class Conditions:
         self._images = called.images
         self._tensors = _versions([*parts((called.args, called.kwargs)), *recorded])
         self._output = _versions(parts(output))
-        self.asked = called.asked
+        self.question = called.question
         self._moved = [True] if called.buffers is None else _differences(buffers_read(model), called.buffers)
 
     @property
@@ -164,11 +185,6 @@ class Recording:
         """Whether it ran in float16."""
         return torch.float16 in (self.x.dtype, self.autocast)
 
-    @property
-    def can_be_returned(self) -> bool:
-        """Whether a loop may get what its own forward returned once more: it has changed nothing there."""
-        return self.conditions is not None and self.conditions.unchanged(self.returned)
-
     def picked(self, call: Call) -> Tensor:
         """The logits, picked as in the forward: a function may be a head, which draws, and computes in types as autocast says."""
         device = self.x.device
@@ -181,8 +197,9 @@ class Recording:
                 self.phase.running = True  # a backward now is the head's own
             return call.logits(self.output, self.end)
 
-    def serves(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any, alone: bool) -> bool:
-        """Whether this is the pass that a call would run itself; for the arguments see `Attachment.take`."""
+    def serves(self, call: Call, request: Request) -> bool:
+        """Whether this is the pass that a call would run itself."""
+        sites, twice, question, alone, returns_output = request
         if (twice and not self.twice) or self.x is not call.x or self.conditions is None or not self.conditions.same_for(call):
             return False
         differences = not twice and any(sites.values())  # finite differences start from the same buffers, but leave the loop's autocast
@@ -190,7 +207,9 @@ class Recording:
             return False
         if not alone and self.autocast != autocast_type(call.x.device):
             return False
-        if SPATIAL in sites and self.conditions.asked not in (None, asked):  # the one layer that was recorded answers another question
+        if SPATIAL in sites and self.conditions.question not in (None, question):  # the one recorded layer answers another question
+            return False
+        if returns_output and not self.conditions.unchanged(self.returned):
             return False
         for site, differentiated in sites.items():
             found = site == OUTPUT or site in self.values or (site == SPATIAL and self.maps)

@@ -27,7 +27,7 @@ from attrreg.masks import Annotation
 from attrreg.needs import Grad, Need, Scored, Value, only_clean, sites_at
 from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
 from attrreg.recompute import along
-from attrreg.recording import Recording, version
+from attrreg.recording import Recording, Request, version
 from attrreg.runner import Runner
 from attrreg.scores import Score
 from attrreg.state import Buffers, Rng, cut_off, drawn_seed, isolated
@@ -191,14 +191,14 @@ class Trace:
             cut_off(self.call.model)
 
     def _clean_pass(self, wanted: dict[str, bool], as_users_forward: bool) -> None:
-        call, asked = self.call, self._asked()
+        call, question = self.call, self._question()
         attachment = attached(call.model) if self._differentiable else None
         recording = None
         # The recording is taken even if only the images are read, which need no pass: passes at other points replay its draws.
         if attachment is not None:
-            recording = attachment.take(call, wanted, self._runner.twice, asked, only_clean(self._needs), as_users_forward)
+            recording = attachment.take(call, Request(wanted, self._runner.twice, question, only_clean(self._needs), as_users_forward))
         if recording is None and (as_users_forward or wanted not in ({}, {sites.INPUT: False})):
-            for known in dict.fromkeys((automatic.known(call, asked), None)):
+            for known in dict.fromkeys((automatic.known(call, question), None)):
                 with isolated(call.model, call.x.device) as buffers:
                     recording = self._runner.forward(call.x, wanted, as_users_forward, map=known)
                     after = Rng.of(call.x.device)
@@ -212,11 +212,11 @@ class Trace:
             if sites.SPATIAL in recording.values:
                 self._runner.map = recording.maps[-1][0]
 
-    def _asked(self) -> automatic.Question | None:
+    def _question(self) -> automatic.Question | None:
         """What is asked of the layer for `layer="auto"`; None: nothing."""
         needs = [need for need in self._needs if need.site == sites.SPATIAL and need.at == CLEAN]
         scores = (need.score.resolve(self.call.target, self.call.shown) for need in needs if isinstance(need, Grad))
-        return automatic.asked(self.call, next(scores, None)) if needs else None
+        return automatic.question_of(self.call, next(scores, None)) if needs else None
 
     def _points(self) -> list[Point]:
         return list(dict.fromkeys(need.at for need in self._needs))
