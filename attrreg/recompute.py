@@ -17,7 +17,7 @@ from attrreg.graph import trainable_leaves
 from attrreg.ops.phase import once_differentiable
 from attrreg.points import Stop
 from attrreg.recording import parts, version
-from attrreg.state import Moment, moment_of, own_buffers
+from attrreg.state import BufferValues, buffer_values, own_buffers
 from attrreg.walk import attributes, modes
 
 
@@ -43,7 +43,7 @@ def along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None, di
     values = [value.detach() for value in first]  # from which the first chunk goes on
     del first  # and its graph with it
     total: list[Tensor] = []
-    moment = moment_of(gradients.call.model)
+    buffers = buffer_values(gradients.call.model)
     for start in range(0, len(stops), chunk):
         part = stops[start : start + chunk]
         rest = part[1:] if start == 0 else part
@@ -51,8 +51,8 @@ def along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None, di
             values = _added(values, _summed(rest, images, gradients, False))
         # At other places the model may compute with others, as sparse experts do.
         more = [leaf for key, leaf in gradients.reached.items() if key not in known]
-        step = _Step(part, gradients, moment, [*leaves, *more])
-        total = _added(total, list(_Recomputed.apply(step, values, x, *leaves, *more)))
+        again = _Chunk(part, gradients, buffers, [*leaves, *more])
+        total = _added(total, list(_Recomputed.apply(again, values, x, *leaves, *more)))
         values = []
     return total
 
@@ -73,14 +73,14 @@ def _added(total: list[Tensor], terms: list[Tensor]) -> list[Tensor]:
     return [a + b for a, b in zip(total, terms, strict=True)] if total else terms
 
 
-class _Step:
+class _Chunk:
     """The sum over a part of the path, to be run again under the conditions of its first run."""
 
-    def __init__(self, stops: Sequence[Stop], gradients: PathGradients, moment: Moment, leaves: Sequence[Tensor]) -> None:
+    def __init__(self, stops: Sequence[Stop], gradients: PathGradients, buffers: BufferValues, leaves: Sequence[Tensor]) -> None:
         self._stops = stops
         self._gradients = gradients
         self._model = gradients.call.model
-        self._moment = moment
+        self._buffers = buffers
         self._modes = modes(self._model)
         others = [part for part in parts(gradients.call.inputs) if part is not gradients.call.x]
         self._others = [(part, version(part)) for part in others]
@@ -107,7 +107,7 @@ class _Step:
                 "inputs were written to between the penalty and its backward, where chunked path methods recompute. Call backward first, "
                 "or pass copies in inputs=."
             )
-        with torch.enable_grad(), own_buffers(self._model, self._moment):
+        with torch.enable_grad(), own_buffers(self._model, self._buffers):
             with self._autocast():
                 found = _summed(self._stops, x, self._gradients, True)
             yield found
@@ -117,7 +117,7 @@ class _Step:
         own = {id(parameter) for parameter in self._model.parameters()}
         if parametrize._cache_enabled or any(id(leaf) not in own for leaf in leaves):
             return True
-        held = (*self._moment.values(), *attributes(self._model), *(part for part, _ in self._others))
+        held = (*self._buffers.values(), *attributes(self._model), *(part for part, _ in self._others))
         return any(isinstance(value, Tensor) and value.grad_fn is not None for value in held)
 
 
@@ -138,9 +138,9 @@ class _Recomputed(Function):
     """Known values as a function of x and the trainable leaves, whose graph is built only in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, step: _Step, values: list[Tensor], x: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, chunk: _Chunk, values: list[Tensor], x: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
         # The leaves themselves: hooks on saved tensors, as of `save_on_cpu`, would give others back, without hooks.
-        ctx.step, ctx.leaves = step, leaves
+        ctx.chunk, ctx.leaves = chunk, leaves
         ctx.save_for_backward(x)
         return tuple(values)
 
@@ -150,12 +150,12 @@ class _Recomputed(Function):
         (x,), leaves = ctx.saved_tensors, ctx.leaves
         images = x.detach().requires_grad_(ctx.needs_input_grad[2])
         inputs = [value for value in (images, *leaves) if value.requires_grad]  # a leaf may have been frozen meanwhile
-        with ctx.step.again(images) as values:
+        with ctx.chunk.again(images) as values:
             pairs = [(value, grad) for value, grad in zip(values, outer, strict=True) if value.requires_grad]
             if not pairs or not inputs:
                 return (None,) * (3 + len(leaves))
             outputs, directions = zip(*pairs, strict=True)
-            retain = ctx.step.meets_others(leaves)
+            retain = ctx.chunk.meets_others(leaves)
             with _without_hooks(leaves):
                 # Zeros where these places do not use a leaf: a hook on it would be shown None.
                 grads = torch.autograd.grad(outputs, inputs, directions, retain_graph=retain, allow_unused=True, materialize_grads=True)

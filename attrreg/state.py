@@ -49,11 +49,10 @@ def drawn_seed(generator: torch.Generator | None) -> int:
     return int(torch.randint(2**62, (), generator=generator, device=device))
 
 
-Moment = Mapping[tuple[nn.Module, str], Tensor]  # what buffers held, by their module and name
-NOW: Moment = MappingProxyType({})
+BufferValues = Mapping[tuple[nn.Module, str], Tensor]  # what buffers held, by their module and name
 
 
-def moment_of(model: nn.Module) -> Moment:
+def buffer_values(model: nn.Module) -> BufferValues:
     """What a model's buffers hold now, for a pass to be run later as it would have run now."""
     return {(module, name): buffer.clone() for module in modules(model) for name, buffer in module._buffers.items() if buffer is not None}
 
@@ -66,16 +65,16 @@ class Buffers:
 
     Args:
         model: the model.
-        moment: what the buffers shall hold.
+        values: what the copies shall hold; of a buffer that is not among them, what it holds now.
     """
 
-    def __init__(self, model: nn.Module, moment: Moment) -> None:
+    def __init__(self, model: nn.Module, values: BufferValues) -> None:
         self._originals = [(module, dict(module._buffers) if module._buffers else {}) for module in modules(model)]
         self._copies: dict[int, Tensor] = {}  # one shared by two modules stays shared
         for module, buffers in self._originals:
             for name, buffer in buffers.items():
                 if buffer is not None and id(buffer) not in self._copies:
-                    self._copies[id(buffer)] = moment.get((module, name), buffer).clone()
+                    self._copies[id(buffer)] = values.get((module, name), buffer).clone()
         self._left: list[tuple[nn.Module, dict[str, Tensor | None], dict[str, Tensor | None]]] = []
 
     def stand_in(self) -> None:
@@ -121,9 +120,9 @@ def cut_off(model: nn.Module) -> None:
 
 
 @contextmanager
-def own_buffers(model: nn.Module, moment: Moment = NOW) -> Iterator[Buffers]:
-    """Run passes on copies of a model's buffers; `moment`: see `Buffers`."""
-    buffers = Buffers(model, moment)
+def own_buffers(model: nn.Module, values: BufferValues = MappingProxyType({})) -> Iterator[Buffers]:
+    """Run passes on copies of a model's buffers; `values`: see `Buffers`."""
+    buffers = Buffers(model, values)
     try:
         buffers.stand_in()
         yield buffers
