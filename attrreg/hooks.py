@@ -121,14 +121,14 @@ class Tap:
             self._problems[SPATIAL] = "every layer with a map ran more than once in one forward. Let the model run once on each image."
         if self._map is not None and maps:
             self._values[SPATIAL] = maps[-1][1]
-        features: tuple[Head, ...] = ()
-        if self._heads is not None and self._heads.entered is not None:
-            self._values[FEATURES], features = self._heads.entered, self._heads.found()
+        heads: tuple[Head, ...] = ()
+        if self._heads is not None and self._heads.features is not None:
+            self._values[FEATURES], heads = self._heads.features, self._heads.found()
         # Scores are taken inside DDP's wrapper: under static_graph, a backward through that makes it believe the step's is done.
         inner = output if self._output is None else self._output
         recorded = [*self._values.values(), *(value for _, value in maps)]
-        if len(features) > 1:  # of which the logits tell one
-            recorded += [head.entered for head in features]
+        if len(heads) > 1:  # of which the logits tell one
+            recorded += [head.input for head in heads]
         return Recording(
             x=self._x,
             values=self._values,
@@ -136,7 +136,7 @@ class Tap:
             problems=self._problems,
             maps=maps,
             overwritten=frozenset(name for name, value, written in self._maps if value._version != written),
-            features=features,
+            heads=heads,
             output=inner if called is None else kept(inner),
             returned=output,
             rng=self._rng,

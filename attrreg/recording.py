@@ -144,7 +144,7 @@ class Recording:
         problems: for each site that could not be recorded, why.
         maps: for the site `SPATIAL`, the last layers whose output is a map, by name, in the order they ran; the known one
             alone, if it is known; `overwritten`: those that were written to later, in place.
-        features: for the site `FEATURES`, the layers that could be it, the likeliest last.
+        heads: for the site `FEATURES`, the layers whose input it could be, the likeliest last.
         output: what the model returned, and `returned` what its wrappers made of that.
         rng: the state from which the forward drew, to replay it; `end`: that in which it ended.
         conditions: of the loop's own forward; None for a pass of our own.
@@ -159,7 +159,7 @@ class Recording:
     problems: Mapping[str, str]
     maps: tuple[tuple[str, Tensor], ...]
     overwritten: frozenset[str]
-    features: tuple[Head, ...]
+    heads: tuple[Head, ...]
     output: Any
     returned: Any
     rng: Rng

@@ -16,7 +16,7 @@ from attrreg.attach import suspended
 from attrreg.call import Call
 from attrreg.counting import counters
 from attrreg.distributed import sharded
-from attrreg.features import entering
+from attrreg.features import find_features
 from attrreg.graph import checkpoints_reentrant, ends_in_half, which_are_read
 from attrreg.hooks import Tap
 from attrreg.masks import penalty_dtype
@@ -283,14 +283,14 @@ class Runner:
     def _features(self, recording: Recording) -> Tensor:
         """What enters the classifier: of several layers that may be it, the one that made the logits, where it is known what these are."""
         likeliest = recording.values[sites.FEATURES]
-        if len(recording.features) < 2 or (self.call.output is None and not isinstance(recording.output, Tensor)):
+        if len(recording.heads) < 2 or (self.call.output is None and not isinstance(recording.output, Tensor)):
             return likeliest
         logits = self.at(recording, sites.OUTPUT)
         own = [logits]
         if callable(self.call.output):
             given = parts(recording.output)
             own = [part for part, is_read in zip(given, which_are_read(logits, given), strict=True) if is_read]
-        found = entering(recording.features, logits, own)
+        found = find_features(recording.heads, logits, own)
         return likeliest if found is None else found
 
 
