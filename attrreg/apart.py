@@ -25,33 +25,33 @@ SIZE_ERRORS = (RuntimeError, ValueError, AssertionError, LookupError, TypeError,
 
 
 @dataclass
-class Shown:
-    """What passes have shown of a model, so that not each call has to show it.
+class Probe:
+    """A question about a model that only passes answer, as whether images meet; not every call has to run those.
 
     Attributes:
-        calls: how many there were.
-        found: what was shown last; None: nothing. False stays.
+        calls: how many have asked.
+        found: the last answer; None: no pass has shown anything yet. Once it is False, nobody asks again.
     """
 
     calls: int = 0
     found: bool | None = None
 
     def due(self) -> bool:
-        """Count a call; whether it has to show.
+        """Count a call; whether it has to run the passes.
 
-        Until something was shown each call has to, then the second, fourth, eighth ...: what starts at zero, as the gate of a branch, shows
-        nothing at first.
+        Until they have shown something each call has to, then the second, fourth, eighth ...: images may meet in a branch whose gate starts
+        at zero, which shows nothing at first.
         """
         self.calls += 1
         return self.found is None or (self.found and self.calls & (self.calls - 1) == 0)  # a power of two
 
 
-_SHOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Shown]] = WeakKeyDictionary()
+_PROBES: WeakKeyDictionary[nn.Module, dict[Hashable, Probe]] = WeakKeyDictionary()
 
 
-def shown(model: nn.Module, *kind: Hashable) -> Shown:
-    """What was shown of a model, by what it is and in which kind of calls."""
-    return _SHOWN.setdefault(model, {}).setdefault(kind, Shown())
+def probe_of(model: nn.Module, *kind: Hashable) -> Probe:
+    """The probe of a model for one question in one kind of calls."""
+    return _PROBES.setdefault(model, {}).setdefault(kind, Probe())
 
 
 def state_key(model: nn.Module) -> Hashable:
@@ -75,10 +75,10 @@ def images_apart(call: Call) -> bool:
         return False
     if sharded(model):  # other ranks may not run the pass that shows it, which would wait for them
         return False
-    apart = shown(model, "images", state_key(model), output_key(call.output))
-    if apart.due():
-        apart.found = _are_apart(call, apart.calls, thorough=apart.found is None)
-    return bool(apart.found)
+    probe = probe_of(model, "images", state_key(model), output_key(call.output))
+    if probe.due():
+        probe.found = _are_apart(call, probe.calls, thorough=probe.found is None)
+    return bool(probe.found)
 
 
 def _are_apart(call: Call, number: int, thorough: bool) -> bool | None:

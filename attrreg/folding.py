@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from attrreg import sites
-from attrreg.apart import SIZE_ERRORS, couples, output_key, same_alone, shown, state_key
+from attrreg.apart import SIZE_ERRORS, couples, output_key, probe_of, same_alone, state_key
 from attrreg.differences import Differences, gradients_of
 from attrreg.distributed import sharded
 from attrreg.graph import trainable_leaves
@@ -71,7 +71,7 @@ class PathGradients:
             return False
         if isinstance(call.output, nn.Module) and not _separable(call.output, ours=False):  # whose draws would not be of each place
             return False
-        return shown(call.model, "places", *self._kind).found is not False and _separable(call.model, self._runner.twice)
+        return probe_of(call.model, "places", *self._kind).found is not False and _separable(call.model, self._runner.twice)
 
     def room(self, pending: int) -> int:
         """How many of the places that are left may come as one batch: as many in each, rather than a small rest."""
@@ -94,7 +94,7 @@ class PathGradients:
             self._shares = False
             found = [self._alone(image, create_graph) for image in images]
             if lasting:  # they ran one by one, so what failed together was no mistake of the call: it is remembered
-                shown(self.call.model, "places", *self._kind).found = False
+                probe_of(self.call.model, "places", *self._kind).found = False
         return found
 
     def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:
@@ -136,15 +136,15 @@ class PathGradients:
         It looks at the last place, the most unlike a baseline, and at one of the others, in turn: a model that divides by the largest value
         of the batch finds it at the last, which then depends on nothing else.
         """
-        apart = shown(runner.call.model, "places", *self._kind, len(images[0]), runner.places)
-        if not apart.due():
+        probe = probe_of(runner.call.model, "places", *self._kind, len(images[0]), runner.places)
+        if not probe.due():
             return True
         last = runner.places - 1
-        found = [self._place_apart(runner, recording, place, images[place].detach()) for place in (last, apart.calls.bit_length() % last)]
+        found = [self._place_apart(runner, recording, place, images[place].detach()) for place in (last, probe.calls.bit_length() % last)]
         if False in found:
             return False
         if None not in found:
-            apart.found = True
+            probe.found = True
         return True
 
     def _place_apart(self, runner: Runner, recording: Recording, place: int, images: Tensor) -> bool | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attrreg import automatic, own, sites
-from attrreg.apart import output_key, shown
+from attrreg.apart import output_key, probe_of
 from attrreg.attach import attached
 from attrreg.call import Call
 from attrreg.counting import Passes, passes
@@ -115,8 +115,8 @@ class Trace:
         model, images = self.call.model, (self.call.x.detach(), self._recordings[at].x.detach())
         if sharded(model) or synchronises(model):  # a forward that other ranks do not run would wait for them
             return True
-        seen = shown(model, "sites", site, automatic.kind(self.call.x, model), output_key(self.call.output))
-        if seen.found:
+        probe = probe_of(model, "sites", site, automatic.kind(self.call.x, model), output_key(self.call.output))
+        if probe.found:
             return True
 
         recording = self._runner.replay(images[0], {sites.INPUT: True, site: False}, check=True)
@@ -125,7 +125,7 @@ class Trace:
             with torch.no_grad():
                 found = not torch.equal(*(self._runner.at(self._runner.replay(image, {site: False}, check=True), site) for image in images))
         if found:
-            seen.found = True
+            probe.found = True
         return found
 
     def seen_from(self, point: Point) -> Trace:
