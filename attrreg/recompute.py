@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from attrreg.graph import trainable_leaves
 from attrreg.ops.phase import once_differentiable
 from attrreg.points import Stop
 from attrreg.recording import parts, version
-from attrreg.state import BufferValues, buffer_values, own_buffers
+from attrreg.state import BufferValues, autocast_as, autocast_type, buffer_values, own_buffers
 from attrreg.walk import attributes, modes
 
 
@@ -86,8 +85,7 @@ class _Chunk:
         self._others = [(part, version(part)) for part in others]
         # Those too that the gradients are no function of: by the last layer's bias a score may choose its class.
         self._weights = [(leaf, version(leaf)) for leaf in (*leaves, *gradients.reached.values())]
-        kind = gradients.call.x.device.type
-        self._autocast = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        self._autocast = autocast_type(gradients.call.x.device)
 
     @contextmanager
     def again(self, x: Tensor) -> Iterator[list[Tensor]]:
@@ -108,7 +106,7 @@ class _Chunk:
                 "or pass copies in inputs=."
             )
         with torch.enable_grad(), own_buffers(self._model, self._buffers):
-            with self._autocast():
+            with autocast_as(x.device, self._autocast):
                 found = _summed(self._stops, x, self._gradients, True)
             yield found
 

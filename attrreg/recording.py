@@ -21,7 +21,7 @@ from attrreg.features import Head
 from attrreg.ops import Phase, twice_differentiable
 from attrreg.ops.draws import Draws
 from attrreg.sites import INPUT, OUTPUT, SPATIAL
-from attrreg.state import Rng, autocast_type
+from attrreg.state import Rng, autocast_as, autocast_type
 from attrreg.walk import modules
 
 if TYPE_CHECKING:
@@ -187,10 +187,8 @@ class Recording:
 
     def picked(self, call: Call) -> Tensor:
         """The logits, picked as in the forward: a function may be a head, which draws, and computes in types as autocast says."""
-        device = self.x.device
         with ExitStack() as within:
-            if self.autocast != autocast_type(device):
-                within.enter_context(torch.autocast(device.type, self.autocast, enabled=self.autocast is not None))
+            within.enter_context(autocast_as(self.x.device, self.autocast))
             if self.twice and self.taken and callable(call.output):
                 within.enter_context(twice_differentiable(self.phase))
                 within.callback(setattr, self.phase, "running", False)

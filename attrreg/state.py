@@ -154,9 +154,14 @@ def autocast_type(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
+def autocast_as(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Autocast as `autocast_type` found it; None: off. Where it is so already, nothing is entered, because that takes time."""
+    return nullcontext() if autocast_type(device) == dtype else torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Leave autocast: tensors are computed with in the types that they have."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    return autocast_as(device, None)
 
 
 @contextmanager
