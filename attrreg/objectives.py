@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attrreg.masks import penalty_dtype
+from attrreg.masks import at_least_float32
 from attrreg.settings import is_number
 from attrreg.spec import Spec
 
@@ -36,7 +36,7 @@ def _judged(map: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
             f"The map must be (N, C, H, W) and the mask (N, 1, H, W), got {tuple(map.shape)} and {tuple(mask.shape)}. Write "
             "mask[:, None] for (N, H, W), and attrreg.masks.resize(mask, size) for another size."
         )
-    map = map.to(penalty_dtype(map.dtype))
+    map = at_least_float32(map)
     return map, 1 - mask.to(map.dtype)
 
 
@@ -185,7 +185,7 @@ class TotalVariation(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Penalty `(N,)` of maps `(N, C, H, W)`; `mask` is not read."""
-        map = map.to(penalty_dtype(map.dtype))
+        map = at_least_float32(map)
         if map.shape[2] * map.shape[3] == 1:
             raise ValueError("TotalVariation: the map has one cell, which has no neighbours. Name a layer with a finer map.")
         return map.diff(dim=2).abs().sum(dim=(1, 2, 3)) + map.diff(dim=3).abs().sum(dim=(1, 2, 3))

@@ -116,8 +116,7 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
                     "over channels and pixels only."
                 )
             _check_trainable(term.name, per_image, images)
-            wide = per_image.to(masks.penalty_dtype(per_image.dtype))
-            parts[term.name] = term.weight * trace.annotation.mean(wide, term.reduction)
+            parts[term.name] = term.weight * trace.annotation.mean(masks.at_least_float32(per_image), term.reduction)
         first, *_ = parts.values()
         total = trace.differentiated(torch.stack([part.to(first.dtype) for part in parts.values()]).sum(), images)
         distributed.prepare_backward(call.entry, total, engine.twice and any(isinstance(need, Grad) for need in needs))

@@ -19,7 +19,7 @@ from attrreg.distributed import sharded
 from attrreg.features import find_features
 from attrreg.graph import checkpoints_reentrant, ends_in_half, which_are_read
 from attrreg.hooks import Tap
-from attrreg.masks import penalty_dtype
+from attrreg.masks import at_least_float32
 from attrreg.ops.rectify import Rule
 from attrreg.recording import Recording, parts, version
 from attrreg.scores import Score
@@ -131,7 +131,7 @@ class Runner:
         read_at = self.at(recording, score.site)
         if score.site == sites.OUTPUT and not read_at.requires_grad:
             raise RuntimeError(DETACHED)
-        value = read_at.to(penalty_dtype(read_at.dtype))
+        value = at_least_float32(read_at)
         total = self._scores(value, score).sum()
         half = recording.half or read_at.dtype == torch.float16 or ends_in_half(read_at)
         with _explained(recording):
@@ -152,7 +152,7 @@ class Runner:
             if (grad := found[site]) is None:
                 raise RuntimeError(_unreached(score, site, total))
             self._check_patches(site, grad)
-            gradients.append(grad.to(penalty_dtype(grad.dtype)))
+            gradients.append(at_least_float32(grad))
         return gradients
 
     def scores(self, recording: Recording, score: Score) -> Tensor:
@@ -164,8 +164,7 @@ class Runner:
         return score.chosen(self._score_value(recording, score).detach(), self.call.target)
 
     def _score_value(self, recording: Recording, score: Score) -> Tensor:
-        value = self.at(recording, score.site)
-        return value.to(penalty_dtype(value.dtype))
+        return at_least_float32(self.at(recording, score.site))
 
     def _scores(self, value: Tensor, score: Score) -> Tensor:
         if value.device != self.call.x.device:
@@ -226,7 +225,7 @@ class Runner:
         # Under FSDP2 a backward gathers weights, so that a rank must not run one more than others do.
         for attempt in (scale,) if sharded(self.call.model) else (scale, scale * 2.0**-8, scale * 2.0**-16):
             grads = self._gradients(recording, total * attempt, inputs, create_graph)
-            found = tuple(None if grad is None else grad.to(penalty_dtype(grad.dtype)) / attempt for grad in grads)
+            found = tuple(None if grad is None else at_least_float32(grad) / attempt for grad in grads)
             if all(grad is None or bool(grad.detach().isfinite().all()) for grad in found):
                 break
         return found
