@@ -21,7 +21,7 @@ from attrreg.ops import Phase, checkpoints_recompute_inside, operators
 from attrreg.ops.draws import Draws
 from attrreg.ops.process import transformed
 from attrreg.ops.rectify import Rule, rectify
-from attrreg.recording import Called, Conditions, Recording, kept
+from attrreg.recording import Called, Conditions, Recording, in_own_containers
 from attrreg.sites import FEATURES, INPUT, SPATIAL, SPECIAL, check_layer, varies
 from attrreg.state import Rng, autocast_type, cut_off, own_buffers
 from attrreg.walk import modules, within_whole
@@ -137,7 +137,7 @@ class Tap:
             maps=maps,
             overwritten=frozenset(name for name, value, written in self._maps if value._version != written),
             heads=heads,
-            output=inner if called is None else kept(inner),
+            output=inner if called is None else in_own_containers(inner),
             returned=output,
             rng=self._rng,
             end=Rng.of(self._x.device),

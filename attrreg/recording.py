@@ -31,7 +31,7 @@ PLAIN = (bool, int, float, str)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Buffers of these types are compared by value; of others, the version alone tells.
 COMPARED = (*FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-Kept = tuple[Tensor, int, Tensor | None]  # a buffer, its version and its value
+BufferState = tuple[Tensor, int, Tensor | None]  # a buffer, its version and its value
 Version = tuple[Tensor, int, Any]  # a tensor, how often it was written to, and its node in the graph
 
 
@@ -49,7 +49,7 @@ class Called(NamedTuple):
     kwargs: dict[str, Any]
     images: tuple[int, bool]
     question: Question | None
-    buffers: list[Kept] | None
+    buffers: list[BufferState] | None
 
 
 class Request(NamedTuple):
@@ -103,7 +103,7 @@ class Conditions:
             return False
         objects, numbers, settings = _state(call.model)
         same = numbers == self._numbers and len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
-        return same and self._settings_hold(call.model, settings) and _as_then(self._tensors) and self._called_with(call)
+        return same and self._settings_hold(call.model, settings) and _unwritten(self._tensors) and self._called_with(call)
 
     def still_in(self, output: Any) -> bool:
         """Whether the output still holds the tensors that the model returned, in order: the loop may have put others deep in an object."""
@@ -112,12 +112,12 @@ class Conditions:
 
     def unchanged(self, output: Any) -> bool:
         """Whether what the model returned still has its tensors, and none was written to."""
-        return self.still_in(output) and _as_then(self._output)
+        return self.still_in(output) and _unwritten(self._output)
 
     def logits_unchanged(self, logits: Tensor) -> bool:
         """Whether the loop left the logits as they were, or all that the model returned if they are made of that."""
         own = [then for then in self._output if then[0] is logits]
-        return _as_then(own or self._output)
+        return _unwritten(own or self._output)
 
     def _settings_hold(self, model: nn.Module, now: list[tuple[object, ...]]) -> bool:
         """Whether modules still say how to compute by the same values; the tensors that some keep do not count."""
@@ -223,7 +223,7 @@ class Recording:
         return True
 
 
-def kept(output: Any) -> Any:
+def in_own_containers(output: Any) -> Any:
     """What a model returned, in containers of our own: the loop may put something else into its."""
     return tree_map(_own, output)
 
@@ -259,8 +259,8 @@ def _versions(tensors: list[Tensor]) -> list[Version]:
     return [(tensor, version(tensor), tensor.grad_fn) for tensor in tensors]
 
 
-def _as_then(versions: list[Version]) -> bool:
-    # `detach_` leaves the version alone.
+def _unwritten(versions: list[Version]) -> bool:
+    """Whether tensors are as they were: not written to, nor cut from their graph by `detach_`, which leaves the version alone."""
     return all(version(tensor) == then and tensor.grad_fn is node for tensor, then, node in versions)
 
 
@@ -269,7 +269,7 @@ def buffers_read(model: nn.Module) -> list[Tensor]:
     return [buffer for module in modules(model) if not _accumulates(module) for buffer in module._buffers.values() if buffer is not None]
 
 
-def keep_buffers(model: nn.Module) -> list[Kept]:
+def keep_buffers(model: nn.Module) -> list[BufferState]:
     """Those buffers, each with its version and a copy of its values: a write through `.data` leaves the version as it was."""
     return [(buffer, version(buffer), buffer.detach().clone() if _compares(buffer) else None) for buffer in buffers_read(model)]
 
@@ -285,7 +285,7 @@ def _accumulates(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) and type(module).forward.__module__.startswith(("torch.", "timm."))
 
 
-def _differences(now: list[Tensor], before: list[Kept]) -> list[bool | Tensor]:
+def _differences(now: list[Tensor], before: list[BufferState]) -> list[bool | Tensor]:
     """For each buffer, whether it changed; where values were compared, a tensor on their device, so that nobody waits for a GPU yet."""
     found: list[bool | Tensor] = [len(now) != len(before)]
     for buffer, (earlier, then, value) in zip(now, before, strict=False):
