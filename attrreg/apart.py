@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from attrreg.call import Call, Select
+from attrreg.conditions import parts
 from attrreg.distributed import sharded
-from attrreg.recording import Recording, parts
+from attrreg.recording import Recording
 from attrreg.runner import Runner
 from attrreg.sites import INPUT, OUTPUT
 from attrreg.state import autocast_type, isolated

@@ -15,9 +15,10 @@ from torch.utils.hooks import RemovableHandle
 
 from attrreg import automatic
 from attrreg.call import Call
+from attrreg.conditions import Called, image_state, keep_buffers, parts
 from attrreg.hooks import Tap
 from attrreg.ops.process import transformed
-from attrreg.recording import Called, Recording, Request, image_state, keep_buffers, parts
+from attrreg.recording import Recording, Request
 from attrreg.sites import SPATIAL
 from attrreg.state import cut_off
 from attrreg.walk import modules

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attrreg.conditions import Called, Conditions
 from attrreg.features import Head, Heads
 from attrreg.graph import LEAF
 from attrreg.ops import Phase, checkpoints_recompute_inside, operators
 from attrreg.ops.draws import Draws
 from attrreg.ops.process import transformed
 from attrreg.ops.rectify import Rule, rectify
-from attrreg.recording import Called, Conditions, Recording, in_own_containers
+from attrreg.recording import Recording, in_own_containers
 from attrreg.sites import FEATURES, INPUT, SPATIAL, SPECIAL, check_layer, varies
 from attrreg.state import Rng, autocast_type, cut_off, own_buffers
 from attrreg.walk import modules, within_whole

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from attrreg import masks
 from attrreg.baselines import Baseline, made_of
+from attrreg.conditions import version
 from attrreg.objectives import Objective
 from attrreg.points import Point
-from attrreg.recording import version
 from attrreg.spec import is_own, source
 from attrreg.state import full_precision
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.utils import parametrize
 
+from attrreg.conditions import parts, version
 from attrreg.folding import PathGradients
 from attrreg.graph import trainable_leaves
 from attrreg.ops.phase import once_differentiable
 from attrreg.points import Stop
-from attrreg.recording import parts, version
 from attrreg.state import BufferValues, autocast_as, autocast_type, buffer_values, own_buffers
 from attrreg.walk import attributes, modes
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from attrreg import automatic, sites
 from attrreg.attach import suspended
 from attrreg.call import Call
+from attrreg.conditions import parts, version
 from attrreg.counting import counters
 from attrreg.distributed import sharded
 from attrreg.features import find_features
@@ -21,7 +22,7 @@ from attrreg.graph import checkpoints_reentrant, ends_in_half, which_are_read
 from attrreg.hooks import Tap
 from attrreg.masks import at_least_float32
 from attrreg.ops.rectify import Rule
-from attrreg.recording import Recording, parts, version
+from attrreg.recording import Recording
 from attrreg.scores import Score
 from attrreg.spec import is_own
 from attrreg.state import Rng, full_precision, isolated

@@ -17,6 +17,7 @@ from attrreg import automatic, own, sites
 from attrreg.apart import output_key, probe_of
 from attrreg.attach import attached
 from attrreg.call import Call
+from attrreg.conditions import version
 from attrreg.counting import Passes, passes
 from attrreg.differences import Differences, gradients_of
 from attrreg.distributed import sharded, synchronises
@@ -27,7 +28,7 @@ from attrreg.masks import Annotation
 from attrreg.needs import Grad, Need, Scored, Value, only_clean, sites_at
 from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
 from attrreg.recompute import along
-from attrreg.recording import Recording, Request, version
+from attrreg.recording import Recording, Request
 from attrreg.runner import Runner
 from attrreg.scores import Score
 from attrreg.state import Buffers, Rng, cut_off, drawn_seed, isolated
