@@ -112,7 +112,7 @@ def _are_apart(call: Call, number: int, thorough: bool) -> bool | None:
                 return None
             if bool(gradient[~chosen].any()):
                 return False
-    # The largest value of all is in one of the halves, which then gives the same. Of three images, halves would show one pair alone.
+    # Both halves: if a model divides by the largest value of the batch, the half that has it gives the same. Of three images, each pair.
     groups = [half, ~half] if images > 3 else [order.to(device) != left for left in range(images)]
     return recording.drew or all(_as_whole(call, outputs, chosen.nonzero()[:, 0]) for chosen in groups)
 
@@ -183,6 +183,6 @@ def couples(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return module.training or module.running_mean is None
     if isinstance(module, _InstanceNorm) or type(module).__name__.startswith("FrozenBatchNorm"):
-        return False  # an image by itself, or by statistics that stay; also where buffers have such names
+        return False  # each image by itself, or by fixed statistics, though buffers may be called running_...
     # Such as timm's EvoNorm. TorchScript's buffers have `keys` alone.
     return module.training and any(name.startswith("running_") for name in module._buffers.keys())  # noqa: SIM118

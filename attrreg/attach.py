@@ -187,7 +187,7 @@ class Attachment:
         if output is None:  # it raised
             return
         self._recording = tap.recording(output, called)
-        owner = weakref.ref(self)  # the output that is watched is part of the recording
+        owner = weakref.ref(self)  # weak, because the recording holds the output, and with it this hook
 
         def forget(gradient: Tensor) -> None:
             if (attachment := owner()) is not None:

@@ -48,7 +48,7 @@ def question_of(call: Call, score: Score | None) -> Question:
 
 def known(call: Call, question: Question | None) -> str | None:
     """The layer that an earlier call with the same question found, which the model may have lost since; None: it has to be found."""
-    if question is None or question.picked_by is ... or isinstance(question.picked_by, CodeType):  # may pick by what it is given
+    if question is None or question.picked_by is ... or isinstance(question.picked_by, CodeType):  # a function may pick by its argument
         return None
     return _KNOWN.get(call.model, {}).get(question)
 
@@ -109,7 +109,7 @@ def choose(call: Call, score: Score | None, maps: list[NamedMap], grads: Sequenc
         if is_grid(call, name, map) or (grad is not None and sites.to_grid(grad, call.model, call.x, name).any())
     ]
     if not decided:
-        # All zero is a head that starts at zero. A gradient at the class token alone is a model that never reads patches.
+        # All are zero where a head starts at zero. Where the class token alone has a gradient, the model never reads patches.
         if any(grad is not None and grad.any() for grad in grads):
             raise RuntimeError(
                 "layer='auto' found no layer whose patches the score reads, only a class token. Name an earlier layer, from "

@@ -11,7 +11,7 @@ from attrreg.graph import nodes, trainable_leaves
 from attrreg.ops.process import transformed
 from attrreg.walk import modules, within_whole
 
-LARGE = 4  # how many of the last layers are kept whose outputs are maps or tokens, which take memory; those of vectors are all kept
+LARGE = 4  # of layers whose outputs are maps or tokens, which take memory, so many of the last are kept; of those with vectors, all are
 PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

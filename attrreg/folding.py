@@ -172,7 +172,8 @@ class PathGradients:
             return True
         if self._once is None:
             with torch.no_grad():
-                once = self._runner.replay(images.detach(), self._wanted)  # where gradients are taken, operators take note
+                # The same sites: our operators, which note what is drawn, run only where gradients are taken.
+                once = self._runner.replay(images.detach(), self._wanted)
             self._once = once.end, once.draws.shapes
         state, shapes = self._once
         return draws.state.same(state) and draws.shapes == shapes

@@ -90,7 +90,8 @@ class Tap:
                 checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra, self._leaves, self._added))
             )
             if self._twice:  # else the model computes as it does by itself
-                # What comes before the first of them is differentiated once.
+                # Operators before the first site with a gradient are differentiated once, and stay PyTorch's. Ours run from the start where
+                # that site is the images, or is not known yet.
                 at_once = INPUT in self._taken or (SPATIAL in self._taken and self._map is None)
                 self._begin = self._exits.enter_context(operators(self._model, self._phase, bool(self._taken), at_once))
         except BaseException:
@@ -117,7 +118,7 @@ class Tap:
             )
         for site in self._sites.keys() - set(SPECIAL) - self._values.keys() - self._problems.keys():
             self._problems[site] = f"layer {site!r} did not run in the forward. Name a layer that the model uses."
-        maps = tuple((name, value) for name, value, _ in self._maps if self._runs[name] == 1)  # a name does not tell which run
+        maps = tuple((name, value) for name, value, _ in self._maps if self._runs[name] == 1)  # else the name does not tell which run
         if self._maps and not maps and self._map is None:
             self._problems[SPATIAL] = "every layer with a map ran more than once in one forward. Let the model run once on each image."
         if self._map is not None and maps:
@@ -159,7 +160,7 @@ class Tap:
                     self._replace_relu(module, self._rule)
         if self._own:
             self._hook(self._model, self._take_output)
-        # A copy goes on from a layer that is named: the last map is that copy.
+        # `SPATIAL` comes last: from a layer that is also named, the model goes on with a copy, and the map has to be that copy.
         for site in sorted(self._sites, key=lambda site: site == SPATIAL):
             if site == FEATURES:
                 self._heads = Heads(self._model)
@@ -197,7 +198,7 @@ class Tap:
             self._rectified += 1
             x = entered.pop()
             y = rectify(x, rule, self._phase)
-            return x.copy_(y) if module.inplace else y  # others may read what it wrote into
+            return x.copy_(y) if module.inplace else y  # in place as the layer itself, because others may read that memory
 
         self._exits.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
         self._hook(module, after)
@@ -266,7 +267,7 @@ class Tap:
                 last, _, written = self._maps[-1]
                 if not last.startswith(f"{name}.") and value._version == written:
                     return None  # an identity
-                self._maps.pop()  # a container of the layer before, or one that works in place: the later name
+                self._maps.pop()  # the same tensor, from a container of that layer, or from one that works in place: the later name
             self._maps.append((name, value, value._version))
             return None if on is output else on
 
@@ -291,7 +292,7 @@ def _recomputing(
     """
 
     def leaf(module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        # Behind frozen layers, all that followed the leaf saved tensors in the first run.
+        # In the first run this output was a leaf, so what followed saved tensors, as it has to in the recomputation.
         return output.detach().requires_grad_().clone() if isinstance(output, Tensor) and not output.requires_grad else None
 
     def again(move: Tensor, module: nn.Module, args: Any, output: Tensor) -> Tensor:

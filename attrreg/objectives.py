@@ -29,7 +29,7 @@ def _judged(map: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the mask is not one for each image, or one for all, of the map's height and width: it would meet other images' maps.
     """
-    images = (1, *mask.shape[:-2])[-2:] if mask.dim() < 4 else mask.shape[:2]  # as PyTorch takes axes that are missing
+    images = (1, *mask.shape[:-2])[-2:] if mask.dim() < 4 else mask.shape[:2]  # axes that are missing come first, as in PyTorch
     fits = map.dim() == 4 and 1 < mask.dim() < 5 and mask.shape[-2:] == map.shape[-2:]
     if not (fits and all(size in (1, of) for size, of in zip(images, map.shape, strict=False))):
         raise ValueError(

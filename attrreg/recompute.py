@@ -48,7 +48,7 @@ def along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None, di
         rest = part[1:] if start == 0 else part
         if rest:
             values = _added(values, _summed(rest, images, gradients, False))
-        # At other places the model may compute with others, as sparse experts do.
+        # At other places the model may use other parameters, as sparse experts do.
         more = [leaf for key, leaf in gradients.reached.items() if key not in known]
         again = _Chunk(part, gradients, buffers, [*leaves, *more])
         total = _added(total, list(_Recomputed.apply(again, values, x, *leaves, *more)))
@@ -83,7 +83,7 @@ class _Chunk:
         self._modes = modes(self._model)
         others = [part for part in parts(gradients.call.inputs) if part is not gradients.call.x]
         self._others = [(part, version(part)) for part in others]
-        # Those too that the gradients are no function of: by the last layer's bias a score may choose its class.
+        # Also leaves that the gradients are no function of: a score may choose its class by the last layer's bias.
         self._weights = [(leaf, version(leaf)) for leaf in (*leaves, *gradients.reached.values())]
         self._autocast = autocast_type(gradients.call.x.device)
 
@@ -137,7 +137,7 @@ class _Recomputed(Function):
 
     @staticmethod
     def forward(ctx: Any, chunk: _Chunk, values: list[Tensor], x: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-        # The leaves themselves: hooks on saved tensors, as of `save_on_cpu`, would give others back, without hooks.
+        # Not by `save_for_backward`, from which hooks on saved tensors, as of `save_on_cpu`, would give copies without hooks back.
         ctx.chunk, ctx.leaves = chunk, leaves
         ctx.save_for_backward(x)
         return tuple(values)

@@ -109,8 +109,8 @@ class Recording:
         sites, twice, question, alone, returns_output = request
         if (twice and not self.twice) or self.x is not call.x or self.conditions is None or not self.conditions.same_for(call):
             return False
-        differences = not twice and any(sites.values())  # finite differences start from the same buffers, but leave the loop's autocast
-        if (differences or not alone) and self.conditions.moved:  # the call's other passes would compute with other buffers
+        differences = not twice and any(sites.values())  # finite differences run other passes, but outside the loop's autocast
+        if (differences or not alone) and self.conditions.moved:  # other passes would compute with other buffers
             return False
         if not alone and self.autocast != autocast_type(call.x.device):
             return False

@@ -107,7 +107,7 @@ class Runner:
             counter.forward += not check
             counter.checks += check
         x = self.call.x
-        # Layers lay their outputs out in memory as the images are, and dropout draws in the order of memory.
+        # Outputs of layers lie in memory as the images do, and dropout draws in that order: for the same mask, the images lie as `x`.
         if image.stride() != x.stride() and image.shape == x.shape:
             image = torch.empty_like(x, dtype=image.dtype).copy_(image)
         model, extra = self.call.model, not as_users_forward
@@ -325,7 +325,7 @@ def _scale(total: Tensor, value: Tensor) -> Tensor:
         return torch.ones_like(total)  # the backward itself will say what is wrong
     with full_precision(value.device):
         (gradient,) = torch.autograd.grad(total, value, retain_graph=True, allow_unused=True, materialize_grads=True)
-    exponent = torch.frexp(gradient.abs().amax()).exponent.clamp(min=-100)  # of next to nothing, it would be infinite
+    exponent = torch.frexp(gradient.abs().amax()).exponent.clamp(min=-100)  # the factor for next to nothing would be infinite
     return torch.ldexp(torch.ones_like(total), 4 - exponent).detach()
 
 

@@ -122,7 +122,7 @@ class Trace:
 
         recording = self._runner.replay(images[0], {sites.INPUT: True, site: False}, check=True)
         found = which_are_read(self._runner.at(recording, site), [recording.values[sites.INPUT]])[0]
-        if not found:  # without a graph, as from frozen layers under no_grad? The passes so far may differ by rounding
+        if not found:  # there may be no graph, as from frozen layers under no_grad; the terms' own passes may differ by rounding alone
             with torch.no_grad():
                 found = not torch.equal(*(self._runner.at(self._runner.replay(image, {site: False}, check=True), site) for image in images))
         if found:
