@@ -20,7 +20,7 @@ from attrreg.hooks import Tap
 from attrreg.ops.process import transformed
 from attrreg.recording import Recording, Request
 from attrreg.sites import SPATIAL
-from attrreg.state import cut_off
+from attrreg.state import detach_buffers
 from attrreg.walk import modules
 from attrreg.wrappers import compiled, compiling, unwrap
 
@@ -134,7 +134,7 @@ class Attachment:
     @property
     def map(self) -> str | None:
         """The layer that `layer="auto"` turned out to be for forwards like the last; None: that is not known, or there were several."""
-        known = automatic.only(self._model, self._kind)
+        known = automatic.sole_question(self._model, self._kind)
         return None if known is None else known[1]
 
     @property
@@ -170,10 +170,10 @@ class Attachment:
         x = arguments[place]
         sites = self._sites if self._due() else {}  # a step that a schedule skips: the output alone, for `Scheduled.evaluate`
         self._kind = automatic.kind(x, model)
-        question, map = automatic.only(model, self._kind) or (None, None)
+        question, map = automatic.sole_question(model, self._kind) or (None, None)
         self._called = Called(args, kwargs, image_state(x), question, None if self._alone else keep_buffers(model))
         hooks[own] = hooks.pop(own)  # moved to the end: hooks that came later may change what the model returns
-        self._tap = Tap(model, sites, own=False, map=map, twice=self._twice)
+        self._tap = Tap(model, sites, ours=False, map=map, twice=self._twice)
         arguments[place] = self._tap.open(x)
         return tuple(arguments[i] for i in range(len(args))), {name: arguments[name] for name in kwargs}
 
@@ -182,7 +182,7 @@ class Attachment:
             return
         tap, self._tap = self._tap, None
         tap.close()
-        cut_off(model)  # also where the forward raised
+        detach_buffers(model)  # also where the forward raised
         called, self._called = self._called, None
         if output is None:  # it raised
             return

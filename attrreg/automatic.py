@@ -58,7 +58,7 @@ def forget(model: nn.Module) -> None:
     _KNOWN.pop(model, None)
 
 
-def only(model: nn.Module, kind: Hashable) -> tuple[Question, str] | None:
+def sole_question(model: nn.Module, kind: Hashable) -> tuple[Question, str] | None:
     """The question that all calls on forwards of a kind asked, with its layer; None: none was asked, several were, or it may change."""
     found = [item for item in _KNOWN.get(model, {}).items() if item[0].kind == kind]
     return found[0] if len(found) == 1 and found[0][0].picked_by is not ... else None

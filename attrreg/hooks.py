@@ -23,8 +23,8 @@ from attrreg.ops.draws import Draws
 from attrreg.ops.process import transformed
 from attrreg.ops.rectify import Rule, rectify
 from attrreg.recording import Recording, in_own_containers
-from attrreg.sites import FEATURES, INPUT, SPATIAL, SPECIAL, check_layer, varies
-from attrreg.state import Rng, autocast_type, cut_off, own_buffers
+from attrreg.sites import FEATURES, INPUT, SPATIAL, SPECIAL, check_layer, is_map
+from attrreg.state import Rng, autocast_type, copied_buffers, detach_buffers
 from attrreg.walk import modules, within_whole
 
 MAPS = 128  # how many of the last maps are kept for layer="auto": more than the last block of any timm model has
@@ -36,7 +36,7 @@ class Tap:
     Args:
         model: the model.
         sites: what to record; True where a gradient will be taken.
-        own: the library runs the pass, so the model works on a copy of the images.
+        ours: the library runs the pass, so the model works on a copy of the images.
         extra: the user's loop has no such pass, so nothing of it may reach the buffers.
         map: the layer that `SPATIAL` is known to be; None: keep the last few that it could be.
         twice: gradients will be differentiated again.
@@ -49,7 +49,7 @@ class Tap:
         self,
         model: nn.Module,
         sites: Mapping[str, bool],
-        own: bool,
+        ours: bool,
         map: str | None,
         twice: bool,
         moves: Mapping[str, Tensor] = MappingProxyType({}),
@@ -62,7 +62,7 @@ class Tap:
         self._map = map
         self._sites = sites
         self._taken = frozenset(site for site, gradient in sites.items() if gradient)
-        self._own = own
+        self._ours = ours
         self._twice = twice
         self._moves = moves
         self._rule = rule
@@ -102,7 +102,7 @@ class Tap:
         self._values[INPUT] = (x.view_as(x) if x.requires_grad else self._differentiable(x)) if differentiated else x
         # A copy, because a model may work on its input in place: that would change the caller's images, fail on a leaf, and
         # shift what is differentiated.
-        return self._values[INPUT].clone() if differentiated or self._own else x
+        return self._values[INPUT].clone() if differentiated or self._ours else x
 
     def close(self) -> None:
         """Take hooks and operators away; safe to call twice."""
@@ -158,7 +158,7 @@ class Tap:
             for module in modules(self._model):
                 if isinstance(module, nn.ReLU):
                     self._replace_relu(module, self._rule)
-        if self._own:
+        if self._ours:
             self._hook(self._model, self._take_output)
         # `SPATIAL` comes last: from a layer that is also named, the model goes on with a copy, and the map has to be that copy.
         for site in sorted(self._sites, key=lambda site: site == SPATIAL):
@@ -170,7 +170,7 @@ class Tap:
                 if self._map is not None and not self._is_there(self._map):
                     self._map = None
                 known = None if self._map is None else [(self._map, self._model.get_submodule(self._map))]
-                for name, module in known or _opened(self._model):
+                for name, module in known or _map_candidates(self._model):
                     if name and _reachable(module):
                         self._hook(module, self._take_map(name))
             elif site not in SPECIAL and self._is_there(site):
@@ -254,7 +254,7 @@ class Tap:
             self._runs[name] += 1
             if isinstance(module, nn.AdaptiveAvgPool2d) or transformed():  # may repeat one position to fill its grid
                 return None
-            if not isinstance(output, Tensor) or not varies(output, self._model, self._x, name):
+            if not isinstance(output, Tensor) or not is_map(output, self._model, self._x, name):
                 return None
             # Behind frozen layers the first map becomes a leaf, from which the later ones are computed. What is recorded is the tensor that
             # the model goes on with.
@@ -274,7 +274,7 @@ class Tap:
         return hook
 
 
-def _opened(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _map_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers that `layer="auto"` may be, by name: none inside an encoder that would run otherwise with hooks inside."""
     whole = within_whole(model)
     return [(name, module) for name, module in model.named_modules() if module not in whole]
@@ -301,7 +301,7 @@ def _recomputing(
     @contextmanager
     def recomputing() -> Iterator[None]:
         # BatchNorm counts a recomputation as a batch. In the backward of the loop's own forward that is PyTorch's way.
-        with ExitStack() as hooks, own_buffers(model) if extra or phase.inner else nullcontext():
+        with ExitStack() as hooks, copied_buffers(model) if extra or phase.inner else nullcontext():
             for module in leaves:
                 hooks.enter_context(module.register_forward_hook(leaf))
             for module, move in added:
@@ -309,7 +309,7 @@ def _recomputing(
             try:
                 yield
             finally:
-                cut_off(model)
+                detach_buffers(model)
 
     return recomputing
 

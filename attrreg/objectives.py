@@ -23,7 +23,7 @@ from attrreg.spec import Spec
 Objective = Callable[[Tensor, Tensor], Tensor]
 
 
-def _judged(map: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _map_and_outside(map: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The map and o, in float32 at least: a sum over a map leaves the range of half precision, and eps is below it.
 
     Raises:
@@ -56,7 +56,7 @@ class SquaredOutside(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Penalty `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
-        map, outside = _judged(map, mask)
+        map, outside = _map_and_outside(map, mask)
         return (outside * map).square().sum(dim=(1, 2, 3))
 
 
@@ -71,7 +71,7 @@ class AbsoluteOutside(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Penalty `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
-        map, outside = _judged(map, mask)
+        map, outside = _map_and_outside(map, mask)
         return (outside * map).abs().sum(dim=(1, 2, 3))
 
 
@@ -107,7 +107,7 @@ class NetOutside(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Penalty `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
-        map, outside = _judged(map, mask)
+        map, outside = _map_and_outside(map, mask)
         return (outside * map).sum(dim=(1, 2, 3)).abs()
 
 
@@ -133,7 +133,7 @@ class OutsideFraction(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Share `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
-        map, outside = _judged(map, mask)
+        map, outside = _map_and_outside(map, mask)
         size = map.abs()
         return (outside * size).sum(dim=(1, 2, 3)) / (size.sum(dim=(1, 2, 3)) + self.eps)
 
@@ -163,7 +163,7 @@ class Energy(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Share `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
-        map, outside = _judged(map, mask)
+        map, outside = _map_and_outside(map, mask)
         positive = map.relu()
         nowhere = positive.sum(dim=(1, 2, 3), keepdim=True) <= 0
         size = torch.where(nowhere, map.abs(), positive)

@@ -16,11 +16,11 @@ from attrreg.folding import PathGradients
 from attrreg.graph import trainable_leaves
 from attrreg.ops.phase import once_differentiable
 from attrreg.points import Stop
-from attrreg.state import BufferValues, autocast_as, autocast_type, buffer_values, own_buffers
+from attrreg.state import BufferValues, autocast_as, autocast_type, buffer_values, copied_buffers
 from attrreg.walk import attributes, modes
 
 
-def along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None, differentiable: bool) -> list[Tensor]:
+def sum_along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None, differentiable: bool) -> list[Tensor]:
     """Sum weighted gradients over the places of a path, for each score.
 
     With all graphs held (`chunk=None`, or no more places than `chunk`) this is one forward and backward a batch of places. Otherwise
@@ -105,7 +105,7 @@ class _Chunk:
                 "inputs were written to between the penalty and its backward, where chunked path methods recompute. Call backward first, "
                 "or pass copies in inputs=."
             )
-        with torch.enable_grad(), own_buffers(self._model, self._buffers):
+        with torch.enable_grad(), copied_buffers(self._model, self._buffers):
             with autocast_as(x.device, self._autocast):
                 found = _summed(self._stops, x, self._gradients, True)
             yield found

@@ -114,7 +114,7 @@ def layout(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Layout | No
     return "NCHW" if channels_first and b * c > 1 else None
 
 
-def varies(value: Tensor, model: nn.Module, x: Tensor, site: str) -> bool:
+def is_map(value: Tensor, model: nn.Module, x: Tensor, site: str) -> bool:
     """Whether a layer's output is a map of more than one position."""
     found = layout(value, model, x, site)
     return found is not None and (found != "NCHW" or value.shape[-2] * value.shape[-1] > 1)

@@ -109,7 +109,7 @@ class Buffers:
                     module._buffers[name] = buffer
 
 
-def cut_off(model: nn.Module) -> None:
+def detach_buffers(model: nn.Module) -> None:
     """Detach buffers whose graph leads to nothing but tensors that we made to be differentiated: in a plain step they have none."""
     detached: dict[int, Tensor] = {}  # one shared by two modules stays shared
     for module in modules(model):
@@ -120,7 +120,7 @@ def cut_off(model: nn.Module) -> None:
 
 
 @contextmanager
-def own_buffers(model: nn.Module, values: BufferValues = MappingProxyType({})) -> Iterator[Buffers]:
+def copied_buffers(model: nn.Module, values: BufferValues = MappingProxyType({})) -> Iterator[Buffers]:
     """Run passes on copies of a model's buffers; `values`: see `Buffers`."""
     buffers = Buffers(model, values)
     try:
@@ -141,7 +141,7 @@ def isolated(model: nn.Module, device: torch.device, start: Rng | None = None) -
     """
     before = Rng.of(device)
     try:
-        with own_buffers(model) as buffers:
+        with copied_buffers(model) as buffers:
             if start is not None:
                 start.restore()
             yield buffers

@@ -27,11 +27,11 @@ from attrreg.graph import which_are_read
 from attrreg.masks import Annotation
 from attrreg.needs import Grad, Need, Scored, Value, only_clean, sites_at
 from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
-from attrreg.recompute import along
+from attrreg.recompute import sum_along
 from attrreg.recording import Recording, Request
 from attrreg.runner import Runner
 from attrreg.scores import Score
-from attrreg.state import Buffers, Rng, cut_off, drawn_seed, isolated
+from attrreg.state import Buffers, Rng, detach_buffers, drawn_seed, isolated
 
 __all__ = ["Passes", "Trace", "passes"]
 
@@ -60,7 +60,7 @@ class Trace:
         self._recordings: dict[Point, Recording] = {}
         self._grads: dict[tuple[str, Score, Point], Tensor] = {}
         self._score_seeds: dict[Score, int] = {}
-        self._own_forward: Buffers | None = None
+        self._to_commit: Buffers | None = None  # those of a clean pass that stands in for the user's forward
         self._given_out: list[tuple[Tensor, int]] = []  # what terms read, each with its version
 
     # What terms read
@@ -187,9 +187,9 @@ class Trace:
 
     def commit(self) -> None:
         """Make what the clean pass did to the model's buffers final, where it stood in for the user's forward."""
-        if self._own_forward is not None:
-            self._own_forward.commit()
-            cut_off(self.call.model)
+        if self._to_commit is not None:
+            self._to_commit.commit()
+            detach_buffers(self.call.model)
 
     def _clean_pass(self, wanted: dict[str, bool], as_users_forward: bool) -> None:
         call, question = self.call, self._question()
@@ -206,7 +206,7 @@ class Trace:
                 if known is None or sites.SPATIAL in recording.values:  # else this pass went another way through the model
                     break
             if as_users_forward:
-                self._own_forward = buffers
+                self._to_commit = buffers
                 after.restore()
         if recording is not None:
             self._recordings[CLEAN] = recording
@@ -261,7 +261,7 @@ class Trace:
 
     def _read_later(self, point: Point, recording: Recording) -> bool:
         """Whether the graph of a pass is needed after its gradients were taken: by the loop, or by terms that read its values."""
-        loops = recording.conditions is not None or (point == CLEAN and self._own_forward is not None)
+        loops = recording.conditions is not None or (point == CLEAN and self._to_commit is not None)
         return loops or any(need.at == point and need.site != sites.INPUT and not isinstance(need, Grad) for need in self._needs)
 
     def differentiated(self, total: Tensor, images: Tensor) -> Tensor:
@@ -290,6 +290,6 @@ class Trace:
         gradients = PathGradients(self._runner, concrete, self._differences)
         # Finite differences hold no graph of the gradients, so there is nothing to save by computing them again.
         chunk = path.chunk if self._differences is None else None
-        sums = dict(zip(concrete, along(stops, gradients, chunk, self._differentiable), strict=True))
+        sums = dict(zip(concrete, sum_along(stops, gradients, chunk, self._differentiable), strict=True))
         for need in needs:
             self._grads[need.site, need.score, path] = sums[self._concrete(need.score)]
