@@ -161,7 +161,8 @@ def autocast_as(device: torch.device, dtype: torch.dtype | None) -> AbstractCont
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Leave autocast: tensors are computed with in the types that they have."""
-    return autocast_as(device, None)
+    # As `autocast_as(device, None)`, but quicker: operators ask for it, too.
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 @contextmanager
