@@ -155,6 +155,7 @@ class Attachment:
             self._tap = None
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """A forward pre-hook: open a tap, if this is a forward of the loop's that can be recorded; gives the arguments to go on with."""
         if compiling() or self.suspended or not self.live or transformed() or torch._C._is_tracing() or _in_backward():
             return None  # what runs under torch.func, forward-mode derivatives, a tracer or a backward is not the loop's forward
         if model is not self._model:  # nor is that of a replica on another device, which has these hooks too, in a thread of its own
@@ -178,6 +179,7 @@ class Attachment:
         return tuple(arguments[i] for i in range(len(args))), {name: arguments[name] for name in kwargs}
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
+        """A forward hook, called also where the forward raised: close the tap, and keep what it recorded."""
         if self.suspended or self._tap is None or _in_backward() or model is not self._model:
             return
         tap, self._tap = self._tap, None

@@ -98,6 +98,7 @@ class PathGradients:
         return found
 
     def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:
+        """The gradients at one place, from a pass of its own."""
         recording = self._runner.replay(images, self._wanted)
         self._note(self._runner, recording, create_graph)
         last, wanted = len(self._scores) - 1, [sites.INPUT]
@@ -116,6 +117,7 @@ class PathGradients:
         return [runner.at(recording, score.site) for score in self._scores]
 
     def _together(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]] | None:
+        """The gradients at several places, from one pass; None: it did not give what each place gets alone."""
         places = len(images)
         # The places of an image lie side by side, so that batch normalisation can see them as channels. Stacked, they lose their layout.
         batch = torch.stack(list(images), dim=1).flatten(0, 1).contiguous(memory_format=memory_format(self.call.x))

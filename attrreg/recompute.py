@@ -57,6 +57,7 @@ def sum_along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None
 
 
 def _summed(stops: Sequence[Stop], x: Tensor, gradients: PathGradients, create_graph: bool) -> list[Tensor]:
+    """The weighted gradients at places, summed, for each score; as many places in a pass as may share one."""
     total: list[Tensor] = []
     pending = list(stops)
     while pending:

@@ -273,6 +273,7 @@ class Trace:
         return total if self._differences is None else self._differences.differentiated(total, images)
 
     def _ascend(self, point: Ascent) -> Tensor:
+        """The images of an ascent, by passes on its way, of which nothing is kept."""
         runner = Runner(self.call, twice=False, start=self._runner.start)
         score = self._concrete(point.score)
         image = self.call.x.detach()
@@ -283,6 +284,7 @@ class Trace:
         return image
 
     def _run_path(self, path: Path, seed: int) -> None:
+        """All gradients along one path: for each distinct score, summed over its places."""
         needs = [need for need in self._needs if isinstance(need, Grad) and need.at == path]
         concrete = list(dict.fromkeys(self._concrete(need.score) for need in needs))
         with own.given(path, self.call.x.detach(), self.call.mask) as (x, mask):
