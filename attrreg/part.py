@@ -52,7 +52,7 @@ def part_of(call: Call, needs: Iterable[Need]) -> Call:
     needs = list(needs)
     scores = [need.score for need in needs if not isinstance(need, Value)]
     if call.fraction < 1:
-        if obstacle := _needs_all(call, needs, scores):
+        if obstacle := _obstacle(call, needs, scores):
             raise ValueError(f"fraction cannot be used with {obstacle}, or leave fraction out.")
         device = torch.device("cpu") if call.generator is None else call.generator.device
         order = torch.randperm(annotation.count, generator=call.generator, device=device)
@@ -62,7 +62,7 @@ def part_of(call: Call, needs: Iterable[Need]) -> Call:
     else:
         whole = annotation.count == annotation.batch or attached(call.model) is not None
         draws = any(need.at.draws for need in needs) or any(score.draws for score in scores)
-        if whole or draws or _needs_all(call, needs, scores) or not images_apart(call):
+        if whole or draws or _obstacle(call, needs, scores) or not images_apart(call):
             return call
         indices = annotation.annotated.nonzero().squeeze(1)
         if annotation.count == 1:  # of a batch of one, some models drop an axis
@@ -71,7 +71,7 @@ def part_of(call: Call, needs: Iterable[Need]) -> Call:
     return replace(call, x=call.x[indices], annotation=annotation.part(indices), target=target)
 
 
-def _needs_all(call: Call, needs: Sequence[Need], scores: Sequence[Score]) -> str:
+def _obstacle(call: Call, needs: Sequence[Need], scores: Sequence[Score]) -> str:
     """What would make the penalty of a part of the batch another one, also in expectation, and a remedy; empty: nothing."""
     made = [part for point in dict.fromkeys(need.at for need in needs) for part in made_of(point)]
     if any(isinstance(part, OtherImage) for part in made):
