@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from attrreg.call import Call, Select
+from attrreg.conditions import parts
 from attrreg.distributed import sharded
-from attrreg.recording import Recording, parts
+from attrreg.recording import Recording
 from attrreg.runner import Runner
 from attrreg.sites import INPUT, OUTPUT
-from attrreg.state import Rng, autocast_type, isolated
+from attrreg.state import autocast_type, isolated
 from attrreg.walk import modules
 
 # What may be raised by a model or a baseline that expects a certain number of images, where it gets another one.
@@ -25,33 +26,33 @@ SIZE_ERRORS = (RuntimeError, ValueError, AssertionError, LookupError, TypeError,
 
 
 @dataclass
-class Shown:
-    """What passes have shown of a model, so that not each call has to show it.
+class Probe:
+    """A question about a model that only passes answer, as whether images meet; not every call has to run those.
 
     Attributes:
-        calls: how many there were.
-        found: what was shown last; None: nothing. False stays.
+        calls: how many have asked.
+        found: the last answer; None: no pass has shown anything yet. Once it is False, nobody asks again.
     """
 
     calls: int = 0
     found: bool | None = None
 
     def due(self) -> bool:
-        """Count a call; whether it has to show.
+        """Count a call; whether it has to run the passes.
 
-        Until something was shown each call has to, then the second, fourth, eighth ...: what starts at zero, as the gate of a branch, shows
-        nothing at first.
+        Until they have shown something each call has to, then the second, fourth, eighth ...: images may meet in a branch whose gate starts
+        at zero, which shows nothing at first.
         """
         self.calls += 1
         return self.found is None or (self.found and self.calls & (self.calls - 1) == 0)  # a power of two
 
 
-_SHOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Shown]] = WeakKeyDictionary()
+_PROBES: WeakKeyDictionary[nn.Module, dict[Hashable, Probe]] = WeakKeyDictionary()
 
 
-def shown(model: nn.Module, *kind: Hashable) -> Shown:
-    """What was shown of a model, by what it is and in which kind of calls."""
-    return _SHOWN.setdefault(model, {}).setdefault(kind, Shown())
+def probe_of(model: nn.Module, *kind: Hashable) -> Probe:
+    """The probe of a model for one question in one kind of calls."""
+    return _PROBES.setdefault(model, {}).setdefault(kind, Probe())
 
 
 def state_key(model: nn.Module) -> Hashable:
@@ -76,11 +77,11 @@ def images_apart(call: Call) -> bool:
         return False
     if sharded(model):  # other ranks may not run the pass that shows it, which would wait for them
         return False
-    apart = shown(model, "images", state_key(model), output_key(call.output))
-    if apart.due():
-        found = _are_apart(call, apart.calls, thorough=apart.found is None)
-        apart.found = apart.found if found is None else found  # images that show nothing, as of NaN, say nothing
-    return bool(apart.found)
+    probe = probe_of(model, "images", state_key(model), output_key(call.output))
+    if probe.due():
+        found = _are_apart(call, probe.calls, thorough=probe.found is None)
+        probe.found = probe.found if found is None else found  # images that show nothing, as of NaN, say nothing
+    return bool(probe.found)
 
 
 def _are_apart(call: Call, number: int, thorough: bool) -> bool | None:
@@ -96,10 +97,8 @@ def _are_apart(call: Call, number: int, thorough: bool) -> bool | None:
     half = (order < max(1, images // 2)).to(device)
     bits = [(order >> bit & 1 == 1).to(device) for bit in range((images - 1).bit_length())] if thorough else []
     runner = Runner(call, twice=False)
-    with isolated(call.model, device=device):
-        start = Rng.of(device)
+    with isolated(call.model, device):
         recording = runner.forward(call.x.detach(), {INPUT: True}, check=True)
-        drew = not Rng.of(device).same(start)
         outputs = _by_image(runner, recording, images)
         differentiable = [part for part in outputs if part.requires_grad]
         for chosen in [group for bit in bits for group in (bit, ~bit)] or [half]:
@@ -115,9 +114,9 @@ def _are_apart(call: Call, number: int, thorough: bool) -> bool | None:
                 return None
             if bool(gradient[~chosen].any()):
                 return False
-    # The largest value of all is in one of the halves, which then gives the same. Of three images, halves would show one pair alone.
+    # Both halves: if a model divides by the largest value of the batch, the half that has it gives the same. Of three images, each pair.
     groups = [half, ~half] if images > 3 else [order.to(device) != left for left in range(images)]
-    return drew or all(_as_whole(call, outputs, chosen.nonzero()[:, 0]) for chosen in groups)
+    return recording.drew or all(_as_whole(call, outputs, chosen.nonzero()[:, 0]) for chosen in groups)
 
 
 def _as_whole(call: Call, outputs: Sequence[Tensor], chosen: Tensor) -> bool:
@@ -127,8 +126,8 @@ def _as_whole(call: Call, outputs: Sequence[Tensor], chosen: Tensor) -> bool:
     few = Runner(replace(call, x=call.x[chosen]), twice=False)
 
     def alone(images: Tensor) -> list[Tensor]:
-        with torch.no_grad(), isolated(call.model, device=images.device):
-            found = _by_image(few, few.forward(images, {}, check=True), len(images))
+        with torch.no_grad():
+            found = _by_image(few, few.replay(images, {}, check=True), len(images))
             return [part.nan_to_num(0.0) for part in found]
 
     try:
@@ -186,6 +185,6 @@ def couples(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return module.training or module.running_mean is None
     if isinstance(module, _InstanceNorm) or type(module).__name__.startswith("FrozenBatchNorm"):
-        return False  # an image by itself, or by statistics that stay; also where buffers have such names
+        return False  # each image by itself, or by fixed statistics, though buffers may be called running_...
     # Such as timm's EvoNorm. TorchScript's buffers have `keys` alone.
     return module.training and any(name.startswith("running_") for name in module._buffers.keys())  # noqa: SIM118

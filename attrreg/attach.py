@@ -15,11 +15,12 @@ from torch.utils.hooks import RemovableHandle
 
 from attrreg import automatic
 from attrreg.call import Call
+from attrreg.conditions import Called, image_state, keep_buffers, parts
 from attrreg.hooks import Tap
 from attrreg.ops.process import transformed
-from attrreg.recording import Called, Recording, image_state, keep_buffers, parts
+from attrreg.recording import Recording, Request
 from attrreg.sites import SPATIAL
-from attrreg.state import cut_off
+from attrreg.state import detach_buffers
 from attrreg.walk import modules
 from attrreg.wrappers import compiled, compiling, unwrap
 
@@ -103,27 +104,18 @@ class Attachment:
         # A copy of the model (an average of its weights, say) carries the hooks along; there they do nothing.
         return _inert, ()
 
-    def take(self, call: Call, sites: Mapping[str, bool], twice: bool, asked: Any, alone: bool, returned: bool = False) -> Recording | None:
-        """The recorded pass, if it is the one a call needs. It is given out once: its graph may be freed after.
+    def take(self, call: Call, request: Request) -> Recording | None:
+        """The recorded pass, if it is the one a call needs; None: the call must run its own.
 
-        Args:
-            call: the call.
-            sites: what it reads; True where it takes a gradient.
-            twice: it differentiates gradients.
-            asked: which question `layer="auto"` answers in it, from `automatic.asked`; None: no term has `layer="auto"`.
-            alone: it runs no other pass; one would have to start from the same buffers.
-            returned: it returns the model's output to the user.
-
-        Returns:
-            The recording; None: the call must run its own forward.
+        It is given out once: its graph may be freed after.
         """
-        recording = self._recording
+        recording, sites = self._recording, request.sites
         if recording is None or ((any(sites.values()) or SPATIAL in sites) and self._hooked(recording)):
             return None
-        if not (returned or self._warned) and self._has_not_seen(call.x, recording):
+        if not (request.returns_output or self._warned) and self._has_not_seen(call.x, recording):
             self._warned = True
             warnings.warn(OTHER_IMAGES, stacklevel=6)  # the user's line: above it are __call__, compute, run, _clean_pass and this
-        if not recording.serves(call, sites, twice, asked, alone) or (returned and not recording.can_be_returned):
+        if not recording.serves(call, request):
             return None
         self._forget()
         return recording
@@ -142,7 +134,7 @@ class Attachment:
     @property
     def map(self) -> str | None:
         """The layer that `layer="auto"` turned out to be for forwards like the last; None: that is not known, or there were several."""
-        known = automatic.only(self._model, self._kind)
+        known = automatic.sole_question(self._model, self._kind)
         return None if known is None else known[1]
 
     @property
@@ -163,6 +155,7 @@ class Attachment:
             self._tap = None
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """A forward pre-hook: open a tap, if this is a forward of the loop's that can be recorded; gives the arguments to go on with."""
         if compiling() or self.suspended or not self.live or transformed() or torch._C._is_tracing() or _in_backward():
             return None  # what runs under torch.func, forward-mode derivatives, a tracer or a backward is not the loop's forward
         if model is not self._model:  # nor is that of a replica on another device, which has these hooks too, in a thread of its own
@@ -178,24 +171,25 @@ class Attachment:
         x = arguments[place]
         sites = self._sites if self._due() else {}  # a step that a schedule skips: the output alone, for `Scheduled.evaluate`
         self._kind = automatic.kind(x, model)
-        asked, map = automatic.only(model, self._kind) or (None, None)
-        self._called = Called(args, kwargs, image_state(x), asked, None if self._alone else keep_buffers(model))
+        question, map = automatic.sole_question(model, self._kind) or (None, None)
+        self._called = Called(args, kwargs, image_state(x), question, None if self._alone else keep_buffers(model))
         hooks[own] = hooks.pop(own)  # moved to the end: hooks that came later may change what the model returns
-        self._tap = Tap(model, sites, own=False, map=map, twice=self._twice)
+        self._tap = Tap(model, sites, ours=False, map=map, twice=self._twice)
         arguments[place] = self._tap.open(x)
         return tuple(arguments[i] for i in range(len(args))), {name: arguments[name] for name in kwargs}
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
+        """A forward hook, called also where the forward raised: close the tap, and keep what it recorded."""
         if self.suspended or self._tap is None or _in_backward() or model is not self._model:
             return
         tap, self._tap = self._tap, None
         tap.close()
-        cut_off(model)  # also where the forward raised
+        detach_buffers(model)  # also where the forward raised
         called, self._called = self._called, None
         if output is None:  # it raised
             return
         self._recording = tap.recording(output, called)
-        owner = weakref.ref(self)  # the output that is watched is part of the recording
+        owner = weakref.ref(self)  # weak, because the recording holds the output, and with it this hook
 
         def forget(gradient: Tensor) -> None:
             if (attachment := owner()) is not None:

@@ -41,14 +41,14 @@ def kind(x: Tensor, model: nn.Module) -> Hashable:
     return x.shape[1:], model.training, len(modules(model))
 
 
-def asked(call: Call, score: Score | None) -> Question:
+def question_of(call: Call, score: Score | None) -> Question:
     """The question of a call; None: no score is differentiated there."""
     return Question(kind(call.x, call.model), picked_by(call.output), sites.OUTPUT if score is None else score.site)
 
 
 def known(call: Call, question: Question | None) -> str | None:
     """The layer that an earlier call with the same question found, which the model may have lost since; None: it has to be found."""
-    if question is None or question.picked_by is ... or isinstance(question.picked_by, CodeType):  # may pick by what it is given
+    if question is None or question.picked_by is ... or isinstance(question.picked_by, CodeType):  # a function may pick by its argument
         return None
     return _KNOWN.get(call.model, {}).get(question)
 
@@ -58,7 +58,7 @@ def forget(model: nn.Module) -> None:
     _KNOWN.pop(model, None)
 
 
-def only(model: nn.Module, kind: Hashable) -> tuple[Question, str] | None:
+def sole_question(model: nn.Module, kind: Hashable) -> tuple[Question, str] | None:
     """The question that all calls on forwards of a kind asked, with its layer; None: none was asked, several were, or it may change."""
     found = [item for item in _KNOWN.get(model, {}).items() if item[0].kind == kind]
     return found[0] if len(found) == 1 and found[0][0].picked_by is not ... else None
@@ -109,14 +109,14 @@ def choose(call: Call, score: Score | None, maps: list[NamedMap], grads: Sequenc
         if is_grid(call, name, map) or (grad is not None and sites.to_grid(grad, call.model, call.x, name).any())
     ]
     if not decided:
-        # All zero is a head that starts at zero. A gradient at the class token alone is a model that never reads patches.
+        # All are zero where a head starts at zero. Where the class token alone has a gradient, the model never reads patches.
         if any(grad is not None and grad.any() for grad in grads):
             raise RuntimeError(
                 "layer='auto' found no layer whose patches the score reads, only a class token. Name an earlier layer, from "
                 "attrreg.layers(model, x)."
             )
         return len(maps) - 1
-    question = asked(call, score)
+    question = question_of(call, score)
     if question.picked_by is not ... or not call.shown:  # a map that is looked at is no question of the loop's
         _KNOWN.setdefault(call.model, {})[question] = maps[decided[-1]][0]
     return decided[-1]
@@ -143,7 +143,7 @@ def _before_block(model: nn.Module, total: Tensor, maps: list[NamedMap], last: N
 
 def _reached(runner: Runner) -> set[str]:
     """Layers whose map comes from the images; takes a forward."""
-    with isolated(runner.call.model, device=runner.call.x.device):
+    with isolated(runner.call.model, runner.call.x.device):
         recording = runner.forward(runner.call.x.detach(), {sites.INPUT: True, sites.SPATIAL: False})
     images = [recording.values[sites.INPUT]]
     return {name for name, map in recording.maps if which_are_read(map, images)[0]}

@@ -36,6 +36,7 @@ class Call:
         as_compiled: parts under `torch.compile` may run compiled; otherwise they run eagerly.
         groups: the process groups over which means run.
         shown: this is a call of `.attribute`, for a map, and not for a penalty.
+        fraction: the share of the annotated images to compute the penalty on.
     """
 
     entry: nn.Module
@@ -48,6 +49,7 @@ class Call:
     as_compiled: bool = False
     groups: Groups = ()
     shown: bool = False
+    fraction: float = 1.0
 
     @property
     def model(self) -> nn.Module:
@@ -111,10 +113,11 @@ class Call:
     def _chosen(self, output: Any, start: Rng | None) -> Any:
         if self.output is None:
             return output
-        if callable(self.output):  # a head, or a function that may run one: it may draw, and its norms may count the batch
-            # Of a function that cannot hold the model, no buffers need be set aside: those of an empty module.
+        if callable(self.output):
+            # A head, or a function that may run one: it may draw, and its batch norms would count the batch once more. A function that
+            # cannot hold the model has no buffers to set aside; an empty module stands for it.
             held = self.model if picked_by(self.output) is ... else nn.Module()
-            with isolated(self.output if isinstance(self.output, nn.Module) else held, start, self.x.device):
+            with isolated(self.output if isinstance(self.output, nn.Module) else held, self.x.device, start):
                 return self.output(output)
         if isinstance(output, Tensor):  # where there are auxiliary heads in train mode only; an index would pick an image
             raise TypeError("a tensor has no parts that are logits")
@@ -133,7 +136,7 @@ def picked_by(output: Select) -> Hashable:
         return output
     if not isinstance(output, FunctionType) or output.__closure__ or output.__defaults__ or output.__kwdefaults__:
         return ...
-    code = output.__code__  # which stays, where it is written in the loop
+    code = output.__code__  # the same object at each step, also of a lambda that is written inside the loop
     inside = any(isinstance(constant, CodeType) for constant in code.co_consts)
     return ... if inside or set(code.co_names) & output.__globals__.keys() else code
 
@@ -275,5 +278,5 @@ def check_target(target: Tensor | None, x: Tensor) -> Tensor | None:
     if target.dim() == 0 or target.shape[0] != x.shape[0]:
         raise ValueError(f"target must be ({x.shape[0]},), one class an image of x, got {tuple(target.shape)}. Reshape it.")
     integral = not target.is_floating_point() and target.dtype is not torch.bool
-    # A copy, because a path may look at it again in the penalty's backward.
+    # A copy, because a chunked path reads it again in the penalty's backward, when the loop may have written into it.
     return target.detach().to(device=x.device, dtype=torch.int64 if integral else target.dtype, copy=True)

@@ -14,20 +14,19 @@ from attrreg.graph import trainable_leaves
 from attrreg.recording import Recording
 from attrreg.runner import Runner
 from attrreg.scores import Score
-from attrreg.state import Rng, full_precision, isolated
+from attrreg.state import full_precision, isolated
 
 
 @dataclass(frozen=True)
-class Taken:
-    """A gradient that was taken, to be differentiated by moving the places where it was.
+class LeafGradients:
+    """The gradients of one backward, taken as leaves, to be differentiated by moving the places where they are.
 
     Attributes:
         image: what the pass ran on.
-        score: whose gradient it is.
+        score: whose gradients they are.
         chosen: the same score, with what it chose in that pass.
         places: the sites' values, by the names under which they can be moved.
         leaves: the gradients there, in the same order.
-        replay: from where the pass drew.
     """
 
     image: Tensor
@@ -35,7 +34,6 @@ class Taken:
     chosen: Score
     places: Mapping[str, Tensor]
     leaves: Sequence[Tensor]
-    replay: Rng
 
 
 class Differences:
@@ -49,7 +47,7 @@ class Differences:
     def __init__(self, runner: Runner, engine: FiniteDifference) -> None:
         self._runner = runner
         self._engine = engine
-        self._taken: list[Taken] = []
+        self._gradients: list[LeafGradients] = []
 
     def leaves(self, recording: Recording, score: Score, wanted: list[str], retain: bool) -> list[Tensor]:
         """The gradients at the wanted sites, as leaves to be moved by; `retain`: see `Runner.backward`.
@@ -67,7 +65,7 @@ class Differences:
         # Another term may name the layer that `layer="auto"` is. It then moves once, along what both terms make of its gradient.
         leaves = {name: gradient.detach().requires_grad_() for name, gradient in zip(names, found, strict=True)}
         places = {name: self._runner.at(recording, site).detach() for name, site in zip(names, wanted, strict=True)}
-        self._taken.append(Taken(recording.x, score, self._runner.chosen(recording, score), places, list(leaves.values()), recording.rng))
+        self._gradients.append(LeafGradients(recording.x, score, self._runner.chosen(recording, score), places, list(leaves.values())))
         return [leaves[name] for name in names]
 
     def differentiated(self, total: Tensor, images: Tensor) -> Tensor:
@@ -76,11 +74,11 @@ class Differences:
         Raises:
             RuntimeError: it reaches no trainable parameter.
         """
-        if not self._taken:
+        if not self._gradients:
             return total
-        leaves = [leaf for taken in self._taken for leaf in taken.leaves]
+        leaves = [leaf for taken in self._gradients for leaf in taken.leaves]
         found = iter(torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True, materialize_grads=True))
-        for taken in self._taken:
+        for taken in self._gradients:
             slope = self._slope(taken, [next(found) for _ in taken.leaves])
             if not any(leaf is not images for leaf in trainable_leaves(slope)):
                 raise RuntimeError(
@@ -89,7 +87,7 @@ class Differences:
             total = total + (slope - slope.detach())
         return total
 
-    def _slope(self, taken: Taken, directions: list[Tensor]) -> Tensor:
+    def _slope(self, taken: LeafGradients, directions: list[Tensor]) -> Tensor:
         """The derivative of a score along a direction of its sites, by a difference."""
         places = list(taken.places.values())
         scale = self._engine.scale(places, directions)
@@ -97,11 +95,12 @@ class Differences:
         there, back = (self._moved_score(taken, {name: sign * move for name, move in moves.items()}) for sign in (1, -1))
         return (there - back) / (2 * torch.where(scale > 0, scale, 1.0))  # without a direction, both are the same
 
-    def _moved_score(self, taken: Taken, moves: dict[str, Tensor]) -> Tensor:
+    def _moved_score(self, taken: LeafGradients, moves: dict[str, Tensor]) -> Tensor:
         layers = {name: move for name, move in moves.items() if name != sites.INPUT}
         image = taken.image + moves[sites.INPUT].to(taken.image.dtype) if sites.INPUT in moves else taken.image
         wanted = dict.fromkeys([taken.chosen.site, *layers], False)
-        with isolated(self._runner.call.model, taken.replay), full_precision(image.device):
+        # The scores in here too: what one of the user's draws shall be the same on both sides.
+        with isolated(self._runner.call.model, image.device, self._runner.start), full_precision(image.device):
             recording = self._runner.forward(image, wanted, moves=layers)
             for name in layers:
                 self._runner.at(recording, name)  # raises where it did not run this time, and so was not moved

@@ -11,7 +11,7 @@ from attrreg.graph import nodes, trainable_leaves
 from attrreg.ops.process import transformed
 from attrreg.walk import modules, within_whole
 
-LARGE = 4  # how many of the last layers are kept whose outputs are maps or tokens, which take memory; those of vectors are all kept
+LARGE = 4  # of layers whose outputs are maps or tokens, which take memory, so many of the last are kept; of those with vectors, all are
 PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -19,14 +19,14 @@ class Head(NamedTuple):
     """A layer that may be the classifier, in one forward.
 
     Attributes:
-        entered, left: its input and its output.
+        input, output: what it was called with, and what it returned.
         node: the output's node in the graph, kept because a loop that writes into the output gives it another one.
         named: the model itself names the layer as its classifier.
         layer: the module.
     """
 
-    entered: Tensor
-    left: Tensor
+    input: Tensor
+    output: Tensor
     node: Any
     named: bool
     layer: nn.Module
@@ -37,7 +37,7 @@ class Heads:
 
     Attributes:
         layers: those to register `take` on: the classifiers that the model names, or else all linear layers and convolutions.
-        entered: what entered the likeliest of them so far; None: none has run.
+        features: what entered the likeliest of them so far; None: none has run.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,7 +45,7 @@ class Heads:
         self._named = bool(named)
         whole = within_whole(model)
         self.layers = named or [module for module in modules(model) if isinstance(module, PROJECTIONS) and module not in whole]
-        self.entered: Tensor | None = None
+        self.features: Tensor | None = None
         self._first = len(named) > 1  # of heads that the model names, the first is its main one; else the last that ran is
         self._found: list[Head] = []
 
@@ -54,10 +54,10 @@ class Heads:
         entered = args[0] if args else kwargs.get("input")
         if not isinstance(entered, Tensor) or transformed():
             return
-        if self.entered is None or not self._first:
-            self.entered = entered
+        if self.features is None or not self._first:
+            self.features = entered
         if isinstance(output, Tensor):
-            large = [head for head in self._found if head.left.dim() > 2]
+            large = [head for head in self._found if head.output.dim() > 2]
             if output.dim() > 2 and len(large) == LARGE:
                 self._found = [head for head in self._found if head is not large[0]]
             self._found.append(Head(entered, output, output.grad_fn, self._named, module))
@@ -67,7 +67,7 @@ class Heads:
         return tuple(reversed(self._found) if self._first else self._found)
 
 
-def entering(heads: Sequence[Head], logits: Tensor, own: Sequence[Tensor]) -> Tensor | None:
+def find_features(heads: Sequence[Head], logits: Tensor, own: Sequence[Tensor]) -> Tensor | None:
     """What entered the likeliest layer that the logits come from: an auxiliary head may run after it; None: that cannot be told.
 
     Args:
@@ -79,7 +79,7 @@ def entering(heads: Sequence[Head], logits: Tensor, own: Sequence[Tensor]) -> Te
         ValueError: the logits come from none of the layers, or the classifier is no layer, or ran several times.
     """
     for head in reversed(heads):
-        if head.left is logits or (head.node is not None and any(node is head.node for node in nodes(logits))):
+        if head.output is logits or (head.node is not None and any(node is head.node for node in nodes(logits))):
             if not head.named and _weights_after(heads, head, own):
                 raise ValueError(
                     "Other weights than those of the last linear or convolutional layer come after it or beside it, so it may not be the "
@@ -90,7 +90,7 @@ def entering(heads: Sequence[Head], logits: Tensor, own: Sequence[Tensor]) -> Te
                     "The classifier ran more than once in one forward, as on several crops, so that what enters it is not one tensor. "
                     "Name a layer that runs once, or let the model run once on each crop."
                 )
-            return _beside(heads, head, logits).entered
+            return _beside(heads, head, logits).input
     if logits.grad_fn is not None and any(head.node is not None for head in heads):
         raise ValueError("The logits come from none of the layers that features are looked for in. Name the layer of the features.")
     return None
@@ -98,7 +98,7 @@ def entering(heads: Sequence[Head], logits: Tensor, own: Sequence[Tensor]) -> Te
 
 def _weights_after(heads: Sequence[Head], head: Head, own: Sequence[Tensor]) -> bool:
     """Whether matrices make the model's output past a layer that are the weights of none, as those of a head without a layer do."""
-    before = [*(each.node for each in heads), head.entered.grad_fn]  # what it reads itself, too
+    before = [*(each.node for each in heads), head.input.grad_fn]  # what it reads itself, too
     found = [leaf for leaf in trainable_leaves(*own, around=before) if sum(size > 1 for size in leaf.shape) > 1]
     known = {id(weight) for each in heads for weight in each.layer.parameters()} if found else set()
     return any(id(leaf) not in known for leaf in found)
@@ -106,18 +106,18 @@ def _weights_after(heads: Sequence[Head], head: Head, own: Sequence[Tensor]) -> 
 
 def _ran_beside(heads: Sequence[Head], last: Head, logits: Tensor) -> bool:
     """Whether the logits come from another run of a layer, too, on other features, that is not before this one."""
-    runs = [head for head in heads if head.layer is last.layer and head.entered is not last.entered]
+    runs = [head for head in heads if head.layer is last.layer and head.input is not last.input]
     others = [head.node for head in runs if head.node is not None]
     return bool(others) and any(node in others for node in nodes(logits, around=[last.node]))
 
 
 def _beside(heads: Sequence[Head], last: Head, logits: Tensor) -> Head:
     """The layer that an adapter of low rank (LoRA) runs beside, if `last` is the second of its two: nothing is between them."""
-    first = next((head for head in heads if head.left is last.entered), None)
+    first = next((head for head in heads if head.output is last.input), None)
     if first is None:
         return last
     for head in heads:
-        alike = head.entered.shape == first.entered.shape and head.left.shape == last.left.shape
+        alike = head.input.shape == first.input.shape and head.output.shape == last.output.shape
         if head is first or head is last or not alike:
             continue
         if head.node is None or any(node is head.node for node in nodes(logits, around=[last.node])):

@@ -13,16 +13,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from attrreg import sites
-from attrreg.apart import SIZE_ERRORS, couples, output_key, same_alone, shown, state_key
+from attrreg.apart import SIZE_ERRORS, couples, output_key, probe_of, same_alone, state_key
 from attrreg.differences import Differences, gradients_of
 from attrreg.distributed import sharded
 from attrreg.graph import trainable_leaves
 from attrreg.ops.channels import dense, memory_format
-from attrreg.ops.draws import Draws
 from attrreg.recording import Recording
 from attrreg.runner import Runner
 from attrreg.scores import Score
-from attrreg.state import Rng, isolated
+from attrreg.state import Rng
 from attrreg.walk import modules
 
 
@@ -43,16 +42,14 @@ class PathGradients:
     Args:
         runner: runs the passes.
         scores: what is differentiated.
-        replay: from where each pass draws.
         differences: takes the gradients as leaves, to be moved by; None: they come with their graph.
     """
 
-    def __init__(self, runner: Runner, scores: list[Score], replay: Rng, differences: Differences | None) -> None:
+    def __init__(self, runner: Runner, scores: list[Score], differences: Differences | None) -> None:
         self.call = runner.call
         self._runner = runner
         self._wanted = {sites.INPUT: True} | {score.site: False for score in scores}
         self._scores = scores
-        self._replay = replay
         self._differences = differences
         self._kind = (state_key(self.call.model), output_key(self.call.output), tuple(score.site for score in scores))
         self._coupled = any(map(couples, modules(self.call.model)))
@@ -74,7 +71,7 @@ class PathGradients:
             return False
         if isinstance(call.output, nn.Module) and not _separable(call.output, ours=False):  # whose draws would not be of each place
             return False
-        return shown(call.model, "places", *self._kind).found is not False and _separable(call.model, self._runner.twice)
+        return probe_of(call.model, "places", *self._kind).found is not False and _separable(call.model, self._runner.twice)
 
     def room(self, pending: int) -> int:
         """How many of the places that are left may come as one batch: as many in each, rather than a small rest."""
@@ -97,22 +94,18 @@ class PathGradients:
             self._shares = False
             found = [self._alone(image, create_graph) for image in images]
             if lasting:  # they ran one by one, so what failed together was no mistake of the call: it is remembered
-                shown(self.call.model, "places", *self._kind).found = False
+                probe_of(self.call.model, "places", *self._kind).found = False
         return found
 
     def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:
-        recording = self._pass(images)
+        """The gradients at one place, from a pass of its own."""
+        recording = self._runner.replay(images, self._wanted)
         self._note(self._runner, recording, create_graph)
         last, wanted = len(self._scores) - 1, [sites.INPUT]
         return [
             gradients_of(self._runner, self._differences, recording, score, wanted, create_graph, retain=i < last)[0]
             for i, score in enumerate(self._scores)
         ]
-
-    def _pass(self, images: Tensor, check: bool = False) -> Recording:
-        """A place alone."""
-        with isolated(self.call.model, self._replay):
-            return self._runner.forward(images, self._wanted, check=check)
 
     def _note(self, runner: Runner, recording: Recording, create_graph: bool) -> None:
         """Remember the leaves that the scores of a pass were computed from."""
@@ -124,16 +117,15 @@ class PathGradients:
         return [runner.at(recording, score.site) for score in self._scores]
 
     def _together(self, images: Sequence[Tensor], create_graph: bool) -> list[list[Tensor]] | None:
+        """The gradients at several places, from one pass; None: it did not give what each place gets alone."""
         places = len(images)
         # The places of an image lie side by side, so that batch normalisation can see them as channels. Stacked, they lose their layout.
         batch = torch.stack(list(images), dim=1).flatten(0, 1).contiguous(memory_format=memory_format(self.call.x))
         runner = self._runner.repeated(batch.detach(), places)
-        with isolated(runner.call.model, self._replay):
-            recording = runner.forward(batch, self._wanted)
-            drew = not Rng.of(batch.device).same(self._replay)
-        if drew or (self._coupled and recording.phase.normalised != {batch.shape[0]}):
+        recording = runner.replay(batch, self._wanted)
+        if recording.drew or (self._coupled and recording.phase.normalised != {batch.shape[0]}):
             return None
-        if not self._as_alone(recording.draws, images[0]) or not self._apart(runner, recording, images):
+        if not self._as_alone(recording, images[0]) or not self._apart(runner, recording, images):
             return None
         self._note(runner, recording, create_graph)
         found = [runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
@@ -146,22 +138,22 @@ class PathGradients:
         It looks at the last place, the most unlike a baseline, and at one of the others, in turn: a model that divides by the largest value
         of the batch finds it at the last, which then depends on nothing else.
         """
-        apart = shown(runner.call.model, "places", *self._kind, len(images[0]), runner.places)
-        if not apart.due():
+        probe = probe_of(runner.call.model, "places", *self._kind, len(images[0]), runner.places)
+        if not probe.due():
             return True
         last = runner.places - 1
-        found = [self._place_apart(runner, recording, place, images[place].detach()) for place in (last, apart.calls.bit_length() % last)]
+        found = [self._place_apart(runner, recording, place, images[place].detach()) for place in (last, probe.calls.bit_length() % last)]
         if False in found:
             return False
         if None not in found:
-            apart.found = True
+            probe.found = True
         return True
 
     def _place_apart(self, runner: Runner, recording: Recording, place: int, images: Tensor) -> bool | None:
         """Whether one place is by itself; None: its gradients show nothing."""
         together = [value[place :: runner.places] for value in self._read(runner, recording)]
         # What depends on the place in the batch, or on draws of the model's own, has no gradient that would show it.
-        if not same_alone(together, images, lambda image: self._read(self._runner, self._pass(image, check=True))):
+        if not same_alone(together, images, lambda image: self._read(self._runner, self._runner.replay(image, self._wanted, check=True))):
             return False
         shows = True
         for score in self._scores:
@@ -175,14 +167,16 @@ class PathGradients:
                 return False
         return True if shows else None
 
-    def _as_alone(self, draws: Draws, images: Tensor) -> bool:
+    def _as_alone(self, recording: Recording, images: Tensor) -> bool:
         """Whether a pass drew what one over the images alone draws. To know that, one such forward has to run."""
-        if draws.state.same(self._replay):
+        draws = recording.draws
+        if draws.state.same(recording.rng):
             return True
         if self._once is None:
-            with torch.no_grad(), isolated(self.call.model, self._replay):
-                recording = self._runner.forward(images.detach(), self._wanted)  # where gradients are taken, operators take note
-                self._once = Rng.of(images.device), recording.draws.shapes
+            with torch.no_grad():
+                # The same sites: our operators, which note what is drawn, run only where gradients are taken.
+                once = self._runner.replay(images.detach(), self._wanted)
+            self._once = once.end, once.draws.shapes
         state, shapes = self._once
         return draws.state.same(state) and draws.shapes == shapes
 

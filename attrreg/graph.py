@@ -15,7 +15,7 @@ LEAF = "_attrreg_leaf"  # marks tensors that we made to be differentiated: its v
 
 
 def nodes(*values: Tensor, around: Iterable[Any] = ()) -> Iterator[Any]:
-    """The nodes that values were computed by, each once, the nearest first; `around`: by no way through those nodes."""
+    """The nodes that values were computed by, each once, the nearest first; `around`: nodes at which the search stops."""
     pending, seen = deque(value.grad_fn for value in values), {*around}
     while pending:
         node = pending.popleft()

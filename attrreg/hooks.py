@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attrreg.conditions import Called, Conditions
 from attrreg.features import Head, Heads
 from attrreg.graph import LEAF
 from attrreg.ops import Phase, checkpoints_recompute_inside, operators
 from attrreg.ops.draws import Draws
 from attrreg.ops.process import transformed
 from attrreg.ops.rectify import Rule, rectify
-from attrreg.recording import Called, Conditions, Recording, kept
-from attrreg.sites import FEATURES, INPUT, SPATIAL, SPECIAL, check_layer, varies
-from attrreg.state import Rng, autocast_type, cut_off, own_buffers
+from attrreg.recording import Recording, in_own_containers
+from attrreg.sites import FEATURES, INPUT, SPATIAL, SPECIAL, check_layer, is_map
+from attrreg.state import Rng, autocast_type, copied_buffers, detach_buffers
 from attrreg.walk import modules, within_whole
 
 MAPS = 128  # how many of the last maps are kept for layer="auto": more than the last block of any timm model has
@@ -35,7 +36,7 @@ class Tap:
     Args:
         model: the model.
         sites: what to record; True where a gradient will be taken.
-        own: the library runs the pass, so the model works on a copy of the images.
+        ours: the library runs the pass, so the model works on a copy of the images.
         extra: the user's loop has no such pass, so nothing of it may reach the buffers.
         map: the layer that `SPATIAL` is known to be; None: keep the last few that it could be.
         twice: gradients will be differentiated again.
@@ -48,7 +49,7 @@ class Tap:
         self,
         model: nn.Module,
         sites: Mapping[str, bool],
-        own: bool,
+        ours: bool,
         map: str | None,
         twice: bool,
         moves: Mapping[str, Tensor] = MappingProxyType({}),
@@ -61,7 +62,7 @@ class Tap:
         self._map = map
         self._sites = sites
         self._taken = frozenset(site for site, gradient in sites.items() if gradient)
-        self._own = own
+        self._ours = ours
         self._twice = twice
         self._moves = moves
         self._rule = rule
@@ -89,7 +90,8 @@ class Tap:
                 checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra, self._leaves, self._added))
             )
             if self._twice:  # else the model computes as it does by itself
-                # What comes before the first of them is differentiated once.
+                # Operators before the first site with a gradient are differentiated once, and stay PyTorch's. Ours run from the start where
+                # that site is the images, or is not known yet.
                 at_once = INPUT in self._taken or (SPATIAL in self._taken and self._map is None)
                 self._begin = self._exits.enter_context(operators(self._model, self._phase, bool(self._taken), at_once))
         except BaseException:
@@ -100,7 +102,7 @@ class Tap:
         self._values[INPUT] = (x.view_as(x) if x.requires_grad else self._differentiable(x)) if differentiated else x
         # A copy, because a model may work on its input in place: that would change the caller's images, fail on a leaf, and
         # shift what is differentiated.
-        return self._values[INPUT].clone() if differentiated or self._own else x
+        return self._values[INPUT].clone() if differentiated or self._ours else x
 
     def close(self) -> None:
         """Take hooks and operators away; safe to call twice."""
@@ -116,19 +118,19 @@ class Tap:
             )
         for site in self._sites.keys() - set(SPECIAL) - self._values.keys() - self._problems.keys():
             self._problems[site] = f"layer {site!r} did not run in the forward. Name a layer that the model uses."
-        maps = tuple((name, value) for name, value, _ in self._maps if self._runs[name] == 1)  # a name does not tell which run
+        maps = tuple((name, value) for name, value, _ in self._maps if self._runs[name] == 1)  # else the name does not tell which run
         if self._maps and not maps and self._map is None:
             self._problems[SPATIAL] = "every layer with a map ran more than once in one forward. Let the model run once on each image."
         if self._map is not None and maps:
             self._values[SPATIAL] = maps[-1][1]
-        features: tuple[Head, ...] = ()
-        if self._heads is not None and self._heads.entered is not None:
-            self._values[FEATURES], features = self._heads.entered, self._heads.found()
+        heads: tuple[Head, ...] = ()
+        if self._heads is not None and self._heads.features is not None:
+            self._values[FEATURES], heads = self._heads.features, self._heads.found()
         # Scores are taken inside DDP's wrapper: under static_graph, a backward through that makes it believe the step's is done.
         inner = output if self._output is None else self._output
         recorded = [*self._values.values(), *(value for _, value in maps)]
-        if len(features) > 1:  # of which the logits tell one
-            recorded += [head.entered for head in features]
+        if len(heads) > 1:  # of which the logits tell one
+            recorded += [head.input for head in heads]
         return Recording(
             x=self._x,
             values=self._values,
@@ -136,8 +138,8 @@ class Tap:
             problems=self._problems,
             maps=maps,
             overwritten=frozenset(name for name, value, written in self._maps if value._version != written),
-            features=features,
-            output=inner if called is None else kept(inner),
+            heads=heads,
+            output=inner if called is None else in_own_containers(inner),
             returned=output,
             rng=self._rng,
             end=Rng.of(self._x.device),
@@ -156,9 +158,9 @@ class Tap:
             for module in modules(self._model):
                 if isinstance(module, nn.ReLU):
                     self._replace_relu(module, self._rule)
-        if self._own:
+        if self._ours:
             self._hook(self._model, self._take_output)
-        # A copy goes on from a layer that is named: the last map is that copy.
+        # `SPATIAL` comes last: from a layer that is also named, the model goes on with a copy, and the map has to be that copy.
         for site in sorted(self._sites, key=lambda site: site == SPATIAL):
             if site == FEATURES:
                 self._heads = Heads(self._model)
@@ -168,7 +170,7 @@ class Tap:
                 if self._map is not None and not self._is_there(self._map):
                     self._map = None
                 known = None if self._map is None else [(self._map, self._model.get_submodule(self._map))]
-                for name, module in known or _opened(self._model):
+                for name, module in known or _map_candidates(self._model):
                     if name and _reachable(module):
                         self._hook(module, self._take_map(name))
             elif site not in SPECIAL and self._is_there(site):
@@ -196,7 +198,7 @@ class Tap:
             self._rectified += 1
             x = entered.pop()
             y = rectify(x, rule, self._phase)
-            return x.copy_(y) if module.inplace else y  # others may read what it wrote into
+            return x.copy_(y) if module.inplace else y  # in place as the layer itself, because others may read that memory
 
         self._exits.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
         self._hook(module, after)
@@ -252,7 +254,7 @@ class Tap:
             self._runs[name] += 1
             if isinstance(module, nn.AdaptiveAvgPool2d) or transformed():  # may repeat one position to fill its grid
                 return None
-            if not isinstance(output, Tensor) or not varies(output, self._model, self._x, name):
+            if not isinstance(output, Tensor) or not is_map(output, self._model, self._x, name):
                 return None
             # Behind frozen layers the first map becomes a leaf, from which the later ones are computed. What is recorded is the tensor that
             # the model goes on with.
@@ -265,14 +267,14 @@ class Tap:
                 last, _, written = self._maps[-1]
                 if not last.startswith(f"{name}.") and value._version == written:
                     return None  # an identity
-                self._maps.pop()  # a container of the layer before, or one that works in place: the later name
+                self._maps.pop()  # the same tensor, from a container of that layer, or from one that works in place: the later name
             self._maps.append((name, value, value._version))
             return None if on is output else on
 
         return hook
 
 
-def _opened(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _map_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers that `layer="auto"` may be, by name: none inside an encoder that would run otherwise with hooks inside."""
     whole = within_whole(model)
     return [(name, module) for name, module in model.named_modules() if module not in whole]
@@ -290,7 +292,7 @@ def _recomputing(
     """
 
     def leaf(module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        # Behind frozen layers, all that followed the leaf saved tensors in the first run.
+        # In the first run this output was a leaf, so what followed saved tensors, as it has to in the recomputation.
         return output.detach().requires_grad_().clone() if isinstance(output, Tensor) and not output.requires_grad else None
 
     def again(move: Tensor, module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -299,7 +301,7 @@ def _recomputing(
     @contextmanager
     def recomputing() -> Iterator[None]:
         # BatchNorm counts a recomputation as a batch. In the backward of the loop's own forward that is PyTorch's way.
-        with ExitStack() as hooks, own_buffers(model) if extra or phase.inner else nullcontext():
+        with ExitStack() as hooks, copied_buffers(model) if extra or phase.inner else nullcontext():
             for module in leaves:
                 hooks.enter_context(module.register_forward_hook(leaf))
             for module, move in added:
@@ -307,7 +309,7 @@ def _recomputing(
             try:
                 yield
             finally:
-                cut_off(model)
+                detach_buffers(model)
 
     return recomputing
 

@@ -65,7 +65,7 @@ def layers(model: nn.Module, x: Tensor, *, inputs: Inputs = None) -> list[LayerI
             text = layout if isinstance(layout, str) else "tokens"
             found.append(LayerInfo(name, type(module).__name__, tuple(output.shape), text, (grid[0], grid[1])))
 
-    with torch.no_grad(), isolated(call.model, device=x.device), suspended(call.model), hooks.observed(call.model, see):
+    with torch.no_grad(), isolated(call.model, x.device), suspended(call.model), hooks.observed(call.model, see):
         call.run(x.clone(), as_users_forward=False)
     runs = Counter(layer.name for layer in found)
     return [layer for layer in found if runs[layer.name] == 1]  # what ran more often cannot be named

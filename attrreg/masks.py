@@ -23,6 +23,11 @@ def penalty_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def at_least_float32(value: Tensor) -> Tensor:
+    """A tensor in the dtype that penalties are computed in."""
+    return value.to(penalty_dtype(value.dtype))
+
+
 @dataclass(frozen=True)
 class AllRanks:
     """The images of all ranks: how many are annotated, how many there are, on how many ranks."""

@@ -16,27 +16,27 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attrreg.masks import penalty_dtype
+from attrreg.masks import at_least_float32
 from attrreg.settings import is_number
 from attrreg.spec import Spec
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 
 
-def _judged(map: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _map_and_outside(map: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The map and o, in float32 at least: a sum over a map leaves the range of half precision, and eps is below it.
 
     Raises:
         ValueError: the mask is not one for each image, or one for all, of the map's height and width: it would meet other images' maps.
     """
-    images = (1, *mask.shape[:-2])[-2:] if mask.dim() < 4 else mask.shape[:2]  # as PyTorch takes axes that are missing
+    images = (1, *mask.shape[:-2])[-2:] if mask.dim() < 4 else mask.shape[:2]  # axes that are missing come first, as in PyTorch
     fits = map.dim() == 4 and 1 < mask.dim() < 5 and mask.shape[-2:] == map.shape[-2:]
     if not (fits and all(size in (1, of) for size, of in zip(images, map.shape, strict=False))):
         raise ValueError(
             f"The map must be (N, C, H, W) and the mask (N, 1, H, W), got {tuple(map.shape)} and {tuple(mask.shape)}. Write "
             "mask[:, None] for (N, H, W), and attrreg.masks.resize(mask, size) for another size."
         )
-    map = map.to(penalty_dtype(map.dtype))
+    map = at_least_float32(map)
     return map, 1 - mask.to(map.dtype)
 
 
@@ -56,7 +56,7 @@ class SquaredOutside(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Penalty `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
-        map, outside = _judged(map, mask)
+        map, outside = _map_and_outside(map, mask)
         return (outside * map).square().sum(dim=(1, 2, 3))
 
 
@@ -72,7 +72,7 @@ class AbsoluteOutside(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Penalty `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
-        map, outside = _judged(map, mask)
+        map, outside = _map_and_outside(map, mask)
         return (outside * map).abs().sum(dim=(1, 2, 3))
 
 
@@ -108,7 +108,7 @@ class NetOutside(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Penalty `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
-        map, outside = _judged(map, mask)
+        map, outside = _map_and_outside(map, mask)
         return (outside * map).sum(dim=(1, 2, 3)).abs()
 
 
@@ -134,7 +134,7 @@ class OutsideFraction(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Share `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
-        map, outside = _judged(map, mask)
+        map, outside = _map_and_outside(map, mask)
         size = map.abs()
         return (outside * size).sum(dim=(1, 2, 3)) / (size.sum(dim=(1, 2, 3)) + self.eps)
 
@@ -164,7 +164,7 @@ class Energy(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Share `(N,)` of maps `(N, C, H, W)` under masks `(N, 1, H, W)`."""
-        map, outside = _judged(map, mask)
+        map, outside = _map_and_outside(map, mask)
         positive = map.relu()
         nowhere = positive.sum(dim=(1, 2, 3), keepdim=True) <= 0
         size = torch.where(nowhere, map.abs(), positive)
@@ -186,7 +186,7 @@ class TotalVariation(Spec):
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Penalty `(N,)` of maps `(N, C, H, W)`; `mask` is not read."""
-        map = map.to(penalty_dtype(map.dtype))
+        map = at_least_float32(map)
         if map.shape[2] * map.shape[3] == 1:
             raise ValueError("TotalVariation: the map has one cell, which has no neighbours. Name a layer with a finer map.")
         return map.diff(dim=2).abs().sum(dim=(1, 2, 3)) + map.diff(dim=3).abs().sum(dim=(1, 2, 3))

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from attrreg import masks
 from attrreg.baselines import Baseline, made_of
+from attrreg.conditions import version
 from attrreg.objectives import Objective
 from attrreg.points import Point
-from attrreg.recording import version
 from attrreg.spec import is_own, source
 from attrreg.state import full_precision
 
@@ -65,7 +65,7 @@ def penalties(objective: Objective, map: Tensor, annotation: masks.Annotation) -
     Raises:
         TypeError, ValueError: naming the objective.
     """
-    map = map.to(masks.penalty_dtype(map.dtype))
+    map = masks.at_least_float32(map)
     mask = masks.resize(annotation.relevant, (map.shape[-2], map.shape[-1]))
     if annotation.count < annotation.batch:
         mask = torch.where(annotation.annotated.view(-1, 1, 1, 1), mask, 0.5)

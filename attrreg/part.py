@@ -20,12 +20,13 @@ from attrreg.spec import is_own
 from attrreg.state import Rng
 
 
-def check_fraction(fraction: float, call: Call) -> None:
+def check_fraction(call: Call) -> None:
     """Check the share of images to compute a penalty on.
 
     Raises:
         TypeError, ValueError: naming `fraction`.
     """
+    fraction = call.fraction
     if not is_real(fraction):
         raise TypeError(f"fraction must be a number, got {type(fraction).__name__}. Write for example fraction=0.25.")
     if not 0 < fraction <= 1:
@@ -34,7 +35,7 @@ def check_fraction(fraction: float, call: Call) -> None:
         raise ValueError("fraction cannot be used with inputs=: which of them go by image is not known. Leave one of the two out.")
 
 
-def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
+def part_of(call: Call, needs: Iterable[Need]) -> Call:
     """The call on the images that need a pass: a random share of the annotated ones, or all of those.
 
     Images without annotation are left out only where that changes nothing but dropout's draws: where the pass is the penalty's
@@ -50,18 +51,18 @@ def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
         return call
     needs = list(needs)
     scores = [need.score for need in needs if not isinstance(need, Value)]
-    if fraction < 1:
-        if obstacle := _needs_all(call, needs, scores):
+    if call.fraction < 1:
+        if obstacle := _obstacle(call, needs, scores):
             raise ValueError(f"fraction cannot be used with {obstacle}, or leave fraction out.")
         device = torch.device("cpu") if call.generator is None else call.generator.device
         order = torch.randperm(annotation.count, generator=call.generator, device=device)
-        drawn = order[: max(1, math.ceil(round(float(fraction) * annotation.count, 9)))]
+        drawn = order[: max(1, math.ceil(round(float(call.fraction) * annotation.count, 9)))]
         indices = annotation.annotated.nonzero().squeeze(1)
         indices = indices[drawn.to(indices.device).sort().values]
     else:
         whole = annotation.count == annotation.batch or attached(call.model) is not None
         draws = any(need.at.draws for need in needs) or any(score.draws for score in scores)
-        if whole or draws or _needs_all(call, needs, scores) or not images_apart(call):
+        if whole or draws or _obstacle(call, needs, scores) or not images_apart(call):
             return call
         indices = annotation.annotated.nonzero().squeeze(1)
         if annotation.count == 1:  # of a batch of one, some models drop an axis
@@ -70,7 +71,7 @@ def part_of(call: Call, needs: Iterable[Need], fraction: float) -> Call:
     return replace(call, x=call.x[indices], annotation=annotation.part(indices), target=target)
 
 
-def _needs_all(call: Call, needs: Sequence[Need], scores: Sequence[Score]) -> str:
+def _obstacle(call: Call, needs: Sequence[Need], scores: Sequence[Score]) -> str:
     """What would make the penalty of a part of the batch another one, also in expectation, and a remedy; empty: nothing."""
     made = [part for point in dict.fromkeys(need.at for need in needs) for part in made_of(point)]
     if any(isinstance(part, OtherImage) for part in made):

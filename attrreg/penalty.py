@@ -84,8 +84,8 @@ def check(
     needs_region = next((who for term in terms if (who := term.regularizer.needs_region)), None)
     annotation = masks.check(mask, x, annotated, needs_region)
     groups = distributed.ranks_of(model, group)
-    call = Call(model, x, annotation, calls.check_target(target, x), generator, output, inputs, groups=groups)
-    check_fraction(fraction, call)
+    call = Call(model, x, annotation, calls.check_target(target, x), generator, output, inputs, groups=groups, fraction=fraction)
+    check_fraction(call)
     for term in terms:
         check_needs(term.regularizer.needs(), call, term.name)
     _check_one_map(terms, call)
@@ -94,7 +94,7 @@ def check(
     return call
 
 
-def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward: bool, fraction: float = 1.0) -> Penalty:
+def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward: bool) -> Penalty:
     """Compute the penalty of a sum of terms for checked arguments."""
     needs = needs_of(terms)
     check_engine(needs, engine)
@@ -102,7 +102,7 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
         images = call.x  # the whole batch; where a part is taken, its graph leads back here
         assert call.annotation is not None  # check requires a mask
         call = replace(call, annotation=distributed.everywhere(call.annotation, call.groups))
-        call = call if as_users_forward else part_of(call, needs, fraction)
+        call = call if as_users_forward else part_of(call, needs)
         trace = Trace(call, needs, differentiable=True, engine=engine)
         trace.run(as_users_forward)
         parts: dict[str, Tensor] = {}
@@ -116,8 +116,7 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
                     "over channels and pixels only."
                 )
             _check_trainable(term.name, per_image, images)
-            wide = per_image.to(masks.penalty_dtype(per_image.dtype))
-            parts[term.name] = term.weight * trace.annotation.mean(wide, term.reduction)
+            parts[term.name] = term.weight * trace.annotation.mean(masks.at_least_float32(per_image), term.reduction)
         first, *_ = parts.values()
         total = trace.differentiated(torch.stack([part.to(first.dtype) for part in parts.values()]).sum(), images)
         distributed.prepare_backward(call.entry, total, engine.twice and any(isinstance(need, Grad) for need in needs))

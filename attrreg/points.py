@@ -78,25 +78,31 @@ class Clean(Point):
 CLEAN = Clean()
 
 
-@dataclass(frozen=True, repr=False)
-class At(Point):
-    """An image made from each image, cut off from it: no gradient flows to x.
+class FromBaseline(Point, ABC):
+    """Images that a baseline makes; subclasses have it as a field."""
 
-    Args:
-        image: how it is made.
-    """
-
-    image: Baseline
+    baseline: Baseline
 
     @property
     def draws(self) -> bool:  # type: ignore[override]
-        """Whether making the image draws."""
-        return self.image.draws
+        """Whether the baseline draws."""
+        return self.baseline.draws
 
     @property
     def needs_mask(self) -> bool:  # type: ignore[override]
-        """Whether making the image requires a mask."""
-        return self.image.needs_mask
+        """Whether the baseline requires a mask."""
+        return self.baseline.needs_mask
+
+
+@dataclass(frozen=True, repr=False)
+class At(FromBaseline):
+    """An image made from each image, cut off from it: no gradient flows to x.
+
+    Args:
+        baseline: how it is made.
+    """
+
+    baseline: Baseline
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,19 +148,13 @@ class Ascent(Point):
         return torch.where(outside > 0, kept, x)
 
 
-class Path(Point, ABC):
+class Path(FromBaseline, ABC):
     """Several places between a baseline and x, over which gradients are summed.
 
-    Subclasses have the fields `baseline`, where the path starts, and `chunk`: of how many places graphs are held at a time (None: all).
+    Subclasses have the field `chunk`, too: of how many places graphs are held at a time (None: all).
     """
 
-    baseline: Baseline
     chunk: int | None
-
-    @property
-    def needs_mask(self) -> bool:  # type: ignore[override]
-        """Whether the baseline requires a mask."""
-        return self.baseline.needs_mask
 
     @abstractmethod
     def stops(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Sequence[Stop]:
@@ -169,11 +169,6 @@ class Quadrature(Path):
     steps: int
     rule: str
     chunk: int | None
-
-    @property
-    def draws(self) -> bool:  # type: ignore[override]
-        """Whether the baseline draws."""
-        return self.baseline.draws
 
     def stops(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Sequence[Stop]:
         """One place a step, all from the same baseline."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,17 +11,17 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.utils import parametrize
 
+from attrreg.conditions import parts, version
 from attrreg.distributed import sharded
 from attrreg.folding import PathGradients
 from attrreg.graph import trainable_leaves
 from attrreg.ops.phase import once_differentiable
 from attrreg.points import Stop
-from attrreg.recording import parts, version
-from attrreg.state import Moment, Settings, moment_of, own_buffers
+from attrreg.state import BufferValues, Settings, autocast_as, autocast_type, buffer_values, copied_buffers
 from attrreg.walk import attributes
 
 
-def along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None, differentiable: bool) -> list[Tensor]:
+def sum_along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None, differentiable: bool) -> list[Tensor]:
     """Sum weighted gradients over the places of a path, for each score.
 
     With all graphs held (`chunk=None`, or no more places than `chunk`) this is one forward and backward a batch of places. Otherwise
@@ -45,21 +44,22 @@ def along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None, di
     del first  # and its graph with it
     total: list[Tensor] = []
     model = gradients.call.model
-    moment, settings = moment_of(model), None if sharded(model) else Settings(model)  # FSDP2 changes parameters in every pass
+    buffers, settings = buffer_values(model), None if sharded(model) else Settings(model)  # FSDP2 changes parameters in every pass
     for start in range(0, len(stops), chunk):
         part = stops[start : start + chunk]
         rest = part[1:] if start == 0 else part
         if rest:
             values = _added(values, _summed(rest, images, gradients, False))
-        # At other places the model may compute with others, as sparse experts do.
+        # At other places the model may use other parameters, as sparse experts do.
         more = [leaf for key, leaf in gradients.reached.items() if key not in known]
-        step = _Step(part, gradients, moment, settings, [*leaves, *more])
-        total = _added(total, list(_Recomputed.apply(step, values, x, *leaves, *more)))
+        again = _Chunk(part, gradients, buffers, settings, [*leaves, *more])
+        total = _added(total, list(_Recomputed.apply(again, values, x, *leaves, *more)))
         values = []
     return total
 
 
 def _summed(stops: Sequence[Stop], x: Tensor, gradients: PathGradients, create_graph: bool) -> list[Tensor]:
+    """The weighted gradients at places, summed, for each score; as many places in a pass as may share one."""
     total: list[Tensor] = []
     pending = list(stops)
     while pending:
@@ -75,30 +75,29 @@ def _added(total: list[Tensor], terms: list[Tensor]) -> list[Tensor]:
     return [a + b for a, b in zip(total, terms, strict=True)] if total else terms
 
 
-class _Step:
+class _Chunk:
     """The sum over a part of the path, to be run again under the conditions of its first run."""
 
     def __init__(
-        self, stops: Sequence[Stop], gradients: PathGradients, moment: Moment, settings: Settings | None, leaves: Sequence[Tensor]
+        self, stops: Sequence[Stop], gradients: PathGradients, buffers: BufferValues, settings: Settings | None, leaves: Sequence[Tensor]
     ) -> None:
         self._stops = stops
         self._gradients = gradients
         self._model = gradients.call.model
-        self._moment, self._settings = moment, settings
+        self._buffers, self._settings = buffers, settings
         others = [part for part in parts(gradients.call.inputs) if part is not gradients.call.x]
         self._others = [(part, version(part)) for part in others]
-        # Those too that the gradients are no function of: by the last layer's bias a score may choose its class.
+        # Also leaves that the gradients are no function of: a score may choose its class by the last layer's bias.
         self._weights = [(leaf, version(leaf)) for leaf in (*leaves, *gradients.reached.values())]
-        kind = gradients.call.x.device.type
-        self._autocast = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        self._autocast = autocast_type(gradients.call.x.device)
 
     @contextmanager
     def again(self, x: Tensor) -> Iterator[list[Tensor]]:
         """The sum with its graph, and the model as it was: where that is differentiated, checkpointed blocks run once more."""
         self._check()
         settings = nullcontext() if self._settings is None else self._settings.back()
-        with settings, torch.enable_grad(), own_buffers(self._model, self._moment):
-            with self._autocast():
+        with settings, torch.enable_grad(), copied_buffers(self._model, self._buffers):
+            with autocast_as(x.device, self._autocast):
                 found = _summed(self._stops, x, self._gradients, True)
             yield found
 
@@ -119,7 +118,7 @@ class _Step:
         own = {id(parameter) for parameter in self._model.parameters()}
         if parametrize._cache_enabled or any(id(leaf) not in own for leaf in leaves):
             return True
-        held = (*self._moment.values(), *attributes(self._model), *(part for part, _ in self._others))
+        held = (*self._buffers.values(), *attributes(self._model), *(part for part, _ in self._others))
         return any(isinstance(value, Tensor) and value.grad_fn is not None for value in held)
 
 
@@ -140,9 +139,9 @@ class _Recomputed(Function):
     """Known values as a function of x and the trainable leaves, whose graph is built only in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, step: _Step, values: list[Tensor], x: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-        # The leaves themselves: hooks on saved tensors, as of `save_on_cpu`, would give others back, without hooks.
-        ctx.step, ctx.leaves = step, leaves
+    def forward(ctx: Any, chunk: _Chunk, values: list[Tensor], x: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        # Not by `save_for_backward`, from which hooks on saved tensors, as of `save_on_cpu`, would give copies without hooks back.
+        ctx.chunk, ctx.leaves = chunk, leaves
         ctx.save_for_backward(x)
         return tuple(values)
 
@@ -152,12 +151,12 @@ class _Recomputed(Function):
         (x,), leaves = ctx.saved_tensors, ctx.leaves
         images = x.detach().requires_grad_(ctx.needs_input_grad[2])
         inputs = [value for value in (images, *leaves) if value.requires_grad]  # a leaf may have been frozen meanwhile
-        with ctx.step.again(images) as values:
+        with ctx.chunk.again(images) as values:
             pairs = [(value, grad) for value, grad in zip(values, outer, strict=True) if value.requires_grad]
             if not pairs or not inputs:
                 return (None,) * (3 + len(leaves))
             outputs, directions = zip(*pairs, strict=True)
-            retain = ctx.step.meets_others(leaves)
+            retain = ctx.chunk.meets_others(leaves)
             with _without_hooks(leaves):
                 # Zeros where these places do not use a leaf: a hook on it would be shown None.
                 grads = torch.autograd.grad(outputs, inputs, directions, retain_graph=retain, allow_unused=True, materialize_grads=True)

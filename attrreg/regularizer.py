@@ -92,7 +92,7 @@ class AttributionRegularizer(Spec, ABC):
             passes, where that changes nothing: see docs/paying_less.md.
         """
         call = penalty.check(self.terms, model, x, mask, target, annotated, generator, output, inputs, group, fraction)
-        return penalty.compute(self.terms, call, self.engine, as_users_forward=False, fraction=fraction).total
+        return penalty.compute(self.terms, call, self.engine, as_users_forward=False).total
 
     def evaluate(
         self,

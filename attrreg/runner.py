@@ -14,17 +14,18 @@ from torch import Tensor
 from attrreg import automatic, sites
 from attrreg.attach import suspended
 from attrreg.call import Call
+from attrreg.conditions import parts, version
 from attrreg.counting import counters
 from attrreg.distributed import sharded
-from attrreg.features import entering
+from attrreg.features import find_features
 from attrreg.graph import checkpoints_reentrant, ends_in_half, which_are_read
 from attrreg.hooks import Tap
-from attrreg.masks import penalty_dtype
+from attrreg.masks import at_least_float32
 from attrreg.ops.rectify import Rule
-from attrreg.recording import Recording, parts, version
+from attrreg.recording import Recording
 from attrreg.scores import Score
 from attrreg.spec import is_own
-from attrreg.state import Rng, full_precision
+from attrreg.state import Rng, full_precision, isolated
 
 DETACHED = (
     "The model's output carries no gradient: its forward runs under no_grad or detaches. Enable gradients inside the model, or leave the "
@@ -61,14 +62,16 @@ class Runner:
     Attributes:
         call: the checked arguments.
         twice: gradients will be differentiated again.
+        start: where the random number generators were before the clean pass, so that other passes draw the same; None: where they are.
         places: how often the batch has each image, side by side.
         map: the layer that `layer="auto"` turned out to be.
         drew: a score of the user's drew random numbers.
     """
 
-    def __init__(self, call: Call, twice: bool) -> None:
+    def __init__(self, call: Call, twice: bool, start: Rng | None = None) -> None:
         self.call = call
         self.twice = twice
+        self.start = start
         self.places = 1
         self.map = ""
         self.drew = False
@@ -104,11 +107,11 @@ class Runner:
             counter.forward += not check
             counter.checks += check
         x = self.call.x
-        # Layers lay their outputs out in memory as the images are, and dropout draws in the order of memory.
+        # Outputs of layers lie in memory as the images do, and dropout draws in that order: for the same mask, the images lie as `x`.
         if image.stride() != x.stride() and image.shape == x.shape:
             image = torch.empty_like(x, dtype=image.dtype).copy_(image)
         model, extra = self.call.model, not as_users_forward
-        tap = Tap(model, wanted, own=True, map=map, twice=self.twice, moves=moves, places=self.places, rule=rule, extra=extra)
+        tap = Tap(model, wanted, ours=True, map=map, twice=self.twice, moves=moves, places=self.places, rule=rule, extra=extra)
         with suspended(model, as_users_forward):
             try:
                 output = self.call.run(tap.open(image), as_users_forward)
@@ -119,12 +122,17 @@ class Runner:
             self.at(recording, sites.OUTPUT)  # now: a function that draws shall draw what it draws in each pass
         return recording
 
+    def replay(self, image: Tensor, wanted: dict[str, bool], rule: Rule | None = None, check: bool = False) -> Recording:
+        """A forward that starts from `start` and leaves no trace; for the arguments see `forward`."""
+        with isolated(self.call.model, self.call.x.device, self.start):
+            return self.forward(image, wanted, rule=rule, check=check)
+
     def backward(self, recording: Recording, score: Score, wanted: list[str], create_graph: bool, retain: bool = True) -> list[Tensor]:
         """The gradients of a score at the wanted sites, all from one backward; not `retain`: which is the last through this pass."""
         read_at = self.at(recording, score.site)
         if score.site == sites.OUTPUT and not read_at.requires_grad:
             raise RuntimeError(DETACHED)
-        value = read_at.to(penalty_dtype(read_at.dtype))
+        value = at_least_float32(read_at)
         total = self._scores(value, score).sum()
         half = recording.half or read_at.dtype == torch.float16 or ends_in_half(read_at)
         with _explained(recording):
@@ -145,7 +153,7 @@ class Runner:
             if (grad := found[site]) is None:
                 raise RuntimeError(_unreached(score, site, total))
             self._check_patches(site, grad)
-            gradients.append(grad.to(penalty_dtype(grad.dtype)))
+            gradients.append(at_least_float32(grad))
         return gradients
 
     def scores(self, recording: Recording, score: Score) -> Tensor:
@@ -157,8 +165,7 @@ class Runner:
         return score.chosen(self._score_value(recording, score).detach(), self.call.target)
 
     def _score_value(self, recording: Recording, score: Score) -> Tensor:
-        value = self.at(recording, score.site)
-        return value.to(penalty_dtype(value.dtype))
+        return at_least_float32(self.at(recording, score.site))
 
     def _scores(self, value: Tensor, score: Score) -> Tensor:
         if value.device != self.call.x.device:
@@ -219,7 +226,7 @@ class Runner:
         # Under FSDP2 a backward gathers weights, so that a rank must not run one more than others do.
         for attempt in (scale,) if sharded(self.call.model) else (scale, scale * 2.0**-8, scale * 2.0**-16):
             grads = self._gradients(recording, total * attempt, inputs, create_graph)
-            found = tuple(None if grad is None else grad.to(penalty_dtype(grad.dtype)) / attempt for grad in grads)
+            found = tuple(None if grad is None else at_least_float32(grad) / attempt for grad in grads)
             if all(grad is None or bool(grad.detach().isfinite().all()) for grad in found):
                 break
         return found
@@ -276,14 +283,14 @@ class Runner:
     def _features(self, recording: Recording) -> Tensor:
         """What enters the classifier: of several layers that may be it, the one that made the logits, where it is known what these are."""
         likeliest = recording.values[sites.FEATURES]
-        if len(recording.features) < 2 or (self.call.output is None and not isinstance(recording.output, Tensor)):
+        if len(recording.heads) < 2 or (self.call.output is None and not isinstance(recording.output, Tensor)):
             return likeliest
         logits = self.at(recording, sites.OUTPUT)
         own = [logits]
         if callable(self.call.output):
             given = parts(recording.output)
             own = [part for part, is_read in zip(given, which_are_read(logits, given), strict=True) if is_read]
-        found = entering(recording.features, logits, own)
+        found = find_features(recording.heads, logits, own)
         return likeliest if found is None else found
 
 
@@ -318,7 +325,7 @@ def _scale(total: Tensor, value: Tensor) -> Tensor:
         return torch.ones_like(total)  # the backward itself will say what is wrong
     with full_precision(value.device):
         (gradient,) = torch.autograd.grad(total, value, retain_graph=True, allow_unused=True, materialize_grads=True)
-    exponent = torch.frexp(gradient.abs().amax()).exponent.clamp(min=-100)  # of next to nothing, it would be infinite
+    exponent = torch.frexp(gradient.abs().amax()).exponent.clamp(min=-100)  # the factor for next to nothing would be infinite
     return torch.ldexp(torch.ones_like(total), 4 - exponent).detach()
 
 

@@ -19,6 +19,7 @@ from attrreg.attach import Attachment, attached
 from attrreg.call import Call
 from attrreg.ops.precision import wide
 from attrreg.penalty import Penalty
+from attrreg.recording import Request
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.settings import is_integer, is_number, keep_count
 from attrreg.spec import Spec
@@ -214,7 +215,8 @@ class Scheduled:
         else:
             call = Call(model, x, inputs=settings.get("inputs"), as_compiled=True)
             attachment = attached(call.model)
-            recording = None if attachment is None else attachment.take(call, {}, twice=False, asked=None, alone=True, returned=True)
+            request = Request({}, twice=False, question=None, alone=True, returns_output=True)
+            recording = None if attachment is None else attachment.take(call, request)
             output = call.run(x, as_users_forward=True) if recording is None else recording.returned
             zero = _zero(x)
             result = Penalty(zero, {term.name: zero.detach() for term in self.regularizer.terms}, output)

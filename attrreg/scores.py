@@ -104,7 +104,7 @@ class TargetLogProb(Score):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class _Chosen(Score):
+class _SignedLogits(Score):
     """A sum of some logits of each image, with signs: `(N, K)` classes and as many factors."""
 
     index: Tensor
@@ -128,7 +128,7 @@ class PredictedLogit(_Choosing):
     def chosen(self, value: Tensor, target: Tensor | None) -> Score:
         """The logit of the class that is predicted here."""
         index = value.argmax(dim=1, keepdim=True)
-        return _Chosen(index, value.new_ones(index.shape))
+        return _SignedLogits(index, value.new_ones(index.shape))
 
 
 @dataclass(frozen=True, repr=False)
@@ -147,7 +147,7 @@ class Contrast(_Choosing):
         other = value.scatter(1, own, float("-inf")).argmax(dim=1, keepdim=True)
         margin = value.gather(1, own) - value.gather(1, other)
         sign = margin.sign().where(~margin.isnan(), margin)  # the sign of NaN is 0, and the penalty would look clean
-        return _Chosen(torch.cat((own, other), dim=1), torch.cat((sign, -sign), dim=1))
+        return _SignedLogits(torch.cat((own, other), dim=1), torch.cat((sign, -sign), dim=1))
 
 
 @dataclass(frozen=True, repr=False)

@@ -97,8 +97,8 @@ def layout(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Layout | No
     if value.dim() == 3:
         if value.shape[0] == value.shape[1] and any(getattr(layer, "batch_first", True) is False for layer in modules(model)):
             return None  # which axis has the images cannot be told
-        backbone = _told_by(model, site, "patch_embed")
-        if value.shape[2] == 1 or _unrolled(value.shape[1], backbone, _told_by(model, site, "unroll_schedule")):
+        backbone = _nearest_with(model, site, "patch_embed")
+        if value.shape[2] == 1 or _unrolled(value.shape[1], backbone, _nearest_with(model, site, "unroll_schedule")):
             return None  # pooled to (N, C, 1), or in another order
         return _prefix_tokens(value.shape[1], backbone, height, width)
     if _shuffled(model, site):
@@ -109,12 +109,12 @@ def layout(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Layout | No
     channels_first, channels_last = _same_aspect(b, c, height, width), _same_aspect(a, b, height, width)
     if not channels_first and _convolves_to(model, "", channels=a) and not _ends_in(model, channels=c):
         channels_first, channels_last = True, False  # a stride differs between the axes; channels and rows may be as many by chance
-    if channels_last and (not channels_first or _output_is_nhwc(_told_by(model, site, "output_fmt"))) and a * b > 1:
+    if channels_last and (not channels_first or _output_is_nhwc(_nearest_with(model, site, "output_fmt"))) and a * b > 1:
         return "NHWC"
     return "NCHW" if channels_first and b * c > 1 else None
 
 
-def varies(value: Tensor, model: nn.Module, x: Tensor, site: str) -> bool:
+def is_map(value: Tensor, model: nn.Module, x: Tensor, site: str) -> bool:
     """Whether a layer's output is a map of more than one position."""
     found = layout(value, model, x, site)
     return found is not None and (found != "NCHW" or value.shape[-2] * value.shape[-1] > 1)
@@ -131,7 +131,7 @@ def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Tensor:
         return value
     if found == "NHWC":
         return value.permute(0, 3, 1, 2)
-    backbone = _told_by(model, site, "patch_embed")
+    backbone = _nearest_with(model, site, "patch_embed")
     if isinstance(found, int):
         tokens = value[:, found:]
         h, w = _grid(tokens.shape[1], backbone, x.shape[-2], x.shape[-1]) or (0, 0)
@@ -141,7 +141,7 @@ def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Tensor:
             f"layer {site!r} keeps positions in another order than the image, so a mask cannot be laid over them. Name the block around "
             "it, or leave the choice to layer='auto'."
         )
-    if value.dim() == 3 and _unrolled(value.shape[1], backbone, _told_by(model, site, "unroll_schedule")):
+    if value.dim() == 3 and _unrolled(value.shape[1], backbone, _nearest_with(model, site, "unroll_schedule")):
         raise ValueError(
             f"layer {site!r} keeps its tokens in the order of {type(backbone).__name__}'s mask units, not of the image, so a mask cannot "
             "be laid over them. Name a block of the last stage, or leave the choice to layer='auto'."
@@ -157,7 +157,7 @@ def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Tensor:
     )
 
 
-def _told_by(model: nn.Module, site: str, name: str) -> nn.Module:
+def _nearest_with(model: nn.Module, site: str, name: str) -> nn.Module:
     """The innermost module around a layer that has the attribute `name`, which tells the layout: a backbone may be a part of the model."""
     if site in SPECIAL:
         return model

@@ -49,11 +49,10 @@ def drawn_seed(generator: torch.Generator | None) -> int:
     return int(torch.randint(2**62, (), generator=generator, device=device))
 
 
-Moment = Mapping[tuple[nn.Module, str], Tensor]  # what buffers held, by their module and name
-NOW: Moment = MappingProxyType({})
+BufferValues = Mapping[tuple[nn.Module, str], Tensor]  # what buffers held, by their module and name
 
 
-def moment_of(model: nn.Module) -> Moment:
+def buffer_values(model: nn.Module) -> BufferValues:
     """What a model's buffers hold now, for a pass to be run later as it would have run now."""
     return {(module, name): buffer.clone() for module in modules(model) for name, buffer in module._buffers.items() if buffer is not None}
 
@@ -111,16 +110,16 @@ class Buffers:
 
     Args:
         model: the model.
-        moment: what the buffers shall hold.
+        values: what the copies shall hold; of a buffer that is not among them, what it holds now.
     """
 
-    def __init__(self, model: nn.Module, moment: Moment) -> None:
+    def __init__(self, model: nn.Module, values: BufferValues) -> None:
         self._originals = [(module, dict(module._buffers) if module._buffers else {}) for module in modules(model)]
         self._copies: dict[int, Tensor] = {}  # one shared by two modules stays shared
         for module, buffers in self._originals:
             for name, buffer in buffers.items():
                 if buffer is not None and id(buffer) not in self._copies:
-                    self._copies[id(buffer)] = moment.get((module, name), buffer).clone()
+                    self._copies[id(buffer)] = values.get((module, name), buffer).clone()
         self._left: list[tuple[nn.Module, dict[str, Tensor | None], dict[str, Tensor | None]]] = []
 
     def stand_in(self) -> None:
@@ -155,7 +154,7 @@ class Buffers:
                     module._buffers[name] = buffer
 
 
-def cut_off(model: nn.Module) -> None:
+def detach_buffers(model: nn.Module) -> None:
     """Detach buffers whose graph leads to nothing but tensors that we made to be differentiated: in a plain step they have none."""
     detached: dict[int, Tensor] = {}  # one shared by two modules stays shared
     for module in modules(model):
@@ -166,9 +165,9 @@ def cut_off(model: nn.Module) -> None:
 
 
 @contextmanager
-def own_buffers(model: nn.Module, moment: Moment = NOW) -> Iterator[Buffers]:
-    """Run passes on copies of a model's buffers; `moment`: see `Buffers`."""
-    buffers = Buffers(model, moment)
+def copied_buffers(model: nn.Module, values: BufferValues = MappingProxyType({})) -> Iterator[Buffers]:
+    """Run passes on copies of a model's buffers; `values`: see `Buffers`."""
+    buffers = Buffers(model, values)
     try:
         buffers.stand_in()
         yield buffers
@@ -177,19 +176,19 @@ def own_buffers(model: nn.Module, moment: Moment = NOW) -> Iterator[Buffers]:
 
 
 @contextmanager
-def isolated(model: nn.Module, rng: Rng | None = None, device: torch.device | None = None) -> Iterator[Buffers]:
+def isolated(model: nn.Module, device: torch.device, start: Rng | None = None) -> Iterator[Buffers]:
     """Run passes that leave no trace in the model's buffers or the random number generators.
 
     Args:
         model: the model.
-        rng: the state to start from, so that the pass draws what an earlier one drew; None: the present one.
-        device: the device whose generator is kept, besides the CPU's; that of `rng` if given.
+        device: the device whose generator is kept, besides the CPU's.
+        start: the state to start from, so that the pass draws what an earlier one drew; None: the present one.
     """
-    before = Rng.of(rng.device if rng is not None else device or torch.device("cpu"))
+    before = Rng.of(device)
     try:
-        with own_buffers(model) as buffers:
-            if rng is not None:
-                rng.restore()
+        with copied_buffers(model) as buffers:
+            if start is not None:
+                start.restore()
             yield buffers
     finally:
         before.restore()
@@ -200,8 +199,14 @@ def autocast_type(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
+def autocast_as(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Autocast as `autocast_type` found it; None: off. Where it is so already, nothing is entered, because that takes time."""
+    return nullcontext() if autocast_type(device) == dtype else torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Leave autocast: tensors are computed with in the types that they have."""
+    # As `autocast_as(device, None)`, but quicker: operators ask for it, too.
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 

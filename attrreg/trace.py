@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from attrreg import automatic, own, sites
-from attrreg.apart import output_key, shown
+from attrreg.apart import output_key, probe_of
 from attrreg.attach import attached
 from attrreg.call import Call
+from attrreg.conditions import version
 from attrreg.counting import Passes, passes
 from attrreg.differences import Differences, gradients_of
 from attrreg.distributed import sharded, synchronises
@@ -26,11 +27,11 @@ from attrreg.graph import which_are_read
 from attrreg.masks import Annotation
 from attrreg.needs import Grad, Need, Scored, Value, only_clean, sites_at
 from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
-from attrreg.recompute import along
-from attrreg.recording import Recording, version
+from attrreg.recompute import sum_along
+from attrreg.recording import Recording, Request
 from attrreg.runner import Runner
 from attrreg.scores import Score
-from attrreg.state import Buffers, Rng, cut_off, drawn_seed, isolated
+from attrreg.state import Buffers, Rng, detach_buffers, drawn_seed, isolated
 
 __all__ = ["Passes", "Trace", "passes"]
 
@@ -59,7 +60,7 @@ class Trace:
         self._recordings: dict[Point, Recording] = {}
         self._grads: dict[tuple[str, Score, Point], Tensor] = {}
         self._score_seeds: dict[Score, int] = {}
-        self._own_forward: Buffers | None = None
+        self._to_commit: Buffers | None = None  # those of a clean pass that stands in for the user's forward
         self._given_out: list[tuple[Tensor, int]] = []  # what terms read, each with its version
 
     # What terms read
@@ -115,21 +116,17 @@ class Trace:
         model, images = self.call.model, (self.call.x.detach(), self._recordings[at].x.detach())
         if sharded(model) or synchronises(model):  # a forward that other ranks do not run would wait for them
             return True
-        seen = shown(model, "sites", site, automatic.kind(self.call.x, model), output_key(self.call.output))
-        if seen.found:
+        probe = probe_of(model, "sites", site, automatic.kind(self.call.x, model), output_key(self.call.output))
+        if probe.found:
             return True
 
-        def again(image: Tensor, wanted: dict[str, bool]) -> Recording:
-            with isolated(model, self._recordings[CLEAN].rng):
-                return self._runner.forward(image, wanted, check=True)
-
-        recording = again(images[0], {sites.INPUT: True, site: False})
+        recording = self._runner.replay(images[0], {sites.INPUT: True, site: False}, check=True)
         found = which_are_read(self._runner.at(recording, site), [recording.values[sites.INPUT]])[0]
-        if not found:  # without a graph, as from frozen layers under no_grad? The passes so far may differ by rounding
+        if not found:  # there may be no graph, as from frozen layers under no_grad; the terms' own passes may differ by rounding alone
             with torch.no_grad():
-                found = not torch.equal(*(self._runner.at(again(image, {site: False}), site) for image in images))
+                found = not torch.equal(*(self._runner.at(self._runner.replay(image, {site: False}, check=True), site) for image in images))
         if found:
-            seen.found = True
+            probe.found = True
         return found
 
     def seen_from(self, point: Point) -> Trace:
@@ -177,50 +174,50 @@ class Trace:
                 the random number generators as that would; `commit` makes the former final.
         """
         self._clean_pass(sites_at(CLEAN, self._needs), as_users_forward)
-        replay = self._recordings[CLEAN].rng if CLEAN in self._recordings else Rng.of(self.call.x.device)
+        self._runner.start = self._recordings[CLEAN].rng if CLEAN in self._recordings else Rng.of(self.call.x.device)
         # Draws come after the clean pass, as they do in a loop whose own forward is reused.
         seeds = self._draw()
         for point in self._points():
             if isinstance(point, Path):
-                self._run_path(point, seeds[point], replay)
+                self._run_path(point, seeds[point])
                 continue
             if point != CLEAN:
-                self._recordings[point] = self._pass(point, seeds[point], replay)
+                self._recordings[point] = self._pass(point, seeds[point])
             self._differentiate(point)
 
     def commit(self) -> None:
         """Make what the clean pass did to the model's buffers final, where it stood in for the user's forward."""
-        if self._own_forward is not None:
-            self._own_forward.commit()
-            cut_off(self.call.model)
+        if self._to_commit is not None:
+            self._to_commit.commit()
+            detach_buffers(self.call.model)
 
     def _clean_pass(self, wanted: dict[str, bool], as_users_forward: bool) -> None:
-        call, asked = self.call, self._asked()
+        call, question = self.call, self._question()
         attachment = attached(call.model) if self._differentiable else None
         recording = None
         # The recording is taken even if only the images are read, which need no pass: passes at other points replay its draws.
         if attachment is not None:
-            recording = attachment.take(call, wanted, self._runner.twice, asked, only_clean(self._needs), as_users_forward)
+            recording = attachment.take(call, Request(wanted, self._runner.twice, question, only_clean(self._needs), as_users_forward))
         if recording is None and (as_users_forward or wanted not in ({}, {sites.INPUT: False})):
-            for known in dict.fromkeys((automatic.known(call, asked), None)):
-                with isolated(call.model, device=call.x.device) as buffers:
+            for known in dict.fromkeys((automatic.known(call, question), None)):
+                with isolated(call.model, call.x.device) as buffers:
                     recording = self._runner.forward(call.x, wanted, as_users_forward, map=known)
                     after = Rng.of(call.x.device)
                 if known is None or sites.SPATIAL in recording.values:  # else this pass went another way through the model
                     break
             if as_users_forward:
-                self._own_forward = buffers
+                self._to_commit = buffers
                 after.restore()
         if recording is not None:
             self._recordings[CLEAN] = recording
             if sites.SPATIAL in recording.values:
                 self._runner.map = recording.maps[-1][0]
 
-    def _asked(self) -> automatic.Question | None:
+    def _question(self) -> automatic.Question | None:
         """What is asked of the layer for `layer="auto"`; None: nothing."""
         needs = [need for need in self._needs if need.site == sites.SPATIAL and need.at == CLEAN]
         scores = (need.score.resolve(self.call.target, self.call.shown) for need in needs if isinstance(need, Grad))
-        return automatic.asked(self.call, next(scores, None)) if needs else None
+        return automatic.question_of(self.call, next(scores, None)) if needs else None
 
     def _points(self) -> list[Point]:
         return list(dict.fromkeys(need.at for need in self._needs))
@@ -239,16 +236,15 @@ class Trace:
         resolved = score.resolve(self.call.target, self.call.shown)
         return resolved.drawn(self._score_seeds[score]) if score.draws else resolved
 
-    def _pass(self, point: Point, seed: int, replay: Rng) -> Recording:
+    def _pass(self, point: Point, seed: int) -> Recording:
         """The pass on the images that a point makes of the clean ones."""
         image, rule = self.call.x, point.rule if isinstance(point, Rectified) else None
         if isinstance(point, At):
             with own.given(point, self.call.x.detach(), self.call.mask) as (x, mask):
-                image = point.image(x, mask, self._generator(seed))
+                image = point.baseline(x, mask, self._generator(seed))
         if isinstance(point, Ascent):
-            image = self._ascend(point, replay)
-        with isolated(self.call.model, replay):
-            return self._runner.forward(image, sites_at(point, self._needs), rule=rule)
+            image = self._ascend(point)
+        return self._runner.replay(image, sites_at(point, self._needs), rule=rule)
 
     def _differentiate(self, point: Point) -> None:
         """All gradients at one point: one backward for each distinct score."""
@@ -265,7 +261,7 @@ class Trace:
 
     def _read_later(self, point: Point, recording: Recording) -> bool:
         """Whether the graph of a pass is needed after its gradients were taken: by the loop, or by terms that read its values."""
-        loops = recording.conditions is not None or (point == CLEAN and self._own_forward is not None)
+        loops = recording.conditions is not None or (point == CLEAN and self._to_commit is not None)
         return loops or any(need.at == point and need.site != sites.INPUT and not isinstance(need, Grad) for need in self._needs)
 
     def differentiated(self, total: Tensor, images: Tensor) -> Tensor:
@@ -276,25 +272,26 @@ class Trace:
         """
         return total if self._differences is None else self._differences.differentiated(total, images)
 
-    def _ascend(self, point: Ascent, replay: Rng) -> Tensor:
-        runner = Runner(self.call, twice=False)
+    def _ascend(self, point: Ascent) -> Tensor:
+        """The images of an ascent, by passes on its way, of which nothing is kept."""
+        runner = Runner(self.call, twice=False, start=self._runner.start)
         score = self._concrete(point.score)
         image = self.call.x.detach()
         for _ in range(point.steps):
-            with isolated(self.call.model, replay):
-                recording = runner.forward(image, {sites.INPUT: True, score.site: False})
+            recording = runner.replay(image, {sites.INPUT: True, score.site: False})
             (gradient,) = runner.backward(recording, score, [sites.INPUT], create_graph=False, retain=False)
             image = point.step(self.call.x.detach(), image, gradient, self.mask)
         return image
 
-    def _run_path(self, path: Path, seed: int, replay: Rng) -> None:
+    def _run_path(self, path: Path, seed: int) -> None:
+        """All gradients along one path: for each distinct score, summed over its places."""
         needs = [need for need in self._needs if isinstance(need, Grad) and need.at == path]
         concrete = list(dict.fromkeys(self._concrete(need.score) for need in needs))
         with own.given(path, self.call.x.detach(), self.call.mask) as (x, mask):
             stops = path.stops(x, mask, self._generator(seed))
-        gradients = PathGradients(self._runner, concrete, replay, self._differences)
+        gradients = PathGradients(self._runner, concrete, self._differences)
         # Finite differences hold no graph of the gradients, so there is nothing to save by computing them again.
         chunk = path.chunk if self._differences is None else None
-        sums = dict(zip(concrete, along(stops, gradients, chunk, self._differentiable), strict=True))
+        sums = dict(zip(concrete, sum_along(stops, gradients, chunk, self._differentiable), strict=True))
         for need in needs:
             self._grads[need.site, need.score, path] = sums[self._concrete(need.score)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attrreg.apart import images_apart
 from attrreg.baselines import Baseline, Masked, Shuffle
-from attrreg.masks import penalty_dtype
+from attrreg.masks import at_least_float32
 from attrreg.needs import Need, Value
 from attrreg.points import CLEAN, At
 from attrreg.regularizer import SingleRegularizer
@@ -98,10 +98,8 @@ class ActivationDifference(SingleRegularizer):
 
     def _activations(self, trace: Trace, site: str) -> tuple[Tensor, Tensor]:
         """A layer's activations on the images and on the masked images, `(N, ...)`, in float32 at least."""
-        clean, masked = trace.value(site), trace.value(site, self._masked)
+        clean, masked = at_least_float32(trace.value(site)), at_least_float32(trace.value(site, self._masked))
         check_by_image(clean, trace.call.x, site)
-        dtype = penalty_dtype(clean.dtype)
-        clean, masked = clean.to(dtype), masked.to(dtype)
         if self.detach == "clean":
             clean = clean.detach()
         if self.detach == "masked":

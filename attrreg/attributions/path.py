@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,35 @@ from attrreg.sites import INPUT
 from attrreg.trace import Trace
 
 
+class _PathMethod(MapRegularizer):
+    """The gradient of the score, summed along a path; kept are the baseline as a `Baseline` and the chunk as an `int`."""
+
+    baseline: Baseline | Tensor | float
+    chunk: int | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        keep_baseline(self)
+        check_share_varies(self)
+        if self.chunk is not None:
+            keep_count(self, "chunk", 1)
+
+    @property
+    @abstractmethod
+    def _path(self) -> Path:
+        """Where the gradient is taken."""
+
+    def needs(self) -> tuple[Need, ...]:
+        """The gradient summed along the path."""
+        return (Grad(INPUT, self.score, self._path),)
+
+    def attribution(self, trace: Trace) -> Tensor:
+        """The weighted sum."""
+        return trace.grad(INPUT, self.score, self._path)
+
+
 @dataclass(frozen=True, repr=False)
-class IntegratedGradients(MapRegularizer):
+class IntegratedGradients(_PathMethod):
     """Gradients averaged along the straight path from a baseline to the image, times their difference.
 
     phi = (x - b) * sum_k w_k d score / d z at z_k = b + a_k (x - b), `(N, C, H, W)`, in units of the score. Its sum over
@@ -58,24 +86,15 @@ class IntegratedGradients(MapRegularizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _keep_path(self)
         check_rule(self)
 
     @property
     def _path(self) -> Path:
         return Quadrature(as_baseline(self.baseline), self.steps, self.rule, self.chunk)
 
-    def needs(self) -> tuple[Need, ...]:
-        """The gradient summed along the path."""
-        return (Grad(INPUT, self.score, self._path),)
-
-    def attribution(self, trace: Trace) -> Tensor:
-        """The weighted sum."""
-        return trace.grad(INPUT, self.score, self._path)
-
 
 @dataclass(frozen=True, repr=False)
-class ExpectedGradients(MapRegularizer):
+class ExpectedGradients(_PathMethod):
     """Integrated gradients in expectation over baselines and places, by fresh draws each call.
 
     phi = mean over draws of (x - b) * d score / d z at z = b + a (x - b), with b a random baseline and a ~ U(0, 1), both
@@ -108,28 +127,11 @@ class ExpectedGradients(MapRegularizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _keep_path(self)
         keep_count(self, "samples", 1)
 
     @property
     def _path(self) -> Path:
         return RandomPlaces(as_baseline(self.baseline), self.samples, self.chunk)
-
-    def needs(self) -> tuple[Need, ...]:
-        """The gradient summed over the draws."""
-        return (Grad(INPUT, self.score, self._path),)
-
-    def attribution(self, trace: Trace) -> Tensor:
-        """The weighted sum."""
-        return trace.grad(INPUT, self.score, self._path)
-
-
-def _keep_path(regularizer: Any) -> None:
-    """Check the settings that both path methods have; keep the baseline as a `Baseline` and the chunk as an `int`."""
-    keep_baseline(regularizer)
-    check_share_varies(regularizer)
-    if regularizer.chunk is not None:
-        keep_count(regularizer, "chunk", 1)
 
 
 def check_share_varies(regularizer: Any) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from attrreg.data.folder import Sample
-from attrreg.masks import checked_flags, penalty_dtype
+from attrreg.masks import at_least_float32, checked_flags
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -52,7 +52,7 @@ class WithMasks:
             raise ValueError(f"mask must be {(x.shape[0], *x.shape[2:])}, as the images, to be mixed; got {tuple(mask.shape)}. Resize it.")
         known = checked_flags(annotated, x).view(-1, 1, 1).expand_as(mask)
         # In float32 at least: in half precision a blend with little of another image would be rounded to none.
-        wide = x.to(penalty_dtype(x.dtype))
+        wide = at_least_float32(x)
         # An image whose share is no more than rounding leaves the others annotated: its mask, if it has none, must not count.
         stacked = torch.cat([wide, torch.stack([mask & known, known], dim=1).to(wide)], dim=1)
         mixed, labels = self.mix(stacked, label)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attrreg import call as calls
 from attrreg import own
 from attrreg.baselines import Baseline, Zero, as_baseline, keep_baseline
-from attrreg.masks import penalty_dtype
+from attrreg.masks import at_least_float32
 from attrreg.metrics.maps import Measure, share_inside
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.settings import keep_count
@@ -80,7 +80,7 @@ class Occlusion(Spec):
         with own.given(fill, x.detach(), None) as (images, _):
             filled = fill(images, None, draws)
         channels = x.shape[1]
-        with torch.no_grad(), isolated(model, device=x.device):
+        with torch.no_grad(), isolated(model, x.device):
             phi: Tensor = Captum(_logits_of(model, classes)).attribute(
                 x.detach(),
                 sliding_window_shapes=(channels, self.window, self.window),
@@ -99,7 +99,7 @@ def _logits_of(model: nn.Module, target: Tensor) -> Callable[[Tensor], Tensor]:
         if not isinstance(output, Tensor):
             raise TypeError(f"model returned a {type(output).__name__} and not logits. Pass a module that picks them out.")
         check_logits("Occlusion", output, 1, target)
-        return output.to(penalty_dtype(output.dtype))  # in which Captum sums up overlapping windows
+        return at_least_float32(output)  # in which Captum sums up overlapping windows
 
     return forward
 

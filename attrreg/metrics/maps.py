@@ -141,7 +141,7 @@ def _aligned(map: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         map = map.unsqueeze(1)
     if map.dim() != 4 or 0 in map.shape[1:]:
         raise ValueError(f"map must be (N, C, H, W) or (N, H, W), got {tuple(map.shape)}. Add or drop axes.")
-    map = map.detach().to(masks.penalty_dtype(map.dtype))
+    map = masks.at_least_float32(map.detach())
     if not bool(map.isfinite().all()):
         raise ValueError("map has values that are not finite. Look for what made them so in the model.")
     relevant = masks.check(mask, map, None).relevant
