@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def sum_along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None
     del first  # and its graph with it
     total: list[Tensor] = []
     model = gradients.call.model
-    buffers, settings = buffer_values(model), None if sharded(model) else Settings(model)  # FSDP2 changes parameters in every pass
+    buffers, settings = buffer_values(model), Settings(model, sharded=bool(sharded(model)))
     for start in range(0, len(stops), chunk):
         part = stops[start : start + chunk]
         rest = part[1:] if start == 0 else part
@@ -79,7 +79,7 @@ class _Chunk:
     """The sum over a part of the path, to be run again under the conditions of its first run."""
 
     def __init__(
-        self, stops: Sequence[Stop], gradients: PathGradients, buffers: BufferValues, settings: Settings | None, leaves: Sequence[Tensor]
+        self, stops: Sequence[Stop], gradients: PathGradients, buffers: BufferValues, settings: Settings, leaves: Sequence[Tensor]
     ) -> None:
         self._stops = stops
         self._gradients = gradients
@@ -95,8 +95,7 @@ class _Chunk:
     def again(self, x: Tensor) -> Iterator[list[Tensor]]:
         """The sum with its graph, and the model as it was: where that is differentiated, checkpointed blocks run once more."""
         self._check()
-        settings = nullcontext() if self._settings is None else self._settings.back()
-        with settings, torch.enable_grad(), copied_buffers(self._model, self._buffers):
+        with self._settings.back(), torch.enable_grad(), copied_buffers(self._model, self._buffers):
             with autocast_as(x.device, self._autocast):
                 found = _summed(self._stops, x, self._gradients, True)
             yield found

@@ -59,13 +59,13 @@ def buffer_values(model: nn.Module) -> BufferValues:
 
 _REGISTRIES = (
     "_modules",
-    "_parameters",
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_backward_pre_hooks", "_backward_hooks"),
 )
 
 
+_EMPTY: dict[str, object] = {}
 PLAIN = (bool, int, float, str)
 
 
@@ -73,20 +73,26 @@ class Settings:
     """The layers, parameters, hooks and plain settings, modes included, that a model has now: for a pass to be run later as it would now.
 
     Until then `torch.func.functional_call` may have taken back the parameters that it lent, or a `with` block a hook or a temperature.
+
+    Args:
+        model: the model.
+        sharded: leave parameters alone: FSDP2 itself puts others in place in every pass.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        held = [vars(module) for module in modules(model)]
-        registries = [values[name] for values in held for name in _REGISTRIES if isinstance(values.get(name), dict)]  # not TorchScript's
-        self._registries = [(registry, dict(registry)) for registry in registries]
+    def __init__(self, model: nn.Module, sharded: bool) -> None:
+        held, names = [vars(module) for module in modules(model)], _REGISTRIES if sharded else ("_parameters", *_REGISTRIES)
+        registries = [values[name] for values in held for name in names if isinstance(values.get(name), dict)]  # not TorchScript's
+        self._registries = [(registry, dict(registry) if registry else _EMPTY) for registry in registries]  # most are
         self._plain = [(values, {name: value for name, value in values.items() if isinstance(value, PLAIN)}) for values in held]
 
     @contextmanager
     def back(self) -> Iterator[None]:
         """Run a block with these in place."""
-        moved = [(live, then, dict(live)) for live, then in self._registries if [*map(id, live.values())] != [*map(id, then.values())]]
-        others = [(live, {k: live[k] for k, v in plain.items() if live.get(k, v) is not v}) for live, plain in self._plain]
-        plain = [(live, {k: then[k] for k in now}, now) for (live, then), (_, now) in zip(self._plain, others, strict=True) if now]
+        held = [(live, then) for live, then in self._registries if live or then]
+        moved = [(live, then, dict(live)) for live, then in held if [*map(id, live.values())] != [*map(id, then.values())]]
+        others = [[k for k, v in then.items() if live.get(k, v) is not v] for live, then in self._plain]
+        changed = [(live, then, names) for (live, then), names in zip(self._plain, others, strict=True) if names]
+        plain = [(live, {k: then[k] for k in names}, {k: live[k] for k in names}) for live, then, names in changed]
         try:
             for live, then, _ in moved:
                 live.clear()
