@@ -58,8 +58,8 @@ class Attachment:
         model = unwrap(entry)
         if attached(model) is not None:
             raise RuntimeError(
-                "attach: this model already has an attachment. Remove it first (`handle.remove()`, or leave its `with` block), and "
-                "attach the sum of the regularizers."
+                "attach: this model already has an attachment. Remove it first (`handle.remove()`, or leave its `with` block; without the "
+                "handle, `attrreg.attach.attached(model).remove()`), and attach the sum of the regularizers."
             )
         self._model = model
         self._sites = dict(sites)
@@ -93,6 +93,9 @@ class Attachment:
         while self._hooks:
             self._hooks.pop().remove()
         self._discard()
+
+    def __repr__(self) -> str:
+        return f"<Attachment to {type(self._model).__name__}{'' if self._hooks else ', recording nothing'}>"
 
     def __enter__(self) -> Attachment:
         return self

@@ -74,6 +74,8 @@ class Fixed(Baseline):
         return hash((Fixed, tuple(self.image.shape), self.image.dtype))
 
     def __repr__(self) -> str:
+        if self.image.numel() > 100:  # a page of numbers rather than a description
+            return f"attrreg.baselines.Fixed(<{tuple(self.image.shape)}, {self.image.dtype}>)"
         return f"attrreg.baselines.Fixed(torch.tensor({self.image.tolist()}, dtype={self.image.dtype}))"
 
 

@@ -7,6 +7,12 @@ from numbers import Integral, Real
 from typing import Any, TypeGuard
 
 
+def brief(value: object) -> str:
+    """Its repr for a message, cut off where it is long, as that of a tensor."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:80]} ..."
+
+
 def is_real(value: object) -> TypeGuard[float]:
     """Whether it is a real number by its type, NumPy's included; a bool is not."""
     return isinstance(value, Real) and not isinstance(value, bool)
@@ -34,7 +40,7 @@ def check_count(name: str, value: Any, least: int) -> None:
         ValueError: naming it.
     """
     if not is_integer(value):
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}, a {type(value).__name__}. Pass an int.")
+        raise ValueError(f"{name} must be an integer of at least {least}, got {brief(value)}, a {type(value).__name__}. Pass an int.")
     if value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}. Give a larger one.")
 
@@ -60,7 +66,7 @@ def keep_integer(spec: Any, name: str, or_none: bool = False) -> None:
         return
     if not is_integer(value):
         wanted = "None or an integer" if or_none else "an integer"
-        raise TypeError(f"{type(spec).__name__}: {name} must be {wanted}, got {value!r}, a {type(value).__name__}. Pass an int.")
+        raise TypeError(f"{type(spec).__name__}: {name} must be {wanted}, got {brief(value)}, a {type(value).__name__}. Pass an int.")
     if not fits_64_bits(value):
         raise ValueError(f"{type(spec).__name__}: {name} must fit 64 bits, got {value!r}. Give a smaller one.")
     object.__setattr__(spec, name, int(value))

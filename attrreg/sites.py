@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from attrreg.settings import brief
 from attrreg.walk import modules
 
 INPUT = "<input>"  # the images
@@ -42,7 +43,7 @@ def check_layer_name(name: object) -> None:
         TypeError: it is something else, such as the module itself.
     """
     if not isinstance(name, str) or not name:
-        raise TypeError(f"layer must be the dotted name of a layer, got {name!r}. Find it with attrreg.layers(model, x).")
+        raise TypeError(f"layer must be the dotted name of a layer, got {brief(name)}. Find it with attrreg.layers(model, x).")
 
 
 def check_layer(model: nn.Module, name: str) -> None:

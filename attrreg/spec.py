@@ -1,4 +1,4 @@
-"""What every declared object of the library shares: a repr that rebuilds it."""
+"""What every declared object of the library shares: a repr that rebuilds it, but for images."""
 
 from __future__ import annotations
 

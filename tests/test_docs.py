@@ -140,4 +140,4 @@ def test_the_api_page_names_all_that_is_public() -> None:
 def test_files_can_be_read_at_a_sitting() -> None:
     files = [file for folder in ("attrreg", "benchmarks", "tests") for file in (ROOT / folder).rglob("*.py")]
     long = [str(file.relative_to(ROOT)) for file in files if len(file.read_text(encoding="utf-8").splitlines()) > 350]
-    assert len(files) > 200 and not long, f"above 350 lines: {long}"
+    assert len(files) > 100 and not long, f"above 350 lines: {long}"

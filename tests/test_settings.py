@@ -188,3 +188,20 @@ def test_a_baseline_keeps_what_it_was_given() -> None:
     with torch.no_grad():
         image.zero_()
     assert torch.equal(kept.image, want) and not kept.image.requires_grad
+
+
+def test_an_image_is_named_by_its_shape_in_texts() -> None:
+    image = torch.zeros(3, 64, 64)
+    assert repr(attrreg.IntegratedGradients(2, image)).endswith("Fixed(<(3, 64, 64), torch.float32>))")
+    wrong: list[Callable[[], Any]] = [lambda: attrreg.ExpectedGradients(image), lambda: attrreg.GradCAM(image)]  # type: ignore[arg-type]
+    for made in wrong:
+        with pytest.raises((TypeError, ValueError), match=r"got tensor\(.* \.\.\.") as raised:
+            made()
+        assert len(str(raised.value)) < 200
+
+
+def test_an_attachment_says_whether_it_records() -> None:
+    handle = attrreg.InputGradient().attach(SmoothNet())
+    assert repr(handle) == "<Attachment to SmoothNet>"
+    handle.remove()
+    assert repr(handle) == "<Attachment to SmoothNet, recording nothing>"
