@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attrreg.state import Rng
@@ -74,9 +73,3 @@ class Draws:
         finally:
             self.state = Rng.of(like.device)
             before.restore()
-
-
-KNOWN: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d), Draws.dropout),
-    Tensor.bernoulli_: Draws.bernoulli_,
-}

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from attrreg.ops import attention, conv, depthwise, linear, pointwise
-from attrreg.ops.modes import Replace, Replacements, set_stack, take_off, twice_differentiable
+from attrreg.ops import depthwise, linear, pointwise
+from attrreg.ops.modes import ONCE, Replace, set_stack, take_off, twice_differentiable
 from attrreg.ops.phase import Phase
 from attrreg.ops.process import checkpoints_recompute_inside
 from attrreg.walk import modules, runs_whole
@@ -63,17 +62,6 @@ def _whole(encoder: nn.Module) -> Iterator[None]:
         yield
 
 
-def _multi_head(phase: Phase, *args: Any, **settings: Any) -> Any:
-    return attention.multi_head(Replace(FASTER, phase), *args, **settings)
-
-
-FASTER: Replacements = {
-    F.conv2d: conv.convolve_if_faster,
-    F.linear: linear.linear,
-    F.multi_head_attention_forward: _multi_head,
-}
-
-
 def _may_gain(layer: nn.Module) -> bool:
     if isinstance(layer, nn.MultiheadAttention):
         layer = getattr(layer, "out_proj", layer)
@@ -103,7 +91,7 @@ def _faster(layers: Sequence[nn.Module], phase: Phase) -> Iterator[Callable[[], 
     Such a block is recomputed when all this is over, and has to compute the same then. The mode is on inside these layers and nowhere
     else: PyTorch calls a mode for every operation, which costs a few percent of a pass of small layers.
     """
-    mode, there = Replace(FASTER, phase), True
+    mode, there = Replace(ONCE, phase), True
 
     def before(layer: nn.Module, args: Any) -> None:
         if there and _gains(layer, args):
