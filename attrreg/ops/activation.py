@@ -19,7 +19,7 @@ from torch.autograd import Function
 
 from attrreg.ops import fused
 from attrreg.ops.phase import once_differentiable
-from attrreg.ops.precision import wide
+from attrreg.ops.precision import compute_dtype
 
 aten = torch.ops.aten
 
@@ -222,7 +222,7 @@ class _SmoothGradient(Function):
         fast = fused.kernels(x, gy, v) if ctx.needs_input_grad[1] else None
         if fast is not None:
             return *fast.smooth(ctx.kind.kernel, v, gy, x), None
-        dtype = wide(x)  # in float16, x**3 overflows above 40
+        dtype = compute_dtype(x)  # in float16, x**3 overflows above 40
         for_gy, for_x = torch.empty_like(v), None
         if ctx.needs_input_grad[1]:
             scratch = for_gy if v.dtype == dtype else torch.empty_like(v, dtype=dtype)

@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from attrreg.ops.linear import PLAIN
 from attrreg.ops.phase import Phase, once_differentiable, wanted
-from attrreg.ops.precision import as_autocast, autocasts, wide, widely
+from attrreg.ops.precision import as_autocast, autocasts, compute_dtype, in_compute_dtype
 from attrreg.ops.process import BY_MATH, attention_by
 from attrreg.state import full_precision
 
@@ -257,8 +257,8 @@ def attention(
     if not (same and fits and full) or dropout_p or not dtype.is_floating_point:
         with attention_by(BY_MATH):
             return SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if dtype != wide(query):
-        return widely(partial(attention, phase), query, key, value, attn_mask, 0.0, is_causal, scale)
+    if dtype != compute_dtype(query):
+        return in_compute_dtype(partial(attention, phase), query, key, value, attn_mask, 0.0, is_causal, scale)
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:

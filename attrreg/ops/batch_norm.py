@@ -18,7 +18,7 @@ from torch.autograd import Function
 from attrreg.ops import fused
 from attrreg.ops.channels import affine, memory_format, planes, suggested
 from attrreg.ops.phase import Phase, once_differentiable, wanted
-from attrreg.ops.precision import wide
+from attrreg.ops.precision import compute_dtype
 
 aten = torch.ops.aten
 
@@ -231,7 +231,7 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    dtype, shape = wide(input), input.shape[1:2]  # of weights and statistics, also where autocast made images narrower
+    dtype, shape = compute_dtype(input), input.shape[1:2]  # of weights and statistics, also where autocast made images narrower
     given = [values for values in (running_mean, running_var, weight, bias) if values is not None]
     fits = input.dim() > 1 and input.is_floating_point() and all(values.dtype == dtype and values.shape == shape for values in given)
     statistics = (running_mean is None) == (running_var is None) and (training or running_mean is not None)

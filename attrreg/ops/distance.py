@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from attrreg.ops.precision import wide, widely
+from attrreg.ops.precision import compute_dtype, in_compute_dtype
 
 TWO = (2, 2.0, None, "fro")
 BY_DIFFERENCES = "donot_use_mm_for_euclid_dist"
@@ -26,8 +26,8 @@ def two_norm(x: Tensor, dim: Any, keepdim: bool = False, dtype: torch.dtype | No
     """sqrt(sum x^2)."""
     if dtype is not None:
         x = x.to(dtype)
-    if x.dtype != wide(x):  # which has room for the squares
-        return widely(two_norm, x, dim, keepdim)
+    if x.dtype != compute_dtype(x):  # which has room for the squares
+        return in_compute_dtype(two_norm, x, dim, keepdim)
     squared = x.square().sum(dim=dim, keepdim=keepdim)
     zero = squared == 0  # where sqrt has no derivatives
     return squared.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)

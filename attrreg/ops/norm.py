@@ -27,7 +27,7 @@ from attrreg.ops import fused, sound
 from attrreg.ops.channels import affine, suggested
 from attrreg.ops.distance import TWO
 from attrreg.ops.phase import Phase, once_differentiable, wanted
-from attrreg.ops.precision import wide, widely
+from attrreg.ops.precision import compute_dtype, in_compute_dtype
 
 aten = torch.ops.aten
 
@@ -103,8 +103,8 @@ def layer_norm(
     shaped = isinstance(normalized_shape, Sequence) and sound.with_parameters(input, normalized_shape, weight, bias)
     if not (shaped and input.numel()):  # the second derivative's kernel would divide by the number of its channels
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
-    if input.dtype != wide(input):  # PyTorch's second derivative has the cube of 1 / deviation
-        return widely(partial(layer_norm, phase), input, normalized_shape, weight, bias, eps)
+    if input.dtype != compute_dtype(input):  # PyTorch's second derivative has the cube of 1 / deviation
+        return in_compute_dtype(partial(layer_norm, phase), input, normalized_shape, weight, bias, eps)
     shape = list(normalized_shape)
     g = weight if weight is not None else input.new_ones(shape)
     b = bias if bias is not None else input.new_zeros(shape)
@@ -125,8 +125,8 @@ def group_norm(
     divides = 0 < num_groups <= channels and channels % num_groups == 0 and input.numel() > num_groups  # a single value PyTorch refuses
     if not (divides and sound.with_parameters(input, (channels,), weight, bias)):
         return F.group_norm(input, num_groups, weight, bias, eps)
-    if input.dtype != wide(input):  # as in `layer_norm`; rounded once, as PyTorch's
-        return widely(partial(group_norm, phase), input, num_groups, weight, bias, eps)
+    if input.dtype != compute_dtype(input):  # as in `layer_norm`; rounded once, as PyTorch's
+        return in_compute_dtype(partial(group_norm, phase), input, num_groups, weight, bias, eps)
     grouped = input.reshape(len(input), num_groups, -1)
     y = layer_norm(phase, grouped, grouped.shape[2:], None, None, eps).reshape(input.shape)
     if input.device.type == "cpu":  # as PyTorch's there
@@ -156,7 +156,7 @@ def instance_norm(
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     x = input.contiguous()
     # The norm does not change, nor do its derivatives, but a layer norm's kernel loses digits where means are large.
-    if x.dtype == wide(x):
+    if x.dtype == compute_dtype(x):
         x = x - x.detach().mean(tuple(range(2, x.dim())), keepdim=True)
     return group_norm(phase, x, input.shape[1], weight, bias, eps).to(input.dtype)
 
@@ -237,8 +237,8 @@ def rms_norm(
     shape = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else ()
     if not (shape and input.shape[-len(shape) :] == shape and sound.with_parameters(input, shape, weight)):
         return F.rms_norm(input, normalized_shape, weight, eps)
-    if input.dtype != wide(input):  # as in `layer_norm`
-        return widely(partial(rms_norm, phase), input, normalized_shape, weight, eps)
+    if input.dtype != compute_dtype(input):  # as in `layer_norm`
+        return in_compute_dtype(partial(rms_norm, phase), input, normalized_shape, weight, eps)
     axes, added = list(range(-len(shape), 0)), torch.finfo(input.dtype).eps if eps is None else eps
 
     def factors(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,8 +253,8 @@ def normalize(phase: Phase, input: Tensor, p: float = 2.0, dim: Any = 1, eps: fl
     """`F.normalize`: x / max(||x||, eps). At zero its second derivative is zero, of which PyTorch makes NaN."""
     if p not in TWO or out is not None or isinstance(eps, Tensor) or not input.is_floating_point():
         return F.normalize(input, p, dim, eps, out)
-    if input.dtype != wide(input):  # which has room for eps squared
-        return widely(partial(normalize, phase), input, p, dim, eps)
+    if input.dtype != compute_dtype(input):  # which has room for eps squared
+        return in_compute_dtype(partial(normalize, phase), input, p, dim, eps)
 
     def factors(x: Tensor) -> tuple[Tensor, Tensor]:
         squared = x.square().sum(dim, keepdim=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attrreg.ops.precision import wide
+from attrreg.ops.precision import compute_dtype
 
 
 def with_parameters(x: Tensor, shape: Sequence[int], *parameters: Tensor | None) -> bool:
@@ -22,7 +22,7 @@ def with_parameters(x: Tensor, shape: Sequence[int], *parameters: Tensor | None)
             if values.shape != shape or dtype not in (None, values.dtype):
                 return False
             dtype = values.dtype
-    return x.is_floating_point() and dtype in (None, x.dtype, wide(x))
+    return x.is_floating_point() and dtype in (None, x.dtype, compute_dtype(x))
 
 
 def convolves(shapes: Callable[..., bool], axes: int, x: Tensor, w: Tensor, b: Tensor | None, *settings: Any) -> bool:
