@@ -1,8 +1,8 @@
-"""Operators that can be differentiated twice, exactly and fast; `modes` puts them in the place of PyTorch's.
+"""Operators that can be differentiated twice, exactly and fast. `modes` lists which of PyTorch's functions each replaces.
 
-Each is a function with PyTorch's arguments. It leaves to PyTorch what it is not sure to compute (`sound`), chooses the type to compute in
-(`precision`), and applies an autograd function. If that has weights, its backward asks `phase.wanted` which gradients are needed. Second
-derivatives are of three kinds:
+Each is a function with PyTorch's arguments, after the `Phase` of the pass where it needs that. It leaves to PyTorch what it does not
+support (`supported`), chooses the type to compute in (`precision`), and applies an autograd function. If that has weights, its backward
+asks `phase.wanted` which gradients are needed. Second derivatives are of three kinds:
 
 - Norms, smooth activations, attention and LSTM layers have a closed form. Where the gradient may be differentiated again
   (`torch.is_grad_enabled`), the backward applies a second autograd function, whose own backward is the second derivative. There is no

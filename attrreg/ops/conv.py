@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from attrreg.ops import depthwise, patches, pointwise, sound, strided
+from attrreg.ops import depthwise, patches, pointwise, strided, supported
 from attrreg.ops.channels import adjacent, dense, memory_format, of_convolution, suggested
 from attrreg.ops.linear import PLAIN, linear, product
 from attrreg.ops.phase import Phase, wanted
 from attrreg.ops.precision import as_autocast, autocasts
-from attrreg.ops.sound import each
+from attrreg.ops.supported import per_axis
 from attrreg.state import full_precision
 
 aten = torch.ops.aten
@@ -124,7 +124,7 @@ def _convolution(
         transposed: whether it is a transposed convolution.
     """
     axes = len(weight) - 2
-    stride, padding, dilation, output_padding = (each(value, axes) for value in (stride, padding, dilation, output_padding))
+    stride, padding, dilation, output_padding = (per_axis(value, axes) for value in (stride, padding, dilation, output_padding))
     plain = Convolution(stride, padding, dilation, output_padding, transposed, groups)
     if not transposed and patches.are(weight, stride, padding, dilation, groups):
         return replace(plain, patches=True)
@@ -298,10 +298,10 @@ def convolve(
 ) -> Tensor:
     """`F.conv1d`, `F.conv2d`, `F.conv3d`, of so many axes."""
     stride, padding, dilation = _hashable(stride), _hashable(padding), _hashable(dilation)
-    if not sound.convolves(sound.convolution, axes, input, weight, bias, stride, padding, dilation, groups):
+    if not supported.convolution(supported.convolution_shapes, axes, input, weight, bias, stride, padding, dilation, groups):
         return (F.conv1d, F.conv2d, F.conv3d)[axes - 1](input, weight, bias, stride, padding, dilation, groups)
     if padding == "same":
-        total = [d * (k - 1) for d, k in zip(each(dilation, axes), weight.shape[2:], strict=True)]
+        total = [d * (k - 1) for d, k in zip(per_axis(dilation, axes), weight.shape[2:], strict=True)]
         if any(t % 2 for t in total):  # the far side gets the one more
             input = F.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
         padding = tuple(t // 2 for t in total)
@@ -324,7 +324,7 @@ def convolve_if_faster(
     plain = type(input) in PLAIN and type(weight) in PLAIN and input.dtype == weight.dtype in PRODUCTS
     if plain and input.dim() == weight.dim() and not isinstance(padding, str) and not torch.is_autocast_enabled(input.device.type):
         settings = _hashable(stride), _hashable(padding), _hashable(dilation), groups
-        fits = sound.convolves(sound.convolution, 2, input, weight, bias, *settings)
+        fits = supported.convolution(supported.convolution_shapes, 2, input, weight, bias, *settings)
         if fits and _kind(input, weight, *settings).weight_product is not None:
             return _apply(input, weight, bias, phase, *settings)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -344,7 +344,7 @@ def convolve_transposed(
 ) -> Tensor:
     """`F.conv_transpose1d`, `F.conv_transpose2d`, `F.conv_transpose3d`, of so many axes."""
     stride, padding, output_padding, dilation = map(_hashable, (stride, padding, output_padding, dilation))
-    if not sound.convolves(sound.transposed, axes, input, weight, bias, stride, padding, output_padding, groups, dilation):
+    if not supported.convolution(supported.transposed_shapes, axes, input, weight, bias, stride, padding, output_padding, groups, dilation):
         function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[axes - 1]
         return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
     return _apply(input, weight, bias, phase, stride, padding, dilation, groups, True, output_padding)

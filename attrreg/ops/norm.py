@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from attrreg.ops import fused, sound
+from attrreg.ops import fused, supported
 from attrreg.ops.channels import affine, suggested
 from attrreg.ops.distance import TWO
 from attrreg.ops.phase import Phase, once_differentiable, wanted
@@ -100,7 +100,7 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`F.layer_norm`."""
-    shaped = isinstance(normalized_shape, Sequence) and sound.with_parameters(input, normalized_shape, weight, bias)
+    shaped = isinstance(normalized_shape, Sequence) and supported.norm(input, normalized_shape, weight, bias)
     if not (shaped and input.numel()):  # the second derivative's kernel would divide by the number of its channels
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     if input.dtype != compute_dtype(input):  # PyTorch's second derivative has the cube of 1 / deviation
@@ -123,7 +123,7 @@ def group_norm(
     """`F.group_norm`: a layer norm over each group, and a scale and shift a channel."""
     channels = input.shape[1] if input.dim() > 1 else 0
     divides = 0 < num_groups <= channels and channels % num_groups == 0 and input.numel() > num_groups  # a single value PyTorch refuses
-    if not (divides and sound.with_parameters(input, (channels,), weight, bias)):
+    if not (divides and supported.norm(input, (channels,), weight, bias)):
         return F.group_norm(input, num_groups, weight, bias, eps)
     if input.dtype != compute_dtype(input):  # as in `layer_norm`; rounded once, as PyTorch's
         return in_compute_dtype(partial(group_norm, phase), input, num_groups, weight, bias, eps)
@@ -150,7 +150,7 @@ def instance_norm(
 ) -> Tensor:
     """`F.instance_norm`: a group norm of one channel a group, where nothing is kept for later images."""
     own = use_input_stats and running_mean is None and running_var is None
-    fits = input.dim() > 1 and sound.with_parameters(input, input.shape[1:2], weight, bias)
+    fits = input.dim() > 1 and supported.norm(input, input.shape[1:2], weight, bias)
     # PyTorch refuses a single position.
     if not (own and fits and input.numel() and eps > 0) or input.shape[2:].numel() == 1:
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
@@ -235,7 +235,7 @@ def rms_norm(
 ) -> Tensor:
     """`F.rms_norm`."""
     shape = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else ()
-    if not (shape and input.shape[-len(shape) :] == shape and sound.with_parameters(input, shape, weight)):
+    if not (shape and input.shape[-len(shape) :] == shape and supported.norm(input, shape, weight)):
         return F.rms_norm(input, normalized_shape, weight, eps)
     if input.dtype != compute_dtype(input):  # as in `layer_norm`
         return in_compute_dtype(partial(rms_norm, phase), input, normalized_shape, weight, eps)

@@ -1,4 +1,4 @@
-"""Checks that arguments are ones which our operators compute. All others are left to PyTorch's function, which computes or refuses them."""
+"""Whether our operators support the arguments. All others are left to PyTorch's function, which computes or refuses them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from attrreg.ops.precision import compute_dtype
 
 
-def with_parameters(x: Tensor, shape: Sequence[int], *parameters: Tensor | None) -> bool:
+def norm(x: Tensor, shape: Sequence[int], *parameters: Tensor | None) -> bool:
     """Whether x is floating-point, and all parameters have this shape and one type: that of x, or float32 where x is of a half type."""
     shape = tuple(shape)
     dtype: torch.dtype | None = None
@@ -25,18 +25,25 @@ def with_parameters(x: Tensor, shape: Sequence[int], *parameters: Tensor | None)
     return x.is_floating_point() and dtype in (None, x.dtype, compute_dtype(x))
 
 
-def convolves(shapes: Callable[..., bool], axes: int, x: Tensor, w: Tensor, b: Tensor | None, *settings: Any) -> bool:
-    """Whether types, shapes and settings are those of a real convolution of so many axes, `shapes` being `convolution` or `transposed`."""
+def convolution(shapes: Callable[..., bool], axes: int, x: Tensor, w: Tensor, b: Tensor | None, *settings: Any) -> bool:
+    """Whether types, shapes and settings are those of a real convolution of so many axes.
+
+    Args:
+        shapes: `convolution_shapes` or `transposed_shapes`.
+        axes: of the kernel.
+        x, w, b: images, weight and bias.
+        settings: what `shapes` takes besides the three shapes.
+    """
     same = x.dtype == w.dtype and (b is None or b.dtype == x.dtype)
     alike = x.is_floating_point() and w.is_floating_point() and (same or torch.is_autocast_enabled(x.device.type))
     try:
         return alike and w.dim() == axes + 2 and shapes(x.shape, w.shape, None if b is None else b.shape, *settings)
-    except TypeError:  # which no cache keeps: see `each`
+    except TypeError:  # floats, see `per_axis`; `lru_cache` does not keep a call that raised
         return False
 
 
 @lru_cache(maxsize=4096)
-def convolution(
+def convolution_shapes(
     image: tuple[int, ...], weight: tuple[int, ...], bias: tuple[int, ...] | None, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> bool:
     """Whether `F.conv2d`, or its kind for other numbers of axes, takes these shapes and settings."""
@@ -54,22 +61,22 @@ def convolution(
 
 
 @lru_cache(maxsize=4096)
-def transposed(image: tuple[int, ...], weight: tuple[int, ...], bias: tuple[int, ...] | None, *settings: Any) -> bool:
-    """As `convolution`, of `F.conv_transpose2d`. PyTorch's own kernel computes it, and refuses what else does not fit."""
+def transposed_shapes(image: tuple[int, ...], weight: tuple[int, ...], bias: tuple[int, ...] | None, *settings: Any) -> bool:
+    """As `convolution_shapes`, of `F.conv_transpose2d`. PyTorch's own kernel computes it, and refuses what else does not fit."""
     axes = len(weight) - 2
     for value in settings:
-        each(value, axes)  # a TypeError where they are no whole numbers
+        per_axis(value, axes)  # a TypeError where they are no whole numbers
     return len(image) in (axes + 1, axes + 2)
 
 
-def each(value: int | Sequence[int], axes: int) -> list[int]:
-    """A setting of a convolution, one number an axis. Floats are a TypeError: a cache would take 2.0 for 2."""
+def per_axis(value: int | Sequence[int], axes: int) -> list[int]:
+    """A setting of a convolution, one number an axis. Floats are a TypeError: as keys of a cache, 2.0 and 2 are the same."""
     return [value] * axes if isinstance(value, int) else [*map(index, value)] * (axes if len(value) == 1 else 1)
 
 
 def _settings(axes: int, stride: Any, padding: Any, dilation: Any) -> list[tuple[int, int, int]] | None:
     """Stride, padding and dilation of each axis; None: a number is missing or out of range."""
-    values = [each(value, axes) for value in (stride, padding, dilation)]
+    values = [per_axis(value, axes) for value in (stride, padding, dilation)]
     if any(len(value) != axes for value in values):
         return None
     if min(values[0]) < 1 or min(values[1]) < 0 or min(values[2]) < 1:
