@@ -50,10 +50,10 @@ def main() -> None:
             g, mu, r = torch.rand(5) + 0.5, x.float().mean(axes), (x.float().var(axes, correction=0) + 1e-5).rsqrt()
             wants = second(lambda x, g: F.batch_norm(x, None, None, g, None, True), [x, g], gy, v)
             xhat = (x - mu.view(along)) * r.view(along)
-            gx, for_gy = (g.view(along) * first(u.float(), xhat, r.view(along)) for u in (gy, v))
+            gx, d_gy = (g.view(along) * first(u.float(), xhat, r.view(along)) for u in (gy, v))
             v_xhat, gy_xhat = (v * xhat).sum(axes), (gy * xhat).sum(axes)
-            for_gy, gx = (tensor.to(dtype).contiguous(memory_format=memory) for tensor in (for_gy, gx))
-            found = kernels.planes(x, for_gy, gx, mu, r, g, v_xhat, gy_xhat, wants[2].float())
+            d_gy, gx = (tensor.to(dtype).contiguous(memory_format=memory) for tensor in (d_gy, gx))
+            found = kernels.planes(x, d_gy, gx, mu, r, g, v_xhat, gy_xhat, wants[2].float())
             assert found.stride() == x.stride() and found.dtype == dtype
             check(f"batch norm {dtype} {memory}", found, wants[1])
     for shape, rows in (((5,), 3), ((64,), 1100), ((3, 100), 4)):

@@ -223,11 +223,11 @@ class _SmoothGradient(Function):
         if fast is not None:
             return *fast.smooth(ctx.kind.kernel, v, gy, x), None
         dtype = compute_dtype(x)  # in float16, x**3 overflows above 40
-        for_gy, for_x = torch.empty_like(v), None
+        d_gy, d_x = torch.empty_like(v), None
         if ctx.needs_input_grad[1]:
-            scratch = for_gy if v.dtype == dtype else torch.empty_like(v, dtype=dtype)
-            for_x = ctx.kind.curvature(gy.to(dtype), v.to(dtype), x.to(dtype), scratch).to(x.dtype)
-        return ctx.kind.slope(v, x, for_gy), for_x, None
+            scratch = d_gy if v.dtype == dtype else torch.empty_like(v, dtype=dtype)
+            d_x = ctx.kind.curvature(gy.to(dtype), v.to(dtype), x.to(dtype), scratch).to(x.dtype)
+        return ctx.kind.slope(v, x, d_gy), d_x, None
 
 
 # Below, new tensors are few: to get one of these sizes costs as much as a pass over it.

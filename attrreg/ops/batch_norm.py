@@ -135,22 +135,22 @@ class _InputGradient(Function):
         gy, x, g, mu, r, gx, gy_xhat, gy_sum = ctx.saved_tensors
         kernel, shape = ctx.kernel, v.shape
         v = kernel.laid(v)
-        for_gy, v_xhat, _ = kernel.first_order(v, x, g, mu, r)
+        d_gy, v_xhat, _ = kernel.first_order(v, x, g, mu, r)
         # r sum(v (gy - mean(gy))): what the kernel sums for a tensor with this mean and this deviation. CUDA's reads the type of r.
         v_gy = aten.native_batch_norm_backward(v, gy, r, None, None, gy_sum / kernel.count, r, True, 0.0, [False, True, False])[1]
         share, along_gy = -1 / kernel.count, gy_xhat * r
-        for_g = torch.addcmul(v_gy, v_xhat, along_gy, value=share)
-        fast = fused.kernels(x, for_gy, gx)
+        d_g = torch.addcmul(v_gy, v_xhat, along_gy, value=share)
+        fast = fused.kernels(x, d_gy, gx)
         if fast is not None:
-            return for_gy, fast.planes(x, for_gy, gx, mu, r, g, v_xhat, gy_xhat, for_g), for_g, None, None, None
-        slope = (r * share).mul_(r).mul_(g).mul_(for_g)
+            return d_gy, fast.planes(x, d_gy, gx, mu, r, g, v_xhat, gy_xhat, d_g), d_g, None, None, None
+        slope = (r * share).mul_(r).mul_(g).mul_(d_g)
         along = (1, -1, *[1] * (x.dim() - 2))
         if x.dtype == mu.dtype:  # of the operators that could compute k (x - mu), the one in a single vectorised pass
-            for_x = torch.native_batch_norm(x, slope, None, mu, torch.ones_like(r), False, 0.0, 0.0)[0]
+            d_x = torch.native_batch_norm(x, slope, None, mu, torch.ones_like(r), False, 0.0, 0.0)[0]
         else:
-            for_x = (x - mu.view(along)).mul_(slope.view(along))
-        for_x.addcmul_(for_gy, along_gy.view(along), value=share).addcmul_(gx, (v_xhat * r).view(along), value=share)
-        return kernel.back(for_gy, shape), kernel.back(for_x, shape).to(x.dtype), for_g, None, None, None
+            d_x = (x - mu.view(along)).mul_(slope.view(along))
+        d_x.addcmul_(d_gy, along_gy.view(along), value=share).addcmul_(gx, (v_xhat * r).view(along), value=share)
+        return kernel.back(d_gy, shape), kernel.back(d_x, shape).to(x.dtype), d_g, None, None, None
 
 
 def batch_norm(

@@ -226,12 +226,12 @@ class _InputGradient(Function):
         for_gy, for_w = wanted(ctx, 2)
         if not torch.is_grad_enabled():
             v = pointwise.copied_once(v) if ctx.kind.pixels else v
-            ggy = ctx.kind.convolve(v, w, None) if for_gy else None
-            gw = ctx.kind.backward(gy, v, w, False, True)[1] if for_w else None
-            return ggy, gw, None, None, None
-        ggy = _Convolve.apply(v, w, None, ctx.kind, ctx.phase) if for_gy else None
-        gw = _WeightGradient.apply(gy, v, w.detach(), ctx.kind, ctx.phase) if for_w else None
-        return ggy, gw, None, None, None
+            d_gy = ctx.kind.convolve(v, w, None) if for_gy else None
+            d_w = ctx.kind.backward(gy, v, w, False, True)[1] if for_w else None
+            return d_gy, d_w, None, None, None
+        d_gy = _Convolve.apply(v, w, None, ctx.kind, ctx.phase) if for_gy else None
+        d_w = _WeightGradient.apply(gy, v, w.detach(), ctx.kind, ctx.phase) if for_w else None
+        return d_gy, d_w, None, None, None
 
 
 class _WeightGradient(Function):
@@ -247,9 +247,9 @@ class _WeightGradient(Function):
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gy, x = ctx.saved_tensors
         for_gy, for_x = wanted(ctx, 2)
-        ggy = _Convolve.apply(x, v, None, ctx.kind, ctx.phase) if for_gy else None
-        gx = _InputGradient.apply(gy, v, x.detach(), ctx.kind, ctx.phase) if for_x else None
-        return ggy, gx, None, None, None
+        d_gy = _Convolve.apply(x, v, None, ctx.kind, ctx.phase) if for_gy else None
+        d_x = _InputGradient.apply(gy, v, x.detach(), ctx.kind, ctx.phase) if for_x else None
+        return d_gy, d_x, None, None, None
 
 
 def _hashable(value: Any) -> Any:

@@ -121,18 +121,18 @@ class _Linear(Function):
         return _fast(a, w, bias), again
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, earlier: Tensor | None) -> tuple[Tensor | None, ...]:
-        if g is None:  # zeros, for the hooks of a user's on what comes before: PyTorch would call them with None
+    def backward(ctx: Any, gy: Tensor | None, earlier: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gy is None:  # zeros, for the hooks of a user's on what comes before: PyTorch would call them with None
             return earlier.new_zeros(ctx.shape) if earlier is not None and ctx.needs_input_grad[0] else None, earlier, None, None
         a, w = ctx.saved_tensors
         for_a, for_w, for_bias = wanted(ctx, 3)
-        g = g.contiguous()  # so that what reads it does not copy it each time
-        ga = _times(g, w, True, ctx.phase) if for_a else None
+        gy = gy.contiguous()  # so that what reads it does not copy it each time
+        ga = _times(gy, w, True, ctx.phase) if for_a else None
         gw = None
         if for_w:
-            left, right = _columns(g), _columns(a)
+            left, right = _columns(gy), _columns(a)
             gw = _times(left, right, False, ctx.phase) if earlier is None else _added(earlier, left, right, ctx.phase)
-        return ga, gw, g.flatten(0, -2).sum(0) if for_bias else None, None
+        return ga, gw, gy.flatten(0, -2).sum(0) if for_bias else None, None
 
 
 class _Product(Function):
@@ -149,15 +149,15 @@ class _Product(Function):
         return _fast(a, b.t() if across else b)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
         across, phase = ctx.across, ctx.phase
         for_a, for_b = wanted(ctx, 2)
-        g = g.contiguous()
-        ga = _times(g, b, not across, phase) if for_a else None
+        gy = gy.contiguous()
+        ga = _times(gy, b, not across, phase) if for_a else None
         gb = None
         if for_b:  # laid out as b is
-            left, right = (a, g) if across else (g, a)
+            left, right = (a, gy) if across else (gy, a)
             gb = _times(_columns(left), _columns(right), False, phase)
         return ga, gb, None, None
 

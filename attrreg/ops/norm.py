@@ -77,11 +77,11 @@ class _LayerNormInputGradient(Function):
         torch.mul(gy.view(rows), rpv, out=product)  # a new tensor of this size costs as much as a pass over it
         products, share = product[0], -1 / count  # a and b are sums here
         phi = torch.addmv(mean, products, weight, beta=0, alpha=share)  # since sum(v gx) = sum(g gy r P(v)); no scalars, which take longer
-        for_x = (shaped - mean.view(-1, 1)).mul_((phi * inverse).mul_(inverse).view(-1, 1))
-        for_x.addcmul_(rpv, a.mul_(inverse).view(-1, 1), value=share).addcmul_(gx, b.mul_(inverse).view(-1, 1), value=share)
+        d_x = (shaped - mean.view(-1, 1)).mul_((phi * inverse).mul_(inverse).view(-1, 1))
+        d_x.addcmul_(rpv, a.mul_(inverse).view(-1, 1), value=share).addcmul_(gx, b.mul_(inverse).view(-1, 1), value=share)
         # No views go out: PyTorch adds what else is a gradient of the same tensor to these in place.
-        for_g = products.sum(0).view(ctx.shape).data if ctx.needs_input_grad[2] else None
-        return rpv.view(v.shape).data.mul_(g), for_x.view(x.shape).data, for_g, None, None, None
+        d_g = products.sum(0).view(ctx.shape).data if ctx.needs_input_grad[2] else None
+        return rpv.view(v.shape).data.mul_(g), d_x.view(x.shape).data, d_g, None, None, None
 
 
 def _of_channels(u: Tensor, x: Tensor, mu: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,11 +213,11 @@ class _DividedInputGradient(Function):
         gy, x, g, r, q, m_u = ctx.saved_tensors
         u = _weighted(gy, g)
         rpv, m_v = _projected(v, x, r, q, ctx.axes)
-        for_g = (gy * rpv).sum_to_size(g.shape) if ctx.needs_input_grad[2] else None
+        d_g = (gy * rpv).sum_to_size(g.shape) if ctx.needs_input_grad[2] else None
         squared, v_u = r.square(), (v * u).sum(ctx.axes, keepdim=True)
-        for_x = x * (3 * r * m_v * m_u).sub_(v_u.mul_(q)).mul_(squared)
-        for_x.addcmul_(v, m_u * squared, value=-1).addcmul_(u, m_v * squared, value=-1)
-        return rpv if g is None else rpv.mul_(g), for_x, for_g, None, None, None
+        d_x = x * (3 * r * m_v * m_u).sub_(v_u.mul_(q)).mul_(squared)
+        d_x.addcmul_(v, m_u * squared, value=-1).addcmul_(u, m_v * squared, value=-1)
+        return rpv if g is None else rpv.mul_(g), d_x, d_g, None, None, None
 
 
 def _weighted(gy: Tensor, g: Tensor | None) -> Tensor:

@@ -152,16 +152,16 @@ class _RecurrenceGradient(Function):
         # The results are written over e. addcmul and add: a + b c and 1 - 2 a, each in one pass over memory.
         se, one = steps.slopes.mul_(e), e.new_ones(())
         se_i, se_f, se_g, se_o = se.unbind(-2)
-        for_cells = torch.addcmul(se_o, steps.a * o, x[1:], value=-2).mul_(steps.steep).mul_(dh)
+        d_cells = torch.addcmul(se_o, steps.a * o, x[1:], value=-2).mul_(steps.steep).mul_(dh)
         torch.addcmul(se_i, g * i, e_g, value=-2, out=e_g).mul_(dc)
         of_cells = (e_i, i, g, se_g, dc), (e_f, f, steps.before, x[:-1], dc)
         for e_k, gate, factor, rest, d in (*of_cells, (e_o, o, steps.a, steps.steep * x[1:], dh)):
             torch.addcmul(rest, torch.add(one, gate, alpha=-2).mul_(factor), e_k, out=e_k).mul_(d)
-        for_before = se_f * dc
-        for_cells[:-1] += for_before[1:]
-        for_gc = x[1:].data if ctx.needs_input_grad[1] else None  # no views: PyTorch adds to it in place
+        d_before = se_f * dc
+        d_cells[:-1] += d_before[1:]
+        d_gc = x[1:].data if ctx.needs_input_grad[1] else None  # no views: PyTorch adds to it in place
         gw = _over_steps(dp, y[:-1]) if ctx.needs_input_grad[3] else None
-        return y[1:].data, for_gc, None, gw, for_before[0], for_cells, e
+        return y[1:].data, d_gc, None, gw, d_before[0], d_cells, e
 
 
 def lstm(phase: Phase, *args: Any, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
