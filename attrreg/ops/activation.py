@@ -217,7 +217,7 @@ class _SmoothGradient(Function):
         gy, x = ctx.saved_tensors
         fast = fused.kernels(x, gy, v) if ctx.needs_input_grad[1] else None
         if fast is not None:
-            return *fast.smooth(ctx.kind.kernel, v, gy, x), None
+            return *fast.activation(ctx.kind.kernel, v, gy, x), None
         dtype = compute_dtype(x)  # in float16, x**3 overflows above 40
         d_gy, d_x = torch.empty_like(v), None
         if ctx.needs_input_grad[1]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from attrreg.ops import depthwise, patches, pointwise, strided, supported
-from attrreg.ops.channels import adjacent, dense, memory_format, of_convolution, suggested
+from attrreg.ops.channels import channels_adjacent, convolution_format, dense, memory_format, suggested_format
 from attrreg.ops.linear import PLAIN, linear, product
 from attrreg.ops.phase import Phase, wanted
 from attrreg.ops.precision import as_autocast, autocasts
@@ -126,7 +126,7 @@ def _convolution(
     axes = len(weight) - 2
     stride, padding, dilation, output_padding = (per_axis(value, axes) for value in (stride, padding, dilation, output_padding))
     plain = Convolution(stride, padding, dilation, output_padding, transposed, groups)
-    if not transposed and patches.are(weight, stride, padding, dilation, groups):
+    if not transposed and patches.are_disjoint(weight, stride, padding, dilation, groups):
         return replace(plain, patches=True)
     if not products or transposed or 0 in image:
         return plain
@@ -205,8 +205,8 @@ def _input_gradient(gy: Tensor, w: Tensor, like: Tensor, kind: Convolution, phas
     if kind.unseen is None:
         ours: Tensor = _InputGradient.apply(gy, w, like.detach(), kind, phase)
         return ours
-    format = suggested(like)
-    if dense(gy) and suggested(gy) != format:  # what has gaps, as an expanded gradient, stays as it is: the graph would keep the copy too
+    format = suggested_format(like)
+    if dense(gy) and suggested_format(gy) != format:  # one with gaps, as if expanded, stays: the graph would keep the copy too
         gy = gy.contiguous(memory_format=format)
     return torch.convolution(gy, w, None, kind.stride, kind.padding, kind.dilation, True, kind.unseen, kind.groups)
 
@@ -260,8 +260,8 @@ def _hashable(value: Any) -> Any:
 
 
 def _kind(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, *rest: Any) -> Convolution:
-    format = of_convolution(x, w) if groups == 1 and w.shape[2:].numel() == 1 else None
-    channels_last = (format == torch.channels_last) if groups == 1 else adjacent(x)  # read for 1x1 and grouped convolutions alone
+    format = convolution_format(x, w) if groups == 1 and w.shape[2:].numel() == 1 else None
+    channels_last = (format == torch.channels_last) if groups == 1 else channels_adjacent(x)  # read for 1x1 and grouped convolutions alone
     # On the CPU, in the types that its kernels for convolutions are slow in.
     products = x.device.type == "cpu" and x.dtype in PRODUCTS and format != torch.channels_last_3d
     return _convolution(x.shape, w.shape, stride, padding, dilation, groups, products, channels_last, *rest)

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrreg.ops.channels import adjacent
+from attrreg.ops.channels import channels_adjacent
 from attrreg.ops.pointwise import as_rows
 
 WIDE_KERNEL = 5  # columns: narrower kernels have fast weight gradients, unless the image is smaller than the kernel
-EXCESS = 6  # how much wider than the kernel the image may be: beyond, products compute too much
+MAX_WIDTH_RATIO = 6  # of image to kernel: of wider images, products compute too much that is not asked for
 # Positions of an output, in all and for each image of the batch, up to which all their products are fast.
 FEW_POSITIONS, POSITIONS_PER_IMAGE = 100, 2
 
@@ -38,7 +38,7 @@ def is_slow(image: Sequence[int], kernel: Sequence[int], channels_last: bool) ->
         channels_last: the images lie so already.
     """
     (height, width), (kh, kw) = image, kernel
-    narrow = width <= kw * EXCESS  # so that products do not compute too much
+    narrow = width <= kw * MAX_WIDTH_RATIO  # so that products do not compute too much
     if narrow and (height < kh or width < kw):
         return True, False
     if channels_last or kw < WIDE_KERNEL:
@@ -72,7 +72,7 @@ def _by_positions(
 
 def _channels(x: Tensor) -> Tensor:
     """The images of each channel, `(C, N, positions)`."""
-    if adjacent(x):  # transposing one dense matrix is fast, so what has gaps is copied first
+    if channels_adjacent(x):  # transposing one dense matrix is fast, so what has gaps is copied first
         return as_rows(x).contiguous().t().contiguous().view(x.shape[1], x.shape[0], -1)
     return x.flatten(2).transpose(0, 1)
 

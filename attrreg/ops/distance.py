@@ -19,7 +19,7 @@ from attrreg.ops.precision import compute_dtype, in_compute_dtype
 TWO = (2, 2.0, None, "fro")
 BY_DIFFERENCES = "donot_use_mm_for_euclid_dist"
 MODES = ("use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", BY_DIFFERENCES)
-MANY = 2**24  # differences of values, from which on there is no tensor of them
+MAX_DIFFERENCES = 2**24  # of values, up to which there is a tensor of them
 
 
 def two_norm(x: Tensor, dim: Any, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
@@ -106,7 +106,7 @@ def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = MODES[0]) 
     if not (known and torch.is_grad_enabled() and (x1.requires_grad or x2.requires_grad)):  # as for the nearest code, which has no gradient
         return torch.cdist(x1, x2, p, compute_mode)
     result: Tensor
-    if p == 2 and max(x1.numel() * x2.shape[-2], x2.numel() * x1.shape[-2]) > MANY:
+    if p == 2 and max(x1.numel() * x2.shape[-2], x2.numel() * x1.shape[-2]) > MAX_DIFFERENCES:
         result = _Euclidean.apply(x1, x2)
         return result
     difference = x1.unsqueeze(-2) - x2.unsqueeze(-3)

@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024
-LONGEST = 8192  # values of a row that one program can hold
-MOST_ROWS = 1024  # programs for rows, each of which leaves one partial sum for the scale
+MAX_ROW = 8192  # values that one program can hold
+MAX_PROGRAMS = 1024  # programs for rows, each of which leaves one partial sum for the scale
 ACTIVATIONS = ("SILU", "GELU", "TANH_GELU", "HARDSWISH")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _planes(x, u, gx, out, mu, r, g, v_xhat, gy_xhat, d_g, size, channels, inner, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _batch_norm(x, u, gx, out, mu, r, g, v_xhat, gy_xhat, d_g, size, channels, inner, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     channel = (at // inner) % channels
@@ -34,13 +34,15 @@ def _planes(x, u, gx, out, mu, r, g, v_xhat, gy_xhat, d_g, size, channels, inner
     tl.store(out + at, value.to(out.dtype.element_ty), inside)
 
 
-def planes(x: Tensor, d_gy: Tensor, gx: Tensor, mu: Tensor, r: Tensor, g: Tensor, v_xhat: Tensor, gy_xhat: Tensor, d_g: Tensor) -> Tensor:
+def batch_norm(
+    x: Tensor, d_gy: Tensor, gx: Tensor, mu: Tensor, r: Tensor, g: Tensor, v_xhat: Tensor, gy_xhat: Tensor, d_g: Tensor
+) -> Tensor:
     """The second-order gradient of x of batch normalisation (see `batch_norm`) from those of gy and g; `(N, C, ...)`, laid out alike."""
     out, size, channels = torch.empty_like(x), x.numel(), x.shape[1]
     inner = x[0, 0].numel() if x.is_contiguous() else 1
     with _on(x):
         grid = (triton.cdiv(size, BLOCK),)
-        _planes[grid](x, d_gy, gx, out, mu, r, g, v_xhat, gy_xhat, d_g, size, channels, inner, size // channels, BLOCK=BLOCK)
+        _batch_norm[grid](x, d_gy, gx, out, mu, r, g, v_xhat, gy_xhat, d_g, size, channels, inner, size // channels, BLOCK=BLOCK)
     return out
 
 
@@ -50,7 +52,7 @@ def _sigmoid(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _smooth(v, gy, x, d_gy, d_x, count, KIND: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _activation(v, gy, x, d_gy, d_x, count, KIND: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     a, b, z = tl.load(v + at, inside).to(tl.float32), tl.load(gy + at, inside).to(tl.float32), tl.load(x + at, inside).to(tl.float32)
@@ -80,16 +82,16 @@ def _smooth(v, gy, x, d_gy, d_x, count, KIND: tl.constexpr, BLOCK: tl.constexpr)
     tl.store(d_x + at, (a * b * curvature).to(d_x.dtype.element_ty), inside)
 
 
-def smooth(kind: str, v: Tensor, gy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def activation(kind: str, v: Tensor, gy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """v f'(x) and v gy f''(x) of one of `ACTIVATIONS`, of tensors laid out alike."""
     d_gy, d_x, count = torch.empty_like(v), torch.empty_like(x), x.numel()
     with _on(x):
-        _smooth[(triton.cdiv(count, BLOCK),)](v, gy, x, d_gy, d_x, count, KIND=kind, BLOCK=BLOCK)
+        _activation[(triton.cdiv(count, BLOCK),)](v, gy, x, d_gy, d_x, count, KIND=kind, BLOCK=BLOCK)
     return d_gy, d_x
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rows(v, gy, x, g, mu, r, d_gy, d_x, d_g, rows, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _layer_norm(v, gy, x, g, mu, r, d_gy, d_x, d_g, rows, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     column = tl.arange(0, BLOCK)
     inside = column < count
     scale = tl.load(g + column, inside, other=0.0)
@@ -110,15 +112,15 @@ def _rows(v, gy, x, g, mu, r, d_gy, d_x, d_g, rows, count, BLOCK: tl.constexpr):
     tl.store(d_g + tl.program_id(0) * count + column, total, inside)
 
 
-def rows(v: Tensor, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm(v: Tensor, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The second-order gradients of gy, x and g of layer normalisation (see `norm`). Contiguous tensors, each row of g's shape."""
     count, g = g.numel(), g.contiguous()  # which the kernel reads in order
     lines = x.numel() // count
-    programs = min(lines, MOST_ROWS)
+    programs = min(lines, MAX_PROGRAMS)
     d_gy, d_x, d_g = torch.empty_like(v), torch.empty_like(x), g.new_empty(programs, count)
     size = triton.next_power_of_2(count)
     with _on(x):
-        _rows[(programs,)](v, gy, x, g, mu, r, d_gy, d_x, d_g, lines, count, BLOCK=size, num_warps=8 if size > 2048 else 4)
+        _layer_norm[(programs,)](v, gy, x, g, mu, r, d_gy, d_x, d_g, lines, count, BLOCK=size, num_warps=8 if size > 2048 else 4)
     return d_gy, d_x, d_g.sum(0).view(g.shape)
 
 

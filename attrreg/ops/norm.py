@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from attrreg.ops import fused, supported
-from attrreg.ops.channels import affine, suggested
+from attrreg.ops.channels import affine, suggested_format
 from attrreg.ops.distance import TWO
 from attrreg.ops.phase import Phase, once_differentiable, wanted
 from attrreg.ops.precision import compute_dtype, in_compute_dtype
@@ -66,8 +66,8 @@ class _LayerNormInputGradient(Function):
         gy, x, g, mu, r = ctx.saved_tensors
         count = math.prod(ctx.shape)
         fast = fused.kernels(x, gy, v)
-        if fast is not None and count <= fast.LONGEST:
-            return *fast.rows(v, gy, x, g, mu, r), None, None, None
+        if fast is not None and count <= fast.MAX_ROW:
+            return *fast.layer_norm(v, gy, x, g, mu, r), None, None, None
         # Batch normalisation's kernel over rows as its channels: the same r P(u), which gives sum(u xhat) of each row with it.
         rows = (1, -1, count)
         shaped, mean, inverse, weight = x.view(rows), mu.view(-1), r.view(-1), g.reshape(-1)
@@ -130,7 +130,7 @@ def group_norm(
     grouped = input.reshape(len(input), num_groups, -1)
     y = layer_norm(phase, grouped, grouped.shape[2:], None, None, eps).reshape(input.shape)
     if input.device.type == "cpu":  # as PyTorch's there
-        y = y.contiguous(memory_format=suggested(input))
+        y = y.contiguous(memory_format=suggested_format(input))
     if weight is None and bias is None:
         return y
     scale = weight if weight is not None else y.new_ones(channels)
@@ -245,7 +245,7 @@ def rms_norm(
         r = x.square().mean(axes, keepdim=True).add_(added).rsqrt_()
         return r, r / math.prod(shape)
 
-    result: Tensor = _Divided.apply(input.contiguous(memory_format=suggested(input)), weight, axes, factors, phase)
+    result: Tensor = _Divided.apply(input.contiguous(memory_format=suggested_format(input)), weight, axes, factors, phase)
     return result
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from attrreg.ops.channels import planes, suggested
+from attrreg.ops.channels import goes_by_planes, suggested_format
 
 aten = torch.ops.aten
 
@@ -26,7 +26,7 @@ class _MaxPool(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *settings: Any) -> Tensor:
         """Of `(N, C, H, W)`; settings: kernel, stride, padding, dilation, whether to round up."""
-        format = suggested(x)
+        format = suggested_format(x)
         parts = [x] if format == torch.channels_last else x.split(max(1, VALUES_AT_ONCE // x[0].numel()))
         pooled = []
         for part in parts:
@@ -54,9 +54,9 @@ def max_pool2d(
     return_indices: bool = False,
 ) -> Tensor:
     """`F.max_pool2d`. `return_indices` is always False: with indices it is another function, which is not replaced."""
-    ours = input.dim() == 4 and input.numel() >= MIN_VALUES and input.shape[1] >= MIN_CHANNELS and planes(input)  # worth two copies
+    ours = input.dim() == 4 and input.numel() >= MIN_VALUES and input.shape[1] >= MIN_CHANNELS and goes_by_planes(input)  # worth two copies
     if not ours:  # with channels last nothing is copied; it is ours so that no zeros go back
-        ours = input.device.type == "cpu" and suggested(input) == torch.channels_last
+        ours = input.device.type == "cpu" and suggested_format(input) == torch.channels_last
     settings = kernel_size, [] if stride is None else stride, padding, dilation
     # PyTorch takes NumPy's numbers and tensors too, `torch.ops` does not.
     if not ours or not all(isinstance(setting, (int, tuple, list)) for setting in settings):
