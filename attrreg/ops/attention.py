@@ -232,7 +232,6 @@ class _AttentionGradients(Function):
         d_k = torch.bmm(h.mT, q).baddbmm_(ds.mT, uq, beta=s, alpha=s)
         d_v = torch.bmm(c.mT, go)
         d_mask = h.view(full).sum_to_size(mask.shape) if ctx.needs_input_grad[4] else None
-        # No views: PyTorch adds the gradients of the loss itself to these in place.
         found = (gradient.view(shape).data for gradient, shape in zip((d_go, d_q, d_k, d_v), ctx.shapes, strict=True))
         return *found, d_mask, None, None, None
 

@@ -49,8 +49,7 @@ def is_slow(image: Sequence[int], kernel: Sequence[int], channels_last: bool) ->
 def weight_gradient(gy: Tensor, x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
     """gw(gy, x), of the shape of w."""
     way = _by_positions if gy.shape[2:].numel() <= min(FEW_POSITIONS, POSITIONS_PER_IMAGE * gy.shape[0]) else _by_rows
-    found = way(gy, x, w.shape[2:], stride, padding, dilation)
-    return found.view(w.shape).data  # no view: PyTorch adds to it in place then
+    return way(gy, x, w.shape[2:], stride, padding, dilation).view(w.shape).data
 
 
 def _by_positions(

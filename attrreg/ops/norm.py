@@ -33,6 +33,8 @@ aten = torch.ops.aten
 
 
 class _LayerNorm(Function):
+    """y, of x `(..., *shape)`, and g and b of this shape."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, g: Tensor, b: Tensor, shape: list[int], eps: float, phase: Phase) -> Tensor:
         y, mu, r = torch.native_layer_norm(x, shape, g, b, eps)
@@ -53,6 +55,8 @@ class _LayerNorm(Function):
 
 
 class _LayerNormInputGradient(Function):
+    """gx = r P(g gy)."""
+
     @staticmethod
     def forward(ctx: Any, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, shape: list[int]) -> Tensor:
         ctx.save_for_backward(gy, x, g, mu, r)
@@ -79,7 +83,6 @@ class _LayerNormInputGradient(Function):
         phi = torch.addmv(mean, products, weight, beta=0, alpha=share)  # since sum(v gx) = sum(g gy r P(v)); no scalars, which take longer
         d_x = (shaped - mean.view(-1, 1)).mul_((phi * inverse).mul_(inverse).view(-1, 1))
         d_x.addcmul_(rpv, a.mul_(inverse).view(-1, 1), value=share).addcmul_(gx, b.mul_(inverse).view(-1, 1), value=share)
-        # No views go out: PyTorch adds what else is a gradient of the same tensor to these in place.
         d_g = products.sum(0).view(ctx.shape).data if ctx.needs_input_grad[2] else None
         return rpv.view(v.shape).data.mul_(g), d_x.view(x.shape).data, d_g, None, None, None
 
@@ -200,6 +203,8 @@ class _Divided(Function):
 
 
 class _DividedInputGradient(Function):
+    """gx = r P(u)."""
+
     @staticmethod
     def forward(ctx: Any, gy: Tensor, x: Tensor, g: Tensor | None, r: Tensor, q: Tensor, axes: Any) -> Tensor:
         gx, m_u = _projected(_weighted(gy, g), x, r, q, axes)

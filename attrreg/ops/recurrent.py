@@ -66,7 +66,7 @@ class _Steps(NamedTuple):
         return _Steps(before, a, steep, slopes, by_cell, a * slopes[..., 3, :], o * steep)
 
 
-def _back(
+def _first_order(
     gh: Tensor, gc: Tensor | None, ggates: Tensor | None, w: Tensor, c0: Tensor, cells: Tensor, gates: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The first order: dp, dh and dc of all steps, and h* and c* of what was before the first."""
@@ -120,18 +120,20 @@ class _Recurrence(Function):
             if torch.is_grad_enabled():
                 dp, h, c = _RecurrenceGradient.apply(gh, gc, ggates, w, c0, cells, gates)
             else:
-                dp, _, _, h, c = _back(gh, gc, ggates, w, c0, cells, gates)
+                dp, _, _, h, c = _first_order(gh, gc, ggates, w, c0, cells, gates)
             for_p, for_w = wanted(ctx, 2)
             gw = _over_steps(dp, torch.cat((h0[None], hidden[:-1]))) if for_w else None
         return dp if for_p else None, gw, h, c, None
 
 
 class _RecurrenceGradient(Function):
+    """dp of all steps, and h* and c* of what was before the first."""
+
     @staticmethod
     def forward(
         ctx: Any, gh: Tensor, gc: Tensor | None, ggates: Tensor | None, w: Tensor, c0: Tensor, cells: Tensor, gates: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dp, dh, dc, h, c = _back(gh, gc, ggates, w, c0, cells, gates)
+        dp, dh, dc, h, c = _first_order(gh, gc, ggates, w, c0, cells, gates)
         ctx.save_for_backward(w, c0, cells, gates, dp, dh, dc)
         return dp, h, c
 
@@ -159,9 +161,9 @@ class _RecurrenceGradient(Function):
             torch.addcmul(rest, torch.add(one, gate, alpha=-2).mul_(factor), e_k, out=e_k).mul_(d)
         d_before = se_f * dc
         d_cells[:-1] += d_before[1:]
-        d_gc = x[1:].data if ctx.needs_input_grad[1] else None  # no views: PyTorch adds to it in place
-        gw = _over_steps(dp, y[:-1]) if ctx.needs_input_grad[3] else None
-        return y[1:].data, d_gc, None, gw, d_before[0], d_cells, e
+        d_gc = x[1:].data if ctx.needs_input_grad[1] else None
+        d_w = _over_steps(dp, y[:-1]) if ctx.needs_input_grad[3] else None
+        return y[1:].data, d_gc, None, d_w, d_before[0], d_cells, e
 
 
 def lstm(phase: Phase, *args: Any, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
