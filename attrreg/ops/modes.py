@@ -34,10 +34,6 @@ def _multi_head(phase: Phase, *args: Any, **settings: Any) -> Any:
         return attention.multi_head(Replace(TWICE, phase), *args, **settings)
 
 
-def _multi_head_once(phase: Phase, *args: Any, **settings: Any) -> Any:
-    return attention.multi_head(Replace(ONCE, phase), *args, **settings)
-
-
 def _any_phase(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A function that has nothing to be told of the pass."""
     return lambda phase, *args, **kwargs: function(*args, **kwargs)
@@ -90,7 +86,7 @@ TWICE: Replacements = {
 ONCE: Replacements = {
     F.conv2d: conv.convolve_if_faster,
     F.linear: linear.linear,
-    F.multi_head_attention_forward: _multi_head_once,
+    F.multi_head_attention_forward: lambda phase, *args, **settings: attention.multi_head(Replace(ONCE, phase), *args, **settings),
 }
 
 NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # NumPy's names of arguments, which PyTorch's functions take too

@@ -28,11 +28,7 @@ def norm(x: Tensor, shape: Sequence[int], *parameters: Tensor | None) -> bool:
 def convolution(shapes: Callable[..., bool], axes: int, x: Tensor, w: Tensor, b: Tensor | None, *settings: Any) -> bool:
     """Whether types, shapes and settings are those of a real convolution of so many axes.
 
-    Args:
-        shapes: `convolution_shapes` or `transposed_shapes`.
-        axes: of the kernel.
-        x, w, b: images, weight and bias.
-        settings: what `shapes` takes besides the three shapes.
+    `shapes` is `convolution_shapes` or `transposed_shapes`, which takes `settings` after the shapes of images x, weight w and bias b.
     """
     same = x.dtype == w.dtype and (b is None or b.dtype == x.dtype)
     alike = x.is_floating_point() and w.is_floating_point() and (same or torch.is_autocast_enabled(x.device.type))
@@ -49,7 +45,9 @@ def convolution_shapes(
     """Whether `F.conv2d`, or its kind for other numbers of axes, takes these shapes and settings."""
     axes = len(weight) - 2
     settings = _settings(axes, stride, 0 if isinstance(padding, str) else padding, dilation)
-    if settings is None or not _fits(image, weight, groups) or (isinstance(padding, str) and padding not in ("same", "valid")):
+    if settings is None or groups <= 0 or (isinstance(padding, str) and padding not in ("same", "valid")):
+        return False
+    if len(image) not in (axes + 1, axes + 2) or 0 in weight or 0 in image[-axes - 1 :]:
         return False
     if image[-axes - 1] != weight[1] * groups or weight[0] % groups or bias not in (None, (weight[0],)):
         return False
@@ -82,7 +80,3 @@ def _settings(axes: int, stride: Any, padding: Any, dilation: Any) -> list[tuple
     if min(values[0]) < 1 or min(values[1]) < 0 or min(values[2]) < 1:
         return None
     return list(zip(*values, strict=True))
-
-
-def _fits(image: tuple[int, ...], weight: tuple[int, ...], groups: int) -> bool:
-    return len(image) in (len(weight), len(weight) - 1) and groups > 0 and 0 not in weight and 0 not in image[-len(weight) + 1 :]
