@@ -29,8 +29,7 @@ class _OldValues(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        old: Tensor = x.data
-        return old
+        return x.data
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> Tensor:
@@ -52,12 +51,9 @@ def _shares_memory(x: Tensor) -> bool:
 
 def _in_place(function: type[Function], input: Tensor, kind: Piecewise | Smooth) -> Tensor:
     """`input`, with f of its values in their place. The derivatives need the old values, so these are kept."""
-    result: Tensor
     if torch.is_grad_enabled() and input.requires_grad and not _shares_memory(input):
-        result = function.apply(_OldValues.apply(input), kind, input)  # the result gets new memory, so that nothing is copied
-    else:
-        result = input.copy_(function.apply(input.clone(), kind, None))
-    return result
+        return function.apply(_OldValues.apply(input), kind, input)  # the result gets new memory, so that nothing is copied
+    return input.copy_(function.apply(input.clone(), kind, None))
 
 
 def _value(ctx: Any, x: Tensor, kind: Piecewise | Smooth, target: Tensor | None) -> Tensor:
@@ -129,16 +125,13 @@ HARDSIGMOID = Piecewise(F.hardsigmoid, None, _hardsigmoid_slope)
 
 def piecewise(input: Tensor, kind: Piecewise, inplace: bool = False) -> Tensor:
     """Such an activation: `F.relu`, `torch.relu`, `F.hardsigmoid`."""
-    result: Tensor
     if not inplace:
-        result = _Piecewise.apply(input, kind, None)
-    elif kind.inplace is None:
-        result = _in_place(_Piecewise, input, kind)
-    elif input._is_view():
-        result = kind.inplace(input)  # PyTorch then rebuilds the history of what it is a view of
-    else:
-        result = _PiecewiseInPlace.apply(input, kind, None)
-    return result
+        return _Piecewise.apply(input, kind, None)
+    if kind.inplace is None:
+        return _in_place(_Piecewise, input, kind)
+    if input._is_view():
+        return kind.inplace(input)  # PyTorch then rebuilds the history of what it is a view of
+    return _PiecewiseInPlace.apply(input, kind, None)
 
 
 @lru_cache
@@ -277,8 +270,7 @@ def smooth(input: Tensor, kind: Smooth, inplace: bool = False) -> Tensor:
     """Such an activation: `F.silu`, `F.hardswish`."""
     if inplace:
         return _in_place(_Smooth, input, kind)
-    result: Tensor = _Smooth.apply(input, kind, None)
-    return result
+    return _Smooth.apply(input, kind, None)
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:

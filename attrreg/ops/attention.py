@@ -145,8 +145,7 @@ def _per_head(tensor: Tensor) -> Tensor:
 
 def _gradient_of_scores(go: Tensor, v: Tensor, p: Tensor) -> Tensor:
     """dS, of `_per_head` tensors."""
-    ds: Tensor = aten._softmax_backward_data(torch.bmm(go, v.mT), p, -1, go.dtype)
-    return ds
+    return aten._softmax_backward_data(torch.bmm(go, v.mT), p, -1, go.dtype)
 
 
 # PyTorch's own, whatever a program puts in their place later. A mode is shown these, so the program's function is around the call already.
@@ -176,8 +175,7 @@ class _Attention(Function):
             with attention_by(FUSED):
                 o = SDPA(q, k, v, mask, scale=scale)
             ctx.save_for_backward(q, k, v, mask)
-        result: Tensor = o
-        return result
+        return o
 
     @staticmethod
     def backward(ctx: Any, go: Tensor) -> tuple[Tensor | None, ...]:
@@ -271,8 +269,7 @@ def attention(
     order = _order_of_axes(query, key, value, attn_mask)
     query, key, value = map(Tensor.contiguous if _keeps_weights(query, key) else _with_dense_rows, (query, key, value))
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    result: Tensor = _Attention.apply(query, key, value, attn_mask, scale, order, phase)
-    return result
+    return _Attention.apply(query, key, value, attn_mask, scale, order, phase)
 
 
 def _without_override_check(function: Any) -> Any:

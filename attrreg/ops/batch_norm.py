@@ -62,9 +62,7 @@ class Kernel:
         self, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, mask: Sequence[bool] = (True, True, True)
     ) -> tuple[Tensor, Tensor, Tensor]:
         """g r P(gy), sum(gy xhat) and sum(gy), which PyTorch's kernel sums on its way. It leaves out what is masked."""
-        gradients: tuple[Tensor, Tensor, Tensor]
-        gradients = aten._batch_norm_impl_index_backward(self.index, x, gy, g, None, None, mu, r, True, self.eps, mask, self.reserve)
-        return gradients
+        return aten._batch_norm_impl_index_backward(self.index, x, gy, g, None, None, mu, r, True, self.eps, mask, self.reserve)
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -100,8 +98,7 @@ class _BatchNorm(Function):
         ctx.save_for_backward(x, g, mu, r)
         small_planes = x.shape[2:].numel() < FEW_POSITIONS and x.numel() >= VALUES_WORTH_COPIES and goes_by_planes(x)
         ctx.kernel, ctx.phase = Kernel(count, small_planes, memory_format(x), eps, index, reserve), phase
-        result: Tensor = y
-        return result
+        return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
@@ -184,14 +181,12 @@ def _placewise(phase: Phase, input: Tensor, tokens: int, weight: Tensor | None, 
         return _batch_norm(phase, channels, None, None, weights, biases, True, momentum, eps)  # a path's passes move no statistics
 
     if memory_format(input) != torch.contiguous_format:
-        separate: Tensor = _Regroup.apply(normalised(_Regroup.apply(input, places, False)), places, True)
-        return separate
+        return _Regroup.apply(normalised(_Regroup.apply(input, places, False)), places, True)
     apart = input.reshape(-1, places, tokens, *input.shape[1:]).transpose(1, 2)
     result = normalised(apart.reshape(-1, places * input.shape[1], *input.shape[2:]))
     if tokens > 1:
         return result.view(apart.shape).transpose(1, 2).reshape(input.shape)
-    whole: Tensor = aten._unsafe_view(result.contiguous(), input.shape)  # see `Kernel.restored`
-    return whole
+    return aten._unsafe_view(result.contiguous(), input.shape)  # see `Kernel.restored`
 
 
 class _Regroup(Function):
@@ -205,8 +200,7 @@ class _Regroup(Function):
             x = x.unflatten(-1, (places, -1)).movedim(-2, 1).flatten(0, 1).contiguous()
         else:
             x = x.unflatten(0, (-1, places)).movedim(1, -2).flatten(-2)
-        regrouped: Tensor = x.movedim(-1, 1).data
-        return regrouped
+        return x.movedim(-1, 1).data
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None, None]:
@@ -244,8 +238,7 @@ def _batch_norm(
     b = bias if bias is not None else input.new_zeros(shape, dtype=dtype)
     if training:
         # PyTorch's kernels for channels last and for (N, C) read weights in the order of their memory.
-        result: Tensor = _BatchNorm.apply(input, g.contiguous(), b.contiguous(), running_mean, running_var, momentum, eps, phase)
-        return result
+        return _BatchNorm.apply(input, g.contiguous(), b.contiguous(), running_mean, running_var, momentum, eps, phase)
     assert running_mean is not None and running_var is not None
     scale = g * (running_var + eps).rsqrt()
     format = memory_format(input)

@@ -66,5 +66,4 @@ def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     # With all values of an image in one row, and a channel's value repeated for its positions, one vectorised loop runs over them.
     scale, shift = (values.view(-1, 1).expand(-1, x.shape[2:].numel()).reshape(-1) for values in (scale, shift))
     # Not as a view: see `attrreg.ops`.
-    result: Tensor = torch.ops.aten._unsafe_view(torch.addcmul(shift, x.view(x.shape[0], -1), scale), x.shape)
-    return result
+    return torch.ops.aten._unsafe_view(torch.addcmul(shift, x.view(x.shape[0], -1), scale), x.shape)

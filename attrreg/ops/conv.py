@@ -174,8 +174,7 @@ def _weight_of_channels(gy: Tensor, x: Tensor, w: Tensor, kind: Convolution) -> 
 def _weight_in_channels_last(gy: Tensor, x: Tensor, w: Tensor, kind: Convolution) -> Tensor:
     gy, x = (images.contiguous(memory_format=torch.channels_last) for images in (gy, x))
     sizes = kind.stride, kind.padding, kind.dilation, False, kind.output_padding, kind.groups
-    gw: Tensor = aten.convolution_backward(gy, x, w, None, *sizes, [False, True, False])[1]
-    return gw
+    return aten.convolution_backward(gy, x, w, None, *sizes, [False, True, False])[1]
 
 
 class _Convolve(Function):
@@ -202,8 +201,7 @@ class _Convolve(Function):
 def _input_gradient(gy: Tensor, w: Tensor, like: Tensor, kind: Convolution, phase: Phase) -> Tensor:
     """gx(gy, w), with the shape and layout of `like`: where nothing is faster, by PyTorch's own node, which starts without Python."""
     if kind.unseen is None:
-        ours: Tensor = _InputGradient.apply(gy, w, like.detach(), kind, phase)
-        return ours
+        return _InputGradient.apply(gy, w, like.detach(), kind, phase)
     format = suggested_format(like)
     if dense(gy) and suggested_format(gy) != format:  # one with gaps, as if expanded, stays: the graph would keep the copy too
         gy = gy.contiguous(memory_format=format)
@@ -281,8 +279,7 @@ def _apply(x: Tensor, w: Tensor, b: Tensor | None, phase: Phase, *settings: Any)
         y: Tensor = aten._unsafe_view(linear(phase, x.flatten(1), w.flatten(1), b), (x.shape[0], w.shape[0], *x.shape[2:]))
         # The same memory with other strides: a layer that makes larger images of it, as an upsampling, takes their layout from these.
         return y.clone(memory_format=torch.channels_last) if kind.channels_last else y
-    y = _Convolve.apply(x, w, b, kind, phase)
-    return y
+    return _Convolve.apply(x, w, b, kind, phase)
 
 
 def convolve(

@@ -44,8 +44,7 @@ class Draws:
         known = training and p and (input.device.type == "cpu" or input.is_contiguous())
         noise = self._once(input, lambda like: function(torch.ones_like(like), p, True, inplace)) if known else None
         if noise is None:
-            plain: Tensor = function(input, p, training, inplace)
-            return plain
+            return function(input, p, training, inplace)
         return input.mul_(noise) if inplace else input * noise
 
     def bernoulli_(self, function: Any, input: Tensor, p: Any = 0.5, *, generator: torch.Generator | None = None) -> Tensor:

@@ -87,8 +87,7 @@ def _times(a: Tensor, b: Tensor, transposed: bool, phase: Phase) -> Tensor:
     """a b^T if `transposed`, else a b; as a `_Product` where it may be differentiated again."""
     if not torch.is_grad_enabled():
         return _faster_product(a, b if transposed else b.t())
-    result: Tensor = _Product.apply(a, b, transposed, phase)
-    return result
+    return _Product.apply(a, b, transposed, phase)
 
 
 def _added(total: Tensor, a: Tensor, b: Tensor, phase: Phase) -> Tensor:
@@ -168,5 +167,4 @@ def linear(phase: Phase, input: Tensor, weight: Tensor, bias: Tensor | None = No
     gains = fits and _onednn_may_gain(input, weight) and (bias is None or (_onednn_takes(bias) and bias.shape == weight.shape[:1]))
     if not gains or torch.is_autocast_enabled("cpu"):
         return F.linear(input, weight, bias)
-    result: Tensor = _Linear.apply(input.contiguous(), weight, bias, phase)[0]  # contiguous, so that no derivative copies it again
-    return result
+    return _Linear.apply(input.contiguous(), weight, bias, phase)[0]  # contiguous, so that no derivative copies it again

@@ -61,8 +61,7 @@ class _LayerNormInputGradient(Function):
     def forward(ctx: Any, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, shape: list[int]) -> Tensor:
         ctx.save_for_backward(gy, x, g, mu, r)
         ctx.shape = shape
-        result: Tensor = aten.native_layer_norm_backward(gy, x, shape, mu, r, g, None, [True, False, False])[0]
-        return result
+        return aten.native_layer_norm_backward(gy, x, shape, mu, r, g, None, [True, False, False])[0]
 
     @staticmethod
     @once_differentiable
@@ -111,8 +110,7 @@ def layer_norm(
     shape = list(normalized_shape)
     g = weight if weight is not None else input.new_ones(shape)
     b = bias if bias is not None else input.new_zeros(shape)
-    result: Tensor = _LayerNorm.apply(input.contiguous(), g, b, shape, eps, phase)
-    return result
+    return _LayerNorm.apply(input.contiguous(), g, b, shape, eps, phase)
 
 
 def group_norm(
@@ -250,8 +248,7 @@ def rms_norm(
         r = x.square().mean(axes, keepdim=True).add_(added).rsqrt_()
         return r, r / math.prod(shape)
 
-    result: Tensor = _Divided.apply(input.contiguous(memory_format=suggested_format(input)), weight, axes, factors, phase)
-    return result
+    return _Divided.apply(input.contiguous(memory_format=suggested_format(input)), weight, axes, factors, phase)
 
 
 def normalize(phase: Phase, input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None) -> Tensor:
@@ -267,5 +264,4 @@ def normalize(phase: Phase, input: Tensor, p: float = 2.0, dim: Any = 1, eps: fl
         r = squared.clamp_min(floor).rsqrt_()
         return r, aten.threshold_backward(r, squared, floor)  # 0 where it is not above
 
-    result: Tensor = _Divided.apply(input, None, dim, factors, phase)
-    return result
+    return _Divided.apply(input, None, dim, factors, phase)

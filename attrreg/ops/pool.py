@@ -34,8 +34,7 @@ class _MaxPool(Function):
         y, indices = (torch.cat(found) if len(found) > 1 else found[0] for found in zip(*pooled, strict=True))
         ctx.save_for_backward(x, indices)
         ctx.settings = settings
-        result: Tensor = y
-        return result
+        return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
@@ -60,5 +59,4 @@ def max_pool2d(
     # PyTorch takes NumPy's numbers and tensors too, `torch.ops` does not.
     if not ours or not all(isinstance(setting, (int, tuple, list)) for setting in settings):
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
-    result: Tensor = _MaxPool.apply(input, *settings, ceil_mode)
-    return result
+    return _MaxPool.apply(input, *settings, ceil_mode)

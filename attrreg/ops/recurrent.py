@@ -172,8 +172,7 @@ def lstm(phase: Phase, *args: Any, **settings: Any) -> tuple[Tensor, Tensor, Ten
     PyTorch's own with packed sequences, projections, dropout between layers, half types and autocast, and where there is no graph.
     """
     if not (torch.is_grad_enabled() and _fits(*args, **settings)):
-        plain: tuple[Tensor, Tensor, Tensor] = torch.lstm(*args, **settings)
-        return plain
+        return torch.lstm(*args, **settings)
     x, (h0, c0), weights, biased, layers, _, _, both, batch_first = args
     x = x.transpose(0, 1) if batch_first else x
     directions, count, last = 1 + both, 4 if biased else 2, []
