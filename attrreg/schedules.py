@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from attrreg import penalty
 from attrreg.attach import Attachment, attached
 from attrreg.call import Call
-from attrreg.ops.precision import wide
+from attrreg.ops.precision import compute_dtype
 from attrreg.penalty import Penalty
 from attrreg.recording import Request
 from attrreg.regularizer import AttributionRegularizer
@@ -256,4 +256,6 @@ def _number(weight: Any) -> float:
 
 def _zero(x: Tensor) -> Tensor:
     """Zero, 0-dim, with a graph so that a loop can call backward on it. It leads to no parameter, whose hooks would see a gradient of 0."""
-    return torch.zeros((), dtype=wide(x), device=x.device, requires_grad=True).clone()  # a loop may add to it in place, not to a leaf
+    return torch.zeros(
+        (), dtype=compute_dtype(x), device=x.device, requires_grad=True
+    ).clone()  # a loop may add to it in place, not to a leaf

@@ -41,7 +41,7 @@ def main() -> None:
         for name, function in ACTIVATIONS.items():
             x, gy, v = (3 * torch.randn(7, 300) for _ in range(3))
             x, gy, v = (tensor.to(dtype) for tensor in (x, gy, v))
-            for part, found, want in zip(("gy", "x"), kernels.smooth(name, v, gy, x), second(function, [x], gy, v), strict=True):
+            for part, found, want in zip(("gy", "x"), kernels.activation(name, v, gy, x), second(function, [x], gy, v), strict=True):
                 check(f"{name} {dtype} {part}", found, want)
         for memory in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d):
             sides = (3, 7, 5) if memory == torch.channels_last_3d else (11, 13)
@@ -50,10 +50,10 @@ def main() -> None:
             g, mu, r = torch.rand(5) + 0.5, x.float().mean(axes), (x.float().var(axes, correction=0) + 1e-5).rsqrt()
             wants = second(lambda x, g: F.batch_norm(x, None, None, g, None, True), [x, g], gy, v)
             xhat = (x - mu.view(along)) * r.view(along)
-            gx, for_gy = (g.view(along) * first(u.float(), xhat, r.view(along)) for u in (gy, v))
+            gx, d_gy = (g.view(along) * first(u.float(), xhat, r.view(along)) for u in (gy, v))
             v_xhat, gy_xhat = (v * xhat).sum(axes), (gy * xhat).sum(axes)
-            for_gy, gx = (tensor.to(dtype).contiguous(memory_format=memory) for tensor in (for_gy, gx))
-            found = kernels.planes(x, for_gy, gx, mu, r, g, v_xhat, gy_xhat, wants[2].float())
+            d_gy, gx = (tensor.to(dtype).contiguous(memory_format=memory) for tensor in (d_gy, gx))
+            found = kernels.batch_norm(x, d_gy, gx, mu, r, g, v_xhat, gy_xhat, wants[2].float())
             assert found.stride() == x.stride() and found.dtype == dtype
             check(f"batch norm {dtype} {memory}", found, wants[1])
     for shape, rows in (((5,), 3), ((64,), 1100), ((3, 100), 4)):
@@ -61,7 +61,7 @@ def main() -> None:
         _, mu, r = torch.native_layer_norm(x, shape, g, None, 1e-5)
         wants = second(lambda x, g: F.layer_norm(x, g.shape, g), [x, g], gy, v)
         for weight in (g, torch.stack([g, -g], -1)[..., 0]):  # dense, or with others in between
-            for part, found, wanted in zip(("gy", "x", "g"), kernels.rows(v, gy, x, weight, mu, r), wants, strict=True):
+            for part, found, wanted in zip(("gy", "x", "g"), kernels.layer_norm(v, gy, x, weight, mu, r), wants, strict=True):
                 check(f"layer norm {shape} {part} {weight.stride()}", found, wanted)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attrreg.ops import Phase, twice_differentiable
-from attrreg.ops.channels import suggested
+from attrreg.ops.channels import suggested_format
 from tests.test_ops import check
 
 pytestmark = pytest.mark.cpu  # of the CPU's kernels, whose layouts and types these are
@@ -142,13 +142,13 @@ def test_results_are_laid_out_as_pytorchs(name: str, x: Tensor) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         assert order(got) == order(want)
         if (len(x) > 1 and x.shape[2:].numel() > 1) or not name.startswith(EITHER):
-            assert suggested(got) == suggested(want)
+            assert suggested_format(got) == suggested_format(want)
 
 
 @pytest.mark.parametrize("x", image_layouts())
 def test_the_suggested_layout_is_pytorchs(x: Tensor) -> None:
     for images in (x, x[:1], x[:, :1], x[:, :, :1], x[:, :, :, :1], x[:, :, :1, :1], x[:0], x.unsqueeze(2)):
-        assert suggested(images) == torch._prims_common.suggest_memory_format(images)
+        assert suggested_format(images) == torch._prims_common.suggest_memory_format(images)
 
 
 IN_PLACE_AFTER = {

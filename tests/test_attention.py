@@ -116,7 +116,7 @@ SHAPES = [(2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 6), (2, 1, 4, 5)]
 @pytest.fixture(params=[0, 4], ids=["weights recomputed", "weights kept"])
 def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to how many times as large as the queries the CPU keeps weights."""
-    monkeypatch.setattr(attention, "KEPT", request.param)
+    monkeypatch.setattr(attention, "MAX_KEPT", request.param)
 
 
 @pytest.mark.usefixtures("kept")
@@ -206,7 +206,7 @@ def test_a_multi_head_attention_that_is_not_pytorchs_is_left_alone(monkeypatch: 
     def of_a_program(*args: Any, **settings: Any) -> Any:
         return F.multi_head_attention_forward(*args, **settings)
 
-    opened: Any = attention._opened
+    opened: Any = attention._without_override_check
     assert opened(F.multi_head_attention_forward) is not None and opened(of_a_program) is opened(print) is None
     monkeypatch.setattr(attention, "MULTI_HEAD", of_a_program)
     layer, x = nn.MultiheadAttention(6, 3), torch.randn(5, 2, 6)

@@ -62,7 +62,7 @@ def check(function: Callable[[Tensor], Any]) -> None:
 @pytest.mark.parametrize("kept", [0, 4], ids=["weights recomputed", "weights kept"])
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention(name: str, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "KEPT", kept)
+    monkeypatch.setattr(attention, "MAX_KEPT", kept)
     check(ATTENTION[name])
 
 

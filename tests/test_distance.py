@@ -114,8 +114,8 @@ def test_distances_of_many_rows_have_the_derivatives_of_those_of_few(shapes: tup
     x1.requires_grad_()
     x2.requires_grad_()
     found = []
-    for many in (distance.MANY, 0):
-        with twice_differentiable(Phase()), patch.object(distance, "MANY", many):
+    for many in (distance.MAX_DIFFERENCES, 0):
+        with twice_differentiable(Phase()), patch.object(distance, "MAX_DIFFERENCES", many):
             y = torch.cdist(x1, x2)
         first = torch.autograd.grad(y.sin().sum(), (x1, x2), create_graph=True)
         found.append([y, *first, *torch.autograd.grad(first[0].square().sum() + first[1].sin().sum(), (x1, x2))])
@@ -126,7 +126,7 @@ def test_distances_of_many_rows_have_the_derivatives_of_those_of_few(shapes: tup
 
 def test_other_distances_of_many_rows_are_pytorchs() -> None:
     x = torch.randn(5, 3, requires_grad=True)
-    with twice_differentiable(Phase()), patch.object(distance, "MANY", 0):
+    with twice_differentiable(Phase()), patch.object(distance, "MAX_DIFFERENCES", 0):
         found = torch.cdist(x, x + 1, p=1.0)
     torch.testing.assert_close(found, torch.cdist(x, x + 1, p=1.0))
 

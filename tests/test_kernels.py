@@ -71,12 +71,14 @@ def test_kernels_compile_for_cuda(type: str) -> None:
     from attrreg.ops import kernels
 
     images, values, number = f"*{type}", "*fp32", "i32"
-    tensors = dict.fromkeys(("v", "gy", "x", "for_gy", "for_x"), images)
-    planes = dict.fromkeys(("x", "u", "gx", "out"), images) | dict.fromkeys(("mu", "r", "g", "v_xhat", "gy_xhat", "for_g"), values)
-    rows = dict.fromkeys(("v", "gy", "x", "g", "mu", "r", "for_gy", "for_x", "for_g"), values)
-    sources: list[Any] = [(kernels._smooth, tensors, ("count",), {"KIND": kind, "BLOCK": kernels.BLOCK}) for kind in kernels.ACTIVATIONS]
-    sources.append((kernels._planes, planes, ("size", "channels", "inner", "count"), {"BLOCK": kernels.BLOCK}))
-    sources.append((kernels._rows, rows, ("rows", "count"), {"BLOCK": 1024}))
+    tensors = dict.fromkeys(("v", "gy", "x", "d_gy", "d_x"), images)
+    planes = dict.fromkeys(("x", "u", "gx", "out"), images) | dict.fromkeys(("mu", "r", "g", "v_xhat", "gy_xhat", "d_g"), values)
+    rows = dict.fromkeys(("v", "gy", "x", "g", "mu", "r", "d_gy", "d_x", "d_g"), values)
+    sources: list[Any] = [
+        (kernels._activation, tensors, ("count",), {"KIND": kind, "BLOCK": kernels.BLOCK}) for kind in kernels.ACTIVATIONS
+    ]
+    sources.append((kernels._batch_norm, planes, ("size", "channels", "inner", "count"), {"BLOCK": kernels.BLOCK}))
+    sources.append((kernels._layer_norm, rows, ("rows", "count"), {"BLOCK": 1024}))
     for function, pointers, numbers, constants in sources:
         signature = {**pointers, **dict.fromkeys(numbers, number), **dict.fromkeys(constants, "constexpr")}
         assert "cubin" in compile(ASTSource(function, signature, constants), GPUTarget("cuda", 90, 32)).asm

@@ -19,55 +19,51 @@ from torch.autograd import Function
 
 from attrreg.ops import fused
 from attrreg.ops.phase import once_differentiable
-from attrreg.ops.precision import wide
+from attrreg.ops.precision import compute_dtype
 
 aten = torch.ops.aten
 
 
-class _Former(Function):
-    """The values that a tensor has now, which stay when the tensor is given others. Not a view, which would change with it."""
+class _OldValues(Function):
+    """The values that a tensor has now, which stay when it is given other memory. Not a view, which would change with it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        former: Tensor = x.data
-        return former
+        return x.data
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
+    def backward(ctx: Any, gy: Tensor) -> Tensor:
+        return gy
 
 
-def _holders(x: Tensor) -> int:
-    """How many hold its memory, and with them, from some PyTorch on, the storage that is asked for here."""
+def _storage_uses(x: Tensor) -> int:
+    """How many references hold its memory. From some version of PyTorch on, that includes the storage object made here to ask."""
     return torch._C._storage_Use_Count(x.untyped_storage()._cdata)
 
 
-ALONE = _holders(torch.empty(1))
+USES_OF_ONE_TENSOR = _storage_uses(torch.empty(1))
 
 
-def _shared(x: Tensor) -> bool:
-    """Whether its memory is seen by other tensors too, which would change with it."""
-    return x._is_view() or _holders(x) > ALONE
+def _shares_memory(x: Tensor) -> bool:
+    """Whether its memory is seen by other tensors too, which would have to change with it."""
+    return x._is_view() or _storage_uses(x) > USES_OF_ONE_TENSOR
 
 
-def _written_over(function: type[Function], input: Tensor, kind: Piecewise | Smooth) -> Tensor:
-    """`input`, with the results in place of its values, which the derivatives need."""
-    result: Tensor
-    if torch.is_grad_enabled() and input.requires_grad and not _shared(input):
-        result = function.apply(_Former.apply(input), kind, input)  # new memory for the result
-    else:
-        result = input.copy_(function.apply(input.clone(), kind, None))
-    return result
+def _in_place(function: type[Function], input: Tensor, kind: Piecewise | Smooth) -> Tensor:
+    """`input`, with f of its values in their place. The derivatives need the old values, so these are kept."""
+    if torch.is_grad_enabled() and input.requires_grad and not _shares_memory(input):
+        return function.apply(_OldValues.apply(input), kind, input)  # the result gets new memory, so that nothing is copied
+    return input.copy_(function.apply(input.clone(), kind, None))
 
 
-def _value(ctx: Any, x: Tensor, kind: Piecewise | Smooth, place: Tensor | None) -> Tensor:
-    """f(x). With a `place`, that tensor becomes f(x), as if it had been written over."""
+def _value(ctx: Any, x: Tensor, kind: Piecewise | Smooth, target: Tensor | None) -> Tensor:
+    """f(x). A `target` becomes f(x), as if it had been written over: its memory is replaced."""
     y = kind.value(x)
-    if place is None:
+    if target is None:
         return y
-    ctx.mark_dirty(place)
-    place.data = y
-    return place
+    ctx.mark_dirty(target)
+    target.data = y
+    return target
 
 
 @dataclass(frozen=True)
@@ -90,8 +86,8 @@ class Piecewise:
 
 class _Piecewise(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: Piecewise, place: Tensor | None) -> Tensor:
-        y = _value(ctx, x, kind, place)
+    def forward(ctx: Any, x: Tensor, kind: Piecewise, target: Tensor | None) -> Tensor:
+        y = _value(ctx, x, kind, target)
         ctx.save_for_backward(y if kind.from_output else x)
         ctx.kind = kind
         return y
@@ -99,13 +95,13 @@ class _Piecewise(Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         (seen,) = ctx.saved_tensors
-        # Detached: the slope is linear in the gradient, constant in what was seen. PyTorch differentiates that without a pass over zeros.
+        # Detached, because the slope is constant in x: else PyTorch would send zeros back to x through the network.
         return ctx.kind.slope(gy, seen.detach()), None, None
 
 
 class _PiecewiseInPlace(_Piecewise):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: Piecewise, place: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kind: Piecewise, target: Tensor | None) -> Tensor:
         assert kind.inplace is not None
         ctx.mark_dirty(x)
         y = kind.inplace(x)
@@ -115,11 +111,11 @@ class _PiecewiseInPlace(_Piecewise):
 
 
 RELU = Piecewise(torch.relu, torch.relu_, lambda gy, y: aten.threshold_backward(gy, y, 0), from_output=True)
-SIXTH = 0.1666666716337204  # as float32 has it, by which PyTorch multiplies doubles too
+SIXTH = 0.1666666716337204  # 1 / 6 rounded to float32, by which PyTorch's hardsigmoid multiplies doubles too
 
 
 def _hardsigmoid_slope(gy: Tensor, x: Tensor) -> Any:
-    if torch.is_grad_enabled():  # PyTorch cannot differentiate its own
+    if torch.is_grad_enabled():  # PyTorch cannot differentiate `hardsigmoid_backward`
         return aten.hardtanh_backward(gy, x, -3.0, 3.0).mul(SIXTH)
     return aten.hardsigmoid_backward(gy, x)
 
@@ -129,25 +125,18 @@ HARDSIGMOID = Piecewise(F.hardsigmoid, None, _hardsigmoid_slope)
 
 def piecewise(input: Tensor, kind: Piecewise, inplace: bool = False) -> Tensor:
     """Such an activation: `F.relu`, `torch.relu`, `F.hardsigmoid`."""
-    result: Tensor
     if not inplace:
-        result = _Piecewise.apply(input, kind, None)
-    elif kind.inplace is None:
-        result = _written_over(_Piecewise, input, kind)
-    elif input._is_view():
-        result = kind.inplace(input)  # PyTorch then rebuilds the history of what it is a view of
-    else:
-        result = _PiecewiseInPlace.apply(input, kind, None)
-    return result
+        return _Piecewise.apply(input, kind, None)
+    if kind.inplace is None:
+        return _in_place(_Piecewise, input, kind)
+    if input._is_view():
+        return kind.inplace(input)  # PyTorch then rebuilds the history of what it is a view of
+    return _PiecewiseInPlace.apply(input, kind, None)
 
 
 @lru_cache
 def _hardtanh(low: float, high: float) -> Piecewise:
-    return Piecewise(
-        lambda x: F.hardtanh(x, low, high),
-        None,
-        lambda gy, x: aten.hardtanh_backward(gy, x, low, high),
-    )
+    return Piecewise(lambda x: F.hardtanh(x, low, high), None, lambda gy, x: aten.hardtanh_backward(gy, x, low, high))
 
 
 @lru_cache
@@ -181,8 +170,8 @@ class Smooth:
 
     Attributes:
         value: f(x).
-        slope: (gradient, x, out) to gradient times f', written to `out`.
-        curvature: (one, other, x, scratch) to one times other times f'', a new tensor; `scratch` may be written over.
+        slope: (gradient, x, out) to gradient times f'(x), written to `out`.
+        curvature: (gy, v, x, scratch) to gy v f''(x), a new tensor; `scratch` may be written over.
         kernel: which of `kernels.ACTIVATIONS` computes slope and curvature in one pass.
     """
 
@@ -194,10 +183,10 @@ class Smooth:
 
 class _Smooth(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: Smooth, place: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kind: Smooth, target: Tensor | None) -> Tensor:
         ctx.save_for_backward(x)
         ctx.kind = kind
-        return _value(ctx, x, kind, place)
+        return _value(ctx, x, kind, target)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
@@ -221,45 +210,47 @@ class _SmoothGradient(Function):
         gy, x = ctx.saved_tensors
         fast = fused.kernels(x, gy, v) if ctx.needs_input_grad[1] else None
         if fast is not None:
-            return *fast.smooth(ctx.kind.kernel, v, gy, x), None
-        dtype = wide(x)  # in float16, x**3 overflows above 40
-        for_gy, for_x = torch.empty_like(v), None
+            return *fast.activation(ctx.kind.kernel, v, gy, x), None
+        dtype = compute_dtype(x)  # in float16, x**3 overflows above 40
+        d_gy, d_x = torch.empty_like(v), None
         if ctx.needs_input_grad[1]:
-            scratch = for_gy if v.dtype == dtype else torch.empty_like(v, dtype=dtype)
-            for_x = ctx.kind.curvature(gy.to(dtype), v.to(dtype), x.to(dtype), scratch).to(x.dtype)
-        return ctx.kind.slope(v, x, for_gy), for_x, None
+            scratch = d_gy if v.dtype == dtype else torch.empty_like(v, dtype=dtype)
+            d_x = ctx.kind.curvature(gy.to(dtype), v.to(dtype), x.to(dtype), scratch).to(x.dtype)
+        return ctx.kind.slope(v, x, d_gy), d_x, None
 
 
-# Below, new tensors are few: to get one of these sizes costs as much as a pass over it.
+# These make few new tensors: to allocate one costs as much as a pass over it.
 
 
-def _silu_curvature(one: Tensor, other: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
-    # s (1 - s) (2 + x (1 - 2 s)), s the sigmoid
+def _silu_curvature(gy: Tensor, v: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
+    # f'' = s (1 - s) (2 + x (1 - 2 s)), s the sigmoid
     s = torch.sigmoid(x, out=scratch)
     factor = torch.addcmul(x, x, s, value=-2).add_(2)
-    aten.sigmoid_backward.grad_input(one, s, grad_input=s)
-    return factor.mul_(s).mul_(other)
+    aten.sigmoid_backward.grad_input(gy, s, grad_input=s)
+    return factor.mul_(s).mul_(v)
 
 
-def _gelu_curvature(one: Tensor, other: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
-    # pdf(x) (2 - x^2). With h = -x^2 / 2 <= 0, ELU's kernel gives one exp(h) times a factor in a single pass, here 2 pdf(x), for 1 + h.
+def _gelu_curvature(gy: Tensor, v: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
+    # f'' = pdf(x) (2 - x^2), pdf the normal density. With h = -x^2 / 2 <= 0, ELU's backward kernel multiplies a gradient by a factor times
+    # exp(h) in a single pass: here 2 pdf(x), to be multiplied by 1 + h.
     h = torch.addcmul(x.new_zeros(()), x, x, value=-0.5, out=scratch)
-    density: Tensor = aten.elu_backward(one, math.sqrt(2 / math.pi), 1.0, 1.0, False, h)
-    return density.addcmul_(density, h).mul_(other)
+    density: Tensor = aten.elu_backward(gy, math.sqrt(2 / math.pi), 1.0, 1.0, False, h)
+    return density.addcmul_(density, h).mul_(v)
 
 
-def _tanh_gelu_curvature(one: Tensor, other: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
-    # y = x (1 + t) / 2, t = tanh(u), u = k (x + c x^3): y'' = t' + x t'' / 2 with t' = (1 - t^2) u', t'' = (1 - t^2)(u'' - 2 t u'^2)
+def _tanh_gelu_curvature(gy: Tensor, v: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
+    # f = x (1 + t) / 2, t = tanh(u), u = k (x + c x^3): f'' = t' + x t'' / 2 with t' = (1 - t^2) u', t'' = (1 - t^2)(u'' - 2 t u'^2)
     k, c = math.sqrt(2 / math.pi), 0.044715
     x = x.clamp(-64, 64)  # beyond, it is zero, and powers of x overflow
     t = torch.tanh(k * (x + c * x**3))
     first, second = k * (1 + 3 * c * x * x), 6 * k * c * x
-    return ((1 - t * t) * (first + 0.5 * x * (second - 2 * t * first * first))).mul_(one).mul_(other)
+    return ((1 - t * t) * (first + 0.5 * x * (second - 2 * t * first * first))).mul_(gy).mul_(v)
 
 
-def _hardswish_curvature(one: Tensor, other: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
-    inside: Tensor = aten.hardtanh_backward(one, x, -3.0, 3.0)
-    return inside.mul_(other).div_(3)
+def _hardswish_curvature(gy: Tensor, v: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
+    # f'' = 1 / 3 between -3 and 3, else 0
+    inside: Tensor = aten.hardtanh_backward(gy, x, -3.0, 3.0)
+    return inside.mul_(v).div_(3)
 
 
 SILU = Smooth(F.silu, lambda gy, x, out: aten.silu_backward.grad_input(gy, x, grad_input=out), _silu_curvature, "SILU")
@@ -278,9 +269,8 @@ HARDSWISH = Smooth(F.hardswish, lambda gy, x, out: aten.hardswish_backward.out(g
 def smooth(input: Tensor, kind: Smooth, inplace: bool = False) -> Tensor:
     """Such an activation: `F.silu`, `F.hardswish`."""
     if inplace:
-        return _written_over(_Smooth, input, kind)
-    result: Tensor = _Smooth.apply(input, kind, None)
-    return result
+        return _in_place(_Smooth, input, kind)
+    return _Smooth.apply(input, kind, None)
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:

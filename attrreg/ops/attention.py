@@ -30,15 +30,15 @@ from torch.overrides import TorchFunctionMode
 
 from attrreg.ops.linear import PLAIN
 from attrreg.ops.phase import Phase, once_differentiable, wanted
-from attrreg.ops.precision import as_autocast, autocasts, wide, widely
+from attrreg.ops.precision import as_autocast, autocasts, compute_dtype, in_compute_dtype
 from attrreg.ops.process import BY_MATH, attention_by
 from attrreg.state import full_precision
 
 aten = torch.ops.aten
 # Values of a mask below which all keys of a query are as good as masked, though it has weights for them. What the CPU's kernel keeps for
 # its backward is the logarithm of a sum next to these values, in which the sum is lost.
-HIDDEN = -64.0
-KEPT = 4  # how many times as large as the queries P may be, to be kept: a ViT's 197 tokens of 64 values are 3.1 times
+HIDDEN_BELOW = -64.0
+MAX_KEPT = 4  # P is kept if it is at most so many times as large as the queries: a ViT's 197 tokens of 64 values are 3.1 times
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -48,35 +48,35 @@ class Kind:
 
     Attributes:
         scale: s.
-        blind: some query may have all keys masked; by -inf, it gets zeros. Also True where finding out would mean waiting for a GPU.
+        may_hide_all_keys: a query may have all keys masked; by -inf, it gets zeros. True too where a GPU would have to be waited for.
         shape: of P.
-        few: on the CPU, of so few keys that P is kept for the backward.
+        keeps_weights: on the CPU, of so few keys that P is kept for the backward.
     """
 
     scale: float
-    blind: bool
+    may_hide_all_keys: bool
     shape: tuple[int, ...]
-    few: bool
+    keeps_weights: bool
 
     def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
         """P, of rows of all heads, `(heads of all images, tokens, width)`."""
         scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=self.scale).view(self.shape)
         if mask is not None:
             scores += mask
-        weights: Tensor = aten._safe_softmax(scores, -1) if self.blind else scores.softmax(-1)
+        weights: Tensor = aten._safe_softmax(scores, -1) if self.may_hide_all_keys else scores.softmax(-1)
         return weights.view(-1, *self.shape[-2:])
 
 
-def _blind(mask: Tensor | None) -> bool:
+def _may_hide_all_keys(mask: Tensor | None) -> bool:
     if mask is None:
         return False
     if mask.device.type != "cpu" or type(mask) not in PLAIN:  # others may have no values to ask for
         return True
-    return bool((mask < HIDDEN).all(-1).any())
+    return bool((mask < HIDDEN_BELOW).all(-1).any())
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """With the last axis dense: the CPU's kernel reads past anything else without a word."""
+def _with_dense_rows(tensor: Tensor) -> Tensor:
+    """The tensor, with its last axis dense. Of any other, the CPU's kernel reads wrong memory without an error."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -93,12 +93,12 @@ def _fits_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     return mask.dim() <= 4 and mask.dtype == q.dtype and all(size in (1, of) for size, of in sizes)
 
 
-def _few(q: Tensor, k: Tensor) -> bool:
+def _keeps_weights(q: Tensor, k: Tensor) -> bool:
     """Whether there are so few tokens that P is kept."""
-    return q.device.type == "cpu" and k.shape[-2] <= KEPT * q.shape[-1]
+    return q.device.type == "cpu" and k.shape[-2] <= MAX_KEPT * q.shape[-1]
 
 
-def _order(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> list[int] | None:
+def _order_of_axes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> list[int] | None:
     """The axes of the result, outermost in memory first, as PyTorch's fused CPU kernel lays it out; None: PyTorch takes its math path."""
     dense = all(tensor.stride(-1) == 1 for tensor in (q, k, v))
     if not (dense and _fits_kernel(q, k, v, mask)) or (mask is not None and (mask.dim() == 3 or mask.requires_grad)):
@@ -109,72 +109,73 @@ def _order(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> list[int] | 
 
 def _for_kernel(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """A mask of four axes, with a value for each query and key."""
-    return None if mask is None else _rows(mask.expand(*mask.shape[:-2], q.shape[-2], k.shape[-2])[(None,) * (4 - mask.dim())])
+    return None if mask is None else _with_dense_rows(mask.expand(*mask.shape[:-2], q.shape[-2], k.shape[-2])[(None,) * (4 - mask.dim())])
 
 
 def _gradients(
     go: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kept: Sequence[Tensor], kind: Kind, for_mask: bool
 ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
-    """gq, gk, gv, gmask, and what the double backward needs besides q, k, v: go, and of few tokens P and dS.
+    """gq, gk, gv, gmask, and what the double backward needs besides q, k, v: go, and P and dS where P is kept.
 
     Args:
         go: the gradient with respect to o.
         q, k, v, mask, kind: see the formulas above, and `Kind`.
-        kept: P of few tokens, what the CPU's kernel left for its backward, or nothing.
+        kept: P, or what the CPU's kernel left for its backward (o and the logarithms of sums), or nothing.
         for_mask: whether gmask is asked for.
     """
-    if kept and not (kind.few or for_mask):
+    if kept and not (kind.keeps_weights or for_mask):
         kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return (*kernel(_rows(go), q, k, v, *kept, 0.0, False, attn_mask=_for_kernel(mask, q, k), scale=kind.scale), None), (go,)
+        return (*kernel(_with_dense_rows(go), q, k, v, *kept, 0.0, False, attn_mask=_for_kernel(mask, q, k), scale=kind.scale), None), (go,)
     shapes = q.shape, k.shape, v.shape
     # One copy of what comes as views of a projection; then every product is one call, with its scale.
-    go, q, k, v = (_matrices(tensor) for tensor in (go, q, k, v))
+    go, q, k, v = (_per_head(tensor) for tensor in (go, q, k, v))
     none, s = q.new_empty(()), kind.scale
-    p = kept[0] if kind.few else kind.weights(q, k, mask)
-    ds = _slope(go, v, p)
+    p = kept[0] if kind.keeps_weights else kind.weights(q, k, mask)
+    ds = _gradient_of_scores(go, v, p)
     gmask = ds.view(kind.shape).sum_to_size(mask.shape) if for_mask and mask is not None else None
     found = torch.baddbmm(none, ds, k, beta=0, alpha=s), torch.baddbmm(none, ds.mT, q, beta=0, alpha=s), torch.bmm(p.mT, go)
-    return (*(gradient.view(shape) for gradient, shape in zip(found, shapes, strict=True)), gmask), (go, p, ds) if kind.few else (go,)
+    gradients = *(gradient.view(shape) for gradient, shape in zip(found, shapes, strict=True)), gmask
+    return gradients, (go, p, ds) if kind.keeps_weights else (go,)
 
 
-def _matrices(tensor: Tensor) -> Tensor:
-    """One for each head of each image."""
+def _per_head(tensor: Tensor) -> Tensor:
+    """`(..., tokens, width)` as `(heads of all images, tokens, width)`."""
     return tensor.reshape(-1, *tensor.shape[-2:])
 
 
-def _slope(go: Tensor, v: Tensor, p: Tensor) -> Tensor:
-    """dS, of matrices."""
-    ds: Tensor = aten._softmax_backward_data(torch.bmm(go, v.mT), p, -1, go.dtype)
-    return ds
+def _gradient_of_scores(go: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    """dS, of `_per_head` tensors."""
+    return aten._softmax_backward_data(torch.bmm(go, v.mT), p, -1, go.dtype)
 
 
-# As they are where a mode is shown them, whatever a program puts in their place later: its own is around the call already.
+# PyTorch's own, whatever a program puts in their place later. A mode is shown these, so the program's function is around the call already.
 SDPA, MULTI_HEAD = F.scaled_dot_product_attention, F.multi_head_attention_forward
 
 
 class _Attention(Function):
+    """o, of q `(..., tokens, width)`, k `(..., keys, width)` and v `(..., keys, width of v)`; `order`: see `_order_of_axes`."""
+
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, order: list[int] | None, phase: Phase
     ) -> Tensor:
-        ctx.kind, ctx.phase = Kind(scale, _blind(mask), (*q.shape[:-1], k.shape[-2]), _few(q, k)), phase
-        if ctx.kind.few:
-            p = ctx.kind.weights(_matrices(q), _matrices(k), mask)
+        ctx.kind, ctx.phase = Kind(scale, _may_hide_all_keys(mask), (*q.shape[:-1], k.shape[-2]), _keeps_weights(q, k)), phase
+        if ctx.kind.keeps_weights:
+            p = ctx.kind.weights(_per_head(q), _per_head(k), mask)
             o = torch.empty_permuted((*q.shape[:-1], v.shape[-1]), order or list(range(q.dim())), dtype=q.dtype, device=q.device)
-            o.copy_(torch.bmm(p, _matrices(v)).view(o.shape))
+            o.copy_(torch.bmm(p, _per_head(v)).view(o.shape))
             ctx.save_for_backward(q, k, v, mask, p)
-        elif _fits_kernel(q, k, v, mask) and not ctx.kind.blind:  # called by name for what its backward needs
+        elif _fits_kernel(q, k, v, mask) and not ctx.kind.may_hide_all_keys:  # called by name for what its backward needs
             kernel = aten._scaled_dot_product_flash_attention_for_cpu
-            kept, log_sum = kernel(q, k, v, 0.0, False, attn_mask=_for_kernel(mask, q, k), scale=scale)
+            saved, log_sum = kernel(q, k, v, 0.0, False, attn_mask=_for_kernel(mask, q, k), scale=scale)
             # The math path makes a contiguous result and saves none: a layer may work in place on it.
-            o = kept.clone(memory_format=torch.contiguous_format) if order is None else kept
-            ctx.save_for_backward(q, k, v, mask, kept, log_sum)
+            o = saved.clone(memory_format=torch.contiguous_format) if order is None else saved
+            ctx.save_for_backward(q, k, v, mask, saved, log_sum)
         else:
             with attention_by(FUSED):
                 o = SDPA(q, k, v, mask, scale=scale)
             ctx.save_for_backward(q, k, v, mask)
-        result: Tensor = o
-        return result
+        return o
 
     @staticmethod
     def backward(ctx: Any, go: Tensor) -> tuple[Tensor | None, ...]:
@@ -187,6 +188,8 @@ class _Attention(Function):
 
 
 class _AttentionGradients(Function):
+    """gq, gk, gv and gmask."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -209,12 +212,12 @@ class _AttentionGradients(Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, go, *kept = ctx.saved_tensors
         s, full = ctx.kind.scale, ctx.kind.shape
-        go, q, k, v, uq, uk, uv = (_matrices(tensor) for tensor in (go, q, k, v, *outer[:3]))
-        if ctx.kind.few:
+        go, q, k, v, uq, uk, uv = (_per_head(tensor) for tensor in (go, q, k, v, *outer[:3]))
+        if ctx.kind.keeps_weights:
             p, ds = kept
         else:
             p = ctx.kind.weights(q, k, mask)
-            ds = _slope(go, v, p)
+            ds = _gradient_of_scores(go, v, p)
         a = torch.bmm(uq, k.mT).baddbmm_(q, uk.mT, beta=s, alpha=s)
         if outer[3] is not None:
             a.view(full).add_(outer[3])
@@ -227,7 +230,6 @@ class _AttentionGradients(Function):
         d_k = torch.bmm(h.mT, q).baddbmm_(ds.mT, uq, beta=s, alpha=s)
         d_v = torch.bmm(c.mT, go)
         d_mask = h.view(full).sum_to_size(mask.shape) if ctx.needs_input_grad[4] else None
-        # No views: PyTorch adds the gradients of the loss itself to these in place.
         found = (gradient.view(shape).data for gradient, shape in zip((d_go, d_q, d_k, d_v), ctx.shapes, strict=True))
         return *found, d_mask, None, None, None
 
@@ -257,22 +259,21 @@ def attention(
     if not (same and fits and full) or dropout_p or not dtype.is_floating_point:
         with attention_by(BY_MATH):
             return SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if dtype != wide(query):
-        return widely(partial(attention, phase), query, key, value, attn_mask, 0.0, is_causal, scale)
+    if dtype != compute_dtype(query):
+        return in_compute_dtype(partial(attention, phase), query, key, value, attn_mask, 0.0, is_causal, scale)
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=dtype).masked_fill_(~attn_mask, -math.inf)
     # Not inside: what is saved has to be what was given, or the double backward does not reach it.
-    order = _order(query, key, value, attn_mask)
-    query, key, value = map(Tensor.contiguous if _few(query, key) else _rows, (query, key, value))
+    order = _order_of_axes(query, key, value, attn_mask)
+    query, key, value = map(Tensor.contiguous if _keeps_weights(query, key) else _with_dense_rows, (query, key, value))
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    result: Tensor = _Attention.apply(query, key, value, attn_mask, scale, order, phase)
-    return result
+    return _Attention.apply(query, key, value, attn_mask, scale, order, phase)
 
 
-def _opened(function: Any) -> Any:
-    """A Python function of PyTorch's without its first step, which shows a mode the whole call, and then nothing that it consists of.
+def _without_override_check(function: Any) -> Any:
+    """A Python function of PyTorch's without its first step, `has_torch_function`, by which a mode sees only the whole call.
 
     None: it has no such step, as where a program has put a function of its own in its place.
     """
@@ -286,7 +287,7 @@ def _opened(function: Any) -> Any:
 def multi_head(mode: TorchFunctionMode, *args: Any, **settings: Any) -> Any:
     """`F.multi_head_attention_forward`, whose parts a mode sees, its linear layers and attention among them."""
     special = any(isinstance(value, Tensor) and type(value) not in PLAIN for value in (*args, *settings.values()))
-    opened = None if special else _opened(MULTI_HEAD)  # each time anew: a program may have replaced what it calls meanwhile
+    opened = None if special else _without_override_check(MULTI_HEAD)  # each time anew: a program may have replaced what it calls meanwhile
     if opened is None:  # such a type may have a function of its own
         return MULTI_HEAD(*args, **settings)
     with mode:

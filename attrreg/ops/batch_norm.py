@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.autograd import Function
 
 from attrreg.ops import fused
-from attrreg.ops.channels import affine, memory_format, planes, suggested
+from attrreg.ops.channels import affine, goes_by_planes, memory_format, suggested_format
 from attrreg.ops.phase import Phase, once_differentiable, wanted
-from attrreg.ops.precision import wide
+from attrreg.ops.precision import compute_dtype
 
 aten = torch.ops.aten
 
 FEW_POSITIONS = 8  # positions of a plane, below which PyTorch's backward is not vectorised
 VALUES_WORTH_COPIES = 2**13  # values, from which on two copies to avoid that are worth it
 VALUES_WORTH_SUMS = 2**17  # values, from which on computing the statistics apart is worth two more operations
-FAR = 16.0  # squared mean over variance, up to which a difference of sums is as exact as PyTorch's variance
+MAX_MEAN_RATIO = 16.0  # of squared mean to variance, up to which a difference of sums is as exact as PyTorch's variance
 
 
 @dataclass(eq=False)  # not frozen: one is made in every forward, and that takes longer
@@ -34,7 +34,7 @@ class Kernel:
 
     Attributes:
         count: how many values a channel has.
-        few: the planes are so small, and the tensor so large, that PyTorch's gradient kernel is faster on copies with channels last.
+        small_planes: planes are so small, and the tensor so large, that PyTorch's gradient kernel is faster on copies in `channels_last`.
         format: otherwise, the memory format in which that kernel gets all tensors: with two it goes value by value.
         eps: as in `F.batch_norm`.
         index: which forward kernel PyTorch chose: its own or, on CUDA, cuDNN's.
@@ -42,41 +42,39 @@ class Kernel:
     """
 
     count: int
-    few: bool
+    small_planes: bool
     format: torch.memory_format
     eps: float
     index: int
     reserve: Tensor
 
-    def laid(self, x: Tensor) -> Tensor:
-        """A tensor as the gradient kernel takes it; `(N, C, positions, 1)` if planes are few."""
-        if self.few:
+    def prepared(self, x: Tensor) -> Tensor:
+        """A tensor as the gradient kernel takes it; `(N, C, positions, 1)` for `small_planes`."""
+        if self.small_planes:
             return x.reshape(*x.shape[:2], -1, 1).contiguous(memory_format=torch.channels_last)
         return x.contiguous(memory_format=self.format)
 
-    def back(self, x: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of `laid`. Not a view: a layer that follows may work in place, which on views is slow or refused."""
-        return x.contiguous().view(shape).data if self.few else x
+    def restored(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `prepared`, and no view."""
+        return x.contiguous().view(shape).data if self.small_planes else x
 
     def first_order(
         self, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, mask: Sequence[bool] = (True, True, True)
     ) -> tuple[Tensor, Tensor, Tensor]:
         """g r P(gy), sum(gy xhat) and sum(gy), which PyTorch's kernel sums on its way. It leaves out what is masked."""
-        gradients: tuple[Tensor, Tensor, Tensor]
-        gradients = aten._batch_norm_impl_index_backward(self.index, x, gy, g, None, None, mu, r, True, self.eps, mask, self.reserve)
-        return gradients
+        return aten._batch_norm_impl_index_backward(self.index, x, gy, g, None, None, mu, r, True, self.eps, mask, self.reserve)
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor] | None:
     """Mean and biased variance of each channel, by sums that PyTorch vectorises; None where its own kernel is as fast or more exact."""
     # Fake tensors have no values to look at.
-    if x.numel() < VALUES_WORTH_SUMS or x.shape[2:].numel() < FEW_POSITIONS or not planes(x) or type(x) is not Tensor:
+    if x.numel() < VALUES_WORTH_SUMS or x.shape[2:].numel() < FEW_POSITIONS or not goes_by_planes(x) or type(x) is not Tensor:
         return None
     mu = x.mean((0, *range(2, x.dim())))
     # sum(x (x - mu)), which the kernel sums for a tensor x with a mean mu and a deviation of 1.
     moment = aten.native_batch_norm_backward(x, x, None, None, None, mu, torch.ones_like(mu), True, 0.0, [False, True, False])[1]
     var = moment.div_(x.numel() // x.shape[1])
-    return None if bool((mu.square() > FAR * var).any()) else (mu, var)
+    return None if bool((mu.square() > MAX_MEAN_RATIO * var).any()) else (mu, var)
 
 
 class _BatchNorm(Function):
@@ -98,18 +96,17 @@ class _BatchNorm(Function):
                 mean.data.lerp_(mu, momentum)
                 var.data.lerp_(batch.mul_(count / (count - 1)), momentum)
         ctx.save_for_backward(x, g, mu, r)
-        few = x.shape[2:].numel() < FEW_POSITIONS and x.numel() >= VALUES_WORTH_COPIES and planes(x)
-        ctx.kernel, ctx.phase = Kernel(count, few, memory_format(x), eps, index, reserve), phase
-        result: Tensor = y
-        return result
+        small_planes = x.shape[2:].numel() < FEW_POSITIONS and x.numel() >= VALUES_WORTH_COPIES and goes_by_planes(x)
+        ctx.kernel, ctx.phase = Kernel(count, small_planes, memory_format(x), eps, index, reserve), phase
+        return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, g, mu, r = ctx.saved_tensors
         kernel, mask = ctx.kernel, wanted(ctx, 3)
         if not torch.is_grad_enabled():
-            gx, gg, gb = kernel.first_order(kernel.laid(gy), kernel.laid(x), g, mu, r, mask)
-            return kernel.back(gx, x.shape) if mask[0] else None, gg if mask[1] else None, gb if mask[2] else None, *[None] * 5
+            gx, gg, gb = kernel.first_order(kernel.prepared(gy), kernel.prepared(x), g, mu, r, mask)
+            return kernel.restored(gx, x.shape) if mask[0] else None, gg if mask[1] else None, gb if mask[2] else None, *[None] * 5
         axes = [0, *range(2, x.dim())]
         gx = _InputGradient.apply(gy, x, g, mu, r, kernel) if mask[0] else None
         gg = None
@@ -121,36 +118,38 @@ class _BatchNorm(Function):
 
 
 class _InputGradient(Function):
+    """gx = r P(g gy), see `attrreg.ops.norm`."""
+
     @staticmethod
     def forward(ctx: Any, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, kernel: Kernel) -> Tensor:
-        shape, gy, x = x.shape, kernel.laid(gy), kernel.laid(x)
+        shape, gy, x = x.shape, kernel.prepared(gy), kernel.prepared(x)
         gx, gy_xhat, gy_sum = kernel.first_order(gy, x, g, mu, r)
         ctx.save_for_backward(gy, x, g, mu, r, gx, gy_xhat, gy_sum)
         ctx.kernel = kernel
-        return kernel.back(gx, shape)
+        return kernel.restored(gx, shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gy, x, g, mu, r, gx, gy_xhat, gy_sum = ctx.saved_tensors
         kernel, shape = ctx.kernel, v.shape
-        v = kernel.laid(v)
-        for_gy, v_xhat, _ = kernel.first_order(v, x, g, mu, r)
+        v = kernel.prepared(v)
+        d_gy, v_xhat, _ = kernel.first_order(v, x, g, mu, r)
         # r sum(v (gy - mean(gy))): what the kernel sums for a tensor with this mean and this deviation. CUDA's reads the type of r.
         v_gy = aten.native_batch_norm_backward(v, gy, r, None, None, gy_sum / kernel.count, r, True, 0.0, [False, True, False])[1]
         share, along_gy = -1 / kernel.count, gy_xhat * r
-        for_g = torch.addcmul(v_gy, v_xhat, along_gy, value=share)
-        fast = fused.kernels(x, for_gy, gx)
+        d_g = torch.addcmul(v_gy, v_xhat, along_gy, value=share)
+        fast = fused.kernels(x, d_gy, gx)
         if fast is not None:
-            return for_gy, fast.planes(x, for_gy, gx, mu, r, g, v_xhat, gy_xhat, for_g), for_g, None, None, None
-        slope = (r * share).mul_(r).mul_(g).mul_(for_g)
+            return d_gy, fast.batch_norm(x, d_gy, gx, mu, r, g, v_xhat, gy_xhat, d_g), d_g, None, None, None
+        slope = (r * share).mul_(r).mul_(g).mul_(d_g)
         along = (1, -1, *[1] * (x.dim() - 2))
         if x.dtype == mu.dtype:  # of the operators that could compute k (x - mu), the one in a single vectorised pass
-            for_x = torch.native_batch_norm(x, slope, None, mu, torch.ones_like(r), False, 0.0, 0.0)[0]
+            d_x = torch.native_batch_norm(x, slope, None, mu, torch.ones_like(r), False, 0.0, 0.0)[0]
         else:
-            for_x = (x - mu.view(along)).mul_(slope.view(along))
-        for_x.addcmul_(for_gy, along_gy.view(along), value=share).addcmul_(gx, (v_xhat * r).view(along), value=share)
-        return kernel.back(for_gy, shape), kernel.back(for_x, shape).to(x.dtype), for_g, None, None, None
+            d_x = (x - mu.view(along)).mul_(slope.view(along))
+        d_x.addcmul_(d_gy, along_gy.view(along), value=share).addcmul_(gx, (v_xhat * r).view(along), value=share)
+        return kernel.restored(d_gy, shape), kernel.restored(d_x, shape).to(x.dtype), d_g, None, None, None
 
 
 def batch_norm(
@@ -182,14 +181,12 @@ def _placewise(phase: Phase, input: Tensor, tokens: int, weight: Tensor | None, 
         return _batch_norm(phase, channels, None, None, weights, biases, True, momentum, eps)  # a path's passes move no statistics
 
     if memory_format(input) != torch.contiguous_format:
-        separate: Tensor = _Regroup.apply(normalised(_Regroup.apply(input, places, False)), places, True)
-        return separate
+        return _Regroup.apply(normalised(_Regroup.apply(input, places, False)), places, True)
     apart = input.reshape(-1, places, tokens, *input.shape[1:]).transpose(1, 2)
     result = normalised(apart.reshape(-1, places * input.shape[1], *input.shape[2:]))
     if tokens > 1:
         return result.view(apart.shape).transpose(1, 2).reshape(input.shape)
-    whole: Tensor = aten._unsafe_view(result.contiguous(), input.shape)  # see `Kernel.back`
-    return whole
+    return aten._unsafe_view(result.contiguous(), input.shape)  # see `Kernel.restored`
 
 
 class _Regroup(Function):
@@ -203,12 +200,11 @@ class _Regroup(Function):
             x = x.unflatten(-1, (places, -1)).movedim(-2, 1).flatten(0, 1).contiguous()
         else:
             x = x.unflatten(0, (-1, places)).movedim(1, -2).flatten(-2)
-        regrouped: Tensor = x.movedim(-1, 1).data
-        return regrouped
+        return x.movedim(-1, 1).data
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        return _Regroup.apply(g, ctx.places, not ctx.back), None, None
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None, None]:
+        return _Regroup.apply(gy, ctx.places, not ctx.back), None, None
 
 
 def _tokens(input: Tensor, rows: int) -> int:
@@ -231,7 +227,7 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    dtype, shape = wide(input), input.shape[1:2]  # of weights and statistics, also where autocast made images narrower
+    dtype, shape = compute_dtype(input), input.shape[1:2]  # of weights and statistics, also where autocast made images narrower
     given = [values for values in (running_mean, running_var, weight, bias) if values is not None]
     fits = input.dim() > 1 and input.is_floating_point() and all(values.dtype == dtype and values.shape == shape for values in given)
     statistics = (running_mean is None) == (running_var is None) and (training or running_mean is not None)
@@ -242,13 +238,12 @@ def _batch_norm(
     b = bias if bias is not None else input.new_zeros(shape, dtype=dtype)
     if training:
         # PyTorch's kernels for channels last and for (N, C) read weights in the order of their memory.
-        result: Tensor = _BatchNorm.apply(input, g.contiguous(), b.contiguous(), running_mean, running_var, momentum, eps, phase)
-        return result
+        return _BatchNorm.apply(input, g.contiguous(), b.contiguous(), running_mean, running_var, momentum, eps, phase)
     assert running_mean is not None and running_var is not None
     scale = g * (running_var + eps).rsqrt()
     format = memory_format(input)
     if format == torch.contiguous_format and not input.is_contiguous():
-        format = suggested(input)  # as PyTorch lays out what it makes of such a tensor
+        format = suggested_format(input)  # as PyTorch lays out what it makes of such a tensor
     if format != torch.contiguous_format and input.shape[-1] == 1:  # by the stride of this axis the next layer tells the layout
         input = input.clone(memory_format=format)
     # What is differentiated needs the mean as it is now; the buffer itself may have moved by then.

@@ -20,7 +20,7 @@ def dense(x: Tensor) -> bool:
     return x.is_contiguous() or memory_format(x) != torch.contiguous_format
 
 
-def suggested(x: Tensor) -> torch.memory_format:
+def suggested_format(x: Tensor) -> torch.memory_format:
     """The memory format of what PyTorch's layers make of a tensor: channels last where the strides have that order, also with gaps.
 
     What follows may ask for a `view`, and a dropout draws in the order of memory. It is ATen's `suggest_memory_format`, of which Python has
@@ -41,18 +41,18 @@ def suggested(x: Tensor) -> torch.memory_format:
     return CHANNELS_LAST[axes]
 
 
-def of_convolution(x: Tensor, w: Tensor) -> torch.memory_format:
+def convolution_format(x: Tensor, w: Tensor) -> torch.memory_format:
     """How a convolution lays out its output: with channels last if image or weight are so."""
-    format = suggested(x)
-    return format if format != torch.contiguous_format else suggested(w)
+    format = suggested_format(x)
+    return format if format != torch.contiguous_format else suggested_format(w)
 
 
-def adjacent(x: Tensor) -> bool:
+def channels_adjacent(x: Tensor) -> bool:
     """Whether the channels of each of several positions lie side by side, as in `channels_last` and in a slice of that."""
     return x.dim() == 4 and x.stride(1) == 1 and not x.is_contiguous()
 
 
-def planes(x: Tensor) -> bool:
+def goes_by_planes(x: Tensor) -> bool:
     """Whether PyTorch's CPU kernels go through `(N, C, ...)` plane by plane: contiguous ones of several values, not in half precision."""
     contiguous = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous()
     return contiguous and x.shape[2:].numel() > 1
@@ -60,11 +60,10 @@ def planes(x: Tensor) -> bool:
 
 def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x scale + shift, of `(N, C, ...)` and `(C,)`."""
-    if not planes(x) or not x.numel():
+    if not goes_by_planes(x) or not x.numel():
         along = (1, -1, *[1] * (x.dim() - 2))
         return torch.addcmul(shift.view(along), x, scale.view(along))
     # With all values of an image in one row, and a channel's value repeated for its positions, one vectorised loop runs over them.
     scale, shift = (values.view(-1, 1).expand(-1, x.shape[2:].numel()).reshape(-1) for values in (scale, shift))
-    # Not as a view of rows: a layer may go on to work in place, which on views is slow or refused.
-    result: Tensor = torch.ops.aten._unsafe_view(torch.addcmul(shift, x.view(x.shape[0], -1), scale), x.shape)
-    return result
+    # Not as a view: see `attrreg.ops`.
+    return torch.ops.aten._unsafe_view(torch.addcmul(shift, x.view(x.shape[0], -1), scale), x.shape)

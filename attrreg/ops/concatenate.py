@@ -29,5 +29,4 @@ def concatenate(tensors: tuple[Tensor, ...] | list[Tensor], dim: int = 0, *, out
     alike = len({(part.dtype, part.dim()) for part in tensors}) == 1  # others are promoted, or are the old empty placeholders
     if out is not None or not alike or not tensors[0].is_floating_point() or not -tensors[0].dim() <= dim < tensors[0].dim():
         return torch.cat(tensors, dim, out=out)
-    result: Tensor = _Concatenate.apply(dim, *tensors)
-    return result
+    return _Concatenate.apply(dim, *tensors)

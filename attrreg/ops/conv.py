@@ -20,16 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from attrreg.ops import depthwise, patches, pointwise, sound, strided
-from attrreg.ops.channels import adjacent, dense, memory_format, of_convolution, suggested
+from attrreg.ops import depthwise, patches, pointwise, strided, supported
+from attrreg.ops.channels import channels_adjacent, convolution_format, dense, memory_format, suggested_format
 from attrreg.ops.linear import PLAIN, linear, product
 from attrreg.ops.phase import Phase, wanted
 from attrreg.ops.precision import as_autocast, autocasts
-from attrreg.ops.sound import each
+from attrreg.ops.supported import per_axis
 from attrreg.state import full_precision
 
 aten = torch.ops.aten
-
 PRODUCTS = (torch.float32, torch.float64)  # types in which matrix products can be faster
 
 
@@ -38,10 +37,10 @@ class Convolution:
     """The settings of a convolution, one number an axis, and how it is computed for images and weights of given shapes.
 
     Attributes:
-        patches: the kernel sees patches of several pixels that do not overlap: it is computed as a linear layer, and nothing below is used.
-        pixels: the kernel has one pixel and a stride of one: the output and the gradient of the images are matrix products (`pointwise`).
+        by_patches: patches of several pixels that do not overlap: it is computed as a linear layer (`patches`), and nothing below is used.
+        by_pixels: one pixel and a stride of one: the output and the gradient of the images are computed as matrix products (`pointwise`).
         channels_last: the results of these products are laid out with channels last.
-        remainders: the gradient of the images is computed by `strided`.
+        by_remainders: the gradient of the images is computed by `strided`.
         weight_product: computes the weights' gradient from that of the output, the images, the weights and this object. None: PyTorch does.
         unseen: how many pixels at the end of each padded axis the kernel does not reach because of its stride: the output padding of the
             transposed convolution that is the gradient of the images. None: `_InputGradient` takes that gradient.
@@ -53,34 +52,34 @@ class Convolution:
     output_padding: list[int]
     transposed: bool
     groups: int
-    patches: bool = False
-    pixels: bool = False
+    by_patches: bool = False
+    by_pixels: bool = False
     channels_last: bool = False
-    remainders: bool = False
+    by_remainders: bool = False
     weight_product: Callable[[Tensor, Tensor, Tensor, Convolution], Tensor] | None = None
     unseen: list[int] | None = None
 
     def convolve(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """y(x, w) + b."""
-        if torch.is_autocast_enabled(x.device.type):  # as in `backward`
+        if torch.is_autocast_enabled(x.device.type):  # entered only then: a context takes longer than to ask
             with full_precision(x.device):
                 return self.convolve(x, w, b)
-        if self.pixels:
+        if self.by_pixels:
             return pointwise.times(w.flatten(1), x, b, self.channels_last)
         return torch.convolution(x, w, b, self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
 
     def backward(self, gy: Tensor, x: Tensor, w: Tensor, image: bool, weight: bool) -> tuple[Tensor | None, Tensor | None]:
         """The gradients with respect to image and weight that are asked for."""
-        own = self.remainders or self.weight_product is not None
-        if own and torch.is_autocast_enabled(gy.device.type):  # a loop may call backward in it: it rounds products, not PyTorch's kernels
+        own = self.by_remainders or self.weight_product is not None
+        if own and torch.is_autocast_enabled(gy.device.type):  # where a loop calls backward: it would round products, not PyTorch's kernels
             with full_precision(gy.device):
                 return self.backward(gy, x, w, image, weight)
         gx = gw = None
-        if self.pixels:
+        if self.by_pixels:
             channels_last = memory_format(x) == torch.channels_last  # two layouts in one operation are slow, here and in layers before
             gy = gy.contiguous(memory_format=torch.channels_last) if channels_last else pointwise.copied_once(gy)
             gx = pointwise.input_gradient(gy, w, channels_last) if image else None
-        if image and self.remainders:
+        if image and self.by_remainders:
             gx = strided.input_gradient(gy, w, x.shape[2:], self.stride[0], self.padding)
         if weight and self.weight_product is not None:
             gw = self.weight_product(gy, x, w, self)
@@ -119,15 +118,15 @@ def _convolution(
     Args:
         image, weight: the shapes of the images, `(N, C, ...)`, and of the layer's weight.
         stride, padding, dilation, groups, output_padding: as PyTorch's functions take them, but lists as tuples, and padding in numbers.
-        products: whether to look for something faster than PyTorch's kernels.
+        products: whether products, or another layout, may be faster than PyTorch's kernels.
         channels_last: of 1x1 convolutions, PyTorch's output has channels last; of grouped ones, the images' channels lie side by side.
         transposed: whether it is a transposed convolution.
     """
     axes = len(weight) - 2
-    stride, padding, dilation, output_padding = (each(value, axes) for value in (stride, padding, dilation, output_padding))
+    stride, padding, dilation, output_padding = (per_axis(value, axes) for value in (stride, padding, dilation, output_padding))
     plain = Convolution(stride, padding, dilation, output_padding, transposed, groups)
-    if not transposed and patches.are(weight, stride, padding, dilation, groups):
-        return replace(plain, patches=True)
+    if not transposed and patches.are_disjoint(weight, stride, padding, dilation, groups):
+        return replace(plain, by_patches=True)
     if not products or transposed or 0 in image:
         return plain
     return _with_faster_kernels(plain, image, weight, channels_last)
@@ -139,11 +138,11 @@ def _with_faster_kernels(plain: Convolution, image: tuple[int, ...], weight: tup
     if set(weight[2:]) == {1} and groups == 1 and not any(plain.padding):
         images, weights = pointwise.by_products(image[0], plain.positions(image, weight), weight[1], weight[0], channels_last)
         if weights:
-            pixels = images and set(plain.stride) == {1}
-            return replace(plain, pixels=pixels, channels_last=pixels and channels_last, weight_product=_weight_of_pixels)
+            by_pixels = images and set(plain.stride) == {1}
+            return replace(plain, by_pixels=by_pixels, channels_last=by_pixels and channels_last, weight_product=_weight_of_pixels)
     elif len(weight) == 4:
         if strided.is_slow(image[1], weight[2:], plain.stride, plain.dilation, groups):
-            return replace(plain, remainders=True)
+            return replace(plain, by_remainders=True)
         # As in the last stage of a network on small images: PyTorch's library spends most of its time on reordering the many weights.
         if groups == 1 and image[0] * plain.positions(image, weight) <= weight[0] // 4:
             return replace(plain, weight_product=_weight_of_columns)
@@ -154,33 +153,32 @@ def _with_faster_kernels(plain: Convolution, image: tuple[int, ...], weight: tup
     return replace(plain, unseen=[rest for _, rest in plain.steps(image, weight)])
 
 
-def _weight_of_pixels(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor:
-    if set(settings.stride) != {1}:
+def _weight_of_pixels(gy: Tensor, x: Tensor, w: Tensor, kind: Convolution) -> Tensor:
+    if set(kind.stride) != {1}:
         channels_last = memory_format(x) == torch.channels_last
-        x = x[(slice(None), slice(None), *(slice(None, None, step) for step in settings.stride))]
+        x = x[(slice(None), slice(None), *(slice(None, None, step) for step in kind.stride))]
         if channels_last:
             gy, x = (images.contiguous(memory_format=torch.channels_last) for images in (gy, x))
     return pointwise.weight_gradient(gy, x, w)
 
 
-def _weight_of_columns(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor:
-    columns = F.unfold(x, tuple(w.shape[2:]), tuple(settings.dilation), tuple(settings.padding), tuple(settings.stride))
+def _weight_of_columns(gy: Tensor, x: Tensor, w: Tensor, kind: Convolution) -> Tensor:
+    columns = F.unfold(x, tuple(w.shape[2:]), tuple(kind.dilation), tuple(kind.padding), tuple(kind.stride))
     return product(gy.transpose(0, 1).flatten(1), columns.transpose(0, 1).flatten(1)).view(w.shape).data
 
 
-def _weight_of_channels(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor:
-    return depthwise.weight_gradient(gy, x, w, settings.stride, settings.padding, settings.dilation)
+def _weight_of_channels(gy: Tensor, x: Tensor, w: Tensor, kind: Convolution) -> Tensor:
+    return depthwise.weight_gradient(gy, x, w, kind.stride, kind.padding, kind.dilation)
 
 
-def _weight_in_channels_last(gy: Tensor, x: Tensor, w: Tensor, settings: Convolution) -> Tensor:
+def _weight_in_channels_last(gy: Tensor, x: Tensor, w: Tensor, kind: Convolution) -> Tensor:
     gy, x = (images.contiguous(memory_format=torch.channels_last) for images in (gy, x))
-    sizes = settings.stride, settings.padding, settings.dilation, False, settings.output_padding, settings.groups
-    gw: Tensor = aten.convolution_backward(gy, x, w, None, *sizes, [False, True, False])[1]
-    return gw
+    sizes = kind.stride, kind.padding, kind.dilation, False, kind.output_padding, kind.groups
+    return aten.convolution_backward(gy, x, w, None, *sizes, [False, True, False])[1]
 
 
 class _Convolve(Function):
-    """y(x, w) + b."""
+    """y(x, w) + b, `(N, out, ...)`, of x `(N, in, ...)`, w `(out, in / groups, ...)` (transposed: the other way round) and b `(out,)`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, kind: Convolution, phase: Phase) -> Tensor:
@@ -203,16 +201,15 @@ class _Convolve(Function):
 def _input_gradient(gy: Tensor, w: Tensor, like: Tensor, kind: Convolution, phase: Phase) -> Tensor:
     """gx(gy, w), with the shape and layout of `like`: where nothing is faster, by PyTorch's own node, which starts without Python."""
     if kind.unseen is None:
-        ours: Tensor = _InputGradient.apply(gy, w, like.detach(), kind, phase)
-        return ours
-    format = suggested(like)
-    if dense(gy) and suggested(gy) != format:  # what has gaps, as an expanded gradient, stays as it is: the graph would keep the copy too
+        return _InputGradient.apply(gy, w, like.detach(), kind, phase)
+    format = suggested_format(like)
+    if dense(gy) and suggested_format(gy) != format:  # one with gaps, as if expanded, stays: the graph would keep the copy too
         gy = gy.contiguous(memory_format=format)
     return torch.convolution(gy, w, None, kind.stride, kind.padding, kind.dilation, True, kind.unseen, kind.groups)
 
 
 class _InputGradient(Function):
-    """gx(gy, w)."""
+    """gx(gy, w), of the shape of `like`."""
 
     @staticmethod
     def forward(ctx: Any, gy: Tensor, w: Tensor, like: Tensor, kind: Convolution, phase: Phase) -> Tensor | None:
@@ -225,17 +222,17 @@ class _InputGradient(Function):
         gy, w = ctx.saved_tensors
         for_gy, for_w = wanted(ctx, 2)
         if not torch.is_grad_enabled():
-            v = pointwise.copied_once(v) if ctx.kind.pixels else v
-            ggy = ctx.kind.convolve(v, w, None) if for_gy else None
-            gw = ctx.kind.backward(gy, v, w, False, True)[1] if for_w else None
-            return ggy, gw, None, None, None
-        ggy = _Convolve.apply(v, w, None, ctx.kind, ctx.phase) if for_gy else None
-        gw = _WeightGradient.apply(gy, v, w.detach(), ctx.kind, ctx.phase) if for_w else None
-        return ggy, gw, None, None, None
+            v = pointwise.copied_once(v) if ctx.kind.by_pixels else v
+            d_gy = ctx.kind.convolve(v, w, None) if for_gy else None
+            d_w = ctx.kind.backward(gy, v, w, False, True)[1] if for_w else None
+            return d_gy, d_w, None, None, None
+        d_gy = _Convolve.apply(v, w, None, ctx.kind, ctx.phase) if for_gy else None
+        d_w = _WeightGradient.apply(gy, v, w.detach(), ctx.kind, ctx.phase) if for_w else None
+        return d_gy, d_w, None, None, None
 
 
 class _WeightGradient(Function):
-    """gw(gy, x)."""
+    """gw(gy, x), of the shape of `like`."""
 
     @staticmethod
     def forward(ctx: Any, gy: Tensor, x: Tensor, like: Tensor, kind: Convolution, phase: Phase) -> Tensor | None:
@@ -247,9 +244,9 @@ class _WeightGradient(Function):
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gy, x = ctx.saved_tensors
         for_gy, for_x = wanted(ctx, 2)
-        ggy = _Convolve.apply(x, v, None, ctx.kind, ctx.phase) if for_gy else None
-        gx = _InputGradient.apply(gy, v, x.detach(), ctx.kind, ctx.phase) if for_x else None
-        return ggy, gx, None, None, None
+        d_gy = _Convolve.apply(x, v, None, ctx.kind, ctx.phase) if for_gy else None
+        d_x = _InputGradient.apply(gy, v, x.detach(), ctx.kind, ctx.phase) if for_x else None
+        return d_gy, d_x, None, None, None
 
 
 def _hashable(value: Any) -> Any:
@@ -260,8 +257,9 @@ def _hashable(value: Any) -> Any:
 
 
 def _kind(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, *rest: Any) -> Convolution:
-    format = of_convolution(x, w) if groups == 1 and w.shape[2:].numel() == 1 else None
-    channels_last = (format == torch.channels_last) if groups == 1 else adjacent(x)  # read for 1x1 and grouped convolutions alone
+    """How to compute a convolution of these tensors; settings as of `_convolution`."""
+    format = convolution_format(x, w) if groups == 1 and w.shape[2:].numel() == 1 else None
+    channels_last = (format == torch.channels_last) if groups == 1 else channels_adjacent(x)  # read for 1x1 and grouped convolutions alone
     # On the CPU, in the types that its kernels for convolutions are slow in.
     products = x.device.type == "cpu" and x.dtype in PRODUCTS and format != torch.channels_last_3d
     return _convolution(x.shape, w.shape, stride, padding, dilation, groups, products, channels_last, *rest)
@@ -273,16 +271,15 @@ def _apply(x: Tensor, w: Tensor, b: Tensor | None, phase: Phase, *settings: Any)
     if x.dim() < w.dim():
         return _apply(x.unsqueeze(0), w, b, phase, *settings).squeeze(0)
     kind = _kind(x, w, *settings)
-    if kind.patches:
+    if kind.by_patches:
         return patches.convolve(phase, x, w, b)
-    if kind.pixels and kind.channels_last:
+    if kind.by_pixels and kind.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)  # products of pixels know whole images only
-    if kind.pixels and x.shape[2:].numel() == 1:  # a linear layer: nodes of PyTorch's own start faster than ours
+    if kind.by_pixels and x.shape[2:].numel() == 1:  # a linear layer: nodes of PyTorch's own start faster than ours
         y: Tensor = aten._unsafe_view(linear(phase, x.flatten(1), w.flatten(1), b), (x.shape[0], w.shape[0], *x.shape[2:]))
         # The same memory with other strides: a layer that makes larger images of it, as an upsampling, takes their layout from these.
         return y.clone(memory_format=torch.channels_last) if kind.channels_last else y
-    y = _Convolve.apply(x, w, b, kind, phase)
-    return y
+    return _Convolve.apply(x, w, b, kind, phase)
 
 
 def convolve(
@@ -298,10 +295,10 @@ def convolve(
 ) -> Tensor:
     """`F.conv1d`, `F.conv2d`, `F.conv3d`, of so many axes."""
     stride, padding, dilation = _hashable(stride), _hashable(padding), _hashable(dilation)
-    if not sound.convolves(sound.convolution, axes, input, weight, bias, stride, padding, dilation, groups):
+    if not supported.convolution(supported.convolution_shapes, axes, input, weight, bias, stride, padding, dilation, groups):
         return (F.conv1d, F.conv2d, F.conv3d)[axes - 1](input, weight, bias, stride, padding, dilation, groups)
     if padding == "same":
-        total = [d * (k - 1) for d, k in zip(each(dilation, axes), weight.shape[2:], strict=True)]
+        total = [d * (k - 1) for d, k in zip(per_axis(dilation, axes), weight.shape[2:], strict=True)]
         if any(t % 2 for t in total):  # the far side gets the one more
             input = F.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
         padding = tuple(t // 2 for t in total)
@@ -324,7 +321,7 @@ def convolve_if_faster(
     plain = type(input) in PLAIN and type(weight) in PLAIN and input.dtype == weight.dtype in PRODUCTS
     if plain and input.dim() == weight.dim() and not isinstance(padding, str) and not torch.is_autocast_enabled(input.device.type):
         settings = _hashable(stride), _hashable(padding), _hashable(dilation), groups
-        fits = sound.convolves(sound.convolution, 2, input, weight, bias, *settings)
+        fits = supported.convolution(supported.convolution_shapes, 2, input, weight, bias, *settings)
         if fits and _kind(input, weight, *settings).weight_product is not None:
             return _apply(input, weight, bias, phase, *settings)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -344,7 +341,7 @@ def convolve_transposed(
 ) -> Tensor:
     """`F.conv_transpose1d`, `F.conv_transpose2d`, `F.conv_transpose3d`, of so many axes."""
     stride, padding, output_padding, dilation = map(_hashable, (stride, padding, output_padding, dilation))
-    if not sound.convolves(sound.transposed, axes, input, weight, bias, stride, padding, output_padding, groups, dilation):
+    if not supported.convolution(supported.transposed_shapes, axes, input, weight, bias, stride, padding, output_padding, groups, dilation):
         function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[axes - 1]
         return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
     return _apply(input, weight, bias, phase, stride, padding, dilation, groups, True, output_padding)

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrreg.ops.channels import adjacent
+from attrreg.ops.channels import channels_adjacent
 from attrreg.ops.pointwise import as_rows
 
 WIDE_KERNEL = 5  # columns: narrower kernels have fast weight gradients, unless the image is smaller than the kernel
-EXCESS = 6  # how much wider than the kernel the image may be: beyond, products compute too much
+MAX_WIDTH_RATIO = 6  # of image to kernel: of wider images, products compute too much that is not asked for
 # Positions of an output, in all and for each image of the batch, up to which all their products are fast.
 FEW_POSITIONS, POSITIONS_PER_IMAGE = 100, 2
 
@@ -34,14 +34,14 @@ def is_slow(image: Sequence[int], kernel: Sequence[int], channels_last: bool) ->
 
     Args:
         image: `(H, W)`.
-        kernel: `(h, w)`.
+        kernel: `(kh, kw)`.
         channels_last: the images lie so already.
     """
-    (height, width), (high, wide) = image, kernel
-    narrow = width <= wide * EXCESS  # so that products do not compute too much
-    if narrow and (height < high or width < wide):
+    (height, width), (kh, kw) = image, kernel
+    narrow = width <= kw * MAX_WIDTH_RATIO  # so that products do not compute too much
+    if narrow and (height < kh or width < kw):
         return True, False
-    if channels_last or wide < WIDE_KERNEL:
+    if channels_last or kw < WIDE_KERNEL:
         return False, False
     return narrow, not narrow
 
@@ -49,8 +49,7 @@ def is_slow(image: Sequence[int], kernel: Sequence[int], channels_last: bool) ->
 def weight_gradient(gy: Tensor, x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
     """gw(gy, x), of the shape of w."""
     way = _by_positions if gy.shape[2:].numel() <= min(FEW_POSITIONS, POSITIONS_PER_IMAGE * gy.shape[0]) else _by_rows
-    found = way(gy, x, w.shape[2:], stride, padding, dilation)
-    return found.view(w.shape).data  # no view: PyTorch adds to it in place then
+    return way(gy, x, w.shape[2:], stride, padding, dilation).view(w.shape).data
 
 
 def _by_positions(
@@ -72,7 +71,7 @@ def _by_positions(
 
 def _channels(x: Tensor) -> Tensor:
     """The images of each channel, `(C, N, positions)`."""
-    if adjacent(x):  # transposing one dense matrix is fast, so what has gaps is copied first
+    if channels_adjacent(x):  # transposing one dense matrix is fast, so what has gaps is copied first
         return as_rows(x).contiguous().t().contiguous().view(x.shape[1], x.shape[0], -1)
     return x.flatten(2).transpose(0, 1)
 
@@ -80,20 +79,20 @@ def _channels(x: Tensor) -> Tensor:
 def _by_rows(
     gy: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    channels, (high, wide) = x.shape[1], kernel
+    channels, (kh, kw) = x.shape[1], kernel
     rows, columns = gy.shape[2:]
     # Rows before images, so that some of the rows of all images are one matrix without a copy.
     gy = gy.permute(1, 2, 0, 3).contiguous()
     x = F.pad(x, (padding[1], padding[1])).permute(1, 2, 0, 3).contiguous()
     height, width = x.shape[1], x.shape[3]
-    gw = gy.new_zeros(channels, high, wide)
-    for a in range(high):
+    gw = gy.new_zeros(channels, kh, kw)
+    for a in range(kh):
         offset = a * dilation[0] - padding[0]
         first, last = max(0, -(offset // stride[0])), min(rows - 1, (height - 1 - offset) // stride[0])
         if first > last:  # this row of the kernel only ever meets padding
             continue
         seen = x[:, first * stride[0] + offset : last * stride[0] + offset + 1 : stride[0]]
         products = torch.bmm(gy[:, first : last + 1].flatten(1, 2).mT, seen.flatten(1, 2))
-        diagonals = products.as_strided((channels, columns, wide), (columns * width, width + stride[1], dilation[1]))
+        diagonals = products.as_strided((channels, columns, kw), (columns * width, width + stride[1], dilation[1]))
         torch.sum(diagonals, 1, out=gw[:, a])
     return gw

@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from attrreg.ops.precision import wide, widely
+from attrreg.ops.precision import compute_dtype, in_compute_dtype
 
 TWO = (2, 2.0, None, "fro")
 BY_DIFFERENCES = "donot_use_mm_for_euclid_dist"
 MODES = ("use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", BY_DIFFERENCES)
-MANY = 2**24  # differences of values, from which on there is no tensor of them
+MAX_DIFFERENCES = 2**24  # of values, up to which there is a tensor of them
 
 
 def two_norm(x: Tensor, dim: Any, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     """sqrt(sum x^2)."""
     if dtype is not None:
         x = x.to(dtype)
-    if x.dtype != wide(x):  # which has room for the squares
-        return widely(two_norm, x, dim, keepdim)
+    if x.dtype != compute_dtype(x):  # which has room for the squares
+        return in_compute_dtype(two_norm, x, dim, keepdim)
     squared = x.square().sum(dim=dim, keepdim=keepdim)
     zero = squared == 0  # where sqrt has no derivatives
     return squared.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
@@ -43,8 +43,7 @@ def vector_norm(
 ) -> Tensor:
     """`torch.linalg.vector_norm`."""
     if ord != 2 or out is not None or not _widens(x, dtype):
-        result: Tensor = torch.linalg.vector_norm(x, ord, dim, keepdim, out=out, dtype=dtype)
-        return result
+        return torch.linalg.vector_norm(x, ord, dim, keepdim, out=out, dtype=dtype)
     return two_norm(x, dim, keepdim, dtype)
 
 
@@ -52,8 +51,7 @@ def norm(input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, 
     """`torch.norm`."""
     matrix = p == "fro" and isinstance(dim, Sequence) and len(dim) > 2  # of which there is none of so many axes
     if p not in TWO or matrix or out is not None or not _widens(input, dtype):
-        result: Tensor = torch.norm(input, p, dim, keepdim, out, dtype)
-        return result
+        return torch.norm(input, p, dim, keepdim, out, dtype)
     return two_norm(input, dim, keepdim, dtype)
 
 
@@ -64,8 +62,7 @@ def linalg_norm(
     axes = (0 if ord is None else A.dim()) if dim is None else len(dim) if isinstance(dim, Sequence) else 1
     fits = axes == 1 if ord == 2 else axes == 2 if ord == "fro" else axes < 3
     if ord not in TWO or not fits or out is not None or not _widens(A, dtype):
-        result: Tensor = torch.linalg.norm(A, ord, dim, keepdim, out=out, dtype=dtype)
-        return result
+        return torch.linalg.norm(A, ord, dim, keepdim, out=out, dtype=dtype)
     return two_norm(A, dim, keepdim, dtype)
 
 
@@ -105,12 +102,9 @@ def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = MODES[0]) 
     known = rows and x1.dtype == x2.dtype in (torch.float32, torch.float64) and p >= 0 and compute_mode in MODES
     if not (known and torch.is_grad_enabled() and (x1.requires_grad or x2.requires_grad)):  # as for the nearest code, which has no gradient
         return torch.cdist(x1, x2, p, compute_mode)
-    result: Tensor
-    if p == 2 and max(x1.numel() * x2.shape[-2], x2.numel() * x1.shape[-2]) > MANY:
-        result = _Euclidean.apply(x1, x2)
-        return result
+    if p == 2 and max(x1.numel() * x2.shape[-2], x2.numel() * x1.shape[-2]) > MAX_DIFFERENCES:
+        return _Euclidean.apply(x1, x2)
     difference = x1.unsqueeze(-2) - x2.unsqueeze(-3)
     if p == 2:
         return two_norm(difference, dim=-1)
-    result = torch.linalg.vector_norm(difference, p, dim=-1)
-    return result
+    return torch.linalg.vector_norm(difference, p, dim=-1)

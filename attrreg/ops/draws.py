@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attrreg.state import Rng
@@ -45,8 +44,7 @@ class Draws:
         known = training and p and (input.device.type == "cpu" or input.is_contiguous())
         noise = self._once(input, lambda like: function(torch.ones_like(like), p, True, inplace)) if known else None
         if noise is None:
-            plain: Tensor = function(input, p, training, inplace)
-            return plain
+            return function(input, p, training, inplace)
         return input.mul_(noise) if inplace else input * noise
 
     def bernoulli_(self, function: Any, input: Tensor, p: Any = 0.5, *, generator: torch.Generator | None = None) -> Tensor:
@@ -74,9 +72,3 @@ class Draws:
         finally:
             self.state = Rng.of(like.device)
             before.restore()
-
-
-KNOWN: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d), Draws.dropout),
-    Tensor.bernoulli_: Draws.bernoulli_,
-}

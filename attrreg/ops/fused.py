@@ -14,13 +14,13 @@ from torch import Tensor
 from attrreg.ops.channels import dense
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOST = 2**31 - 2**12  # values, which the kernels count in 32 bits
+MAX_VALUES = 2**31 - 2**12  # values, which the kernels count in 32 bits
 
 
 def kernels(*tensors: Tensor) -> Any | None:
     """The kernels, if they take these tensors: on CUDA, dense and laid out alike. None: go by PyTorch's operators."""
     first = tensors[0]
-    if not first.is_cuda or first.dtype not in TYPES or not 0 < first.numel() < MOST:
+    if not first.is_cuda or first.dtype not in TYPES or not 0 < first.numel() < MAX_VALUES:
         return None
     if any(type(tensor) is not Tensor for tensor in tensors):  # distributed, or otherwise without memory of its own
         return None
@@ -38,7 +38,7 @@ def _kernels(device: torch.device) -> Any | None:
     try:
         found = importlib.import_module("attrreg.ops.kernels")
         probe = torch.zeros(1, device=device)
-        found.smooth("SILU", probe, probe, probe)
+        found.activation("SILU", probe, probe, probe)
     except torch.OutOfMemoryError:  # which says nothing of the next call
         raise
     except Exception as error:  # for example no C compiler, which Triton needs on first use

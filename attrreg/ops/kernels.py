@@ -15,34 +15,34 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024
-LONGEST = 8192  # values of a row that one program can hold
-MOST_ROWS = 1024  # programs for rows, each of which leaves one partial sum for the scale
+MAX_ROW = 8192  # values that one program can hold
+MAX_PROGRAMS = 1024  # programs for rows, each of which leaves one partial sum for the scale
 ACTIVATIONS = ("SILU", "GELU", "TANH_GELU", "HARDSWISH")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _planes(x, u, gx, out, mu, r, g, v_xhat, gy_xhat, for_g, size, channels, inner, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _batch_norm(x, u, gx, out, mu, r, g, v_xhat, gy_xhat, d_g, size, channels, inner, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     channel = (at // inner) % channels
     deviation = tl.load(r + channel, inside)
     q = -deviation / count
-    slope = q * deviation * tl.load(g + channel, inside) * tl.load(for_g + channel, inside)
+    slope = q * deviation * tl.load(g + channel, inside) * tl.load(d_g + channel, inside)
     value = (tl.load(x + at, inside).to(tl.float32) - tl.load(mu + channel, inside)) * slope
     value += tl.load(u + at, inside).to(tl.float32) * (q * tl.load(gy_xhat + channel, inside))
     value += tl.load(gx + at, inside).to(tl.float32) * (q * tl.load(v_xhat + channel, inside))
     tl.store(out + at, value.to(out.dtype.element_ty), inside)
 
 
-def planes(
-    x: Tensor, for_gy: Tensor, gx: Tensor, mu: Tensor, r: Tensor, g: Tensor, v_xhat: Tensor, gy_xhat: Tensor, for_g: Tensor
+def batch_norm(
+    x: Tensor, d_gy: Tensor, gx: Tensor, mu: Tensor, r: Tensor, g: Tensor, v_xhat: Tensor, gy_xhat: Tensor, d_g: Tensor
 ) -> Tensor:
     """The second-order gradient of x of batch normalisation (see `batch_norm`) from those of gy and g; `(N, C, ...)`, laid out alike."""
     out, size, channels = torch.empty_like(x), x.numel(), x.shape[1]
     inner = x[0, 0].numel() if x.is_contiguous() else 1
     with _on(x):
         grid = (triton.cdiv(size, BLOCK),)
-        _planes[grid](x, for_gy, gx, out, mu, r, g, v_xhat, gy_xhat, for_g, size, channels, inner, size // channels, BLOCK=BLOCK)
+        _batch_norm[grid](x, d_gy, gx, out, mu, r, g, v_xhat, gy_xhat, d_g, size, channels, inner, size // channels, BLOCK=BLOCK)
     return out
 
 
@@ -52,7 +52,7 @@ def _sigmoid(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _smooth(v, gy, x, for_gy, for_x, count, KIND: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _activation(v, gy, x, d_gy, d_x, count, KIND: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     a, b, z = tl.load(v + at, inside).to(tl.float32), tl.load(gy + at, inside).to(tl.float32), tl.load(x + at, inside).to(tl.float32)
@@ -78,20 +78,20 @@ def _smooth(v, gy, x, for_gy, for_x, count, KIND: tl.constexpr, BLOCK: tl.conste
         between = (z > -3) & (z < 3)
         slope = tl.where(between, z / 3 + 0.5, tl.where(z >= 3, 1.0, 0.0))
         curvature = tl.where(between, 1.0 / 3, 0.0)
-    tl.store(for_gy + at, (a * slope).to(for_gy.dtype.element_ty), inside)
-    tl.store(for_x + at, (a * b * curvature).to(for_x.dtype.element_ty), inside)
+    tl.store(d_gy + at, (a * slope).to(d_gy.dtype.element_ty), inside)
+    tl.store(d_x + at, (a * b * curvature).to(d_x.dtype.element_ty), inside)
 
 
-def smooth(kind: str, v: Tensor, gy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def activation(kind: str, v: Tensor, gy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """v f'(x) and v gy f''(x) of one of `ACTIVATIONS`, of tensors laid out alike."""
-    for_gy, for_x, count = torch.empty_like(v), torch.empty_like(x), x.numel()
+    d_gy, d_x, count = torch.empty_like(v), torch.empty_like(x), x.numel()
     with _on(x):
-        _smooth[(triton.cdiv(count, BLOCK),)](v, gy, x, for_gy, for_x, count, KIND=kind, BLOCK=BLOCK)
-    return for_gy, for_x
+        _activation[(triton.cdiv(count, BLOCK),)](v, gy, x, d_gy, d_x, count, KIND=kind, BLOCK=BLOCK)
+    return d_gy, d_x
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rows(v, gy, x, g, mu, r, for_gy, for_x, for_g, rows, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _layer_norm(v, gy, x, g, mu, r, d_gy, d_x, d_g, rows, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     column = tl.arange(0, BLOCK)
     inside = column < count
     scale = tl.load(g + column, inside, other=0.0)
@@ -106,22 +106,22 @@ def _rows(v, gy, x, g, mu, r, for_gy, for_x, for_g, rows, count, BLOCK: tl.const
         gx = (scaled - tl.sum(scaled) / count - xhat * b_xhat) * deviation
         rpv = tl.where(inside, (a - tl.sum(a) / count - xhat * a_xhat) * deviation, 0.0)
         mean_phi = tl.sum(scaled * rpv) / count
-        tl.store(for_gy + at, scale * rpv, inside)
-        tl.store(for_x + at, -deviation * (b_xhat * rpv + a_xhat * gx + mean_phi * xhat), inside)
+        tl.store(d_gy + at, scale * rpv, inside)
+        tl.store(d_x + at, -deviation * (b_xhat * rpv + a_xhat * gx + mean_phi * xhat), inside)
         total += b * rpv
-    tl.store(for_g + tl.program_id(0) * count + column, total, inside)
+    tl.store(d_g + tl.program_id(0) * count + column, total, inside)
 
 
-def rows(v: Tensor, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm(v: Tensor, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The second-order gradients of gy, x and g of layer normalisation (see `norm`). Contiguous tensors, each row of g's shape."""
     count, g = g.numel(), g.contiguous()  # which the kernel reads in order
     lines = x.numel() // count
-    programs = min(lines, MOST_ROWS)
-    for_gy, for_x, for_g = torch.empty_like(v), torch.empty_like(x), g.new_empty(programs, count)
+    programs = min(lines, MAX_PROGRAMS)
+    d_gy, d_x, d_g = torch.empty_like(v), torch.empty_like(x), g.new_empty(programs, count)
     size = triton.next_power_of_2(count)
     with _on(x):
-        _rows[(programs,)](v, gy, x, g, mu, r, for_gy, for_x, for_g, lines, count, BLOCK=size, num_warps=8 if size > 2048 else 4)
-    return for_gy, for_x, for_g.sum(0).view(g.shape)
+        _layer_norm[(programs,)](v, gy, x, g, mu, r, d_gy, d_x, d_g, lines, count, BLOCK=size, num_warps=8 if size > 2048 else 4)
+    return d_gy, d_x, d_g.sum(0).view(g.shape)
 
 
 def _on(x: Tensor) -> Any:

@@ -1,4 +1,7 @@
-"""The replacements, active only inside the regularizer's own passes and the attached forward."""
+"""Which of PyTorch's functions are replaced by what: `TWICE` and `ONCE`; and the function mode that replaces them.
+
+It is on inside the regularizer's own passes and the attached forward only.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from attrreg.ops import activation, attention, batch_norm, concatenate, conv, distance, draws, linear, norm, pool, recurrent
+from attrreg.ops import activation, attention, batch_norm, concatenate, conv, distance, linear, norm, pool, recurrent
+from attrreg.ops.draws import Draws
 from attrreg.ops.phase import Phase
 from attrreg.ops.process import BY_MATH, attention_by, attention_kernels, checkpoints_recompute_inside, transformed
 
 
-def _drawn(function: Callable[..., Tensor], phase: Phase, *args: Any, **kwargs: Any) -> Tensor:
-    """A function that draws random numbers: as `Draws` of the pass says, if it has one that is not stopped."""
+def _drawn(function: Callable[..., Tensor], by_draws: Callable[..., Tensor], phase: Phase, *args: Any, **kwargs: Any) -> Tensor:
+    """A function that draws random numbers: by that method of the pass's `Draws`, if it has one that is not stopped."""
     if phase.draws is None or phase.draws.stopped:
         return function(*args, **kwargs)
-    return draws.KNOWN[function](phase.draws, function, *args, **kwargs)
+    return by_draws(phase.draws, function, *args, **kwargs)
 
 
 def _multi_head(phase: Phase, *args: Any, **settings: Any) -> Any:
@@ -74,7 +78,15 @@ TWICE: Replacements = {
     F.rms_norm: norm.rms_norm,
     F.normalize: norm.normalize,
     torch.lstm: recurrent.lstm,
-    **{function: partial(_drawn, function) for function in draws.KNOWN},
+    **{function: partial(_drawn, function, Draws.dropout) for function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)},
+    Tensor.bernoulli_: partial(_drawn, Tensor.bernoulli_, Draws.bernoulli_),
+}
+
+# Those that are faster also where they are differentiated once: `once` puts them in, inside the layers that gain.
+ONCE: Replacements = {
+    F.conv2d: conv.convolve_if_faster,
+    F.linear: linear.linear,
+    F.multi_head_attention_forward: lambda phase, *args, **settings: attention.multi_head(Replace(ONCE, phase), *args, **settings),
 }
 
 NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # NumPy's names of arguments, which PyTorch's functions take too

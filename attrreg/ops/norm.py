@@ -23,16 +23,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from attrreg.ops import fused, sound
-from attrreg.ops.channels import affine, suggested
+from attrreg.ops import fused, supported
+from attrreg.ops.channels import affine, suggested_format
 from attrreg.ops.distance import TWO
 from attrreg.ops.phase import Phase, once_differentiable, wanted
-from attrreg.ops.precision import wide, widely
+from attrreg.ops.precision import compute_dtype, in_compute_dtype
 
 aten = torch.ops.aten
 
 
 class _LayerNorm(Function):
+    """y, of x `(..., *shape)`, and g and b of this shape."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, g: Tensor, b: Tensor, shape: list[int], eps: float, phase: Phase) -> Tensor:
         y, mu, r = torch.native_layer_norm(x, shape, g, b, eps)
@@ -53,12 +55,13 @@ class _LayerNorm(Function):
 
 
 class _LayerNormInputGradient(Function):
+    """gx = r P(g gy)."""
+
     @staticmethod
     def forward(ctx: Any, gy: Tensor, x: Tensor, g: Tensor, mu: Tensor, r: Tensor, shape: list[int]) -> Tensor:
         ctx.save_for_backward(gy, x, g, mu, r)
         ctx.shape = shape
-        result: Tensor = aten.native_layer_norm_backward(gy, x, shape, mu, r, g, None, [True, False, False])[0]
-        return result
+        return aten.native_layer_norm_backward(gy, x, shape, mu, r, g, None, [True, False, False])[0]
 
     @staticmethod
     @once_differentiable
@@ -66,8 +69,8 @@ class _LayerNormInputGradient(Function):
         gy, x, g, mu, r = ctx.saved_tensors
         count = math.prod(ctx.shape)
         fast = fused.kernels(x, gy, v)
-        if fast is not None and count <= fast.LONGEST:
-            return *fast.rows(v, gy, x, g, mu, r), None, None, None
+        if fast is not None and count <= fast.MAX_ROW:
+            return *fast.layer_norm(v, gy, x, g, mu, r), None, None, None
         # Batch normalisation's kernel over rows as its channels: the same r P(u), which gives sum(u xhat) of each row with it.
         rows = (1, -1, count)
         shaped, mean, inverse, weight = x.view(rows), mu.view(-1), r.view(-1), g.reshape(-1)
@@ -77,11 +80,10 @@ class _LayerNormInputGradient(Function):
         torch.mul(gy.view(rows), rpv, out=product)  # a new tensor of this size costs as much as a pass over it
         products, share = product[0], -1 / count  # a and b are sums here
         phi = torch.addmv(mean, products, weight, beta=0, alpha=share)  # since sum(v gx) = sum(g gy r P(v)); no scalars, which take longer
-        for_x = (shaped - mean.view(-1, 1)).mul_((phi * inverse).mul_(inverse).view(-1, 1))
-        for_x.addcmul_(rpv, a.mul_(inverse).view(-1, 1), value=share).addcmul_(gx, b.mul_(inverse).view(-1, 1), value=share)
-        # No views go out: PyTorch adds what else is a gradient of the same tensor to these in place.
-        for_g = products.sum(0).view(ctx.shape).data if ctx.needs_input_grad[2] else None
-        return rpv.view(v.shape).data.mul_(g), for_x.view(x.shape).data, for_g, None, None, None
+        d_x = (shaped - mean.view(-1, 1)).mul_((phi * inverse).mul_(inverse).view(-1, 1))
+        d_x.addcmul_(rpv, a.mul_(inverse).view(-1, 1), value=share).addcmul_(gx, b.mul_(inverse).view(-1, 1), value=share)
+        d_g = products.sum(0).view(ctx.shape).data if ctx.needs_input_grad[2] else None
+        return rpv.view(v.shape).data.mul_(g), d_x.view(x.shape).data, d_g, None, None, None
 
 
 def _of_channels(u: Tensor, x: Tensor, mu: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,16 +102,15 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`F.layer_norm`."""
-    shaped = isinstance(normalized_shape, Sequence) and sound.with_parameters(input, normalized_shape, weight, bias)
+    shaped = isinstance(normalized_shape, Sequence) and supported.norm(input, normalized_shape, weight, bias)
     if not (shaped and input.numel()):  # the second derivative's kernel would divide by the number of its channels
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
-    if input.dtype != wide(input):  # PyTorch's second derivative has the cube of 1 / deviation
-        return widely(partial(layer_norm, phase), input, normalized_shape, weight, bias, eps)
+    if input.dtype != compute_dtype(input):  # PyTorch's second derivative has the cube of 1 / deviation
+        return in_compute_dtype(partial(layer_norm, phase), input, normalized_shape, weight, bias, eps)
     shape = list(normalized_shape)
     g = weight if weight is not None else input.new_ones(shape)
     b = bias if bias is not None else input.new_zeros(shape)
-    result: Tensor = _LayerNorm.apply(input.contiguous(), g, b, shape, eps, phase)
-    return result
+    return _LayerNorm.apply(input.contiguous(), g, b, shape, eps, phase)
 
 
 def group_norm(
@@ -123,14 +124,14 @@ def group_norm(
     """`F.group_norm`: a layer norm over each group, and a scale and shift a channel."""
     channels = input.shape[1] if input.dim() > 1 else 0
     divides = 0 < num_groups <= channels and channels % num_groups == 0 and input.numel() > num_groups  # a single value PyTorch refuses
-    if not (divides and sound.with_parameters(input, (channels,), weight, bias)):
+    if not (divides and supported.norm(input, (channels,), weight, bias)):
         return F.group_norm(input, num_groups, weight, bias, eps)
-    if input.dtype != wide(input):  # as in `layer_norm`; rounded once, as PyTorch's
-        return widely(partial(group_norm, phase), input, num_groups, weight, bias, eps)
+    if input.dtype != compute_dtype(input):  # as in `layer_norm`; rounded once, as PyTorch's
+        return in_compute_dtype(partial(group_norm, phase), input, num_groups, weight, bias, eps)
     grouped = input.reshape(len(input), num_groups, -1)
     y = layer_norm(phase, grouped, grouped.shape[2:], None, None, eps).reshape(input.shape)
     if input.device.type == "cpu":  # as PyTorch's there
-        y = y.contiguous(memory_format=suggested(input))
+        y = y.contiguous(memory_format=suggested_format(input))
     if weight is None and bias is None:
         return y
     scale = weight if weight is not None else y.new_ones(channels)
@@ -150,13 +151,13 @@ def instance_norm(
 ) -> Tensor:
     """`F.instance_norm`: a group norm of one channel a group, where nothing is kept for later images."""
     own = use_input_stats and running_mean is None and running_var is None
-    fits = input.dim() > 1 and sound.with_parameters(input, input.shape[1:2], weight, bias)
+    fits = input.dim() > 1 and supported.norm(input, input.shape[1:2], weight, bias)
     # PyTorch refuses a single position.
     if not (own and fits and input.numel() and eps > 0) or input.shape[2:].numel() == 1:
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     x = input.contiguous()
     # The norm does not change, nor do its derivatives, but a layer norm's kernel loses digits where means are large.
-    if x.dtype == wide(x):
+    if x.dtype == compute_dtype(x):
         x = x - x.detach().mean(tuple(range(2, x.dim())), keepdim=True)
     return group_norm(phase, x, input.shape[1], weight, bias, eps).to(input.dtype)
 
@@ -200,6 +201,8 @@ class _Divided(Function):
 
 
 class _DividedInputGradient(Function):
+    """gx = r P(u)."""
+
     @staticmethod
     def forward(ctx: Any, gy: Tensor, x: Tensor, g: Tensor | None, r: Tensor, q: Tensor, axes: Any) -> Tensor:
         gx, m_u = _projected(_weighted(gy, g), x, r, q, axes)
@@ -213,11 +216,11 @@ class _DividedInputGradient(Function):
         gy, x, g, r, q, m_u = ctx.saved_tensors
         u = _weighted(gy, g)
         rpv, m_v = _projected(v, x, r, q, ctx.axes)
-        for_g = (gy * rpv).sum_to_size(g.shape) if ctx.needs_input_grad[2] else None
+        d_g = (gy * rpv).sum_to_size(g.shape) if ctx.needs_input_grad[2] else None
         squared, v_u = r.square(), (v * u).sum(ctx.axes, keepdim=True)
-        for_x = x * (3 * r * m_v * m_u).sub_(v_u.mul_(q)).mul_(squared)
-        for_x.addcmul_(v, m_u * squared, value=-1).addcmul_(u, m_v * squared, value=-1)
-        return rpv if g is None else rpv.mul_(g), for_x, for_g, None, None, None
+        d_x = x * (3 * r * m_v * m_u).sub_(v_u.mul_(q)).mul_(squared)
+        d_x.addcmul_(v, m_u * squared, value=-1).addcmul_(u, m_v * squared, value=-1)
+        return rpv if g is None else rpv.mul_(g), d_x, d_g, None, None, None
 
 
 def _weighted(gy: Tensor, g: Tensor | None) -> Tensor:
@@ -235,26 +238,25 @@ def rms_norm(
 ) -> Tensor:
     """`F.rms_norm`."""
     shape = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else ()
-    if not (shape and input.shape[-len(shape) :] == shape and sound.with_parameters(input, shape, weight)):
+    if not (shape and input.shape[-len(shape) :] == shape and supported.norm(input, shape, weight)):
         return F.rms_norm(input, normalized_shape, weight, eps)
-    if input.dtype != wide(input):  # as in `layer_norm`
-        return widely(partial(rms_norm, phase), input, normalized_shape, weight, eps)
+    if input.dtype != compute_dtype(input):  # as in `layer_norm`
+        return in_compute_dtype(partial(rms_norm, phase), input, normalized_shape, weight, eps)
     axes, added = list(range(-len(shape), 0)), torch.finfo(input.dtype).eps if eps is None else eps
 
     def factors(x: Tensor) -> tuple[Tensor, Tensor]:
         r = x.square().mean(axes, keepdim=True).add_(added).rsqrt_()
         return r, r / math.prod(shape)
 
-    result: Tensor = _Divided.apply(input.contiguous(memory_format=suggested(input)), weight, axes, factors, phase)
-    return result
+    return _Divided.apply(input.contiguous(memory_format=suggested_format(input)), weight, axes, factors, phase)
 
 
 def normalize(phase: Phase, input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None) -> Tensor:
     """`F.normalize`: x / max(||x||, eps). At zero its second derivative is zero, of which PyTorch makes NaN."""
     if p not in TWO or out is not None or isinstance(eps, Tensor) or not input.is_floating_point():
         return F.normalize(input, p, dim, eps, out)
-    if input.dtype != wide(input):  # which has room for eps squared
-        return widely(partial(normalize, phase), input, p, dim, eps)
+    if input.dtype != compute_dtype(input):  # which has room for eps squared
+        return in_compute_dtype(partial(normalize, phase), input, p, dim, eps)
 
     def factors(x: Tensor) -> tuple[Tensor, Tensor]:
         squared = x.square().sum(dim, keepdim=True)
@@ -262,5 +264,4 @@ def normalize(phase: Phase, input: Tensor, p: float = 2.0, dim: Any = 1, eps: fl
         r = squared.clamp_min(floor).rsqrt_()
         return r, aten.threshold_backward(r, squared, floor)  # 0 where it is not above
 
-    result: Tensor = _Divided.apply(input, None, dim, factors, phase)
-    return result
+    return _Divided.apply(input, None, dim, factors, phase)

@@ -1,4 +1,4 @@
-"""The operators of a pass: a few faster ones where it is differentiated once, and then those that can be differentiated twice."""
+"""The operators of a pass: those of `modes.ONCE` where it is differentiated once, and then those that can be differentiated twice."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from attrreg.ops import attention, conv, depthwise, linear, pointwise
-from attrreg.ops.modes import Replace, Replacements, set_stack, take_off, twice_differentiable
+from attrreg.ops import depthwise, linear, pointwise
+from attrreg.ops.modes import ONCE, Replace, set_stack, take_off, twice_differentiable
 from attrreg.ops.phase import Phase
 from attrreg.ops.process import checkpoints_recompute_inside
 from attrreg.walk import modules, runs_whole
@@ -39,11 +38,11 @@ def operators(model: nn.Module, phase: Phase, twice: bool, at_once: bool) -> Ite
         if twice:
             steps.append(entered.enter_context(twice_differentiable(phase, at_once)))
 
-        def go_on() -> None:
+        def start_twice() -> None:
             for step in steps:
                 step()
 
-        yield go_on
+        yield start_twice
 
 
 @contextmanager
@@ -63,18 +62,8 @@ def _whole(encoder: nn.Module) -> Iterator[None]:
         yield
 
 
-def _multi_head(phase: Phase, *args: Any, **settings: Any) -> Any:
-    return attention.multi_head(Replace(FASTER, phase), *args, **settings)
-
-
-FASTER: Replacements = {
-    F.conv2d: conv.convolve_if_faster,
-    F.linear: linear.linear,
-    F.multi_head_attention_forward: _multi_head,
-}
-
-
 def _may_gain(layer: nn.Module) -> bool:
+    """Whether a layer may be faster by `modes.ONCE`, as far as its settings tell."""
     if isinstance(layer, nn.MultiheadAttention):
         layer = getattr(layer, "out_proj", layer)
     if not isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -103,10 +92,10 @@ def _faster(layers: Sequence[nn.Module], phase: Phase) -> Iterator[Callable[[], 
     Such a block is recomputed when all this is over, and has to compute the same then. The mode is on inside these layers and nowhere
     else: PyTorch calls a mode for every operation, which costs a few percent of a pass of small layers.
     """
-    mode, there = Replace(FASTER, phase), True
+    mode, active = Replace(ONCE, phase), True
 
     def before(layer: nn.Module, args: Any) -> None:
-        if there and _gains(layer, args):
+        if active and _gains(layer, args):
             _push_mode(mode)
 
     def after(layer: nn.Module, args: Any, output: Any) -> None:
@@ -114,8 +103,8 @@ def _faster(layers: Sequence[nn.Module], phase: Phase) -> Iterator[Callable[[], 
             _pop_mode()
 
     def leave() -> None:
-        nonlocal there
-        there = False
+        nonlocal active
+        active = False
 
     with ExitStack() as exits:
         exits.callback(take_off, mode)  # which is on where a layer failed

@@ -36,7 +36,7 @@ def _takes_rows(x: Tensor) -> bool:
 
 
 def copied_once(x: Tensor) -> Tensor:
-    """Images that several products will read: copied now to the order of rows if `_takes_rows`, so that each product need not copy them."""
+    """Images for several products: with channels last if these take rows, so that each product need not copy them."""
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and _takes_rows(x) else x
 
 
@@ -48,8 +48,7 @@ def as_rows(x: Tensor) -> Tensor:
 def times(matrix: Tensor, x: Tensor, b: Tensor | None, channels_last: bool) -> Tensor:
     """A matrix `(out, in)` times the channels of each position of images `(N, in, ...)`, plus the bias b.
 
-    Where all positions are rows of one product, the result is laid out as `channels_last` says. It is no view: autograd functions must not
-    return one.
+    Where all positions are rows of one product, the result is laid out as `channels_last` says.
     """
     n, out, places = x.shape[0], matrix.shape[0], x.shape[2:]
     if not _takes_rows(x):
@@ -65,8 +64,10 @@ def times(matrix: Tensor, x: Tensor, b: Tensor | None, channels_last: bool) -> T
 
 def input_gradient(gy: Tensor, w: Tensor, channels_last: bool) -> Tensor:
     """gx(gy, w), laid out as said."""
-    # Of a transposed matrix, products with each image are slow.
-    return times(w.flatten(1).t() if _takes_rows(gy) else w.flatten(1).t().contiguous(), gy, None, channels_last)
+    matrix = w.flatten(1).t()
+    if not _takes_rows(gy):
+        matrix = matrix.contiguous()  # products of a transposed matrix with each image are slow
+    return times(matrix, gy, None, channels_last)
 
 
 def weight_gradient(gy: Tensor, x: Tensor, w: Tensor) -> Tensor:

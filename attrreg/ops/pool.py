@@ -13,20 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from attrreg.ops.channels import planes, suggested
+from attrreg.ops.channels import goes_by_planes, suggested_format
 
 aten = torch.ops.aten
 
-MIN_CHANNELS = 8  # as many as a vector holds, from which on it is worth two copies
-MIN_VALUES = 2**16  # values, from which on it is worth two copies
-VALUES_AT_ONCE = 2**20  # values in one copy, so that it stays in the cache
+MIN_CHANNELS, MIN_VALUES = 8, 2**16  # from which on it is worth two copies; a vector holds eight channels
+VALUES_AT_ONCE = 2**20  # copied at once, so that the copy stays in the cache
 
 
 class _MaxPool(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *settings: Any) -> Tensor:
         """Of `(N, C, H, W)`; settings: kernel, stride, padding, dilation, whether to round up."""
-        format = suggested(x)
+        format = suggested_format(x)
         parts = [x] if format == torch.channels_last else x.split(max(1, VALUES_AT_ONCE // x[0].numel()))
         pooled = []
         for part in parts:
@@ -35,8 +34,7 @@ class _MaxPool(Function):
         y, indices = (torch.cat(found) if len(found) > 1 else found[0] for found in zip(*pooled, strict=True))
         ctx.save_for_backward(x, indices)
         ctx.settings = settings
-        result: Tensor = y
-        return result
+        return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
@@ -54,12 +52,11 @@ def max_pool2d(
     return_indices: bool = False,
 ) -> Tensor:
     """`F.max_pool2d`. `return_indices` is always False: with indices it is another function, which is not replaced."""
-    ours = input.dim() == 4 and input.numel() >= MIN_VALUES and input.shape[1] >= MIN_CHANNELS and planes(input)  # worth two copies
-    if not ours:  # with channels last nothing is copied; it is ours so that no zeros go back
-        ours = input.device.type == "cpu" and suggested(input) == torch.channels_last
+    copied = input.dim() == 4 and input.numel() >= MIN_VALUES and input.shape[1] >= MIN_CHANNELS and goes_by_planes(input)
+    # With channels last nothing is copied: ours only so that no zeros go back.
+    ours = copied or (input.device.type == "cpu" and suggested_format(input) == torch.channels_last)
     settings = kernel_size, [] if stride is None else stride, padding, dilation
     # PyTorch takes NumPy's numbers and tensors too, `torch.ops` does not.
     if not ours or not all(isinstance(setting, (int, tuple, list)) for setting in settings):
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
-    result: Tensor = _MaxPool.apply(input, *settings, ceil_mode)
-    return result
+    return _MaxPool.apply(input, *settings, ceil_mode)

@@ -11,15 +11,15 @@ from torch import Tensor
 from attrreg.state import full_precision
 
 
-def wide(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The type to compute in, float32 at least: half types have no room for the powers that second derivatives are made of."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def widely(function: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+def in_compute_dtype(function: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
     """Call a function of half types in float32, and round its result once; under a GPU's autocast it stays float32, as PyTorch's."""
-    y, kind = _cast(function, wide(x), x, *rest), x.device.type
-    return y if kind in ("cuda", "xpu") and torch.is_autocast_enabled(kind) else y.to(x.dtype)
+    y, device = _cast(function, compute_dtype(x), x, *rest), x.device.type
+    return y if device in ("cuda", "xpu") and torch.is_autocast_enabled(device) else y.to(x.dtype)
 
 
 def autocasts(x: Tensor) -> bool:

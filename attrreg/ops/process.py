@@ -30,12 +30,12 @@ class _Setting:
     @contextmanager
     def __call__(self) -> Iterator[Callable[[Any], None]]:
         """Yields what changes it, until the end."""
-        own, changed = threading.get_ident(), False
+        thread, changed = threading.get_ident(), False
         with self._lock:
             before = self._get()
             if not self._uses:
                 self._first, self._changed = before, False
-            self._uses[own] += 1
+            self._uses[thread] += 1
 
         def put(value: Any) -> None:
             nonlocal changed
@@ -47,12 +47,12 @@ class _Setting:
             yield put
         finally:
             with self._lock:
-                self._uses[own] -= 1
+                self._uses[thread] -= 1
                 self._uses += Counter()  # drops those at zero
                 if not self._uses and self._changed:
                     self._put(self._first)
-                elif changed and own in self._uses:
-                    self._put(before)  # else another thread goes on, with what it needs, which is the same
+                elif changed and thread in self._uses:
+                    self._put(before)  # else the setting is left for the other threads, which need the same
 
 
 attention_kernels = _Setting(_cur_sdpa_kernel_backends, _sdpa_kernel)
@@ -83,6 +83,7 @@ _thread = _Thread()
 
 
 def _framed(recompute_fn: Callable[..., None], *rest: Any) -> Any:
+    """A checkpointed block's frame, as PyTorch makes one at the block's start, whose recomputation runs inside the contexts."""
     for context, start in reversed(_thread.inside):
         start()
         recompute_fn = _recomputing(recompute_fn, context, start)

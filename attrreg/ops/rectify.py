@@ -42,5 +42,4 @@ class _Rectified(Function):
 
 def rectify(x: Tensor, rule: Rule, phase: Phase) -> Tensor:
     """ReLU of x, whose inner backward follows a rule and whose outer backward is the derivative."""
-    y: Tensor = _Rectified.apply(x, rule, phase)
-    return y
+    return _Rectified.apply(x, rule, phase)

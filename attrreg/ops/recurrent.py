@@ -66,7 +66,7 @@ class _Steps(NamedTuple):
         return _Steps(before, a, steep, slopes, by_cell, a * slopes[..., 3, :], o * steep)
 
 
-def _back(
+def _first_order(
     gh: Tensor, gc: Tensor | None, ggates: Tensor | None, w: Tensor, c0: Tensor, cells: Tensor, gates: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The first order: dp, dh and dc of all steps, and h* and c* of what was before the first."""
@@ -120,18 +120,20 @@ class _Recurrence(Function):
             if torch.is_grad_enabled():
                 dp, h, c = _RecurrenceGradient.apply(gh, gc, ggates, w, c0, cells, gates)
             else:
-                dp, _, _, h, c = _back(gh, gc, ggates, w, c0, cells, gates)
+                dp, _, _, h, c = _first_order(gh, gc, ggates, w, c0, cells, gates)
             for_p, for_w = wanted(ctx, 2)
             gw = _over_steps(dp, torch.cat((h0[None], hidden[:-1]))) if for_w else None
         return dp if for_p else None, gw, h, c, None
 
 
 class _RecurrenceGradient(Function):
+    """dp of all steps, and h* and c* of what was before the first."""
+
     @staticmethod
     def forward(
         ctx: Any, gh: Tensor, gc: Tensor | None, ggates: Tensor | None, w: Tensor, c0: Tensor, cells: Tensor, gates: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dp, dh, dc, h, c = _back(gh, gc, ggates, w, c0, cells, gates)
+        dp, dh, dc, h, c = _first_order(gh, gc, ggates, w, c0, cells, gates)
         ctx.save_for_backward(w, c0, cells, gates, dp, dh, dc)
         return dp, h, c
 
@@ -152,16 +154,16 @@ class _RecurrenceGradient(Function):
         # The results are written over e. addcmul and add: a + b c and 1 - 2 a, each in one pass over memory.
         se, one = steps.slopes.mul_(e), e.new_ones(())
         se_i, se_f, se_g, se_o = se.unbind(-2)
-        for_cells = torch.addcmul(se_o, steps.a * o, x[1:], value=-2).mul_(steps.steep).mul_(dh)
+        d_cells = torch.addcmul(se_o, steps.a * o, x[1:], value=-2).mul_(steps.steep).mul_(dh)
         torch.addcmul(se_i, g * i, e_g, value=-2, out=e_g).mul_(dc)
         of_cells = (e_i, i, g, se_g, dc), (e_f, f, steps.before, x[:-1], dc)
         for e_k, gate, factor, rest, d in (*of_cells, (e_o, o, steps.a, steps.steep * x[1:], dh)):
             torch.addcmul(rest, torch.add(one, gate, alpha=-2).mul_(factor), e_k, out=e_k).mul_(d)
-        for_before = se_f * dc
-        for_cells[:-1] += for_before[1:]
-        for_gc = x[1:].data if ctx.needs_input_grad[1] else None  # no views: PyTorch adds to it in place
-        gw = _over_steps(dp, y[:-1]) if ctx.needs_input_grad[3] else None
-        return y[1:].data, for_gc, None, gw, for_before[0], for_cells, e
+        d_before = se_f * dc
+        d_cells[:-1] += d_before[1:]
+        d_gc = x[1:].data if ctx.needs_input_grad[1] else None
+        d_w = _over_steps(dp, y[:-1]) if ctx.needs_input_grad[3] else None
+        return y[1:].data, d_gc, None, d_w, d_before[0], d_cells, e
 
 
 def lstm(phase: Phase, *args: Any, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,8 +172,7 @@ def lstm(phase: Phase, *args: Any, **settings: Any) -> tuple[Tensor, Tensor, Ten
     PyTorch's own with packed sequences, projections, dropout between layers, half types and autocast, and where there is no graph.
     """
     if not (torch.is_grad_enabled() and _fits(*args, **settings)):
-        plain: tuple[Tensor, Tensor, Tensor] = torch.lstm(*args, **settings)
-        return plain
+        return torch.lstm(*args, **settings)
     x, (h0, c0), weights, biased, layers, _, _, both, batch_first = args
     x = x.transpose(0, 1) if batch_first else x
     directions, count, last = 1 + both, 4 if biased else 2, []
