@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from attrreg.evidence import packages
-from attrreg.evidence.data import Split, Task, dilate
+from attrreg.evidence.data import Split, Task, dilate, first_of_each
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -98,10 +98,7 @@ def _compose(
 ) -> Split:
     """Images with their groups: classes alike, and backgrounds in each class as the correlation says."""
     labels = torch.arange(count) % 2
-    fitting = torch.zeros(count, dtype=torch.bool)
-    for label in (0, 1):
-        own = (labels == label).nonzero()[:, 0]
-        fitting[own[: round(correlation * len(own))]] = True
+    fitting = first_of_each(labels, lambda count: round(correlation * count))
     water = torch.where(fitting, labels, 1 - labels)
     images, masks = [], []
     for label, place in zip(labels.tolist(), water.tolist(), strict=True):
