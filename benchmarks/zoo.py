@@ -21,7 +21,7 @@ from dataclasses import asdict
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -30,9 +30,9 @@ from attrreg.evidence.ledger import mend, whole_lines
 from attrreg.progress import bar
 from benchmarks import zoo_report
 from benchmarks.zoo_models import Entry, catalog, ranked
+from benchmarks.zoo_report import Record
 
 FORKS = multiprocessing.get_context("forkserver")  # imports torch, timm and torchvision once for all
-Record = dict[str, Any]
 
 
 def main(
