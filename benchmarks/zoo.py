@@ -88,7 +88,7 @@ def _measure(
 def _named(entries: list[Entry], names: list[str]) -> list[Entry]:
     chosen = [entry for entry in entries if entry.name in names or entry.key in names]
     if len(chosen) < len(names):
-        raise typer.BadParameter(f"found only {[entry.key for entry in chosen]}", param_hint="--only")
+        raise typer.BadParameter(f"found only {[entry.key for entry in chosen]}. Write timm/NAME or torchvision/NAME.", param_hint="--only")
     return chosen
 
 
