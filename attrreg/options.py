@@ -46,7 +46,8 @@ def check_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(f"{name!r} cannot be used here ({str(error).splitlines()[0]}).", param_hint="--device") from None
+        said = str(error).splitlines()[0]
+        raise typer.BadParameter(f"{name!r} cannot be used here ({said}). Name another, such as cpu.", param_hint="--device") from None
     return device
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from attrreg import InputGradient, metrics, objectives
 from attrreg.environment import environment, sentence
 from attrreg.evidence.data import Split, Task
-from attrreg.evidence.ledger import cores, mend, processes, whole_lines
+from attrreg.evidence.ledger import add_line, cores, processes, whole_lines
 from attrreg.evidence.methods import Method
 from attrreg.evidence.shortcuts import decoy_fashion_mnist, decoy_mnist
 from attrreg.evidence.training import Budget, predict, train
@@ -156,19 +156,15 @@ def load() -> dict[str, dict[str, Any]]:
 def measure() -> None:
     """Train what is missing, one training a core at a time. One that fails does not stop the others."""
     done = load()
-    mend(RESULTS)
     todo = [row for row in rows() if row.name not in done]
     failed: list[Exception] = []
     with processes(cores()) as pool:
         waiting = [pool.submit(run, row) for row in todo]
         for future in track(as_completed(waiting), total=len(todo), description="training"):
             try:
-                line = json.dumps(future.result())
+                add_line(RESULTS, json.dumps(future.result()))
             except Exception as error:  # what it was is said at the end
                 failed.append(error)
-                continue
-            with RESULTS.open("a") as file:
-                file.write(line + "\n")
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(todo)} trainings failed. The others are in {RESULTS}; a new run goes on.") from failed[0]
 

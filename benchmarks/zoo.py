@@ -21,18 +21,18 @@ from dataclasses import asdict
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from attrreg.evidence.ledger import mend, whole_lines
+from attrreg.evidence.ledger import add_line, whole_lines
 from attrreg.progress import bar
 from benchmarks import zoo_report
 from benchmarks.zoo_models import Entry, catalog, ranked
+from benchmarks.zoo_report import Record
 
 FORKS = multiprocessing.get_context("forkserver")  # imports torch, timm and torchvision once for all
-Record = dict[str, Any]
 
 
 def main(
@@ -76,11 +76,10 @@ def _measure(
     """Check the models that the file does not have yet; returns all records by key."""
     records = _read(file, again)
     todo = sorted((entry for entry in chosen if entry.key not in records), key=lambda entry: entry.params)
-    with bar(console, len(chosen)) as advance, file.open("a") as lines:
+    with bar(console, len(chosen)) as advance:
         advance("models", len(chosen) - len(todo))
         for record in run(todo):
-            lines.write(json.dumps(record) + "\n")
-            lines.flush()
+            add_line(file, json.dumps(record))
             records[record["key"]] = record
             advance(record["key"], 1)
     return records
@@ -89,13 +88,12 @@ def _measure(
 def _named(entries: list[Entry], names: list[str]) -> list[Entry]:
     chosen = [entry for entry in entries if entry.name in names or entry.key in names]
     if len(chosen) < len(names):
-        raise typer.BadParameter(f"found only {[entry.key for entry in chosen]}", param_hint="--only")
+        raise typer.BadParameter(f"found only {[entry.key for entry in chosen]}. Write timm/NAME or torchvision/NAME.", param_hint="--only")
     return chosen
 
 
 def _read(file: Path, again: bool) -> dict[str, Record]:
     """What was measured already; the last line of a model counts."""
-    mend(file)  # lines will be added to it
     records = {record["key"]: record for record in map(json.loads, whole_lines(file))}
     return {key: record for key, record in records.items() if not again or zoo_report.passed(record)}
 

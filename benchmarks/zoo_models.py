@@ -14,7 +14,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from attrreg.evidence.ledger import mend, whole_lines
+from attrreg.evidence.ledger import add_line, whole_lines
 
 CLASSES = 5
 SIZES = (64, 96, 126, 128)  # 126: patches of 14, in threes
@@ -60,17 +60,15 @@ def catalog(cache: Path, note: Callable[[str], None] = lambda text: None) -> lis
         cache: a file of one JSON line a model.
         note: told what is being counted.
     """
-    mend(cache)
     entries = [Entry(**json.loads(line)) for line in whole_lines(cache)]
     known = {(entry.library, entry.name): entry for entry in entries}
     found = []
-    with cache.open("a") as file:
-        for library, family, name in _names():
-            if (library, name) not in known:
-                note(name)
-                known[library, name] = entry = Entry(library, family, name, _count(library, name))
-                file.write(json.dumps(asdict(entry)) + "\n")
-            found.append(known[library, name])
+    for library, family, name in _names():
+        if (library, name) not in known:
+            note(name)
+            known[library, name] = entry = Entry(library, family, name, _count(library, name))
+            add_line(cache, json.dumps(asdict(entry)))
+        found.append(known[library, name])
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -107,7 +108,7 @@ def _result(record: Record, kind: str) -> Record | None:
 def _row(record: Record) -> list[str]:
     words = {"pass": "ok", "refused": "*refused*", "fail": "**fails**", "unusable": "-"}
     results, cam = record["results"], _result(record, "GradCAM") or {"layer": "", "shape": (), "aligned": (-1, 1.0)}
-    worst = max((result["agreement"] for result in results if result["agreement"] == result["agreement"]), default=None)
+    worst = max((result["agreement"] for result in results if not math.isnan(result["agreement"])), default=None)
     right, contrast = cam["aligned"]
     return [
         f"`{record['key'].removeprefix('timm/')}`",

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from attrreg.evidence import models, packages, stampbirds
@@ -119,7 +120,7 @@ def stamps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def colours(images: Tensor) -> Tensor:
     """Back to bytes."""
-    whole = images * torch.tensor(stampbirds.STD).view(3, 1, 1) + torch.tensor(stampbirds.MEAN).view(3, 1, 1)
+    whole = images * torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1) + torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1)
     return (255 * whole).round().long()
 
 

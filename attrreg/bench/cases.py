@@ -102,8 +102,8 @@ def create(name: str, size: int = 224) -> nn.Module:
     own = name.removeprefix(TORCHVISION)
     if name.startswith(TORCHVISION):
         there, make, sized = own in known, torchvision.models.get_model, {"image_size": size}
-    else:  # what follows a dot names pretrained weights
-        there, make, sized = timm.is_model(name.split(".")[0]), timm.create_model, {"img_size": size}
+    else:
+        there, make, sized = timm.is_model(name), timm.create_model, {"img_size": size}
     if not there and name in known:
         raise LookupError(f"timm has no model {name!r}, but torchvision has. Write {TORCHVISION}{name}.")
     if not there:

@@ -10,10 +10,11 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -94,7 +95,7 @@ def costs(steps: Mapping[str, Step], rounds: int, warmup: int, note: Callable[[f
     result = {}
     for name in steps:
         ratios = [1.0 if name == plain else own / base for own, base in zip(times[name], bases, strict=True)]
-        low, middle, high = _quartiles(ratios)
+        low, middle, high = numpy.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
         result[name] = Cost(
             ratio=middle,
             low=low,
@@ -127,13 +128,6 @@ def _timed(step: Step) -> float:
 def _wait(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
 
 
 def peak(step: Step) -> int:

@@ -284,10 +284,7 @@ def _grad_cams(case: Case) -> list[Strategy]:
 
 def _is_nchw(case: Case, layer: str) -> bool:
     """Whether Captum reads this layer as it is: it takes the second axis for channels."""
-    shapes: list[tuple[int, ...]] = []
-    with case.model.get_submodule(layer).register_forward_hook(lambda module, args, out: shapes.append(out.shape)):
-        case.model(case.x)
-    return len(shapes[0]) == 4 and shapes[0][1] > shapes[0][-1]
+    return any(found.name == layer and found.layout == "NCHW" for found in attrreg.layers(case.model, case.x))
 
 
 TODAYS: dict[str, Callable[[Case], list[Strategy]]] = {

@@ -19,8 +19,18 @@ from attrreg.sites import check_layer_name, spatial
 from attrreg.trace import Trace
 
 
+class LayerMap(MapRegularizer):
+    """A map of a layer, whose name is checked."""
+
+    layer: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layer_name(self.layer)
+
+
 @dataclass(frozen=True, repr=False)
-class LayerActivation(MapRegularizer):
+class LayerActivation(LayerMap):
     """A layer's activations: phi = A, `(N, C, h, w)`.
 
     Args:
@@ -42,10 +52,6 @@ class LayerActivation(MapRegularizer):
     score: Score = ByTarget(contrast=False)
     objective: Objective = LogOutside()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_layer_name(self.layer)
-
     def needs(self) -> tuple[Need, ...]:
         """The activations."""
         return (Value(spatial(self.layer)),)
@@ -56,7 +62,7 @@ class LayerActivation(MapRegularizer):
 
 
 @dataclass(frozen=True, repr=False)
-class LayerGradientXActivation(MapRegularizer):
+class LayerGradientXActivation(LayerMap):
     """A layer's activations times their gradients: phi = A * d score / d A, `(N, C, h, w)`.
 
     Args:
@@ -80,10 +86,6 @@ class LayerGradientXActivation(MapRegularizer):
     score: Score = ByTarget(contrast=False)
     objective: Objective = LogOutside()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_layer_name(self.layer)
-
     def needs(self) -> tuple[Need, ...]:
         """The activations and their gradient."""
         return Value(spatial(self.layer)), Grad(spatial(self.layer), self.score)
@@ -96,7 +98,7 @@ class LayerGradientXActivation(MapRegularizer):
 
 
 @dataclass(frozen=True, repr=False)
-class InternalInfluence(MapRegularizer):
+class InternalInfluence(LayerMap):
     """A layer's gradients, averaged along the straight path from a baseline to the image.
 
     phi = sum_k w_k d score / d A at z_k = b + alpha_k (x - b), `(N, C, h, w)`.
@@ -129,7 +131,6 @@ class InternalInfluence(MapRegularizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_layer_name(self.layer)
         check_path(self)
 
     def needs(self) -> tuple[Need, ...]:
@@ -143,7 +144,7 @@ class InternalInfluence(MapRegularizer):
 
 
 @dataclass(frozen=True, repr=False)
-class LayerConductance(MapRegularizer):
+class LayerConductance(LayerMap):
     """What each of a layer's activations adds to the score, along the straight path from a baseline to the image.
 
     phi = sum_k (A(z_{k+1}) - A(z_k)) * d score / d A at z_k = b + alpha_k (x - b), over `steps` + 1 places, `(N, C, h, w)`.
@@ -177,7 +178,6 @@ class LayerConductance(MapRegularizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_layer_name(self.layer)
         check_path(self, least=1)  # between two places
 
     def _points(self) -> list[At]:

@@ -58,8 +58,46 @@ class Without(Baseline):
         return torch.where(self.region(x), self.baseline(x, mask, generator), x)
 
 
+class _OnSegments(MapRegularizer):
+    """A map with one value a segment; kept are the segments as an object that can be compared, and the baseline as a `Baseline`."""
+
+    segments: Fixed | Tensor
+    baseline: Baseline | Tensor | float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name, segments = type(self).__name__, self.segments.image if isinstance(self.segments, Fixed) else self.segments
+        if not isinstance(segments, Tensor) or segments.is_floating_point() or segments.dtype is torch.bool:
+            kind = segments.dtype if isinstance(segments, Tensor) else type(segments).__name__
+            raise TypeError(f"{name}: segments must be a tensor of integers, got {kind}. Number the segments of the image.")
+        if segments.dim() == 4 and segments.shape[0] != 1:
+            raise ValueError(
+                f"{name}: segments are {tuple(segments.shape)}, but there is one set of segments for all images. Give (H, W), (C, H, W) or "
+                "(1, C, H, W)."
+            )
+        object.__setattr__(self, "segments", Fixed(segments))
+        keep_baseline(self)
+
+    @property
+    def _numbers(self) -> tuple[int, ...]:
+        assert isinstance(self.segments, Fixed)
+        return tuple(self.segments.image.unique().tolist())
+
+    def _without(self, *removed: int) -> Without:
+        assert isinstance(self.segments, Fixed)
+        return Without(self.segments, removed, as_baseline(self.baseline))
+
+    def _map(self, values: Mapping[int, Tensor], trace: Trace) -> Tensor:
+        """The map that has, at the pixels of each segment, its value `(N,)`."""
+        x = trace.call.x.detach()
+        map = torch.zeros_like(x)
+        for number, value in values.items():
+            map = map + torch.where(self._without(number).region(x), value.view(-1, 1, 1, 1), 0)
+        return map
+
+
 @dataclass(frozen=True, repr=False)
-class FeatureAblation(MapRegularizer):
+class FeatureAblation(_OnSegments):
     """By how much the score falls when a segment of the image is replaced.
 
     phi = score(x) - score(x with the segment from b), at each pixel of the segment, `(N, C, H, W)`, in units of the score.
@@ -88,30 +126,26 @@ class FeatureAblation(MapRegularizer):
     score: Score = ByTarget(contrast=False)
     objective: Objective = LogOutside()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _keep_segments(self)
-        keep_baseline(self)
-
-    def _point(self, number: int) -> At:
-        return At(_without(self, (number,)))
+    @property
+    def _points(self) -> dict[int, Point]:
+        """Where the score is taken without each segment."""
+        return {number: At(self._without(number)) for number in self._numbers}
 
     def needs(self) -> tuple[Need, ...]:
         """The score of the image, and without each segment."""
-        return tuple(Scored(self.score, at) for at in (CLEAN, *map(self._point, _numbers(self))))
+        return tuple(Scored(self.score, at) for at in (CLEAN, *self._points.values()))
 
     def attribution(self, trace: Trace) -> Tensor:
         """The falls, each on its segment."""
         clean = trace.score(self.score)
-        falls = {number: clean - trace.score(self.score, self._point(number)) for number in _numbers(self)}
-        return _on_segments(self, falls, trace)
+        return self._map({number: clean - trace.score(self.score, at) for number, at in self._points.items()}, trace)
 
 
 MAX_SEGMENTS = 10  # each one more doubles the forwards
 
 
 @dataclass(frozen=True, repr=False)
-class ShapleyValues(MapRegularizer):
+class ShapleyValues(_OnSegments):
     """What a segment adds to the score on average, over all orders in which segments could be put into the image.
 
     phi_i = sum over sets S of other segments of |S|! (K - |S| - 1)! / K! (score(S and i) - score(S)), at each pixel of segment i,
@@ -141,13 +175,12 @@ class ShapleyValues(MapRegularizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _keep_segments(self)
-        baseline = keep_baseline(self)
+        baseline = as_baseline(self.baseline)
         if baseline.draws:
             raise ValueError(
                 f"ShapleyValues: {type(baseline).__name__} would draw anew for each set of segments. Use a baseline that does not draw."
             )
-        count = len(_numbers(self))
+        count = len(self._numbers)
         if count > MAX_SEGMENTS:
             raise ValueError(
                 f"ShapleyValues: {count} segments take {2**count} forwards. Give at most {MAX_SEGMENTS}, or use FeatureAblation."
@@ -156,10 +189,10 @@ class ShapleyValues(MapRegularizer):
     @property
     def _points(self) -> dict[frozenset[int], Point]:
         """Where the score is taken of each set of segments that are in the image."""
-        numbers = _numbers(self)
+        numbers = self._numbers
         sets = [frozenset(some) for size in range(len(numbers) + 1) for some in combinations(numbers, size)]
         removed = {some: tuple(number for number in numbers if number not in some) for some in sets}
-        return {some: At(_without(self, rest)) if rest else CLEAN for some, rest in removed.items()}
+        return {some: At(self._without(*rest)) if rest else CLEAN for some, rest in removed.items()}
 
     def needs(self) -> tuple[Need, ...]:
         """The score of each set of segments."""
@@ -168,7 +201,7 @@ class ShapleyValues(MapRegularizer):
     def attribution(self, trace: Trace) -> Tensor:
         """The mean gains, each on its segment."""
         scores = {present: trace.score(self.score, at) for present, at in self._points.items()}
-        numbers = _numbers(self)
+        numbers = self._numbers
         means: dict[int, Tensor] = {}
         for number in numbers:
             gains = []
@@ -176,39 +209,4 @@ class ShapleyValues(MapRegularizer):
                 weight = 1 / (len(numbers) * math.comb(len(numbers) - 1, len(present)))
                 gains.append(weight * (scores[present | {number}] - scores[present]))
             means[number] = torch.stack(gains).sum(dim=0)
-        return _on_segments(self, means, trace)
-
-
-def _keep_segments(regularizer: FeatureAblation | ShapleyValues) -> None:
-    """Check the segments, and keep them as an object that can be compared."""
-    name, segments = type(regularizer).__name__, regularizer.segments
-    segments = segments.image if isinstance(segments, Fixed) else segments
-    if not isinstance(segments, Tensor) or segments.is_floating_point() or segments.dtype is torch.bool:
-        kind = segments.dtype if isinstance(segments, Tensor) else type(segments).__name__
-        raise TypeError(f"{name}: segments must be a tensor of integers, got {kind}. Number the segments of the image.")
-    if segments.dim() == 4 and segments.shape[0] != 1:
-        raise ValueError(
-            f"{name}: segments are {tuple(segments.shape)}, but there is one set of segments for all images. Give (H, W), (C, H, W) or "
-            "(1, C, H, W)."
-        )
-    object.__setattr__(regularizer, "segments", Fixed(segments))
-
-
-def _numbers(regularizer: FeatureAblation | ShapleyValues) -> tuple[int, ...]:
-    assert isinstance(regularizer.segments, Fixed)  # as `_keep_segments` left them
-    return tuple(regularizer.segments.image.unique().tolist())
-
-
-def _without(regularizer: FeatureAblation | ShapleyValues, removed: tuple[int, ...]) -> Without:
-    assert isinstance(regularizer.segments, Fixed)
-    return Without(regularizer.segments, removed, as_baseline(regularizer.baseline))
-
-
-def _on_segments(regularizer: FeatureAblation | ShapleyValues, values: Mapping[int, Tensor], trace: Trace) -> Tensor:
-    """The map that has, at the pixels of each segment, its value `(N,)`."""
-    x = trace.call.x.detach()
-    map = torch.zeros_like(x)
-    for number, value in values.items():
-        here = _without(regularizer, (number,)).region(x)
-        map = map + torch.where(here, value.view(-1, 1, 1, 1), 0)
-    return map
+        return self._map(means, trace)

@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrreg.attributions.gradcam import GradCAM
+from attrreg.captum.layer import LayerMap
 from attrreg.needs import Grad, Need
 from attrreg.objectives import LogOutside, Objective
 from attrreg.ops.rectify import deconvolved, guided
 from attrreg.points import Rectified
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
-from attrreg.sites import INPUT, check_layer_name
+from attrreg.sites import INPUT
 from attrreg.trace import Trace
 
 GUIDED, DECONVOLVED = Rectified(guided), Rectified(deconvolved)
@@ -88,7 +89,7 @@ class Deconvolution(MapRegularizer):
 
 
 @dataclass(frozen=True, repr=False)
-class GuidedGradCam(MapRegularizer):
+class GuidedGradCam(LayerMap):
     """Guided backpropagation times the positive part of Grad-CAM, enlarged to the image, `(N, C, H, W)`.
 
     Args:
@@ -110,10 +111,6 @@ class GuidedGradCam(MapRegularizer):
     layer: str = "auto"
     score: Score = ByTarget(contrast=False)
     objective: Objective = LogOutside()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_layer_name(self.layer)
 
     @property
     def _cam(self) -> GradCAM:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Generator, Tensor
 
-from attrreg.evidence.data import Split, dilate
+from attrreg.evidence.data import Split, dilate, first_of_each
 
 QUALITIES = ("exact", "dilated", "boxes", "shifted")
 OFFSET = 1_000_003
@@ -36,12 +36,12 @@ def annotate(split: Split, share: float, quality: str, seed: int) -> Split:
 def _chosen(split: Split, share: float, seed: int) -> Tensor:
     labels = split.labels.cpu()
     known = torch.ones(len(split), dtype=torch.bool) if split.annotated is None else split.annotated.cpu()
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
     # Of a seed of its own: from that of the training, this would be the order of its first epoch.
     order = torch.randperm(len(labels), generator=Generator().manual_seed(seed + OFFSET))
-    for label in labels.unique().tolist():
-        own = order[((labels == label) & known)[order]]
-        chosen[own[: max(1, round(share * len(own))) if share > 0 else 0]] = True
+    order = order[known[order]]
+    first = first_of_each(labels[order], lambda count: max(1, round(share * count)) if share > 0 else 0)
+    chosen = torch.zeros_like(known)
+    chosen[order[first]] = True
     return chosen.to(split.labels.device)
 
 
@@ -61,5 +61,4 @@ def _drawn(masks: Tensor, quality: str) -> Tensor:
 
 def _between(some: Tensor) -> Tensor:
     """From the first True of each row to the last."""
-    count = some.long()
-    return (count.cumsum(dim=1) > 0) & (count.flip(1).cumsum(dim=1).flip(1) > 0)
+    return some.cummax(dim=1).values & some.flip(1).cummax(dim=1).values.flip(1)

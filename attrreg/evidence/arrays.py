@@ -16,7 +16,7 @@ import numpy.typing
 import torch
 from torch import Generator, Tensor
 
-from attrreg.evidence.data import Split, Task, dilate
+from attrreg.evidence.data import Split, Task, dilate, first_of_each
 from attrreg.transforms import ReplaceOutside
 
 
@@ -70,7 +70,8 @@ def folder(
         like_training = valid
     else:
         order = torch.randperm(len(train), generator=generator)
-        held = _fifth(train.labels[order])
+        # Of a class of two to four images one, of one none.
+        held = first_of_each(train.labels[order], lambda count: max(count // 5, min(1, count - 1)))
         if not held.any():
             raise ValueError(
                 f"{root}: {len(train)} training images are too few to hold a fifth back. Name a split with `similar=` (--similar)."
@@ -88,15 +89,6 @@ def digest(root: Path | str) -> str:
     for path in sorted([*Path(root).glob("*.csv"), *Path(root).glob("*.npy")]):
         found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()[:16]
-
-
-def _fifth(labels: Tensor) -> Tensor:
-    """A fifth of each class, the first of each: `(N,)` bool. Of a class of two to four images one, of one none."""
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        own = (labels == label).nonzero()[:, 0]
-        held[own[: max(len(own) // 5, min(1, len(own) - 1))]] = True
-    return held
 
 
 def _some(split: Split, name: str, size: int, generator: Generator) -> Split:

@@ -87,6 +87,15 @@ class Task:
         return Task(self.name, self.classes, *(split.to(device) for split in splits))
 
 
+def first_of_each(labels: Tensor, count: Callable[[int], int]) -> Tensor:
+    """The first images of each class, `(N,)` bool; `count`: from the number of images in a class to how many of them."""
+    chosen = torch.zeros_like(labels, dtype=torch.bool)
+    for label in labels.unique():
+        own = (labels == label).nonzero()[:, 0]
+        chosen[own[: count(len(own))]] = True
+    return chosen
+
+
 def dilate(masks: Tensor, pixels: int) -> Tensor:
     """Grow the True region of `(N, H, W)` masks by `pixels` in all eight directions."""
     grown = F.max_pool2d(masks[:, None].float(), 2 * pixels + 1, stride=1, padding=pixels)

@@ -192,7 +192,7 @@ def _one_thread() -> Iterator[None]:
 def _loss(model: nn.Module, split: Split) -> float:
     """Cross-entropy; infinite where it is not a number, so that a model that diverged is never chosen over one that did not."""
     loss = F.cross_entropy(predict(model, split.images), split.labels).item()
-    return loss if loss == loss else float("inf")
+    return math.inf if math.isnan(loss) else loss
 
 
 def _outcome(model: nn.Module, task: Task) -> dict[str, Any]:
@@ -229,4 +229,4 @@ def _judgements(model: nn.Module, split: Split) -> dict[str, dict[str, float | N
 
 def _mean(values: Tensor) -> float | None:
     mean = values.nanmean().item()
-    return mean if mean == mean else None  # JSON has no NaN
+    return None if math.isnan(mean) else mean  # JSON has no NaN

@@ -77,14 +77,13 @@ def whole_lines(path: Path) -> list[str]:
     return lines if _is_json(lines[-1]) else lines[:-1]
 
 
-def mend(path: Path) -> None:
-    """End the last line of a file, or cut off what a stopped run left of it: to be called before lines are added."""
+def add_line(path: Path, line: str) -> None:
+    """Add a line to a file of JSON lines, and end the one before it, or cut off what a stopped run left of that."""
     last = path.read_text().split("\n")[-1] if path.exists() else ""
-    if _is_json(last):
-        with path.open("a") as file:
-            file.write("\n")
-    elif last:
+    if last and not _is_json(last):
         os.truncate(path, path.stat().st_size - len(last.encode()))  # what is above it is never written again
+    with path.open("a") as file:
+        file.write("\n" * _is_json(last) + line + "\n")
 
 
 def _is_json(line: str) -> bool:
@@ -150,10 +149,11 @@ class Ledger:
             if name in self.records:
                 self.advance(_doing(job), job.epochs)
         failed: list[tuple[Job, Exception]] = []
-        mend(self.path)
         for job, result in self._results(todo, tested):
             try:
-                self._keep(result())
+                record = result()
+                add_line(self.path, record.line())
+                self.records[record.job.name] = record
             except Missing:
                 raise
             except Exception as error:  # what it was is said at the end
@@ -175,11 +175,6 @@ class Ledger:
             for done in as_completed(waiting):
                 yield waiting[done], done.result
                 self.advance(_doing(waiting[done]), waiting[done].epochs)
-
-    def _keep(self, record: Record) -> None:
-        with self.path.open("a") as file:
-            file.write(record.line() + "\n")
-        self.records[record.job.name] = record
 
 
 def _doing(job: Job) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import statistics
 from collections.abc import Iterable, Sequence
@@ -58,9 +57,8 @@ def interval(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> st
         return "-"
     from scipy import stats
 
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    mean = statistics.mean(values)
-    return f"{max(low, mean - half):.2f} to {min(high, mean + half):.2f}"
+    start, end = stats.t.interval(0.95, len(values) - 1, statistics.mean(values), stats.sem(values))
+    return f"{max(low, start):.2f} to {min(high, end):.2f}"
 
 
 def gain(found: Sequence[Record], reference: Sequence[Record], selection: str) -> str:

@@ -11,12 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Generator, Tensor
+from torchvision.transforms.functional import normalize, to_tensor
 
 from attrreg.evidence import packages
-from attrreg.evidence.data import Split, Task, dilate
+from attrreg.evidence.data import Split, Task, dilate, first_of_each
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,7 +40,6 @@ PLANTS = (
     (MATE, "Blinds FreshFlower Garden GreenMeadow LadyBird RainDrops TwoWings YellowFlower"),
     (PLASMA, "FallenLeaf OneStandsOut Path"),
 )
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LARGE = 384  # pixels of the shorter side that sources are reduced to
 
 
@@ -98,10 +98,7 @@ def _compose(
 ) -> Split:
     """Images with their groups: classes alike, and backgrounds in each class as the correlation says."""
     labels = torch.arange(count) % 2
-    fitting = torch.zeros(count, dtype=torch.bool)
-    for label in (0, 1):
-        own = (labels == label).nonzero()[:, 0]
-        fitting[own[: round(correlation * len(own))]] = True
+    fitting = first_of_each(labels, lambda count: round(correlation * count))
     water = torch.where(fitting, labels, 1 - labels)
     images, masks = [], []
     for label, place in zip(labels.tolist(), water.tolist(), strict=True):
@@ -113,7 +110,7 @@ def _compose(
         region.copy_(alpha * cut + (1 - alpha) * region)
         mask = torch.zeros(size, size, dtype=torch.bool)
         mask[top : top + height, left : left + width] = alpha > 0.5
-        images.append((image - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1))
+        images.append(normalize(image, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
         masks.append(mask)
     return Split(torch.stack(images), labels, dilate(torch.stack(masks), dilation), groups=2 * labels + water)
 
@@ -138,7 +135,8 @@ def _crop(path: Path, size: int, generator: Generator) -> Tensor:
     photograph = _reduced(path).convert("RGB")
     side = int(_uniform(0.5, 1, generator) * min(photograph.size))
     left, top = (int(_uniform(0, whole - side, generator)) for whole in photograph.size)
-    return _pixels(photograph.crop((left, top, left + side, top + side)).resize((size, size)))
+    cropped: Tensor = to_tensor(photograph.crop((left, top, left + side, top + side)).resize((size, size)))
+    return cropped
 
 
 def _stamp(path: Path, size: int, generator: Generator) -> tuple[Tensor, Tensor, int, int]:
@@ -147,15 +145,11 @@ def _stamp(path: Path, size: int, generator: Generator) -> tuple[Tensor, Tensor,
     stamp = stamp.crop(stamp.getchannel("A").getbbox())
     scale = _uniform(0.45, 0.8, generator) * size / max(stamp.size)
     stamp = stamp.resize((max(1, int(scale * stamp.width)), max(1, int(scale * stamp.height))))
-    pixels = _pixels(stamp)
+    pixels: Tensor = to_tensor(stamp)
     if _uniform(0, 1, generator) < 0.5:
         pixels = pixels.flip(-1)
     height, width = pixels.shape[1:]
     return pixels[:3], pixels[3], int(_uniform(0, size - width, generator)), int(_uniform(0, size - height, generator))
-
-
-def _pixels(image: Image) -> Tensor:
-    return torch.from_numpy(numpy.asarray(image).copy()).movedim(-1, 0).float() / 255
 
 
 @cache

@@ -208,10 +208,7 @@ class WorstGroupAccuracy(Metric):
 
     def compute(self) -> Tensor:
         """The lowest, 0-dim; NaN before any image."""
-        found = self.images > 0
-        if not bool(found.any()):
-            return torch.full((), float("nan"), dtype=torch.float32, device=self.images.device)
-        return (self.correct[found].float() / self.images[found]).amin()
+        return (self.correct.float() / self.images).nanquantile(0)  # without groups of which there is no image
 
 
 class LogitDifferenceAUC(Metric):
