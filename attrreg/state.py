@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from types import MappingProxyType
+from operator import is_
+from types import FunctionType, MappingProxyType, MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,20 +59,70 @@ def buffer_values(model: nn.Module) -> BufferValues:
     return {(module, name): buffer.clone() for module in modules(model) for name, buffer in module._buffers.items() if buffer is not None}
 
 
+PLAIN = (bool, int, float, str)
+# Where modules keep layers, buffers and hooks.
 _REGISTRIES = (
-    "_modules",
+    *("_modules", "_buffers"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_backward_pre_hooks", "_backward_hooks"),
 )
 
 
-_EMPTY: dict[str, object] = {}
-PLAIN = (bool, int, float, str)
+@dataclass(frozen=True)
+class _Held:
+    """What a module held at one time.
+
+    Attributes:
+        attributes: the module's own dict.
+        names: of all attributes there were.
+        values: those attributes that are put back.
+        registries: what was in the registries among them.
+    """
+
+    attributes: dict[str, Any]
+    names: list[str]
+    values: dict[str, Any]
+    registries: list[tuple[dict[Any, Any], dict[Any, Any]]]
+
+    @staticmethod
+    def of(attributes: dict[str, Any], registries: Sequence[str], everything: bool = False) -> _Held:
+        """What a module holds now; `everything`: also what could hold a graph, which would then stay in memory."""
+        kept = {name: value for name, value in attributes.items() if everything or _is_setting(value) or name in registries}
+        found = [kept[name] for name in registries if isinstance(kept.get(name), dict)]  # TorchScript has others
+        return _Held(attributes, [*attributes], kept, [(registry, dict(registry)) for registry in found if registry or everything])
+
+    def same(self, registries: Sequence[str]) -> bool:
+        """Whether the module holds this now."""
+        now = self.attributes
+        if [*now] != self.names or any(now[name] is not value for name, value in self.values.items()):
+            return False
+        full = sum(1 for name in registries if now.get(name))
+        return full == len(self.registries) and all(
+            [*live] == [*then] and all(map(is_, live.values(), then.values())) for live, then in self.registries
+        )
+
+    def put(self) -> None:
+        """Make the module hold this."""
+        for name in self.attributes.keys() - set(self.names):
+            del self.attributes[name]
+        self.attributes.update(self.values)
+        for registry, content in self.registries:
+            registry.clear()
+            registry.update(content)
+
+
+def _is_setting(value: object) -> bool:
+    """Whether it may say how to compute, and holds no graph, as features that a forward keeps do."""
+    if isinstance(value, Tensor):
+        return value.grad_fn is None
+    if isinstance(value, tuple):
+        return all(map(_is_setting, value))
+    return value is None or isinstance(value, (*PLAIN, FunctionType, MethodType))
 
 
 class Settings:
-    """The layers, parameters, hooks and plain settings, modes included, that a model has now: for a pass to be run later as it would now.
+    """The layers, parameters, hooks and settings, modes included, that a model has now: for a pass to be run later as it would be now.
 
     Until then `torch.func.functional_call` may have taken back the parameters that it lent, or a `with` block a hook or a temperature.
 
@@ -80,32 +132,28 @@ class Settings:
     """
 
     def __init__(self, model: nn.Module, sharded: bool) -> None:
-        held, names = [vars(module) for module in modules(model)], _REGISTRIES if sharded else ("_parameters", *_REGISTRIES)
-        registries = [values[name] for values in held for name in names if isinstance(values.get(name), dict)]  # not TorchScript's
-        self._registries = [(registry, dict(registry) if registry else _EMPTY) for registry in registries]  # most are
-        self._plain = [(values, {name: value for name, value in values.items() if isinstance(value, PLAIN)}) for values in held]
+        found = modules(model)
+        self._registries = _REGISTRIES if sharded else ("_parameters", *_REGISTRIES)
+        self._held = [_Held.of(vars(module), self._registries) for module in found]
+        self._scripted = [(module, module.training) for module in found if "training" not in vars(module)]
 
     @contextmanager
     def back(self) -> Iterator[None]:
         """Run a block with these in place."""
-        held = [(live, then) for live, then in self._registries if live or then]
-        moved = [(live, then, dict(live)) for live, then in held if [*map(id, live.values())] != [*map(id, then.values())]]
-        others = [[k for k, v in then.items() if live.get(k, v) is not v] for live, then in self._plain]
-        changed = [(live, then, names) for (live, then), names in zip(self._plain, others, strict=True) if names]
-        plain = [(live, {k: then[k] for k in names}, {k: live[k] for k in names}) for live, then, names in changed]
+        changed = [held for held in self._held if not held.same(self._registries)]
+        now = [_Held.of(held.attributes, self._registries, everything=True) for held in changed]
+        modes = [(module, then, module.training) for module, then in self._scripted if module.training != then]
         try:
-            for live, then, _ in moved:
-                live.clear()
-                live.update(then)
-            for live, then, _ in plain:
-                live.update(then)
+            for held in changed:
+                held.put()
+            for module, then, _ in modes:
+                module.training = then
             yield
         finally:
-            for live, _, now in moved:
-                live.clear()
-                live.update(now)
-            for live, _, now in plain:
-                live.update(now)
+            for held in now:
+                held.put()
+            for module, _, mode in modes:
+                module.training = mode
 
 
 class Buffers:

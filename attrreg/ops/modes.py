@@ -109,7 +109,13 @@ class Replace(TorchFunctionMode):
             return func(*args, **kwargs)
         if kwargs and not NUMPY.keys().isdisjoint(kwargs):
             kwargs = {NUMPY.get(name, name): value for name, value in kwargs.items()}
-        return self._by[func](self._phase, *args, **kwargs)
+        ours = self._by[func]
+        # A subclass of tensors, as MONAI's, makes a view of each result, which inside our Functions could not be written into in place.
+        # So it is asked to wrap what ours give as a whole. Multi-head attention asks it by itself.
+        kind = next((kind for kind in types if kind is not Tensor), None) if types else None
+        if kind is None or func is F.multi_head_attention_forward:
+            return ours(self._phase, *args, **kwargs)
+        return kind.__torch_function__(partial(ours, self._phase), types, args, kwargs)
 
 
 @contextmanager
