@@ -60,6 +60,7 @@ def buffer_values(model: nn.Module) -> BufferValues:
 
 
 PLAIN = (bool, int, float, str)
+_EMPTY: dict[Any, Any] = {}  # what most registries hold
 # Where modules keep layers, buffers and hooks.
 _REGISTRIES = (
     *("_modules", "_buffers"),
@@ -90,17 +91,15 @@ class _Held:
         """What a module holds now; `everything`: also what could hold a graph, which would then stay in memory."""
         kept = {name: value for name, value in attributes.items() if everything or _is_setting(value) or name in registries}
         found = [kept[name] for name in registries if isinstance(kept.get(name), dict)]  # TorchScript has others
-        return _Held(attributes, [*attributes], kept, [(registry, dict(registry)) for registry in found if registry or everything])
+        return _Held(attributes, [*attributes], kept, [(registry, dict(registry) if registry else _EMPTY) for registry in found])
 
-    def same(self, registries: Sequence[str]) -> bool:
+    def same(self) -> bool:
         """Whether the module holds this now."""
         now = self.attributes
         if [*now] != self.names or any(now[name] is not value for name, value in self.values.items()):
             return False
-        full = sum(1 for name in registries if now.get(name))
-        return full == len(self.registries) and all(
-            [*live] == [*then] and all(map(is_, live.values(), then.values())) for live, then in self.registries
-        )
+        held = ((live, then) for live, then in self.registries if live or then)
+        return all([*live] == [*then] and all(map(is_, live.values(), then.values())) for live, then in held)
 
     def put(self) -> None:
         """Make the module hold this."""
@@ -140,7 +139,7 @@ class Settings:
     @contextmanager
     def back(self) -> Iterator[None]:
         """Run a block with these in place."""
-        changed = [held for held in self._held if not held.same(self._registries)]
+        changed = [held for held in self._held if not held.same()]
         now = [_Held.of(held.attributes, self._registries, everything=True) for held in changed]
         modes = [(module, then, module.training) for module, then in self._scripted if module.training != then]
         try:
