@@ -17,15 +17,31 @@ from tests.test_recompute import net
 class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.scale = 1.0
+        self.scale, self.way = 1.0, "straight"
 
-    def forward(self, h: Tensor) -> Tensor:
-        return self.scale * h
+    def forward(self, h: Tensor, factor: float = 1.0) -> Tensor:
+        return self.scale * factor * (h if self.way == "straight" else h.sin())
+
+
+# Hooks that take what they get through the layer, each in the way of its kind.
+HOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "before": lambda layer: layer.register_forward_pre_hook(lambda module, args: (args[0].sin(),)),
+    "before, with keywords": lambda layer: layer.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {"factor": 3.0}), with_kwargs=True
+    ),
+    "after": lambda layer: layer.register_forward_hook(lambda module, args, result: result.square()),
+    "after, with keywords": lambda layer: layer.register_forward_hook(
+        lambda module, args, kwargs, result: result.square(), with_kwargs=True
+    ),
+    "backward": lambda layer: layer.register_full_backward_hook(lambda module, inner, outer: (2 * inner[0],)),  # type: ignore[index]
+    "before backward": lambda layer: layer.register_full_backward_pre_hook(lambda module, outer: (2 * outer[0],)),  # type: ignore[index]
+}
 
 
 CHANGES: dict[str, Callable[[nn.Sequential], Any]] = {
     "modes": lambda model: model.eval(),
     "a setting": lambda model: setattr(model[2], "scale", 2.0),
+    "a named setting": lambda model: setattr(model[2], "way", "bent"),
     "a hook": lambda model: model[2]._forward_hooks.clear(),
     "a new hook": lambda model: model[5].register_forward_hook(lambda module, args, result: 2 * result),
     "a parameter": lambda model: setattr(model[5], "weight", nn.Parameter(2 * model[5].weight.detach())),  # type: ignore[operator]
@@ -34,23 +50,38 @@ CHANGES: dict[str, Callable[[nn.Sequential], Any]] = {
 }
 
 
+def held(model: nn.Module) -> list[Any]:
+    """Settings by value, and by identity what each registry of a module holds."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    return [[*map(id, value.values())] if isinstance(value, dict) else value for value in values]
+
+
+def found(chunk: int | None, hook: Callable[[nn.Module], Any], change: Callable[[nn.Sequential, Any], Any]) -> list[Tensor]:
+    """A penalty and its gradients, where the model changes between them."""
+    torch.manual_seed(0)
+    x, mask, target = batch(3, channels=2, size=8, classes=3)
+    layers = nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), Scaled(), nn.SiLU(), nn.Flatten(), nn.Linear(8 * 36, 3)
+    model = nn.Sequential(*layers).double()
+    handle = hook(model[2])
+    weights = list(model.parameters())
+    value = attrreg.IntegratedGradients(steps=4, chunk=chunk)(model, x.double(), mask, target)
+    change(model, handle)
+    after = held(model)
+    value.backward()
+    assert held(model) == after
+    return [value, *(torch.zeros(1) if weight.grad is None else weight.grad for weight in weights)]
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_chunks_run_by_the_model_of_their_first_run(change: str) -> None:
-    x, mask, target = batch(3, channels=2, size=8, classes=3)
-    found = []
-    for chunk in (2, None):
-        torch.manual_seed(0)
-        layers = nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), Scaled(), nn.SiLU(), nn.Flatten(), nn.Linear(8 * 36, 3)
-        model = nn.Sequential(*layers).double()
-        model[2].register_forward_hook(lambda module, args, result: result.square())
-        weights = list(model.parameters())
-        value = attrreg.IntegratedGradients(steps=4, chunk=chunk)(model, x.double(), mask, target)
-        CHANGES[change](model)
-        after = [*vars(model[2]).items()], [*model.modules()], [*map(id, model.parameters())], [*model[5]._forward_hooks]
-        value.backward()
-        assert after == ([*vars(model[2]).items()], [*model.modules()], [*map(id, model.parameters())], [*model[5]._forward_hooks])
-        found.append([value, *(torch.zeros(1) if weight.grad is None else weight.grad for weight in weights)])
-    assert_close(found[0], found[1], 1e-10)
+    one, other = (found(chunk, HOOKS["after"], lambda model, handle: CHANGES[change](model)) for chunk in (2, None))
+    assert_close(one, other, 1e-10)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_chunks_run_by_the_hooks_of_their_first_run(hook: str) -> None:
+    one, other = (found(chunk, HOOKS[hook], lambda model, handle: handle.remove()) for chunk in (2, None))
+    assert_close(one, other, 1e-10)
 
 
 @pytest.mark.parametrize("derived", [False, True])
