@@ -140,6 +140,7 @@ BEFORE_COMPUTE: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], lis
         ["frozen", "requires_grad"],
     ),
     "inputs without x": (call(inputs=(x.clone(),)), ValueError, ["inputs must hold x itself"]),
+    "inputs with x twice": (call(inputs=(x, x)), ValueError, ["inputs must hold x itself, once"]),
     "inputs list": (call(inputs=[x]), TypeError, ["inputs must be a tuple"]),
     "baseline shape": (
         call(reg=attrreg.IntegratedGradients(baseline=torch.zeros(5, 5, dtype=torch.float64))),
@@ -240,11 +241,19 @@ def test_wrapped_outputs_need_a_selector(wrap: Callable[[Tensor], Any], selector
             torch.testing.assert_close(TERM(model, x, mask, target, output=selector), want)
 
 
-def test_wrong_selector() -> None:
-    with pytest.raises(TypeError, match="output"):
-        TERM(Wrapped(lambda logits: {"logits": logits, "aux": None}), x, mask, target, output="aux")
-    with pytest.raises((KeyError, ValueError, TypeError), match="output"):
-        TERM(Wrapped(lambda logits: {"logits": logits}), x, mask, target, output="nothing")
+@pytest.mark.parametrize(
+    ("wrap", "selector", "said"),
+    [
+        (lambda logits: {"logits": logits, "aux": None}, "aux", "in which output='aux' is a NoneType"),
+        (lambda logits: {"logits": logits}, "nothing", "output='nothing' does not fit a dict"),
+        (lambda logits: (logits, None), 2, "output=2 does not fit a tuple"),
+        (Output, "nothing", "output='nothing' does not fit a Output"),
+        (lambda logits: logits, 0, "output=0 does not fit a Tensor.*Leave output= out"),  # no image's row
+    ],
+)
+def test_wrong_selector(wrap: Callable[[Tensor], Any], selector: Any, said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        TERM(Wrapped(wrap), x, mask, target, output=selector)
 
 
 def test_without_gradients() -> None:
@@ -307,8 +316,8 @@ SETTINGS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: attrreg.GradCAM(objective=objectives.Energy), TypeError, "objective must be"),  # type: ignore[arg-type]
     (lambda: attrreg.IntegratedGradients(objective=None), TypeError, "objective must be"),  # type: ignore[arg-type]
     (lambda: TERM(SmoothNet().double(), x, mask, generator=3), TypeError, "generator"),  # type: ignore[arg-type]
-    (lambda: TERM(SmoothNet().double(), x, mask, output=True), TypeError, "output"),
-    (lambda: TERM(SmoothNet().double(), x, mask, output=1.5), TypeError, "output"),  # type: ignore[arg-type]
+    (lambda: TERM(SmoothNet().double(), x, mask, output=True), TypeError, "output must be an index"),
+    (lambda: TERM(SmoothNet().double(), x, mask, output=1.5), TypeError, "output must be an index"),  # type: ignore[arg-type]
     (lambda: 1e300 * (1e300 * TERM), ValueError, "weight of InputGradient"),
     (lambda: scores.RandomProjection(None), TypeError, "layer"),  # type: ignore[arg-type]
     (lambda: masks.from_boxes([[(0, 0, 4)]], (8, 8)), ValueError, r"boxes\[0\].*\(K, 4\)"),
