@@ -281,3 +281,18 @@ def test_it_warns_of_images_that_no_forward_got() -> None:
             part(x)
             REG(part, x / 255, mask, target)
     assert len(caught) == 1 and caught[0].filename == __file__
+
+
+class Conditioned(SmoothNet):
+    def forward(self, code: Tensor, marks: Tensor, x: Tensor, depth: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x + depth * code.mean() * marks.sum())
+
+
+def test_the_first_images_of_a_forward_are_recorded() -> None:
+    model, (x, mask, target) = Conditioned().double(), smooth_batch()
+    inputs = (torch.ones(3, 5).double(), torch.ones(3, 1, 1, 1).long(), x, x + 1)
+    want = REG(model, x, mask, target, inputs=inputs)
+    with REG.attach(model), passes() as counted:
+        model(*inputs)
+        torch.testing.assert_close(REG(model, x, mask, target, inputs=inputs), want)
+    assert counted.forward == 0
