@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -324,3 +325,20 @@ def test_models_that_use_torch_func_inside() -> None:
     want = oracles.squared_outside(phi, mask).mean()
     torch.testing.assert_close(value, want, rtol=1e-5, atol=0)
     assert_close(gradients(model, value), gradients(model, want), 1e-5)
+
+
+class Tagged(Tensor):
+    """A subclass with PyTorch's own handling of calls, as MONAI's and fastai's images."""
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_images_may_be_of_a_subclass_of_tensors(attached: bool) -> None:
+    x, mask, target = smooth_batch()
+    layers = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model, found = nn.Sequential(*layers, nn.Linear(4, 3)).double(), []
+    for images in (x, x.as_subclass(Tagged)):
+        reg = attrreg.InputGradient() + attrreg.GradCAM("3") + attrreg.ActivationDifference(fill=attrreg.baselines.Zero())
+        with reg.attach(model) if attached else nullcontext():
+            model(images)
+            found.append(gradients(model, reg(model, images, mask, target % 3)))
+    assert_close([gradient.as_subclass(Tensor) for gradient in found[1]], found[0], 1e-12)

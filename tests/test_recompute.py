@@ -39,7 +39,7 @@ class Centred(nn.Module):
         return result
 
 
-def net(middle: nn.Module) -> nn.Module:
+def net(middle: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(2, 8, 3), middle, nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).double()
 
 

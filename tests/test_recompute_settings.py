@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import attrreg
 from tests.models import assert_close, batch
@@ -15,12 +17,14 @@ from tests.test_recompute import net
 
 
 class Scaled(nn.Module):
+    scale, shift = 3.0, 0.0
+
     def __init__(self) -> None:
         super().__init__()
         self.scale, self.way = 1.0, "straight"
 
     def forward(self, h: Tensor, factor: float = 1.0) -> Tensor:
-        return self.scale * factor * (h if self.way == "straight" else h.sin())
+        return self.shift + self.scale * factor * (h if self.way == "straight" else h.sin())
 
 
 # Hooks that take what they get through the layer, each in the way of its kind.
@@ -41,11 +45,17 @@ HOOKS: dict[str, Callable[[nn.Module], Any]] = {
 CHANGES: dict[str, Callable[[nn.Sequential], Any]] = {
     "modes": lambda model: model.eval(),
     "a setting": lambda model: setattr(model[2], "scale", 2.0),
+    "a setting in place of the class's": lambda model: setattr(model[2], "shift", 2.0),
+    "a setting taken back": lambda model: delattr(model[2], "scale"),
     "a named setting": lambda model: setattr(model[2], "way", "bent"),
     "a hook": lambda model: model[2]._forward_hooks.clear(),
     "a new hook": lambda model: model[5].register_forward_hook(lambda module, args, result: 2 * result),
     "a parameter": lambda model: setattr(model[5], "weight", nn.Parameter(2 * model[5].weight.detach())),  # type: ignore[operator]
     "a layer": lambda model: model.__setitem__(1, nn.Identity()),
+    "all hooks": lambda model: setattr(model[2], "_forward_hooks", OrderedDict()),
+    "the layers' order": lambda model: model.__delitem__(3),
+    "weight normalisation": lambda model: nn.utils.parametrizations.weight_norm(model[5]),
+    "pruning": lambda model: prune.random_unstructured(model[5], "weight", 0.5),
     "all parameters": lambda model: model.load_state_dict({k: 2 * v for k, v in model.state_dict().items()}, assign=True),
 }
 
@@ -82,6 +92,46 @@ def test_chunks_run_by_the_model_of_their_first_run(change: str) -> None:
 def test_chunks_run_by_the_hooks_of_their_first_run(hook: str) -> None:
     one, other = (found(chunk, HOOKS[hook], lambda model, handle: handle.remove()) for chunk in (2, None))
     assert_close(one, other, 1e-10)
+
+
+class Table(nn.Module):
+    """Keeps a table for the size that it saw last, as relative positions are kept."""
+
+    size, table = 0, torch.zeros(0)
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.size != h.shape[-1]:
+            self.size, self.table = h.shape[-1], torch.linspace(0, 1, h.shape[-1], dtype=h.dtype)
+        return h * self.table
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["a table of another size", "a mode of TorchScript"])
+def test_chunks_find_what_belongs_together(kind: str) -> None:
+    x, mask, target = batch(3, channels=2, size=8, classes=3)
+    values = []
+    for chunk in (1, None):
+        torch.manual_seed(0)
+        model = net(Table() if kind.startswith("a table") else torch.jit.script(nn.BatchNorm2d(8)))
+        value = attrreg.IntegratedGradients(steps=4, chunk=chunk)(model, x.double(), mask, target)
+        if kind.startswith("a table"):
+            model(x[..., :6].double())
+        else:
+            model.eval()
+        value.backward()
+        assert kind.startswith("a table") or not model[1].training
+        values.append([value, *(torch.zeros(1) if weight.grad is None else weight.grad for weight in model.parameters())])
+    assert_close(values[0], values[1], 1e-10)
+
+
+def test_what_a_recomputation_writes_does_not_stay_in_a_layer_that_changed() -> None:
+    model, (x, mask, target) = net(nn.Identity()), batch(3, channels=2, size=8, classes=3)
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model[5])  # whose hook writes the weight as a plain attribute
+    value = attrreg.IntegratedGradients(steps=4)(model, x.double(), mask, target)
+    nn.utils.remove_weight_norm(model[5])
+    value.backward()
+    assert "weight" not in vars(model[5]) and isinstance(model[5].weight, nn.Parameter)
 
 
 @pytest.mark.parametrize("derived", [False, True])
