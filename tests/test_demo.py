@@ -104,7 +104,7 @@ def test_table_has_every_number(small_run: train.Run) -> None:
     for result in small_run.results:
         line = next(line for line in text.splitlines() if line.strip().startswith(f"{result.method} "))
         assert f"{result.test:.3f}" in line and f"{result.clean:.3f}" in line and f"{result.cost:.2f}x" in line
-        assert f"{result.outside_before:.0%}→{result.outside_after:.0%}" in line
+        assert f"{result.outside_before:.0%} to {result.outside_after:.0%}" in line
         assert f"{result.test_auc:.3f}" in line and (result.verdict or "-") in line
     assert "AUC" in text
     assert [result.own_after is None for result in small_run.results] == [True, False, False, False, False]

@@ -85,7 +85,7 @@ def bench(
             run.measure(plan, record, advance, lambda record: report.save(record, out))
     except (LookupError, ValueError) as error:  # a model that there is not, or that does not take such images
         raise typer.BadParameter(str(error), param_hint="--model") from None
-    out.with_suffix(".md").write_text(report.markdown(record) + "\n")
+    out.with_suffix(".md").write_text(report.markdown(record) + "\n", encoding="utf-8")
     report.plot(record, out.with_suffix(".png"))
     if record.curves:
         report.plot_curves(record, out.with_name(out.stem + "-curves.png"))

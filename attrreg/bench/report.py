@@ -27,7 +27,7 @@ def save(record: Record, path: Path) -> None:
     """As JSON; the file is whole at every time, whatever stops the run."""
     path = path.resolve()  # a link stays
     part = path.with_suffix(".json.part")
-    part.write_text(json.dumps(asdict(record), indent=1) + "\n")
+    part.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
     part.replace(path)
 
 

@@ -50,6 +50,6 @@ def demo(
         run = train.run(chosen, progress)
     report.save_picture(run, out)
     report.save_json(run, out.with_suffix(".json"))
-    console.print(report.table(run))
+    Console(width=max(console.width, 80)).print(report.table(run))  # in a narrower terminal rich would cut numbers off
     console.print(report.notes(run), highlight=False)
     console.print(f"Picture: {out}, numbers: {out.with_suffix('.json')}", highlight=False, markup=False, soft_wrap=True)

@@ -38,7 +38,7 @@ def table(run: train.Run) -> Table:
         "test",
         *(["test\nAUC"] if binary else []),
         "clean\ntest",
-        "outside mask\nbefore→after",
+        "outside mask\nbefore/after",
         "own penalty\nto plain's",
         "step\ncost",
     ]
@@ -47,7 +47,7 @@ def table(run: train.Run) -> Table:
     made.add_column("against\nplain")
     for result in run.results:
         accuracies = [result.test, *([result.test_auc] if result.test_auc is not None else []), result.clean]
-        outside = f"{result.outside_before:.0%}→{result.outside_after:.0%}"
+        outside = f"{result.outside_before:.0%} to {result.outside_after:.0%}"
         own = f"{result.own_after / result.own_plain:.0%}" if result.own_plain and result.own_after is not None else "-"
         cells = [*(f"{value:.3f}" for value in accuracies), outside, own, f"{result.cost:.2f}x", result.verdict or "-"]
         made.add_row(result.method, *cells)
@@ -94,7 +94,7 @@ def save_json(run: train.Run, path: Path) -> None:
         "environment": environment(setting.device),
         "methods": methods,
     }
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def save_picture(run: train.Run, path: Path) -> None:

@@ -91,7 +91,7 @@ def evidence(
     if not tables:
         console.print("There is nothing to show.")
         raise failed or typer.Exit(1)
-    out.with_suffix(".md").write_text(tables + "\n")
+    out.with_suffix(".md").write_text(tables + "\n", encoding="utf-8")
     report.plot(plan, ledger, out.with_suffix(".png"))
     console.print(f"Written: {out}, .md and .png beside it", highlight=False, markup=False, soft_wrap=True)
     widest = max((len(line) for line in tables.splitlines() if line.startswith("|")), default=0)

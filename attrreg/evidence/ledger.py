@@ -82,7 +82,7 @@ def add_line(path: Path, line: str) -> None:
     last = path.read_text().split("\n")[-1] if path.exists() else ""
     if last and not _is_json(last):
         os.truncate(path, path.stat().st_size - len(last.encode()))  # what is above it is never written again
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write("\n" * _is_json(last) + line + "\n")
 
 
