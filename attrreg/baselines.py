@@ -74,7 +74,7 @@ class Fixed(Baseline):
         return hash((Fixed, tuple(self.image.shape), self.image.dtype))
 
     def __repr__(self) -> str:
-        if self.image.numel() > 100:  # a page of numbers rather than a description
+        if self.image.numel() > 1000:  # from where on PyTorch prints no tensor in full
             return f"attrreg.baselines.Fixed(<{tuple(self.image.shape)}, {self.image.dtype}>)"
         return f"attrreg.baselines.Fixed(torch.tensor({self.image.tolist()}, dtype={self.image.dtype}))"
 

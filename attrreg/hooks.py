@@ -5,6 +5,7 @@ A `Tap` opens before one forward and closes after it.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -298,10 +299,16 @@ def _recomputing(
     def again(move: Tensor, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output + move
 
+    # The checkpoint's frame hangs on nodes that Python's garbage collection does not see through: it must not hold the model, whose hooks
+    # lead back to the frame if a forward of an attached model never sees a backward.
+    reference = weakref.ref(model)
+
     @contextmanager
     def recomputing() -> Iterator[None]:
+        model = reference()
         # BatchNorm counts a recomputation as a batch. In the backward of the loop's own forward that is PyTorch's way.
-        with ExitStack() as hooks, copied_buffers(model) if extra or phase.inner else nullcontext():
+        copied = copied_buffers(model) if model is not None and (extra or phase.inner) else nullcontext()
+        with ExitStack() as hooks, copied:
             for module in leaves:
                 hooks.enter_context(module.register_forward_hook(leaf))
             for module, move in added:
@@ -309,7 +316,8 @@ def _recomputing(
             try:
                 yield
             finally:
-                detach_buffers(model)
+                if model is not None:
+                    detach_buffers(model)
 
     return recomputing
 

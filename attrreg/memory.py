@@ -7,7 +7,7 @@ import sys
 
 # glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-LARGEST = 2**31 - 1
+NEVER = -1  # of a threshold: it is unsigned there, while `mallopt` takes no more than 2**31 - 1, which a large step exceeds
 
 
 def keep_memory() -> bool:
@@ -19,7 +19,7 @@ def keep_memory() -> bool:
     CPU's memory only; PyTorch keeps the GPU's by itself.
 
     attrreg never calls this by itself. It does what these variables do when they are set before Python starts:
-    `MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_MAX_=0`.
+    `MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_MAX_=0`.
 
     Returns:
         Whether the C library took it; False elsewhere than with glibc, where it changes nothing.
@@ -29,4 +29,4 @@ def keep_memory() -> bool:
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
-    return bool(library.mallopt(M_TRIM_THRESHOLD, LARGEST)) and bool(library.mallopt(M_MMAP_MAX, 0))
+    return bool(library.mallopt(M_TRIM_THRESHOLD, NEVER)) and bool(library.mallopt(M_MMAP_MAX, 0))

@@ -29,8 +29,13 @@ def sum_along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None
     differentiated; memory is then that of one chunk, and a place costs one forward and one inner backward more.
     """
     x = gradients.call.x
-    if not differentiable or chunk is None or len(stops) <= chunk:
+    if chunk is None or len(stops) <= chunk:
         return _summed(stops, x, gradients, differentiable)
+    total: list[Tensor] = []
+    if not differentiable:
+        for start in range(0, len(stops), chunk):
+            total = _added(total, _summed(stops[start : start + chunk], x, gradients, False))
+        return total
     images = x.detach()
     # The first place tells which leaves a penalty can train: not all parameters, and maybe others than the model's.
     first = _summed(stops[:1], images, gradients, True)
@@ -42,7 +47,6 @@ def sum_along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None
     leaves, known = list(trainable_leaves(*first)), set(gradients.reached)
     values = [value.detach() for value in first]  # from which the first chunk goes on
     del first  # and its graph with it
-    total: list[Tensor] = []
     model = gradients.call.model
     buffers, settings = buffer_values(model), Settings(model, sharded=bool(sharded(model)))
     for start in range(0, len(stops), chunk):

@@ -190,6 +190,23 @@ def test_nothing_is_held_after_a_forward_that_raised() -> None:
         assert alive() is None
 
 
+def test_a_model_that_stays_attached_to_a_forward_without_backward_can_go() -> None:
+    model, (x, mask, target) = Checkpointed().double(), smooth_batch()
+    REG.attach(model)
+    loss = F.cross_entropy(model(x), target) + REG(model, x, mask, target)
+    alive, weights = weakref.ref(model), list(model.parameters())
+    del model
+    loss.backward()  # the model itself is not needed for it
+    assert all(weight.grad is not None for weight in weights[:-1])
+    model = Checkpointed().double()
+    REG.attach(model)
+    model(x)
+    alone = weakref.ref(model)
+    del model, loss
+    gc.collect()
+    assert alive() is None and alone() is None
+
+
 @pytest.mark.cpu
 def test_removed_by_another_thread_than_the_one_that_was_interrupted() -> None:
     model, (x, _, _) = SmoothNet().double(), smooth_batch()

@@ -33,6 +33,20 @@ def test_pages_are_not_given_back() -> None:
     assert kept == "True" and int(before) > 1000 and int(after) < int(before) / 20
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere it changes nothing")
+def test_there_is_no_size_from_which_on_pages_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        gnu_get_libc_version = None
+
+        def mallopt(self, parameter: int, value: int) -> int:
+            set_to[parameter] = value
+            return 1
+
+    set_to: dict[int, int] = {}
+    monkeypatch.setattr("ctypes.CDLL", lambda name: Library())
+    assert attrreg.keep_memory() and set_to == {-1: -1, -4: 0}  # 2**31 - 1 would be two GiB, which a step may exceed
+
+
 def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "darwin")
     monkeypatch.setattr("ctypes.CDLL", None)  # is not even looked for
