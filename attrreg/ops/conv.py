@@ -128,7 +128,7 @@ def _convolution(
     plain = Convolution(stride, padding, dilation, output_padding, transposed, groups)
     if not transposed and patches.are(weight, stride, padding, dilation, groups):
         return replace(plain, patches=True)
-    if not products or transposed or 0 in image:
+    if not products or transposed:
         return plain
     return _with_faster_kernels(plain, image, weight, channels_last)
 
@@ -321,7 +321,7 @@ def convolve_if_faster(
     groups: int = 1,
 ) -> Tensor:
     """`F.conv2d` where it is differentiated once: ours if that has a faster gradient of the weights, else PyTorch's."""
-    plain = type(input) in PLAIN and type(weight) in PLAIN and input.dtype == weight.dtype in PRODUCTS
+    plain = type(input) in PLAIN and type(weight) in PLAIN
     if plain and input.dim() == weight.dim() and not isinstance(padding, str) and not torch.is_autocast_enabled(input.device.type):
         settings = _hashable(stride), _hashable(padding), _hashable(dilation), groups
         fits = sound.convolves(sound.convolution, 2, input, weight, bias, *settings)

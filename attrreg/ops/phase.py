@@ -85,7 +85,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         # The error stands between the results and all that they came from.
         behind = [part for part in (*gradients, *ctx.saved_tensors, *getattr(ctx, "leaves", ())) if part is not None and part.requires_grad]
         results: list[Any] = [None if gradient is None else gradient.detach().requires_grad_() for gradient in found]
-        of: list[Any] = [*results, *behind, None]  # None: of a single tensor it would give no tuple
+        of = [*results, *behind]
         return tuple(torch._C._functions.DelayedError(THIRD, len(of))(*of)[: len(found)])
 
     return call
