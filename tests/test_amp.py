@@ -81,6 +81,9 @@ HALF_OPERATORS: dict[str, Any] = {
     "layer norm": lambda x: F.layer_norm(x, (5,)),
     "group norm": lambda x: F.group_norm(x, 2),
     "group norm, weights": lambda x: F.group_norm(x, 2, *torch.tensor([[0.25, 1.5, 0.75, 1.25], [1, 2, 3, 4]]).to(x)),  # exact in all types
+    "layer norm, wide weights": lambda x: F.layer_norm(
+        x, (5,), torch.linspace(0.5, 1.5, 5).to(torch.promote_types(x.dtype, torch.float32))
+    ),
     "instance norm": F.instance_norm,
     "gelu": F.gelu,
     "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),

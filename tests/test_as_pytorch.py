@@ -168,6 +168,7 @@ IN_PLACE_AFTER = {
     "batch norm": lambda h: F.batch_norm(h, None, None, training=True),
     "max pooling": lambda h: F.max_pool2d(h, 3, 1, 1),
     "convolution": lambda h: F.conv2d(h, _weights(C, C, 1, 1).double()),
+    "convolution, channels last": lambda h: F.conv2d(h.to(memory_format=LAST), _weights(C, C, 1, 1).double()),
     "cat": lambda h: torch.cat([h[:, :4], h[:, 4:]], 1),
 }
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils.checkpoint import checkpoint
 
 from attrreg import GradCAM
 from attrreg.objectives import SquaredOutside
@@ -48,6 +50,27 @@ class Nested(nn.Module):
         tokens = self.third(tokens, tokens, tokens, need_weights=False)[0].unsqueeze(1)
         logits: Tensor = self.head(F.scaled_dot_product_attention(tokens, tokens, tokens).mean((1, 2)))
         return logits
+
+
+def test_attention_that_is_left_to_pytorch_goes_by_its_math_path() -> None:
+    """Also in a block that is recomputed when all is over, and inside multi-head attention, whatever the model has chosen."""
+    x, seen = torch.randn(2, 5, 4, requires_grad=True), []
+    layer, values = nn.MultiheadAttention(4, 2, 0.1, batch_first=True), attention.multi_head
+
+    def inside(x: Tensor) -> Tensor:
+        seen.append(_cur_sdpa_kernel_backends())
+        return x.sin()
+
+    def multi_head(*args: Any, **settings: Any) -> Any:
+        seen.append(_cur_sdpa_kernel_backends())
+        return values(*args, **settings)
+
+    with patch.object(attention, "multi_head", multi_head), twice_differentiable(Phase()):
+        y: Tensor = checkpoint(inside, x, use_reentrant=False)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            y = layer(y, y, y)[0]
+    y.sum().backward()
+    assert seen == [[SDPBackend.MATH]] * 3
 
 
 def test_operators_start_beneath_what_the_model_entered_itself() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import Any
@@ -15,21 +16,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import attrreg
 from attrreg.graph import nodes
-from attrreg.ops import Phase, twice_differentiable
+from attrreg.ops import Phase, batch_norm, twice_differentiable
 from tests.models import gradients
 
 
 @pytest.mark.cpu
 def test_batch_norm_of_tensors_without_values() -> None:
     with FakeTensorMode(), twice_differentiable(Phase()):
-        y = F.batch_norm(torch.empty(16, 6, 24, 24, requires_grad=True), None, None, training=True)
-    assert y.shape == (16, 6, 24, 24)
+        y = F.batch_norm(torch.empty(16, 6, 40, 40, requires_grad=True), None, None, training=True)
+    assert y.shape == (16, 6, 40, 40)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0, -3.0, 5.0, 100.0, 1e4])
 @pytest.mark.parametrize("deviation", [0.0, 1e-3, 1.0])
 def test_batch_norm_is_as_precise_as_pytorchs_where_means_are_far(offset: float, deviation: float) -> None:
-    x = torch.randn(16, 5, 20, 30).mul_(deviation).add_(torch.linspace(0, 1, 5).view(-1, 1, 1) * offset)
+    x = torch.randn(16, 5, 40, 42).mul_(deviation).add_(torch.linspace(0, 1, 5).view(-1, 1, 1) * offset)
     scale, shift = torch.ones(5), torch.zeros(5)  # by which PyTorch chooses its kernel on CUDA
     settings: dict[str, Any] = {"running_mean": None, "running_var": None, "training": True, "eps": 1e-12}
     want = F.batch_norm(x.double(), weight=scale.double(), bias=shift.double(), **settings)
@@ -66,7 +67,21 @@ def test_weights_have_precise_gradients_in_eval_mode_where_means_are_far(mean: f
     assert float((got - want).norm()) < 1e-6 * float(want.norm())
 
 
-@pytest.mark.parametrize("shape", [(4, 6, 3, 3), (16, 6, 24, 24), (2, 8192, 4, 2)])  # the last: of few values, by large
+@pytest.mark.parametrize("shape", [(2, 6, 3, 3), (16, 6, 40, 40)])
+def test_these_sizes_are_of_both_ways(shape: tuple[int, ...]) -> None:
+    assert (batch_norm._statistics(torch.randn(shape)) is not None) == (shape[0] == 16)
+
+
+def test_weights_of_half_images_in_eval_mode_take_the_mean_as_it_was() -> None:
+    x, mean, scale = torch.randn(4, 6, 5, 5).bfloat16(), torch.zeros(6), torch.ones(6, requires_grad=True)
+    with twice_differentiable(Phase()):
+        y = F.batch_norm(x, mean, torch.ones(6), scale)
+    mean.data.fill_(100)  # as PyTorch's kernel moves it: without telling autograd
+    (got,) = torch.autograd.grad(y.float().sum(), scale)
+    torch.testing.assert_close(got, x.float().sum((0, 2, 3)), rtol=0.02, atol=0.5)
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 3, 3), (16, 6, 40, 40), (2, 8192, 4, 2)])  # the last: of few values, by large
 def test_batch_norm_moves_its_statistics_as_pytorchs(shape: tuple[int, ...]) -> None:
     x, found = torch.randn(shape), []
     for context in (nullcontext(), twice_differentiable(Phase())):
@@ -110,6 +125,31 @@ def test_batch_norm_of_places_is_no_view(layout: torch.memory_format, images: in
     want = torch.stack([F.batch_norm(x[place::2], None, None, training=True).relu() for place in range(2)], dim=1).flatten(0, 1)
     torch.testing.assert_close(y, want)
     assert y.is_contiguous(memory_format=layout)
+
+
+ROWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "all of an image's tokens": lambda x: (1 * x).flatten(1),
+    "a view of vectors": lambda x: (1 * x.flatten(1)).view(len(x), -1),
+    "one token": lambda x: (1 * x)[:, 0],
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_that_are_one_for_each_image(name: str) -> None:
+    x, phase = torch.randn(6, 4, 5), Phase(places=2, rows=6)
+    with twice_differentiable(phase):
+        y = F.batch_norm(ROWS[name](x), None, None, training=True)
+    for place in range(2):
+        torch.testing.assert_close(y[place::2], F.batch_norm(ROWS[name](x[place::2]), None, None, training=True))
+    assert phase.normalised == {6}
+
+
+def test_rows_that_places_do_not_divide_are_taken_together() -> None:
+    x, phase = torch.randn(5, 4), Phase(places=2, rows=6)
+    with twice_differentiable(phase):
+        y = F.batch_norm(x, None, None, training=True)
+    torch.testing.assert_close(y, F.batch_norm(x, None, None, training=True))
+    assert phase.normalised == {5}  # which shows that the pass is to be thrown away
 
 
 class _Layouts(TorchDispatchMode):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import attrreg
 from attrreg import baselines, objectives, scores
 from attrreg.objectives import Objective
+from attrreg.ops import Phase, twice_differentiable
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.scores import Score
 from tests import oracles
@@ -193,6 +194,17 @@ def test_gradient_of_a_difference_reaches_x_through_the_clean_side_alone() -> No
         return difference
 
     assert float(slope) == pytest.approx(oracles.central_difference(value, gain, torch.ones_like(gain)), rel=1e-5)
+
+
+@pytest.mark.parametrize("layer", [nn.GELU(), nn.LayerNorm(8), nn.RMSNorm(8)])
+def test_a_third_derivative_is_refused_by_name_where_only_what_was_saved_requires_one(layer: nn.Module) -> None:
+    x = torch.randn(3, 8, requires_grad=True)
+    with twice_differentiable(Phase()):
+        y = layer(x)
+    (slope,) = torch.autograd.grad(y, x, torch.randn(3, 8), create_graph=True)
+    (second,) = torch.autograd.grad(slope, x, torch.randn(3, 8), create_graph=True)
+    with pytest.raises(RuntimeError, match="third derivative"):
+        torch.autograd.grad(second.sum(), x, allow_unused=True)
 
 
 @pytest.mark.parametrize("layer", [nn.GELU(), nn.SiLU(), nn.LayerNorm(8), nn.Tanh()])

@@ -116,6 +116,16 @@ def test_equal_pytorchs_derivatives(places: list[int], inner: int, columns: int,
 
 
 @needs_onednn
+@pytest.mark.parametrize("rows", [3, 60])  # the result is wider than high, or far higher
+def test_matrices_that_are_stored_by_columns(rows: int) -> None:
+    a, b, bias = torch.randn(200, rows).t(), torch.randn(200, 4).t(), torch.randn(4)
+    with always_onednn() as calls:
+        for shift in (None, bias):
+            torch.testing.assert_close(linear.product(a, b, shift), F.linear(a, b, shift), rtol=1e-5, atol=1e-4)
+    assert len(calls) == 2
+
+
+@needs_onednn
 def test_one_output_whose_gradient_comes_transposed() -> None:
     """As of attention pooling: a step of an axis of one value can be any number, and `contiguous` leaves it."""
     inputs = [torch.randn(3, 5, 8), torch.randn(1, 8), torch.randn(1)]
@@ -174,7 +184,7 @@ class Other(Tensor):
 
 
 @needs_onednn
-@pytest.mark.parametrize("why", ["double", "autocast", "subclass", "vector", "mixed", "misfit", "one bias", "off"])
+@pytest.mark.parametrize("why", ["double", "autocast", "subclass", "vector", "mixed", "misfit", "one bias", "wide bias", "off"])
 def test_what_onednns_product_does_not_take_is_pytorchs(why: str) -> None:
     x, w = torch.randn(4, 8), torch.randn(6, 8)
     if why == "double":
@@ -190,9 +200,9 @@ def test_what_onednns_product_does_not_take_is_pytorchs(why: str) -> None:
     autocast = torch.autocast("cpu", torch.bfloat16) if why == "autocast" else nullcontext()
     off = switched_off() if why == "off" else nullcontext()
     with always_onednn() as calls, twice_differentiable(Phase()), autocast, off:
-        if why in ("mixed", "misfit"):
-            with pytest.raises(RuntimeError, match="dtype" if why == "mixed" else "cannot be multiplied"):  # PyTorch's own error
-                F.linear(x, w)
+        if why in ("mixed", "misfit", "wide bias"):
+            with pytest.raises(RuntimeError, match="cannot be multiplied" if why == "misfit" else "dtype"):  # PyTorch's own error
+                F.linear(x, w, torch.zeros(6).double() if why == "wide bias" else None)
         else:
             bias = torch.zeros(1) if why == "one bias" else None
             assert F.linear(x, w, bias).shape == (*x.shape[:-1], 6)

@@ -180,6 +180,8 @@ def test_calls_by_name_and_mistakes_are_pytorchs(layer: nn.Conv2d) -> None:
         for arguments in ((), ("no tensor",)):
             with pytest.raises(TypeError, match=r"missing|invalid combination"):
                 layer(*arguments)
+        with pytest.raises(RuntimeError, match="to have 8 channels, but got 7"):
+            layer(x[:, :7])
 
 
 def test_autocast_and_strings_of_padding_and_images_alone_are_pytorchs() -> None:
@@ -188,7 +190,7 @@ def test_autocast_and_strings_of_padding_and_images_alone_are_pytorchs() -> None
         layer(torch.randn(2, 8, 6, 6))
         assert wide(torch.randn(8, 6, 6)).shape == (8, 6, 6)
         with torch.autocast("cpu"):
-            assert nn.Conv2d(8, 8, 1)(torch.randn(2, 8, 1, 1)).dtype == torch.bfloat16
+            assert wide(torch.randn(2, 8, 6, 6)).dtype == torch.bfloat16
     assert not ours
 
 

@@ -121,6 +121,7 @@ TAKEN: dict[str, Operator] = {
     "norm of complex numbers": lambda: torch.norm(torch.complex(H, H.sin()), dim=1),
     "normalize of complex numbers": lambda: F.normalize(torch.complex(H, H.sin())),
     "normalize of zeros by less than a square has room for": lambda: F.normalize(0 * H, eps=1e-30),
+    "normalize, an eps for each": lambda: F.normalize(H, eps=ONES(4, 1, 8, 8)),  # type: ignore[arg-type]
     "norm, written": lambda: written(lambda out: torch.norm(H, dim=1, out=out), 4, 8, 8),
     "vector_norm, written": lambda: written(lambda out: torch.linalg.vector_norm(H, dim=1, out=out), 4, 8, 8),
     "linalg.norm, written": lambda: written(lambda out: torch.linalg.norm(H, dim=1, out=out), 4, 8, 8),

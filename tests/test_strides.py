@@ -114,7 +114,10 @@ def test_products_by_onednn_take_any_strides(data: Any, name: str) -> None:
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * float(want.detach().abs().max()))
 
 
-@pytest.mark.parametrize("name", ["batch norm", "layer norm of two axes", "silu", "convolution", "pointwise convolution", "attention"])
+@pytest.mark.parametrize(
+    "name",
+    ["batch norm", "layer norm of two axes", "silu", "convolution", "pointwise convolution", "wide depthwise convolution", "attention"],
+)
 def test_second_derivatives_are_no_views(name: str) -> None:
     """PyTorch adds the loss's own gradients to them in place then, and to new memory if they are."""
     function, shapes = STORED[name]
