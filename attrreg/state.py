@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import is_
@@ -61,12 +61,15 @@ def buffer_values(model: nn.Module) -> BufferValues:
 
 PLAIN = (bool, int, float, str)
 _EMPTY: dict[Any, Any] = {}  # what most registries hold
+_USUAL = frozenset((*PLAIN, type(None)))
 # Where modules keep layers, buffers and hooks.
-_REGISTRIES = (
-    *("_modules", "_buffers"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_backward_pre_hooks", "_backward_hooks"),
+_REGISTRIES = frozenset(
+    (
+        *("_modules", "_buffers"),
+        *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+        *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+        *("_backward_pre_hooks", "_backward_hooks"),
+    )
 )
 
 
@@ -87,9 +90,13 @@ class _Held:
     registries: list[tuple[dict[Any, Any], dict[Any, Any]]]
 
     @staticmethod
-    def of(attributes: dict[str, Any], registries: Sequence[str], everything: bool = False) -> _Held:
+    def of(attributes: dict[str, Any], registries: Set[str], everything: bool = False) -> _Held:
         """What a module holds now; `everything`: also what could hold a graph, which would then stay in memory."""
-        kept = {name: value for name, value in attributes.items() if everything or _is_setting(value) or name in registries}
+        kept = {
+            name: value
+            for name, value in attributes.items()
+            if type(value) in _USUAL or name in registries or everything or _is_setting(value)  # the quickest first
+        }
         found = [kept[name] for name in registries if isinstance(kept.get(name), dict)]  # TorchScript has others
         return _Held(attributes, [*attributes], kept, [(registry, dict(registry) if registry else _EMPTY) for registry in found])
 
@@ -132,7 +139,7 @@ class Settings:
 
     def __init__(self, model: nn.Module, sharded: bool) -> None:
         found = modules(model)
-        self._registries = _REGISTRIES if sharded else ("_parameters", *_REGISTRIES)
+        self._registries = _REGISTRIES if sharded else _REGISTRIES | {"_parameters"}
         self._held = [_Held.of(vars(module), self._registries) for module in found]
         self._scripted = [(module, module.training) for module in found if "training" not in vars(module)]
 
