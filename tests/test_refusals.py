@@ -74,6 +74,7 @@ REFUSED: dict[str, Operator] = {
     "batch_norm, mean alone": lambda: F.batch_norm(H, torch.zeros(16), None),
     "batch_norm in eval mode without statistics": lambda: F.batch_norm(H, None, None),
     "batch_norm in eval mode, another type of statistics": lambda: F.batch_norm(H, torch.zeros(16).double(), ONES(16).double()),
+    "batch_norm of one axis": lambda: F.batch_norm(R(8), None, None, training=True),
     "batch_norm of integers": lambda: F.batch_norm(H.long(), torch.zeros(16), ONES(16)),
     "layer_norm of integers": lambda: F.layer_norm(H.long(), (8,)),
     "layer_norm, a number for a shape": lambda: F.layer_norm(H, 8),  # type: ignore[arg-type]
@@ -88,6 +89,9 @@ REFUSED: dict[str, Operator] = {
     "group_norm, weight of one": lambda: F.group_norm(R(4, 16), 4, ONES(1)),
     "group_norm, another type of weights": lambda: F.group_norm(H.double(), 4, ONES(16), ONES(16)),
     "instance_norm of one position": lambda: F.instance_norm(H[:, :, :1, :1]),  # of which all would be zero
+    "instance_norm by no statistics": lambda: F.instance_norm(H, use_input_stats=False),
+    "instance_norm of one axis": lambda: F.instance_norm(R(8)),
+    "instance_norm, variance alone": lambda: F.instance_norm(H, None, ONES(16)),
     "cdist, other columns": lambda: torch.cdist(G(3, 5), G(4, 1)),
     "cdist of one axis": lambda: torch.cdist(G(5), G(4, 5)),
     "cdist, negative p": lambda: torch.cdist(G(3, 5), G(4, 5), p=-1),
