@@ -26,7 +26,8 @@ def sum_along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None
 
     With all graphs held (`chunk=None`, or no more places than `chunk`) this is one forward and backward a batch of places. Otherwise
     the gradients of each chunk are computed without a graph, and once more with one when the penalty is
-    differentiated; memory is then that of one chunk, and a place costs one forward and one inner backward more.
+    differentiated; memory is then that of one chunk, and a place costs one forward and one inner backward more. A map, which is not
+    differentiated, is summed chunk by chunk.
     """
     x = gradients.call.x
     if chunk is None or len(stops) <= chunk:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import is_
-from types import FunctionType, MappingProxyType, MethodType
+from types import FunctionType, MappingProxyType, MethodType, NoneType
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ def buffer_values(model: nn.Module) -> BufferValues:
 
 PLAIN = (bool, int, float, str)
 _EMPTY: dict[Any, Any] = {}  # what most registries hold
-_USUAL = frozenset((*PLAIN, type(None)))
+_SETTINGS = (*PLAIN, NoneType, FunctionType, MethodType)  # types of what may say how to compute
 # Where modules keep layers, buffers and hooks.
 _REGISTRIES = frozenset(
     (
@@ -95,7 +95,7 @@ class _Held:
         kept = {
             name: value
             for name, value in attributes.items()
-            if type(value) in _USUAL or name in registries or everything or _is_setting(value)  # the quickest first
+            if type(value) in _SETTINGS or name in registries or everything or _is_setting(value)  # the quickest first
         }
         found = [kept[name] for name in registries if isinstance(kept.get(name), dict)]  # TorchScript has others
         return _Held(attributes, [*attributes], kept, [(registry, dict(registry) if registry else _EMPTY) for registry in found])
@@ -124,7 +124,7 @@ def _is_setting(value: object) -> bool:
         return value.grad_fn is None
     if isinstance(value, tuple):
         return all(map(_is_setting, value))
-    return value is None or isinstance(value, (*PLAIN, FunctionType, MethodType))
+    return isinstance(value, _SETTINGS)
 
 
 class Settings:

@@ -329,3 +329,15 @@ def test_prototypes_may_be_detached_before_a_chunked_backward(chunk: int | None)
     model.prototypes = model.prototypes.detach()
     assert want[-1].any()
     assert_close(gradients(whole, value), want, 1e-10)
+
+
+def test_maps_go_by_chunks_too() -> None:
+    model, (x, _, target) = net(nn.Identity()).eval(), batch(3, channels=2, size=8, classes=3)
+    maps, forwards = [], []
+    for chunk in (1, None):
+        for _ in range(2):  # the first shows whether places share a pass
+            with attrreg.trace.passes() as counted:
+                maps.append(attrreg.IntegratedGradients(steps=4, chunk=chunk).attribute(model, x.double(), target))
+            forwards.append(counted.forward)
+    assert forwards[1] == 4 and forwards[3] < 4
+    assert_close(maps[1:], maps[:-1], 1e-12)
