@@ -15,6 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from attrreg.call import Call, Select
 from attrreg.conditions import parts
 from attrreg.distributed import sharded
+from attrreg.memory import lacks_memory
 from attrreg.recording import Recording
 from attrreg.runner import Runner
 from attrreg.sites import INPUT, OUTPUT
@@ -132,9 +133,9 @@ def _as_whole(call: Call, outputs: Sequence[Tensor], chosen: Tensor) -> bool:
 
     try:
         return same_alone([part.detach()[chosen].nan_to_num(0.0) for part in outputs], call.x.detach()[chosen], alone)
-    except torch.OutOfMemoryError:  # says nothing of the model
-        raise
-    except SIZE_ERRORS:  # it knows how many images it gets
+    except SIZE_ERRORS as error:  # it knows how many images it gets
+        if lacks_memory(error):
+            raise
         return False
 
 

@@ -17,6 +17,7 @@ from attrreg.apart import SIZE_ERRORS, couples, output_key, probe_of, same_alone
 from attrreg.differences import Differences, gradients_of
 from attrreg.distributed import sharded
 from attrreg.graph import trainable_leaves
+from attrreg.memory import lacks_memory
 from attrreg.ops.channels import dense, memory_format
 from attrreg.recording import Recording
 from attrreg.runner import Runner
@@ -89,7 +90,7 @@ class PathGradients:
         try:
             found = self._together(images, create_graph)
         except SIZE_ERRORS as error:  # a model may know how many images it gets; any other mistake is raised again below
-            found, lasting = None, not isinstance(error, torch.OutOfMemoryError)
+            found, lasting = None, not lacks_memory(error)
         if found is None:
             self._shares = False
             found = [self._alone(image, create_graph) for image in images]

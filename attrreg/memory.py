@@ -1,13 +1,23 @@
-"""What the C library does with memory that a training step has freed."""
+"""Memory: what the C library does with what a training step has freed, and how a lack of it shows."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
+import torch
+
 # glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 NEVER = -1  # of a threshold: it is unsigned there, while `mallopt` takes no more than 2**31 - 1, which a large step exceeds
+
+# What PyTorch says where it raises a plain RuntimeError: its allocator on the CPU, cuBLAS and cuDNN, Apple's GPUs
+LACKING = ("can't allocate memory", "ALLOC_FAILED", "out of memory")
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether memory was lacking, which may pass, and says nothing of a model or of a kernel."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in LACKING)
 
 
 def keep_memory() -> bool:

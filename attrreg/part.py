@@ -13,6 +13,7 @@ from attrreg.apart import SIZE_ERRORS, close, images_apart
 from attrreg.attach import attached
 from attrreg.baselines import Baseline, Fixed, OtherImage, made_of
 from attrreg.call import Call
+from attrreg.memory import lacks_memory
 from attrreg.needs import Need, Value
 from attrreg.scores import Score
 from attrreg.settings import is_real
@@ -100,9 +101,9 @@ def _mixes(baseline: Baseline, call: Call) -> bool:
         whole = made(every)
         try:
             alone = made(kept)
-        except torch.OutOfMemoryError:
-            raise
-        except SIZE_ERRORS:  # it may hold something for each image of the batch
+        except SIZE_ERRORS as error:  # it may hold something for each image of the batch
+            if lacks_memory(error):
+                raise
             return True
     finally:
         before.restore()

@@ -56,27 +56,36 @@ def test_a_call_that_is_wrong_shows_nothing_of_places() -> None:
 class Passing(nn.Module):
     """Memory is short once, for batches of so many images."""
 
-    def __init__(self, images: int) -> None:
+    def __init__(self, images: int, error: Exception) -> None:
         super().__init__()
-        self.net, self.images = Watched(SmoothNet()), images
+        self.net, self.images, self.error = Watched(SmoothNet()), images, error
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) == self.images:
             self.images = 0
-            raise torch.OutOfMemoryError("out of memory")
+            raise self.error
         logits: Tensor = self.net(x)
         return logits
 
 
-def test_a_lack_of_memory_that_passes_says_nothing_of_a_model() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes. Error code 12 (Cannot allocate memory)"),
+    ],
+    ids=["cuda", "cublas", "cpu"],
+)
+def test_a_lack_of_memory_that_passes_says_nothing_of_a_model(error: Exception) -> None:
     x, mask, target = smooth_batch(5)
     annotated = torch.tensor([True, False, True, False, False])
-    model = Passing(images=3).double()  # one of the halves that run alone
-    with pytest.raises(torch.OutOfMemoryError):
+    model = Passing(3, error).double()  # one of the halves that run alone
+    with pytest.raises(type(error)):
         TERM(model, x, mask, target, annotated=annotated)
     TERM(model, x, mask, target, annotated=annotated)
     assert model.net.seen[-1] == 2
-    model = Passing(images=4 * len(x)).double()
+    model = Passing(4 * len(x), error).double()
     forwards = []
     for _ in range(2):
         with passes() as counted:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attrreg.memory import lacks_memory
 from attrreg.ops.channels import dense
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,9 +40,9 @@ def _kernels(device: torch.device) -> Any | None:
         found = importlib.import_module("attrreg.ops.kernels")
         probe = torch.zeros(1, device=device)
         found.activation("SILU", probe, probe, probe)
-    except torch.OutOfMemoryError:  # which says nothing of the next call
-        raise
     except Exception as error:  # for example no C compiler, which Triton needs on first use
+        if lacks_memory(error):  # which says nothing of the next call
+            raise
         warnings.warn(
             f"attrreg's Triton kernels do not run on {device}, so normalisations and activations take PyTorch's operators, which are as "
             f"exact and slower: {type(error).__name__}: {error}",
