@@ -1,13 +1,29 @@
-"""What the commands check before they work: packages, `--out`, `--device`."""
+"""The options before a command, and what the commands check before they work: packages, `--out`, `--device`."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
+
+from attrreg import __version__
+
+
+def show_version(wanted: bool) -> None:
+    """Print it, and stop there."""
+    if wanted:
+        typer.echo(f"attrreg {__version__}")
+        raise typer.Exit
+
+
+def attrreg(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    """Attribution regularization for PyTorch."""
 
 
 def check_packages(extra: str, needed: Iterable[str]) -> None:

@@ -22,6 +22,7 @@ pytest.importorskip("typer")
 from rich.console import Console
 from typer.testing import CliRunner
 
+import attrreg
 from attrreg import cli
 from attrreg.demo import report, settings, train
 from attrreg.demo.command import Data
@@ -138,6 +139,11 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setitem(settings._FAST, data.value, tiny(data.value))
     runner = CliRunner()
     yield lambda *words: runner.invoke(cli.build_app(), ["demo", *words])
+
+
+def test_the_command_says_its_version() -> None:
+    said = CliRunner().invoke(cli.build_app(), ["--version"])
+    assert (said.exit_code, said.output) == (0, f"attrreg {attrreg.__version__}\n")
 
 
 def test_demo_writes_picture_and_numbers(command: Any, tmp_path: Path) -> None:
