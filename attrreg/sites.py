@@ -122,11 +122,13 @@ def is_map(value: Tensor, model: nn.Module, x: Tensor, site: str) -> bool:
 
 
 def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Tensor:
-    """A layer's output, or a gradient there, as a map `(N, C, h, w)`; prefix tokens are dropped.
+    """A layer's output, the images, or a gradient there, as a map `(N, C, h, w)`; prefix tokens are dropped.
 
     Raises:
         ValueError: the layer has no spatial map.
     """
+    if site == INPUT:
+        return value
     found = layout(value, model, x, site)
     if found == "NCHW":
         return value

@@ -140,7 +140,7 @@ class Trace:
         return self._here if at == CLEAN else at
 
     def grid(self, site: str, value: Tensor) -> Tensor:
-        """A value or gradient of a layer as a map `(N, C, h, w)`.
+        """A value or gradient of a layer, or of the images, as a map `(N, C, h, w)`.
 
         Raises:
             ValueError: the layer has no spatial map.
