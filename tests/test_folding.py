@@ -118,7 +118,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "a transformer": (lambda: timm.create_model("test_vit", num_classes=3, in_chans=2, img_size=32), True),
     "dropout": (lambda: SmoothNet(dropout=0.5), True),
     "dropout in eval mode": (lambda: SmoothNet(dropout=0.5).eval(), True),
-    "dropout of channels": (lambda: Dropped(lambda h: F.dropout2d(h, 0.5)), True),
+    "dropout of as many channels as rows": (lambda: Dropped(lambda h: F.dropout2d(h.repeat(1, 3, 1, 1), 0.5)[:, :4]), True),
     "dropout in place": (lambda: Dropped(lambda h: F.dropout(h, 0.5, inplace=True) + h), True),
     "dropout of what no image has": (lambda: Dropped(lambda h: h * F.dropout(torch.ones_like(h[0]), 0.5)), True),
     "a coin for all": (lambda: Dropped(lambda h: h * (h.new_empty(()).bernoulli_(0.5) + 1)), True),
