@@ -1,4 +1,4 @@
-"""The state that passes run in, and must not leave changed: buffers, random number generators, autocast."""
+"""The state that passes run in, and must not leave changed: buffers, random number generators, settings, autocast."""
 
 from __future__ import annotations
 

@@ -58,9 +58,9 @@ class IntegratedGradients(_PathMethod):
         baseline: where the path starts: a number, a tensor that broadcasts to `x`, or one of `attrreg.baselines`.
         rule: Captum's name of the quadrature rule.
         chunk: how many steps' graphs are held in memory at a time; None: those of all. If that is fewer than `steps`, each step is computed
-            twice: for the map without its graph, and in the penalty's backward with it. The steps of a chunk run as one batch where that
-            gives the same map: where no layer mixes images but batch normalisation, which then normalises each step by itself, and the
-            model draws nothing but dropout and stochastic depth.
+            twice: for the map, whose graph is not kept, and again, with its graph, in the penalty's backward. The steps of a chunk run as
+            one batch where that gives the same map: where no layer mixes images but batch normalisation, which then normalises each step
+            by itself, and the model draws nothing but dropout and stochastic depth.
         score: what is differentiated; by default chosen by the target (`scores.ByTarget`): for class indices the target's logit against the
             best other, without a target the sum of log-probabilities.
         objective: the penalty of phi under the mask, `(map, mask) -> (N,)`: see `attrreg.objectives`.

@@ -42,7 +42,7 @@ class Occlusion(Spec):
         One forward of the batch, and one a window, in the mode that the model is in; no backward.
 
     Source:
-        Zeiler and Fergus 2014, arXiv 1311.2901; Captum's `Occlusion`, which does the work.
+        Zeiler and Fergus 2013, arXiv 1311.2901; Captum's `Occlusion`, which does the work.
     """
 
     window: int = 3
