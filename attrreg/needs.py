@@ -10,7 +10,7 @@ from torch import nn
 from attrreg import sites
 from attrreg.call import Call
 from attrreg.engines import Engine, FiniteDifference
-from attrreg.points import CLEAN, Ascent, Path, Point, Rectified
+from attrreg.points import CLEAN, Ascent, At, Clean, Path, Point, Rectified
 from attrreg.scores import Score
 
 
@@ -21,6 +21,10 @@ class Value:
     site: str
     at: Point = CLEAN
 
+    def __post_init__(self) -> None:
+        sites.check_layer_name(self.site)
+        _check_point(self.at)
+
 
 @dataclass(frozen=True)
 class Grad:
@@ -30,6 +34,11 @@ class Grad:
     score: Score
     at: Point = CLEAN
 
+    def __post_init__(self) -> None:
+        sites.check_layer_name(self.site)
+        _check_score(self.score)
+        _check_point(self.at)
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -38,6 +47,10 @@ class Scored:
     score: Score
     at: Point = CLEAN
 
+    def __post_init__(self) -> None:
+        _check_score(self.score)
+        _check_point(self.at)
+
     @property
     def site(self) -> str:
         """What the score reads."""
@@ -45,6 +58,17 @@ class Scored:
 
 
 Need = Value | Grad | Scored
+
+
+def _check_score(score: object) -> None:
+    if not isinstance(score, Score):
+        raise TypeError(f"score must be a scores.Score, got {score!r}. Write for example scores.TargetLogit().")
+
+
+def _check_point(point: object) -> None:
+    """Check that a pass can be run there: of what is no point, or a point of another class, it would run on the images as they are."""
+    if not isinstance(point, Clean | At | Rectified | Ascent | Path):
+        raise TypeError(f"at must be CLEAN, At(baseline), Rectified(rule) or a path, got {point!r}. Write for example At({point!r}).")
 
 
 def sites_at(point: Point, needs: Iterable[Need]) -> dict[str, bool]:

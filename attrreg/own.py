@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,21 +21,29 @@ if TYPE_CHECKING:
     from attrreg.trace import Trace
 
 
-@contextmanager
-def given(part: Baseline | Point, x: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The images and the mask that a baseline makes images from, outside autocast. The user's own get copies, as they may write into them.
+T = TypeVar("T")
+
+
+def made(part: Baseline | Point, make: Callable[..., T], x: Tensor, mask: Tensor | None, seed: int) -> T:
+    """What `make` of a baseline or a path makes of images, outside autocast. The user's own get copies, as they may write into them.
 
     Raises:
-        ValueError: a baseline wrote into what it got.
+        ValueError: it wrote into what it got, or drew random numbers unsaid: it would draw the same in each call.
     """
-    if any(map(is_own, made_of(part))):
+    users = any(map(is_own, (part, *made_of(part))))
+    if users:
         x, mask = x.clone(), None if mask is None else mask.clone()
     parts = [tensor for tensor in (x, mask) if tensor is not None]
     before = list(map(version, parts))
+    generator = torch.Generator(x.device).manual_seed(seed)
+    start = None if part.draws or not users else generator.get_state()
     with full_precision(x.device):
-        yield x, mask
+        result = make(x, mask, generator)
     if list(map(version, parts)) != before:
         raise ValueError(f"{part!r} writes into the images or the mask that it is given. Let it write into a copy.")
+    if start is not None and not torch.equal(generator.get_state(), start):
+        raise ValueError(f"{part!r} draws random numbers, and does not say so. Set draws = True in its class.")
+    return result
 
 
 def map_of(regularizer: MapRegularizer, trace: Trace) -> Tensor:

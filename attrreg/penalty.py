@@ -177,6 +177,6 @@ def _check_trainable(name: str, per_image: Tensor, x: Tensor) -> None:
         return
     raise RuntimeError(
         f"{name}: the penalty has no path to any trainable parameter, so it could train nothing. Unfreeze parameters that it "
-        "depends on, let gradients through where the forward detaches, choose another layer or score, or checkpoint with "
-        "use_reentrant=False where the model checkpoints."
+        "depends on, let gradients through where the forward or an objective detaches, choose another layer or score, or checkpoint "
+        "with use_reentrant=False where the model checkpoints."
     )

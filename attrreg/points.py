@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attrreg import masks
-from attrreg.baselines import Baseline
+from attrreg.baselines import Baseline, keep_baseline
 from attrreg.ops.rectify import Rule
 from attrreg.scores import Score
 from attrreg.spec import Key
@@ -104,16 +104,23 @@ class At(FromBaseline):
 
     baseline: Baseline
 
+    def __post_init__(self) -> None:
+        keep_baseline(self)
+
 
 @dataclass(frozen=True, repr=False)
 class Rectified(Point):
     """The images as they are, with another rule for gradients through `nn.ReLU` layers.
 
     Args:
-        rule: one of `attrreg.ops.rectify`.
+        rule: one of `attrreg.ops.rectify`, or `(gradient, y) -> passed on`, from the ReLU's output y.
     """
 
     rule: Rule
+
+    def __post_init__(self) -> None:
+        if not callable(self.rule):
+            raise TypeError(f"rule must be a function (gradient, y) -> passed on, as attrreg.ops.rectify.guided, got {self.rule!r}.")
 
 
 @dataclass(frozen=True, repr=False)

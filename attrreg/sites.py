@@ -63,6 +63,8 @@ def check_layer(model: nn.Module, name: str) -> None:
     if layer is not None:
         return
     names = [known for known, _ in model.named_modules() if known]
+    if name == "auto":
+        raise ValueError("layer 'auto' is no layer's name. Ask for sites.SPATIAL, the last one with a map, or sites.FEATURES.")
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Its outermost layers are {[n for n in names if '.' not in n]}."
     raise ValueError(f"layer {name!r} is not in {type(model).__name__}. {hint}")

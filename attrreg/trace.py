@@ -24,7 +24,7 @@ from attrreg.distributed import sharded, synchronises
 from attrreg.engines import Engine, FiniteDifference
 from attrreg.folding import PathGradients
 from attrreg.graph import which_are_read
-from attrreg.masks import Annotation
+from attrreg.masks import Annotation, at_least_float32
 from attrreg.needs import Grad, Need, Scored, Value, only_clean, sites_at
 from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
 from attrreg.recompute import sum_along
@@ -66,20 +66,20 @@ class Trace:
     # What terms read
 
     def value(self, site: str, at: Point = CLEAN) -> Tensor:
-        """The value at a site; images `(N, C, H, W)` at `INPUT`, logits at `OUTPUT`."""
+        """The value at a site, in float32 at least; images `(N, C, H, W)` at `INPUT`, logits at `OUTPUT`."""
         at = self._seen(at)
         images = site == sites.INPUT and (at == CLEAN or at in self._recordings)  # which each pass has
         if not images and Value(site, at) not in self._needs:
             raise ValueError(f"Value({site!r}, {at!r}) was read, but not declared. Let needs() of the term return it.")
         recording = self._recordings.get(at)
         if recording is None:
-            return self._give_out(self.call.x)
+            return self._give_out(at_least_float32(self.call.x))
         if site == sites.SPATIAL:
             self._runner.find_map(recording)
-        return self._give_out(self._runner.at(recording, site))
+        return self._give_out(at_least_float32(self._runner.at(recording, site)))
 
     def grad(self, site: str, score: Score, at: Point = CLEAN) -> Tensor:
-        """The gradient of a score at a site, of the shape of its value; on a path, the weighted sum along it."""
+        """The gradient of a score at a site, of the shape and type of its value; on a path, the weighted sum along it."""
         if (key := (site, score, self._seen(at))) not in self._grads:
             raise ValueError(f"Grad({site!r}, {score!r}, {key[2]!r}) was read, but not declared. Let needs() of the term return it.")
         return self._give_out(self._grads[key])
@@ -151,6 +151,13 @@ class Trace:
     def mask(self) -> Tensor:
         """The canonical mask `(N, 1, H, W)`."""
         return self._give_out(self.annotation.relevant)
+
+    @property
+    def target(self) -> Tensor:
+        """The target that was passed, a row for each image."""
+        if self.call.target is None:
+            raise ValueError("A term reads the target, and there is none. Pass `target=`.")
+        return self._give_out(self.call.target)
 
     @property
     def annotation(self) -> Annotation:
@@ -229,9 +236,6 @@ class Trace:
                 self._score_seeds[score] = drawn_seed(self.call.generator)
         return {point: drawn_seed(self.call.generator) if point.draws else 0 for point in self._points()}
 
-    def _generator(self, seed: int) -> torch.Generator:
-        return torch.Generator(self.call.x.device).manual_seed(seed)
-
     def _concrete(self, score: Score) -> Score:
         resolved = score.resolve(self.call.target, self.call.shown)
         return resolved.drawn(self._score_seeds[score]) if score.draws else resolved
@@ -240,8 +244,9 @@ class Trace:
         """The pass on the images that a point makes of the clean ones."""
         image, rule = self.call.x, point.rule if isinstance(point, Rectified) else None
         if isinstance(point, At):
-            with own.given(point, self.call.x.detach(), self.call.mask) as (x, mask):
-                image = point.baseline(x, mask, self._generator(seed))
+            image = own.made(point.baseline, point.baseline, self.call.x.detach(), self.call.mask, seed)
+            if not isinstance(image, Tensor):
+                raise TypeError(f"{point.baseline!r} gave a {type(image).__name__}, but a baseline gives images (N, C, H, W).")
         if isinstance(point, Ascent):
             image = self._ascend(point)
         return self._runner.replay(image, sites_at(point, self._needs), rule=rule)
@@ -287,8 +292,7 @@ class Trace:
         """All gradients along one path: for each distinct score, summed over its places."""
         needs = [need for need in self._needs if isinstance(need, Grad) and need.at == path]
         concrete = list(dict.fromkeys(self._concrete(need.score) for need in needs))
-        with own.given(path, self.call.x.detach(), self.call.mask) as (x, mask):
-            stops = path.stops(x, mask, self._generator(seed))
+        stops = own.made(path, path.stops, self.call.x.detach(), self.call.mask, seed)
         gradients = PathGradients(self._runner, concrete, self._differences)
         # Finite differences hold no graph of the gradients, so there is nothing to save by computing them again.
         chunk = path.chunk if self._differences is None else None

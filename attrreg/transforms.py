@@ -56,6 +56,5 @@ class ReplaceOutside(Spec):
         annotation = masks.check(mask, x, annotated)
         with undone_on_error(x.device, generator):
             seed = drawn_seed(generator) if self.fill.draws else 0
-            with own.given(self.fill, x, annotation.relevant) as (images, relevant):
-                replaced = Masked(self.fill)(images, relevant, torch.Generator(x.device).manual_seed(seed))
+            replaced = own.made(self.fill, Masked(self.fill), x, annotation.relevant, seed)
         return torch.where(annotation.annotated.view(-1, 1, 1, 1), replaced, x)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from attrreg.apart import images_apart
 from attrreg.baselines import Baseline, Masked, Shuffle
-from attrreg.masks import at_least_float32
 from attrreg.needs import Need, Value
 from attrreg.points import CLEAN, At
 from attrreg.regularizer import SingleRegularizer
@@ -97,8 +96,8 @@ class ActivationDifference(SingleRegularizer):
         return distance
 
     def _activations(self, trace: Trace, site: str) -> tuple[Tensor, Tensor]:
-        """A layer's activations on the images and on the masked images, `(N, ...)`, in float32 at least."""
-        clean, masked = at_least_float32(trace.value(site)), at_least_float32(trace.value(site, self._masked))
+        """A layer's activations on the images and on the masked images, `(N, ...)`."""
+        clean, masked = trace.value(site), trace.value(site, self._masked)
         check_by_image(clean, trace.call.x, site)
         if self.detach == "clean":
             clean = clean.detach()

@@ -75,10 +75,8 @@ class Occlusion(Spec):
         if classes is None:
             raise TypeError("target must be class indices (N,), got None. Pass the classes whose logits are judged.")
         check_classes(classes)
-        draws = torch.Generator(x.device).manual_seed(0)
         fill = as_baseline(self.fill)
-        with own.given(fill, x.detach(), None) as (images, _):
-            filled = fill(images, None, draws)
+        filled = own.made(fill, fill, x.detach(), mask=None, seed=0)
         channels = x.shape[1]
         with torch.no_grad(), isolated(model, x.device):
             phi: Tensor = Captum(_logits_of(model, classes)).attribute(
