@@ -286,9 +286,8 @@ class Runner:
         if len(recording.heads) < 2 or (self.call.output is None and not isinstance(recording.output, Tensor)):
             return likeliest
         logits = self.at(recording, sites.OUTPUT)
-        own = [logits]
-        if callable(self.call.output):
-            given = parts(recording.output)
+        own, given = [logits], parts(recording.output)
+        if callable(self.call.output) and not any(part is logits for part in given):
             own = [part for part, is_read in zip(given, which_are_read(logits, given), strict=True) if is_read]
         found = find_features(recording.heads, logits, own)
         return likeliest if found is None else found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -191,3 +192,20 @@ def test_an_image_that_is_all_relevant_moves_with_the_batch() -> None:
     want = (seen[0] - seen[1]).flatten(1).norm(dim=1)
     assert want[0] > 0.01
     torch.testing.assert_close(term(model, x, mask), want.mean())
+
+
+@pytest.mark.parametrize("detach", ["clean", "masked"])
+def test_what_rounding_leaves_of_an_image_that_is_all_relevant_has_no_gradient(detach: Any) -> None:
+    """In a sum with a term that takes gradients the two passes run on different operators; images meet only behind the layer."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.SiLU(), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3)
+    )
+    x, mask, target = smooth_batch()
+    mask[0] = 1
+    term = attrreg.ActivationDifference("2", baselines.Zero(), detach=detach)
+    body = model.double()[:3]
+    clean, masked = body(x), body(x * mask.unsqueeze(1))
+    clean, masked = (clean.detach(), masked) if detach == "clean" else (clean, masked.detach())
+    want = (clean[1:] - masked[1:]).flatten(1).norm(dim=1).sum() / 3
+    found = gradients(model, (term + 0.0 * attrreg.InputGradient())(model, x, mask, target))
+    assert_close(found, gradients(model, want), 1e-10)

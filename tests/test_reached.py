@@ -51,15 +51,15 @@ def test_the_automatic_layer_is_one_that_the_score_reads(output: str, layer: str
     assert handle.map == layer
 
 
-@pytest.mark.parametrize("output", ["out", "aux"])
-def test_the_features_are_of_the_head_that_makes_the_logits(output: str) -> None:
+@pytest.mark.parametrize("output", ["out", "aux", lambda given: given["out"]])
+def test_the_features_are_of_the_head_that_makes_the_logits(output: Any) -> None:
     model, (x, mask, _) = WithAuxiliary().double(), smooth_batch()
     regularizer = attrreg.ActivationDifference(fill=ZERO)
     masked = torch.where(mask[:, None], x, 0)
 
     def features(x: Tensor) -> Any:
         stem = model.stem(x).tanh()
-        return model.body(stem).tanh().mean(dim=(2, 3)) if output == "out" else model.aux[1](model.aux[0](stem)).flatten(1)
+        return model.body(stem).tanh().mean(dim=(2, 3)) if output != "aux" else model.aux[1](model.aux[0](stem)).flatten(1)
 
     want = (features(x) - features(masked)).norm(dim=1).mean()
     got = regularizer(model, x, mask, output=output)
@@ -276,7 +276,12 @@ BAD: list[tuple[Callable[[], nn.Module], AttributionRegularizer, type[Exception]
     (Detaches, attrreg.GradCAM(), RuntimeError, "does not depend on any layer with a spatial map: .*Let gradients through"),
     (Detaches, attrreg.GradCAM("body"), RuntimeError, "does not depend on layer 'body'.*Name a layer between"),
     (DetachesLogits, attrreg.InputGradient(), RuntimeError, r"output carries no gradient.*\. "),
-    (DetachesLogits, attrreg.captum.FeatureAblation(torch.arange(8) // 4), RuntimeError, "no path .*where the forward detaches"),
+    (
+        DetachesLogits,
+        attrreg.captum.FeatureAblation(torch.arange(8) // 4),
+        RuntimeError,
+        "no path .*where the forward or an objective detaches",
+    ),
     (Unread, attrreg.GradCAM(), RuntimeError, "only a class token. Name an earlier layer"),
     (Recurrent, attrreg.GradCAM("rnn"), ValueError, "'rnn' returned tuple, not a floating-point tensor.*inside it"),
     (Functional, attrreg.ActivationDifference(), ValueError, "no linear or convolutional layer.*Name a layer"),

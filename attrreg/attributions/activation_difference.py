@@ -90,8 +90,10 @@ class ActivationDifference(SingleRegularizer):
                 f"ActivationDifference(layers={self.layers!r}): the activations come from other inputs than the images, so they are the "
                 "same on every image. Name a layer that the images reach."
             )
-        if any_rounding and (all_unchanged or images_apart(trace.call)):
-            # Equal images have equal activations. What rounding leaves between them is tiny, but the gradient of its norm is not.
+        if any_rounding:
+            # Equal images have equal activations, unless others meet them. What rounding leaves is tiny, the gradient of its norm is not.
+            if not (all_unchanged or images_apart(trace.call)):
+                rounding &= distance <= 64 * torch.finfo(distance.dtype).eps * size
             distance = distance.masked_fill(rounding, 0)
         return distance
 
