@@ -336,3 +336,13 @@ def test_a_models_own_hook_makes_its_arguments_of_what_the_loop_calls_it_with() 
         value = REG(model, x, mask, target)  # a warning of other images would be an error
     assert counted.forward == 0
     torch.testing.assert_close(value, want)
+
+
+def test_a_recording_is_given_out_once() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    regularizer = attrreg.ActivationDifference("body", fill=attrreg.baselines.Zero())
+    with regularizer.attach(model):
+        model(x)
+        regularizer(model, x, mask, target).backward()  # frees a part of the graph, and does not reach the output
+        value = regularizer(model, x, mask, target)
+    assert_close(gradients(model, value), gradients(model, regularizer(model, x, mask, target)), 1e-10)
