@@ -118,7 +118,7 @@ def _inside(leaf: Any) -> list[Any]:
     """The values that an object holds, if it is one to hold values."""
     if isinstance(leaf, Mapping):
         return list(leaf.values())
-    if isinstance(leaf, (Tensor, nn.Module, type)) or callable(leaf):
+    if isinstance(leaf, (Tensor, nn.Module, type)):
         return []
     named = [slots for kind in type(leaf).__mro__ if (slots := kind.__dict__.get("__slots__"))]
     slots = [getattr(leaf, name, None) for names in named for name in ((names,) if isinstance(names, str) else names)]

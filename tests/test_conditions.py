@@ -213,9 +213,12 @@ def test_a_backward_through_a_part_of_the_recording_is_named() -> None:
 
 @dataclass
 class Output:
-    """What PyTorch's own trees do not look into."""
+    """What PyTorch's own trees do not look into; it can be called, as Pyro's distributions can."""
 
     logits: Tensor
+
+    def __call__(self) -> Tensor:
+        return self.logits.softmax(1)
 
 
 class OwnDict(dict[str, Tensor]):

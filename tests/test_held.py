@@ -84,11 +84,12 @@ class Parts(nn.Module):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 5, 3), nn.Identity())
         self.head = nn.Linear(5, 3).requires_grad_(False)
+        self.other = nn.Linear(5, 3)  # a later head, of other features
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         map = self.body(x)
         features = map.mean((2, 3))
-        return {"logits": self.head(features), "features": features, "map": map}
+        return {"logits": self.head(features), "features": features, "map": map, "other": self.other(features.tanh())}
 
 
 def halve(found: Tensor) -> Tensor:
@@ -215,6 +216,16 @@ def test_a_head_outside_the_model_draws_the_same_in_each_pass(way: str) -> None:
         head(model(x))  # the loop's own
         value = call(model, x, mask, target, output=head)
     assert float(getattr(value, "total", value).detach()) == pytest.approx(0, abs=1e-12)
+
+
+def test_features_that_the_loop_wrote_into_do_not_enter_a_head_outside() -> None:
+    model, head, (x, mask, target) = SmoothNet(classes=6).double(), nn.Linear(6, 3).double(), smooth_batch()
+    reg = attrreg.InputGradient()
+    want = reg(model, x, mask, target, output=head)
+    with reg.attach(model):
+        features = model(x)
+        features /= 2
+        torch.testing.assert_close(reg(model, x, mask, target, output=head), want)
 
 
 class Headless(SmoothNet):

@@ -6,6 +6,7 @@ import copy
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import attrreg
 from attrreg.trace import passes
 from tests import oracles
-from tests.models import WAYS, Batch, SmoothNet, accumulated, assert_close, gradients, loss_by, smooth_batch
+from tests.models import FAMILIES, WAYS, Batch, SmoothNet, accumulated, assert_close, batch, gradients, loss_by, smooth_batch
 from tests.test_conditions import CAM, REG
 
 
@@ -122,6 +124,15 @@ def test_hooks_on_the_output_are_for_the_losss_gradient(kind: str) -> None:
         ran.append(counted.forward)
     assert_close(found[1], found[0], 1e-12)
     assert ran == [1, 0 if kind == "the model's own" else 1]
+
+
+def test_hooks_on_the_output_do_not_see_how_the_last_map_is_found() -> None:
+    (x, mask, target), model = batch(2, size=64), FAMILIES["vit"].build()
+    regularizer, seen = attrreg.captum.LayerActivation(), list[Tensor]()
+    with regularizer.attach(model):
+        model(x).register_hook(seen.append)
+        regularizer(model, x, mask, target)
+    assert not seen
 
 
 def test_hooks_on_the_output_do_not_matter_where_no_gradient_is_taken() -> None:
@@ -230,14 +241,14 @@ def test_removed_by_another_thread_than_the_one_that_was_interrupted() -> None:
 
 
 class Parts(nn.Module):
-    """Takes a list, and returns what cannot be copied."""
+    """Takes a list or a dict, and returns what cannot be copied."""
 
     def __init__(self) -> None:
         super().__init__()
         self.net = SmoothNet()
 
-    def forward(self, x: Tensor, factors: list[Tensor]) -> Uncopied:
-        return Uncopied(self.net(x) * torch.stack(factors).sum())
+    def forward(self, x: Tensor, factors: Any) -> Uncopied:
+        return Uncopied(self.net(x) * torch.stack(tree_leaves(factors)).sum())
 
 
 class Uncopied:
@@ -250,15 +261,16 @@ class Uncopied:
         raise RuntimeError("not copied")
 
 
-def test_lists_of_inputs_are_compared_and_outputs_need_no_copy() -> None:
+@pytest.mark.parametrize("hold", [list, lambda factors: dict(enumerate(factors))], ids=["lists", "dicts"])
+def test_inputs_that_hold_tensors_are_compared_and_outputs_need_no_copy(hold: Callable[[Any], Any]) -> None:
     model, (x, mask, target) = Parts().double(), smooth_batch()
     a, b = torch.tensor(2.0).double(), torch.tensor(3.0).double()
-    want = REG(model, x, mask, target, inputs=(x, [a, b]), output="logits")
+    want = REG(model, x, mask, target, inputs=(x, hold([a, b])), output="logits")
     with REG.attach(model):
         for factors, own in (([a, b], 0), ([a], 1), ([b, b], 1), ([a, b, b], 1)):
-            model(x, factors)
+            model(x, hold(factors))
             with passes() as counted:
-                torch.testing.assert_close(REG(model, x, mask, target, inputs=(x, [a, b]), output="logits"), want)
+                torch.testing.assert_close(REG(model, x, mask, target, inputs=(x, hold([a, b])), output="logits"), want)
             assert counted.forward == own
 
 
@@ -313,3 +325,24 @@ def test_the_first_images_of_a_forward_are_recorded() -> None:
         model(*inputs)
         torch.testing.assert_close(REG(model, x, mask, target, inputs=inputs), want)
     assert counted.forward == 0
+
+
+def test_a_models_own_hook_makes_its_arguments_of_what_the_loop_calls_it_with() -> None:
+    model, (x, mask, target), depth = Deep().double(), smooth_batch(), torch.ones(()).double()
+    model.register_forward_pre_hook(lambda module, args: (depth, (args[0] - 0.5) / 2))
+    want = REG(model, x, mask, target)
+    with REG.attach(model), passes() as counted:
+        model(x)
+        value = REG(model, x, mask, target)  # a warning of other images would be an error
+    assert counted.forward == 0
+    torch.testing.assert_close(value, want)
+
+
+def test_a_recording_is_given_out_once() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    regularizer = attrreg.ActivationDifference("body", fill=attrreg.baselines.Zero())
+    with regularizer.attach(model):
+        model(x)
+        regularizer(model, x, mask, target).backward()  # frees a part of the graph, and does not reach the output
+        value = regularizer(model, x, mask, target)
+    assert_close(gradients(model, value), gradients(model, regularizer(model, x, mask, target)), 1e-10)

@@ -59,12 +59,14 @@ class Switched(SmoothNet):
         self.scale, self.kind, self.squares = 2, "plain", False
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = self.scale * super().forward(x)
+        logits = self.scale * super().forward(x) / (2 if hasattr(self.head, "halves") else 1)
         logits = logits.sigmoid() if self.kind == "soft" else logits
         return logits.square() if self.squares else logits
 
 
-@pytest.mark.parametrize(("name", "value"), [("scale", 3), ("kind", "soft"), ("squares", True), ("drop.p", 0.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("scale", 3), ("scale", 2.0), ("kind", "soft"), ("squares", True), ("drop.p", 0.0), ("head.halves", True)]
+)
 def test_a_setting_that_changed_since_runs_again(name: str, value: Any) -> None:
     model, (x, mask, target) = Switched().double(), smooth_batch()
     layer, _, setting = name.rpartition(".")
@@ -133,11 +135,16 @@ def test_what_changes_no_logits_costs_no_forward(change: str) -> None:
 def odd(kind: str) -> Tensor:
     if kind == "nested":
         return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
-    return {"meta": torch.empty(3, device="meta"), "NaN": torch.full((3,), math.nan), "sparse": torch.eye(3).to_sparse()}[kind]
+    return {
+        "inference": torch.inference_mode()(torch.ones)(3),
+        "meta": torch.empty(3, device="meta"),
+        "NaN": torch.full((3,), math.nan),
+        "sparse": torch.eye(3).to_sparse(),
+    }[kind]
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("kind", ["meta", "NaN", "sparse", "nested"])
+@pytest.mark.parametrize("kind", ["inference", "meta", "NaN", "sparse", "nested"])
 def test_buffers_that_cannot_be_compared_cost_no_forward(kind: str) -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     model.register_buffer("odd", odd(kind))
@@ -204,7 +211,7 @@ class Renorm(nn.BatchNorm2d):
 
 
 class Moving(nn.Module):
-    """Reads a buffer, and then writes into it, puts another in its place (whose values nobody compares), or makes it longer."""
+    """Reads a buffer, and then writes into it, puts another in its place (whose values nobody compares) or beside it, or lengthens it."""
 
     kept: Tensor
 
@@ -214,17 +221,19 @@ class Moving(nn.Module):
         self.register_buffer("kept", torch.ones(2, dtype=torch.float64 if how == "grows" else torch.complex64))
 
     def forward(self, h: Tensor) -> Tensor:
-        result = h * self.kept.abs().mean()
+        result = h * self.kept.abs().mean() * (2 if hasattr(self, "more") else 1)
         if self.how == "writes":
             self.kept.mul_(2)
         elif self.how == "assigns":
             self.kept = 2 * self.kept
+        elif self.how == "adds":
+            self.register_buffer("more", torch.ones(2))
         else:  # without PyTorch's noticing
             self.kept.data = torch.cat([self.kept, 2 * self.kept[-1:]])
         return result
 
 
-@pytest.mark.parametrize("build", [Codes, lambda: Renorm(4), *(partial(Moving, how) for how in ("writes", "assigns", "grows"))])
+@pytest.mark.parametrize("build", [Codes, lambda: Renorm(4), *(partial(Moving, how) for how in ("writes", "assigns", "adds", "grows"))])
 def test_a_forward_that_moves_what_it_reads(build: Callable[[], nn.Module]) -> None:
     model, (x, _, _) = SmoothNet(), smooth_batch()
     model.norm = build()  # type: ignore[assignment]
@@ -242,30 +251,18 @@ class Heads:
 
 class InHeads(SmoothNet):
     def forward(self, x: Tensor) -> Any:
-        return Heads({"main": super().forward(x)})
+        logits = super().forward(x)
+        return Heads({"main": logits, "other": logits.flip(1)})
 
 
-def test_what_the_loop_puts_deep_into_the_output_is_not_the_models() -> None:
-    model, (x, mask, target) = InHeads().double(), smooth_batch()
-
-    def main(output: Heads) -> Tensor:
-        return output.heads["main"]
-
+@pytest.mark.parametrize("change", ["replaced", "exchanged"])
+def test_what_the_loop_puts_deep_into_the_output_is_not_the_models(change: str) -> None:
+    model, (x, mask, target), main = InHeads().double(), smooth_batch(), lambda output: output.heads["main"]
     with REG.attach(model):
-        output = model(x)
-        output.heads["main"] = output.heads["main"] / 0.1
+        heads = model(x).heads
+        heads["main"], heads["other"] = heads["other"] if change == "exchanged" else heads["main"] / 0.1, heads["main"]
         value = REG(model, x, mask, target, output=main)
     torch.testing.assert_close(value, REG(model, x, mask, target, output=main), rtol=1e-12, atol=0)
-
-
-def test_a_skipped_step_returns_the_models_output() -> None:
-    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
-    scheduled = attrreg.Scheduled(REG, attrreg.schedules.Every(2))
-    with scheduled.attach(model):
-        scheduled.evaluate(model, x, mask, target)
-        logits = model(x)
-        logits /= 0.1
-        assert torch.equal(scheduled.evaluate(model, x, mask, target).output, model(x))
 
 
 def test_a_checkpoint_around_the_model_counts_no_batch_more() -> None:

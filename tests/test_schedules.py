@@ -299,3 +299,13 @@ def test_bad_settings(make: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message) as caught:
         make()
     check_message(caught.value, [])
+
+
+def test_a_skipped_step_returns_the_models_output() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    scheduled = attrreg.Scheduled(attrreg.InputGradient(), attrreg.schedules.Every(2))
+    with scheduled.attach(model):
+        scheduled.evaluate(model, x, mask, target)
+        logits = model(x)
+        logits /= 0.1
+        assert torch.equal(scheduled.evaluate(model, x, mask, target).output, model(x))

@@ -220,3 +220,19 @@ def check_memory(model: nn.Module, regularizer: AttributionRegularizer, data: Ba
 def test_a_step_leaves_no_memory_behind(name: str, attach: bool) -> None:
     regularizer = REGULARIZERS.get(name, attrreg.InputGradient() + attrreg.IntegratedGradients(steps=3))
     check_memory(SmoothNet(), regularizer, batch(3, channels=2, size=8, classes=3), attach)
+
+
+GRADIENT = attrreg.InputGradient()
+DIFFERENCES = GRADIENT.using(attrreg.engines.FiniteDifference())
+
+
+@pytest.mark.parametrize(("attached", "called"), [(GRADIENT, GRADIENT + attrreg.IntegratedGradients(2)), (DIFFERENCES, DIFFERENCES)])
+def test_a_forward_that_moved_buffers_serves_no_call_with_further_passes(attached: Any, called: Any) -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    nn.utils.spectral_norm(model.stem)
+    with attached.attach(model):
+        model(x)
+        value = called(model, x, mask, target)
+    want = called(model, x, mask, target)
+    torch.testing.assert_close(value, want, rtol=1e-12, atol=0)
+    assert_close(gradients(model, value), gradients(model, want), 1e-10)

@@ -40,6 +40,16 @@ def test_accumulated_gradients_are_the_mean_over_parts() -> None:
     assert_close(accumulated(model), want, 1e-10)
 
 
+def test_a_backward_of_the_last_part_leaves_the_recording_of_the_next() -> None:
+    model, (x, mask, target), others = SmoothNet().double(), smooth_batch(), smooth_batch()[0]
+    with TERMS.attach(model), passes() as counted:
+        loss = F.cross_entropy(model(others), target)
+        model(x)
+        loss.backward()
+        TERMS(model, x, mask, target)
+    assert counted.forward == 0
+
+
 def test_parts_with_unequal_counts_weigh_images_alike_under_batchmean() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch(6)
     regularizer, annotated = TERMS.reduced("batchmean"), torch.tensor([True, True, False, True, False, False])
