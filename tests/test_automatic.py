@@ -134,11 +134,10 @@ def test_parts_of_attention_and_perceptrons_are_told_by_name_and_width(name: str
     torch.testing.assert_close(CAM(model, x, mask, target), replace(CAM, layer=layer)(model, x, mask, target))
 
 
-@pytest.mark.parametrize("inside", [False, True])
-def test_attention_is_told_by_its_class_but_is_no_part_of_itself(inside: bool) -> None:
-    part = type("Attention", (nn.ModuleList,), {})([nn.Conv2d(4, 6, 1)]) if inside else Attention(4, 6, 1)
+@pytest.mark.parametrize(("name", "layer"), [("", "parts.part"), ("SelfAttention", "stem"), ("AttentionBlock", "parts.part.0")])
+def test_attention_is_told_by_its_class_but_is_no_part_of_itself(name: str, layer: str) -> None:
+    part = type(name, (nn.ModuleList,), {})([nn.Conv2d(4, 6, 1)]) if name else Attention(4, 6, 1)
     model, (x, mask, target) = Within("part", part, None).double(), smooth_batch()
-    layer = "stem" if inside else "parts.part"
     torch.testing.assert_close(CAM(model, x, mask, target), replace(CAM, layer=layer)(model, x, mask, target))
 
 
