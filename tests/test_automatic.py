@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -100,6 +101,51 @@ def test_hidden_features_are_not_the_automatic_layer() -> None:
     assert handle.map == "mlp"
 
 
+class Attention(nn.Conv2d):
+    """By its name."""
+
+
+class Within(nn.Module):
+    """Its last map is of a layer inside a part of a name that may say what the part is."""
+
+    def __init__(self, name: str, part: nn.Module, width: int | None) -> None:
+        super().__init__()
+        self.stem, self.parts, self.head = nn.Conv2d(2, 4, 3), nn.ModuleDict({name: part}), nn.Linear(6, 3)
+        if width is not None:
+            self.num_features = width
+
+    def forward(self, x: Tensor) -> Any:
+        part = next(iter(self.parts.values()))
+        return self.head((part[0] if isinstance(part, nn.ModuleList) else part)(self.stem(x).tanh()).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "layer"),
+    [
+        *((name, None, "stem") for name in ("mlp", "MLP", "ffn", "xca", "attn", "cross_attn")),
+        ("attn", 5, "stem"),  # no layer outside has the width that the model says
+        *((name, None, f"parts.{name}.0") for name in ("attn_block", "mlp_block")),
+        ("block", 6, "parts.block.0"),
+        ("block", 4, "stem"),
+    ],
+)
+def test_parts_of_attention_and_perceptrons_are_told_by_name_and_width(name: str, width: int | None, layer: str) -> None:
+    model, (x, mask, target) = Within(name, nn.ModuleList([nn.Conv2d(4, 6, 1)]), width).double(), smooth_batch()
+    torch.testing.assert_close(CAM(model, x, mask, target), replace(CAM, layer=layer)(model, x, mask, target))
+
+
+@pytest.mark.parametrize(("name", "layer"), [("", "parts.part"), ("SelfAttention", "stem"), ("AttentionBlock", "parts.part.0")])
+def test_attention_is_told_by_its_class_but_is_no_part_of_itself(name: str, layer: str) -> None:
+    part = type(name, (nn.ModuleList,), {})([nn.Conv2d(4, 6, 1)]) if name else Attention(4, 6, 1)
+    model, (x, mask, target) = Within("part", part, None).double(), smooth_batch()
+    torch.testing.assert_close(CAM(model, x, mask, target), replace(CAM, layer=layer)(model, x, mask, target))
+
+
+def test_a_model_whose_maps_are_all_of_a_perceptron_has_an_automatic_layer() -> None:
+    model, (x, mask, target) = nn.Sequential(OrderedDict(mlp=SmoothNet())).double(), smooth_batch()
+    torch.testing.assert_close(CAM(model, x, mask, target), replace(CAM, layer="mlp.body")(model, x, mask, target))
+
+
 def test_frozen_backbone_with_an_automatic_layer() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     for layer in (model.stem, model.body):
@@ -129,7 +175,7 @@ def test_the_first_step_takes_one_backward_as_all_others_do(name: str) -> None:
 
 
 class Steps(nn.Module):
-    """Two outputs, of which the second comes a layer later; on larger images there is one more."""
+    """Two outputs, of which the second comes a layer later; on larger images and in eval mode there is one more."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +185,7 @@ class Steps(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         a = self.a(self.stem(x).tanh()).tanh()
         b = self.b(a).tanh()
-        b = self.c(b).tanh() if x.shape[-1] > 8 else b
+        b = self.c(b).tanh() if x.shape[-1] > 8 or not self.training else b
         return {"a": self.first(a.mean((2, 3))), "b": self.second(b.mean((2, 3)))}
 
 
@@ -193,14 +239,25 @@ def test_calls_of_attribute_do_not_change_the_remembered_layer() -> None:
         assert handle.map == "a"
 
 
-def test_the_automatic_layer_is_that_of_the_images_size() -> None:
+@pytest.mark.parametrize(("size", "training"), [(16, True), (8, False)])
+@pytest.mark.parametrize("attached", [True, False])
+def test_the_automatic_layer_is_that_of_the_images_size_and_of_the_mode(size: int, training: bool, attached: bool) -> None:
     model, (x, mask, target) = Steps().double(), smooth_batch()
-    large = F.interpolate(x, scale_factor=2)
-    want = [CAM(model, images, mask, target, output="b") for images in (x, large)]
-    with CAM.attach(model):
-        for images, expected in zip((x, large, x, large), want * 2, strict=True):
+    calls = [(x, True), (F.interpolate(x, size=size), training)] * 2
+    with CAM.attach(model) if attached else nullcontext():
+        for images, mode in calls:
+            model.train(mode)
+            want = CAM(copy.deepcopy(model), images, mask, target, output="b")  # a copy remembers nothing
             model(images)
-            torch.testing.assert_close(CAM(model, images, mask, target, output="b"), expected)
+            torch.testing.assert_close(CAM(model, images, mask, target, output="b"), want)
+
+
+def test_the_automatic_layer_is_that_of_what_the_score_reads() -> None:
+    model, (x, mask, target) = Steps().double(), smooth_batch()
+    early = replace(CAM, score=scores.RandomProjection("a", seed=0))
+    for reg, layer in ((early, "stem"), (CAM, "b"), (early, "stem")):
+        got = reg(model, x, mask, target, output="b")
+        torch.testing.assert_close(got, replace(reg, layer=layer)(model, x, mask, target, output="b"))
 
 
 def test_the_automatic_layer_stays_known_where_the_output_is_a_function_written_in_the_loop() -> None:

@@ -226,8 +226,9 @@ class Loose(nn.Module):
         (lambda: Residual(Step(stride=2, pools=True)), "stage.0.conv"),
         (lambda: Residual(Step(), Step(pools=True), long=True), "stem"),
         (Loose, "steps.1"),
+        (lambda: Residual(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())), "stage.0.1"),
     ],
-    ids=["last of two", "the only one", "its first layer is not beside a shortcut", "another size", "a longer shortcut", "in a list"],
+    ids=["last of two", "the only one", "first layer not beside a shortcut", "another size", "longer shortcut", "in a list", "no shortcut"],
 )
 def test_the_map_that_enters_the_last_block_where_a_shortcut_leads_around_its_branch(build: Callable[[], nn.Module], layer: str) -> None:
     model, (x, mask, target) = build().double(), smooth_batch()

@@ -165,17 +165,31 @@ def test_a_transformer_keeps_its_fused_attention() -> None:
     assert float(F.cosine_similarity(one, other, dim=0)) > 0.99
 
 
-def test_draws_are_replayed_and_nothing_is_left() -> None:
+@pytest.mark.parametrize("attached", [False, True])
+def test_draws_are_replayed_and_nothing_is_left(attached: bool) -> None:
     model, (x, mask, target) = nn.Sequential(SmoothNet(), nn.Dropout(0.5)).double().train(), smooth_batch()
     found = []
     for engine in (engines.DoubleBackward(), FINE):
         torch.manual_seed(5)
-        before = torch.get_rng_state()
-        value = attrreg.InputGradient().using(engine)(model, x, mask, target)
+        regularizer = attrreg.InputGradient().using(engine)
+        with regularizer.attach(model) if attached else nullcontext():
+            model(x)
+            before = torch.get_rng_state()
+            value = regularizer(model, x, mask, target)
         assert torch.equal(before, torch.get_rng_state())
         found.append(gradients(model, value))
     assert_close(found[1], found[0], 1e-6)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_score_of_the_users_draws_alike_on_both_sides() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    found = []
+    for engine in (engines.DoubleBackward(), FINE):
+        torch.manual_seed(5)
+        score = scores.TaskLoss(lambda logits, target: (logits * torch.randn_like(logits)).sum(1))
+        found.append(gradients(model, attrreg.InputGradient(score).using(engine)(model, x, mask, target)))
+    assert_close(found[1], found[0], 1e-6)
 
 
 def test_a_path_draws_what_the_recorded_forward_drew() -> None:

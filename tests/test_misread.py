@@ -122,20 +122,66 @@ def test_the_layer_before_a_functional_head_is_not_taken_for_the_classifier() ->
     assert attrreg.ActivationDifference("head", baselines.Zero())(model, x, mask, target) > 0
 
 
-class Averaging(SmoothNet):
-    """Two classifiers behind one body, on a scale."""
+class Naming(Cosine):
+    """It says which layer is the classifier, though a matrix comes after it."""
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier."""
+        return self.last
 
     def __init__(self) -> None:
         super().__init__()
-        self.other, self.scale = nn.Linear(5, 3), nn.Parameter(torch.ones(()))
+        self.last, self.after = nn.Linear(3, 3), nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(super().forward(x)) @ self.after  # type: ignore[no-any-return]
+
+
+def test_a_classifier_that_the_model_names_is_taken_at_its_word() -> None:
+    model, (x, mask, target) = Naming().double(), smooth_batch()
+    want = (Cosine.forward(model, x) - Cosine.forward(model, x * mask[:, None])).norm(dim=1).mean()
+    torch.testing.assert_close(DIFFERENCE(model, x, mask, target), want)
+
+
+class Convolving(nn.Module):
+    """The classifier is a convolution, before the pooling."""
+
+    def __init__(self, axes: int) -> None:
+        super().__init__()
+        self.stem, self.axes = nn.Conv2d(2, 5, 3), axes
+        self.head = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1](5, 3, 1)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What enters the classifier."""
+        h = self.stem(x).tanh()
+        return (h.flatten(2), h, h.unsqueeze(2))[self.axes - 1]  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x)).flatten(2).mean(2)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_a_convolution_can_be_the_classifier(axes: int) -> None:
+    model, (x, mask, target) = Convolving(axes).double(), smooth_batch()
+    want = (model.features(x) - model.features(x * mask[:, None])).flatten(1).norm(dim=1).mean()
+    torch.testing.assert_close(DIFFERENCE(model, x, mask, target), want)
+
+
+class Averaging(SmoothNet):
+    """Two classifiers behind one body, on a scale."""
+
+    def __init__(self, scales: tuple[int, ...]) -> None:
+        super().__init__()
+        self.other, self.scale = nn.Linear(5, 3), nn.Parameter(torch.ones(scales))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.body(self.stem(x).tanh()).mean((2, 3))
         return self.scale * (self.head(h) + self.other(h.tanh()))  # type: ignore[no-any-return]
 
 
-def test_two_classifiers_behind_a_scale_have_features() -> None:
-    model, (x, mask, target) = Averaging().double(), smooth_batch()
+@pytest.mark.parametrize("scales", [(), (3,), (1, 3)])  # of which none is a matrix
+def test_two_classifiers_behind_a_scale_have_features(scales: tuple[int, ...]) -> None:
+    model, (x, mask, target) = Averaging(scales).double(), smooth_batch()
     assert DIFFERENCE(model, x, mask, target) > 0
 
 
