@@ -69,6 +69,7 @@ class Attachment:
         self._tap: Tap | None = None
         self._recording: Recording | None = None
         self._kind: Hashable = None  # of the last forward
+        self._question: automatic.Question | None = None  # whose layer alone it recorded for `layer="auto"`; None: all that may be it
         self._called: Called | None = None
         self._warned = False  # of other images
         self._seen: deque[weakref.ref[Tensor]] = deque(maxlen=SEEN)
@@ -118,6 +119,8 @@ class Attachment:
         if not (request.returns_output or self._warned) and self._has_not_seen(call.x, recording):
             self._warned = True
             warnings.warn(OTHER_IMAGES, stacklevel=6)  # the user's line: above it are __call__, compute, run, _clean_pass and this
+        if SPATIAL in sites and self._question not in (None, request.question):
+            return None  # the one recorded layer answers another question
         if not recording.serves(call, request):
             return None
         self._forget()
@@ -174,8 +177,8 @@ class Attachment:
         x = arguments[place]
         sites = self._sites if self._due() else {}  # a step that a schedule skips: the output alone, for `Scheduled.evaluate`
         self._kind = automatic.kind(x, model)
-        question, map = automatic.sole_question(model, self._kind) or (None, None)
-        self._called = Called(args, kwargs, image_state(x), question, None if self._alone else keep_buffers(model))
+        self._question, map = automatic.sole_question(model, self._kind) or (None, None)
+        self._called = Called(args, kwargs, image_state(x), None if self._alone else keep_buffers(model))
         hooks[own] = hooks.pop(own)  # moved to the end: hooks that came later may change what the model returns
         self._tap = Tap(model, sites, ours=False, map=map, twice=self._twice)
         arguments[place] = self._tap.open(x)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from operator import is_
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from attrreg.call import Call
 from attrreg.state import PLAIN
 from attrreg.walk import modules
-
-if TYPE_CHECKING:
-    from attrreg.automatic import Question
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Buffers of these types are compared by value; of others, the version alone tells.
@@ -33,14 +30,12 @@ class Called(NamedTuple):
     Attributes:
         args, kwargs: the arguments.
         images: how often the images were written to, and whether they require a gradient.
-        question: what was asked of the layer for `layer="auto"`, where that one layer is recorded; None: all are.
         buffers: what `keep_buffers` gave; None: nobody asks.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     images: tuple[int, bool]
-    question: Question | None
     buffers: list[BufferState] | None
 
 
@@ -52,9 +47,6 @@ class Conditions:
         output: what it returned.
         recorded: what was recorded of it.
         called: how it was called.
-
-    Attributes:
-        question: see `Called`.
     """
 
     def __init__(self, model: nn.Module, output: Any, recorded: list[Tensor], called: Called) -> None:
@@ -63,7 +55,6 @@ class Conditions:
         self._images = called.images
         self._tensors = _versions([*parts((called.args, called.kwargs)), *recorded])
         self._output = _versions(parts(output))
-        self.question = called.question
         self._moved = [True] if called.buffers is None else _differences(buffers_read(model), called.buffers)
 
     @property

@@ -106,15 +106,13 @@ class Recording:
 
     def serves(self, call: Call, request: Request) -> bool:
         """Whether this is the pass that a call would run itself."""
-        sites, twice, question, alone, returns_output = request
+        sites, twice, _, alone, returns_output = request
         if (twice and not self.twice) or self.x is not call.x or self.conditions is None or not self.conditions.same_for(call):
             return False
         differences = not twice and any(sites.values())  # finite differences run other passes, but outside the loop's autocast
         if (differences or not alone) and self.conditions.moved:  # other passes would compute with other buffers
             return False
         if not alone and self.autocast != autocast_type(call.x.device):
-            return False
-        if SPATIAL in sites and self.conditions.question not in (None, question):  # the one recorded layer answers another question
             return False
         if returns_output and not self.conditions.unchanged(self.returned):
             return False
