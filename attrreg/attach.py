@@ -70,7 +70,6 @@ class Attachment:
         self._recording: Recording | None = None
         self._kind: Hashable = None  # of the last forward
         self._question: automatic.Question | None = None  # whose layer alone it recorded for `layer="auto"`; None: all that may be it
-        self._called: Called | None = None
         self._warned = False  # of other images
         self._seen: deque[weakref.ref[Tensor]] = deque(maxlen=SEEN)
         self.suspended = False
@@ -155,7 +154,6 @@ class Attachment:
 
     def _discard(self) -> None:
         self._forget()
-        self._called = None
         if self._tap is not None:
             self._tap.close()
             self._tap = None
@@ -178,9 +176,9 @@ class Attachment:
         sites = self._sites if self._due() else {}  # a step that a schedule skips: the output alone, for `Scheduled.evaluate`
         self._kind = automatic.kind(x, model)
         self._question, map = automatic.sole_question(model, self._kind) or (None, None)
-        self._called = Called(args, kwargs, image_state(x), None if self._alone else keep_buffers(model))
+        called = Called(args, kwargs, image_state(x), None if self._alone else keep_buffers(model))
         hooks[own] = hooks.pop(own)  # moved to the end: hooks that came later may change what the model returns
-        self._tap = Tap(model, sites, ours=False, map=map, twice=self._twice)
+        self._tap = Tap(model, sites, map=map, twice=self._twice, called=called)
         arguments[place] = self._tap.open(x)
         return tuple(arguments[i] for i in range(len(args))), {name: arguments[name] for name in kwargs}
 
@@ -191,10 +189,9 @@ class Attachment:
         tap, self._tap = self._tap, None
         tap.close()
         detach_buffers(model)  # also where the forward raised
-        called, self._called = self._called, None
         if output is None:  # it raised
             return
-        self._recording = tap.recording(output, called)
+        self._recording = tap.recording(output)
         owner = weakref.ref(self)  # weak, because the recording holds the output, and with it this hook
 
         def forget(gradient: Tensor) -> None:

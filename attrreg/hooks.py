@@ -37,33 +37,33 @@ class Tap:
     Args:
         model: the model.
         sites: what to record; True where a gradient will be taken.
-        ours: the library runs the pass, so the model works on a copy of the images.
-        extra: the user's loop has no such pass, so nothing of it may reach the buffers.
         map: the layer that `SPATIAL` is known to be; None: keep the last few that it could be.
         twice: gradients will be differentiated again.
         moves: what is added to the outputs of layers.
         places: how many places of a path share the batch.
         rule: how gradients pass `nn.ReLU` layers; None: as they do.
+        extra: the user's loop has no such pass, so nothing of it may reach the buffers.
+        called: how the loop called the model, if the forward is its own; None: the library runs it.
     """
 
     def __init__(
         self,
         model: nn.Module,
         sites: Mapping[str, bool],
-        ours: bool,
         map: str | None,
         twice: bool,
         moves: Mapping[str, Tensor] = MappingProxyType({}),
         places: int = 1,
         rule: Rule | None = None,
         extra: bool = False,
+        called: Called | None = None,
     ) -> None:
         self._model = model
         self._extra = extra
         self._map = map
         self._sites = sites
         self._taken = frozenset(site for site, gradient in sites.items() if gradient)
-        self._ours = ours
+        self._called = called
         self._twice = twice
         self._moves = moves
         self._rule = rule
@@ -103,15 +103,15 @@ class Tap:
         self._values[INPUT] = (x.view_as(x) if x.requires_grad else self._differentiable(x)) if differentiated else x
         # A copy, because a model may work on its input in place: that would change the caller's images, fail on a leaf, and
         # shift what is differentiated.
-        return self._values[INPUT].clone() if differentiated or self._ours else x
+        return self._values[INPUT].clone() if differentiated or self._called is None else x
 
     def close(self) -> None:
         """Take hooks and operators away; safe to call twice."""
         self._exits.close()
         self._phase.running = False
 
-    def recording(self, output: Any, called: Called | None = None) -> Recording:
-        """What was recorded, for a forward that returned `output`; `called`: how the loop called the model, if the forward is its own."""
+    def recording(self, output: Any) -> Recording:
+        """What was recorded, for a forward that returned `output`."""
         if self._rule is not None and not self._rectified:
             raise ValueError(
                 "No nn.ReLU layer ran in the forward, so a rule for gradients through them changes nothing. Use InputGradient, or write "
@@ -129,9 +129,13 @@ class Tap:
             self._values[FEATURES], heads = self._heads.features, self._heads.found()
         # Scores are taken inside DDP's wrapper: under static_graph, a backward through that makes it believe the step's is done.
         inner = output if self._output is None else self._output
-        recorded = [*self._values.values(), *(value for _, value in maps)]
-        if len(heads) > 1:  # of which the logits tell one
-            recorded += [head.input for head in heads]
+        conditions = None
+        if self._called is not None:
+            recorded = [*self._values.values(), *(value for _, value in maps)]
+            if len(heads) > 1:  # of which the logits tell one
+                recorded += [head.input for head in heads]
+            conditions = Conditions(self._model, inner, recorded, self._called)
+            inner = in_own_containers(inner)
         return Recording(
             x=self._x,
             values=self._values,
@@ -140,11 +144,11 @@ class Tap:
             maps=maps,
             overwritten=frozenset(name for name, value, written in self._maps if value._version != written),
             heads=heads,
-            output=inner if called is None else in_own_containers(inner),
+            output=inner,
             returned=output,
             rng=self._rng,
             end=Rng.of(self._x.device),
-            conditions=None if called is None else Conditions(self._model, inner, recorded, called),
+            conditions=conditions,
             phase=self._phase,
             twice=self._twice,
             autocast=self._autocast,
@@ -159,7 +163,7 @@ class Tap:
             for module in modules(self._model):
                 if isinstance(module, nn.ReLU):
                     self._replace_relu(module, self._rule)
-        if self._ours:
+        if self._called is None:
             self._hook(self._model, self._take_output)
         # `SPATIAL` comes last: from a layer that is also named, the model goes on with a copy, and the map has to be that copy.
         for site in sorted(self._sites, key=lambda site: site == SPATIAL):

@@ -111,7 +111,7 @@ class Runner:
         if image.stride() != x.stride() and image.shape == x.shape:
             image = torch.empty_like(x, dtype=image.dtype).copy_(image)
         model, extra = self.call.model, not as_users_forward
-        tap = Tap(model, wanted, ours=True, map=map, twice=self.twice, moves=moves, places=self.places, rule=rule, extra=extra)
+        tap = Tap(model, wanted, map=map, twice=self.twice, moves=moves, places=self.places, rule=rule, extra=extra)
         with suspended(model, as_users_forward):
             try:
                 output = self.call.run(tap.open(image), as_users_forward)
