@@ -165,21 +165,20 @@ class Tap:
                     self._replace_relu(module, self._rule)
         if self._called is None:
             self._hook(self._model, self._take_output)
-        # `SPATIAL` comes last: from a layer that is also named, the model goes on with a copy, and the map has to be that copy.
-        for site in sorted(self._sites, key=lambda site: site == SPATIAL):
-            if site == FEATURES:
-                self._heads = Heads(self._model)
-                for module in self._heads.layers:
-                    self._hook(module, self._heads.take, with_kwargs=True)
-            elif site == SPATIAL:
-                if self._map is not None and not self._is_there(self._map):
-                    self._map = None
-                known = None if self._map is None else [(self._map, self._model.get_submodule(self._map))]
-                for name, module in known or _map_candidates(self._model):
-                    if name and _reachable(module):
-                        self._hook(module, self._take_map(name))
-            elif site not in SPECIAL and self._is_there(site):
+        for site in self._sites:
+            if site not in SPECIAL and self._is_there(site):
                 self._hook(self._model.get_submodule(site), self._take(site))
+        if FEATURES in self._sites:
+            self._heads = Heads(self._model)
+            for module in self._heads.layers:
+                self._hook(module, self._heads.take, with_kwargs=True)
+        # After the named layers: from one of those the model goes on with a copy, and the map has to be that copy.
+        if SPATIAL in self._sites:
+            if self._map is not None and not self._is_there(self._map):
+                self._map = None
+            known = None if self._map is None else [(self._map, self._model.get_submodule(self._map))]
+            for name, module in known or _map_candidates(self._model):
+                self._hook(module, self._take_map(name))
 
     def _hook(self, module: nn.Module, hook: Any, with_kwargs: bool = False) -> None:
         self._exits.enter_context(module.register_forward_hook(hook, with_kwargs=with_kwargs))
@@ -220,10 +219,11 @@ class Tap:
                 move = self._moves[site].to(output.dtype)
                 self._added.append((module, move))
                 output = output + move
-            value: Tensor = self._differentiable(output, module) if self._sites[site] else output
-            self._values[site] = value
+            value: Tensor = output
             if self._sites[site]:
+                value = self._differentiable(output, module)
                 self._begin()
+            self._values[site] = value
             # A copy goes on, because what follows may work in place, and an in-place ReLU would silently turn what was
             # recorded into its own output.
             return value.clone()
@@ -261,12 +261,11 @@ class Tap:
                 return None
             if not isinstance(output, Tensor) or not is_map(output, self._model, self._x, name):
                 return None
-            # Behind frozen layers the first map becomes a leaf, from which the later ones are computed. What is recorded is the tensor that
-            # the model goes on with.
-            value = on = self._differentiable(output, module)
-            if value is not output:
-                on = value.clone()
-                value = on if on.requires_grad else value  # under no_grad
+            value = self._differentiable(output, module)
+            goes_on = output
+            if value is not output:  # behind frozen layers the first map becomes a leaf, from which the later ones are computed
+                goes_on = value.clone()
+                value = goes_on if goes_on.requires_grad else value  # under no_grad
             self._begin()
             if self._maps and self._maps[-1][1] is value:
                 last, _, written = self._maps[-1]
@@ -274,7 +273,7 @@ class Tap:
                     return None  # an identity
                 self._maps.pop()  # the same tensor, from a container of that layer, or from one that works in place: the later name
             self._maps.append((name, value, value._version))
-            return None if on is output else on
+            return goes_on
 
         return hook
 
@@ -282,7 +281,7 @@ class Tap:
 def _map_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers that `layer="auto"` may be, by name: none inside an encoder that would run otherwise with hooks inside."""
     whole = within_whole(model)
-    return [(name, module) for name, module in model.named_modules() if module not in whole]
+    return [(name, module) for name, module in _hookable(model) if module not in whole]
 
 
 def _recomputing(
@@ -330,12 +329,11 @@ def _recomputing(
 def observed(model: nn.Module, see: Callable[[str, nn.Module, Any, Any], None]) -> Iterator[None]:
     """Show every layer's arguments and output as they come, by its name and module."""
     with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            if name and _reachable(module):
-                hooks.enter_context(module.register_forward_hook(partial(see, name)))
+        for name, module in _hookable(model):
+            hooks.enter_context(module.register_forward_hook(partial(see, name)))
         yield
 
 
-def _reachable(module: nn.Module) -> bool:
-    """Whether it takes hooks: TorchScript's do not."""
-    return not isinstance(module, torch.jit.ScriptModule)
+def _hookable(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers of a model that take hooks, by name: TorchScript's do not."""
+    return [(name, module) for name, module in model.named_modules() if name and not isinstance(module, torch.jit.ScriptModule)]
