@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from attrreg.call import Call, Select
-from attrreg.conditions import parts
+from attrreg.conditions import tensors_in
 from attrreg.distributed import sharded
 from attrreg.recording import Recording
 from attrreg.runner import Runner
@@ -151,7 +151,7 @@ def same_alone(among: Sequence[Tensor], images: Tensor, alone: Callable[[Tensor]
 
 def _by_image(runner: Runner, recording: Recording, images: int) -> list[Tensor]:
     """The floating-point tensors that a model gave with a row for each image, and the logits that are picked from them."""
-    given = parts(recording.output)
+    given = tensors_in(recording.output)
     if runner.call.output is not None:
         given.append(runner.at(recording, OUTPUT))
     return [part for part in given if part.is_floating_point() and part.shape[:1] == (images,) and part.layout == torch.strided]

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from attrreg import automatic
 from attrreg.call import Call
-from attrreg.conditions import Called, image_state, keep_buffers, parts
+from attrreg.conditions import Called, image_state, keep_buffers, tensors_in
 from attrreg.hooks import Tap
 from attrreg.ops.process import transformed
 from attrreg.recording import Recording, Request
@@ -134,7 +134,7 @@ class Attachment:
     def _hooked(self, recording: Recording) -> bool:
         """Whether the loop has put hooks on the output, or keeps its gradient: for its loss, but an inner backward would run them too."""
         last = max((watch.id for watch in self._watches), default=0)  # those before it are the model's own, as FSDP's
-        return any(part.retains_grad or any(id > last for id in part._backward_hooks or ()) for part in parts(recording.output))
+        return any(part.retains_grad or any(id > last for id in part._backward_hooks or ()) for part in tensors_in(recording.output))
 
     @property
     def map(self) -> str | None:
@@ -199,7 +199,7 @@ class Attachment:
                 attachment._recording = None
 
         # A backward that reaches the output frees the graph: from then on a call must run its own forward.
-        self._watches = [part.register_hook(forget) for part in parts(output) if part.requires_grad]
+        self._watches = [part.register_hook(forget) for part in tensors_in(output) if part.requires_grad]
 
 
 def attached(model: nn.Module) -> Attachment | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.utils import parametrize
 
-from attrreg.conditions import parts, version
+from attrreg.conditions import tensors_in, version
 from attrreg.distributed import sharded
 from attrreg.folding import PathGradients
 from attrreg.graph import trainable_leaves
@@ -87,7 +87,7 @@ class _Chunk:
         self._gradients = gradients
         self._model = gradients.call.model
         self._buffers, self._settings = buffers, settings
-        others = [part for part in parts(gradients.call.inputs) if part is not gradients.call.x]
+        others = [part for part in tensors_in(gradients.call.inputs) if part is not gradients.call.x]
         self._others = [(part, version(part)) for part in others]
         # Also leaves that the gradients are no function of: a score may choose its class by the last layer's bias.
         self._weights = [(leaf, version(leaf)) for leaf in (*leaves, *gradients.reached.values())]

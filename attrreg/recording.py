@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from attrreg.call import Call
-from attrreg.conditions import Conditions, parts
+from attrreg.conditions import Conditions, tensors_in
 from attrreg.features import Head
 from attrreg.ops import Phase, twice_differentiable
 from attrreg.ops.draws import Draws
@@ -136,7 +136,7 @@ def in_own_containers(output: Any) -> Any:
 
 
 def _own(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor) or not parts(leaf):
+    if isinstance(leaf, Tensor) or not tensors_in(leaf):
         return leaf
     try:
         return copy(leaf)

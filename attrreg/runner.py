@@ -14,7 +14,7 @@ from torch import Tensor
 from attrreg import automatic, sites
 from attrreg.attach import suspended
 from attrreg.call import Call
-from attrreg.conditions import parts, version
+from attrreg.conditions import tensors_in, version
 from attrreg.counting import counters
 from attrreg.distributed import sharded
 from attrreg.features import find_features
@@ -288,7 +288,7 @@ class Runner:
         logits = self.at(recording, sites.OUTPUT)
         own = [logits]
         if callable(self.call.output):
-            given = parts(recording.output)
+            given = tensors_in(recording.output)
             own = [part for part, is_read in zip(given, which_are_read(logits, given), strict=True) if is_read]
         found = find_features(recording.heads, logits, own)
         return likeliest if found is None else found
