@@ -73,7 +73,7 @@ class Attachment:
         self._warned = False  # of other images
         self._seen: deque[weakref.ref[Tensor]] = deque(maxlen=SEEN)
         self.suspended = False
-        self._watches: list[RemovableHandle] = []
+        self._watches: list[RemovableHandle] = []  # hooks on what the model returned, for as long as the recording is kept
         self._hooks: list[RemovableHandle] = []
         if compiled(entry):
             warnings.warn(
@@ -92,7 +92,7 @@ class Attachment:
         """Take all hooks away and drop what was recorded; safe to call twice."""
         while self._hooks:
             self._hooks.pop().remove()
-        self._discard()
+        self._drop_all()
 
     def __repr__(self) -> str:
         return f"<Attachment to {type(self._model).__name__}{'' if self._hooks else ', recording nothing'}>"
@@ -113,7 +113,8 @@ class Attachment:
         It is given out once: its graph may be freed after.
         """
         recording, sites = self._recording, request.sites
-        if recording is None or ((any(sites.values()) or SPATIAL in sites) and self._hooked(recording)):
+        takes_gradient = any(sites.values()) or SPATIAL in sites
+        if recording is None or (takes_gradient and self._hooked(recording)):
             return None
         if not (request.returns_output or self._warned) and self._has_not_seen(call.x, recording):
             self._warned = True
@@ -122,7 +123,7 @@ class Attachment:
             return None  # the one recorded layer answers another question
         if not recording.serves(call, request):
             return None
-        self._forget()
+        self._drop_recording()
         return recording
 
     def _has_not_seen(self, x: Tensor, recording: Recording) -> bool:
@@ -147,13 +148,13 @@ class Attachment:
         """False once removed, and on a copy."""
         return bool(self._hooks)
 
-    def _forget(self) -> None:
+    def _drop_recording(self) -> None:
         self._recording = None
         while self._watches:
             self._watches.pop().remove()
 
-    def _discard(self) -> None:
-        self._forget()
+    def _drop_all(self) -> None:
+        self._drop_recording()
         if self._tap is not None:
             self._tap.close()
             self._tap = None
@@ -164,15 +165,16 @@ class Attachment:
             return None  # what runs under torch.func, forward-mode derivatives, a tracer or a backward is not the loop's forward
         if model is not self._model:  # nor is that of a replica on another device, which has these hooks too, in a thread of its own
             return None
-        self._discard()  # the last step's graph, and what an interrupted forward left
+        self._drop_all()  # the last step's graph, and what an interrupted forward left
         arguments: dict[int | str, Any] = dict(enumerate(args)) | kwargs
-        images = [key for key, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 4]
-        self._seen.extend(weakref.ref(arguments[key]) for key in images)
-        place = next(iter(images), None)
+        images = {
+            key: value for key, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 4
+        }
+        self._seen.extend(weakref.ref(image) for image in images.values())
         hooks, own = model._forward_hooks, self._hooks[1].id  # `own`: the hook that calls `_after`
-        if not torch.is_grad_enabled() or _runs_again() or place is None or own not in hooks:  # the last: all hooks were cleared
+        if not images or not torch.is_grad_enabled() or _runs_again() or own not in hooks:  # the last: all hooks were cleared
             return None
-        x = arguments[place]
+        place, x = next(iter(images.items()))
         sites = self._sites if self._due() else {}  # a step that a schedule skips: the output alone, for `Scheduled.evaluate`
         self._kind = automatic.kind(x, model)
         self._question, map = automatic.sole_question(model, self._kind) or (None, None)
@@ -238,7 +240,7 @@ def suspended(model: nn.Module, as_users_forward: bool = False) -> Iterator[None
         for attachment in found:
             attachment.suspended = True
             if as_users_forward:
-                attachment._discard()
+                attachment._drop_all()
         yield
     finally:
         for attachment in found:
