@@ -79,23 +79,18 @@ def images_apart(call: Call) -> bool:
         return False
     probe = probe_of(model, "images", state_key(model), output_key(call.output))
     if probe.due():
-        found = _are_apart(call, probe.calls, thorough=probe.found is None)
+        found = _are_apart(call, probe)
         probe.found = probe.found if found is None else found  # images that show nothing, as of NaN, say nothing
     return bool(probe.found)
 
 
-def _are_apart(call: Call, number: int, thorough: bool) -> bool | None:
-    """Whether a probe finds images apart; None: it shows nothing yet. Only some of them may meet, as in pairs.
-
-    Args:
-        call: the call.
-        number: of the probe.
-        thorough: part any two images; else part them at random, in two halves.
-    """
+def _are_apart(call: Call, probe: Probe) -> bool | None:
+    """Whether passes find images apart; None: they show nothing yet. Only some of them may meet, as in pairs."""
     images, device = len(call.x), call.x.device
-    order = torch.randperm(images, generator=torch.Generator().manual_seed(number), device="cpu")
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(probe.calls), device="cpu")  # another one each time
     half = (order < max(1, images // 2)).to(device)
-    bits = [(order >> bit & 1 == 1).to(device) for bit in range((images - 1).bit_length())] if thorough else []
+    # The first time, groups that part any two images; later, two halves at random.
+    bits = [(order >> bit & 1 == 1).to(device) for bit in range((images - 1).bit_length())] if probe.found is None else []
     runner = Runner(call, twice=False)
     with isolated(call.model, device):
         recording = runner.forward(call.x.detach(), {INPUT: True}, check=True)

@@ -51,7 +51,8 @@ class PathGradients:
         self._wanted = {sites.INPUT: True} | {score.site: False for score in scores}
         self._scores = scores
         self._differences = differences
-        self._kind = (state_key(self.call.model), output_key(self.call.output), tuple(score.site for score in scores))
+        self._kind = ("places", state_key(self.call.model), output_key(self.call.output), tuple(score.site for score in scores))
+        self._probe = probe_of(self.call.model, *self._kind)  # False where places are known not to share
         self._coupled = any(map(couples, modules(self.call.model)))
         self._shares = self._may_share()
         self.reached: dict[int, Tensor] = {}
@@ -71,7 +72,7 @@ class PathGradients:
             return False
         if isinstance(call.output, nn.Module) and not _separable(call.output, ours=False):  # whose draws would not be of each place
             return False
-        return probe_of(call.model, "places", *self._kind).found is not False and _separable(call.model, self._runner.twice)
+        return self._probe.found is not False and _separable(call.model, self._runner.twice)
 
     def room(self, pending: int) -> int:
         """How many of the places that are left may come as one batch: as many in each, rather than a small rest."""
@@ -94,7 +95,7 @@ class PathGradients:
             self._shares = False
             found = [self._alone(image, create_graph) for image in images]
             if lasting:  # they ran one by one, so what failed together was no mistake of the call: it is remembered
-                probe_of(self.call.model, "places", *self._kind).found = False
+                self._probe.found = False
         return found
 
     def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:
@@ -138,7 +139,7 @@ class PathGradients:
         It looks at the last place, the most unlike a baseline, and at one of the others, in turn: a model that divides by the largest value
         of the batch finds it at the last, which then depends on nothing else.
         """
-        probe = probe_of(runner.call.model, "places", *self._kind, len(images[0]), runner.places)
+        probe = probe_of(self.call.model, *self._kind, len(images[0]), runner.places)
         if not probe.due():
             return True
         last = runner.places - 1
