@@ -89,7 +89,7 @@ def _are_apart(call: Call, probe: Probe) -> bool | None:
     images, device = len(call.x), call.x.device
     order = torch.randperm(images, generator=torch.Generator().manual_seed(probe.calls), device="cpu")  # another one each time
     half = (order < max(1, images // 2)).to(device)
-    # The first time, groups that part any two images; later, two halves at random.
+    # Until something was shown, groups that part any two images; then two halves at random.
     bits = [(order >> bit & 1 == 1).to(device) for bit in range((images - 1).bit_length())] if probe.found is None else []
     runner = Runner(call, twice=False)
     with isolated(call.model, device):

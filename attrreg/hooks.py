@@ -72,8 +72,7 @@ class Tap:
         self._problems: dict[str, str] = {}
         self._maps: deque[tuple[str, Tensor, int]] = deque(maxlen=MAPS)  # with how often it had been written to
         self._heads: Heads | None = None
-        self._leaves: list[nn.Module] = []
-        self._added: list[tuple[nn.Module, Tensor]] = []
+        self._again: list[tuple[nn.Module, Any]] = []  # layers whose output was changed, with hooks that do so in a recomputation
         self._runs: Counter[str] = Counter()
         self._output: Any = None
         self._exits = ExitStack()
@@ -87,9 +86,7 @@ class Tap:
         self._phase.draws = Draws(x.shape[0] // self._phase.places, self._phase.places, self._rng)
         try:
             self._register()
-            self._exits.enter_context(
-                checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra, self._leaves, self._added))
-            )
+            self._exits.enter_context(checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra, self._again)))
             if self._twice:  # else the model computes as it does by itself
                 # Operators before the first site with a gradient are differentiated once, and stay PyTorch's. Ours run from the start where
                 # that site is the images, or is not known yet.
@@ -217,7 +214,7 @@ class Tap:
                 return None
             if site in self._moves:
                 move = self._moves[site].to(output.dtype)
-                self._added.append((module, move))
+                self._again.append((module, partial(_moved, move)))
                 output = output + move
             value: Tensor = output
             if self._sites[site]:
@@ -249,7 +246,7 @@ class Tap:
         if value.requires_grad:
             return value
         if module is not None:
-            self._leaves.append(module)
+            self._again.append((module, _as_leaf))
         leaf = (value.clone() if value.is_inference() else value.detach()).requires_grad_()
         setattr(leaf, LEAF, self._phase)
         return leaf
@@ -284,24 +281,24 @@ def _map_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in _hookable(model) if module not in whole]
 
 
+def _as_leaf(module: nn.Module, args: Any, output: Any) -> Tensor | None:
+    # In the first run this output was a leaf, so what followed saved tensors, as it has to in the recomputation.
+    return output.detach().requires_grad_().clone() if isinstance(output, Tensor) and not output.requires_grad else None
+
+
+def _moved(move: Tensor, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output + move
+
+
 def _recomputing(
-    model: nn.Module, phase: Phase, extra: bool, leaves: list[nn.Module], added: list[tuple[nn.Module, Tensor]]
+    model: nn.Module, phase: Phase, extra: bool, again: list[tuple[nn.Module, Any]]
 ) -> Callable[[], AbstractContextManager[object]]:
     """Where checkpointed blocks are recomputed, without holding on to what the pass recorded.
 
     Args:
         model, phase, extra: see `Tap`.
-        leaves: layers whose output became a leaf.
-        added: layers whose output was moved, with how far.
+        again: layers whose output the pass changed, each with a hook that does so again.
     """
-
-    def leaf(module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        # In the first run this output was a leaf, so what followed saved tensors, as it has to in the recomputation.
-        return output.detach().requires_grad_().clone() if isinstance(output, Tensor) and not output.requires_grad else None
-
-    def again(move: Tensor, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output + move
-
     # The checkpoint's frame hangs on nodes that Python's garbage collection does not see through: it must not hold the model, whose hooks
     # lead back to the frame if a forward of an attached model never sees a backward.
     reference = weakref.ref(model)
@@ -312,10 +309,8 @@ def _recomputing(
         # BatchNorm counts a recomputation as a batch. In the backward of the loop's own forward that is PyTorch's way.
         copied = copied_buffers(model) if model is not None and (extra or phase.inner) else nullcontext()
         with ExitStack() as hooks, copied:
-            for module in leaves:
-                hooks.enter_context(module.register_forward_hook(leaf))
-            for module, move in added:
-                hooks.enter_context(module.register_forward_hook(partial(again, move)))
+            for module, hook in again:
+                hooks.enter_context(module.register_forward_hook(hook))
             try:
                 yield
             finally:
