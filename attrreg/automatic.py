@@ -1,4 +1,10 @@
-"""Which layer `layer="auto"` stands for in a model, and what is remembered of it."""
+"""Which layer `layer="auto"` stands for in a model, and what is remembered of it.
+
+A pass that is not told the layer records the last maps (`hooks.Tap`). When the score is known, `candidates` are the maps that it reads, and
+`choose` takes one of them by the gradients there, and remembers its layer for the `Question` that the call asked. A later pass records that
+layer alone: one of our own if its call asks the same (`known`), the loop's own, which runs before any question, if all calls asked the same
+(`sole_question`).
+"""
 
 from __future__ import annotations
 

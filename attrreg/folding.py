@@ -56,7 +56,7 @@ class PathGradients:
         self._coupled = any(map(couples, modules(self.call.model)))
         self._shares = self._may_share()
         self.reached: dict[int, Tensor] = {}
-        self._once: tuple[Rng, list[torch.Size]] | None = None  # where a pass over the images alone ends, and what it drew
+        self._alone_drew: tuple[Rng, list[torch.Size]] | None = None  # where a pass over the images alone ends, and shapes of what it drew
 
     @property
     def drew(self) -> bool:
@@ -101,14 +101,14 @@ class PathGradients:
     def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:
         """The gradients at one place, from a pass of its own."""
         recording = self._runner.replay(images, self._wanted)
-        self._note(self._runner, recording, create_graph)
+        self._note_leaves(self._runner, recording, create_graph)
         last, wanted = len(self._scores) - 1, [sites.INPUT]
         return [
             gradients_of(self._runner, self._differences, recording, score, wanted, create_graph, retain=i < last)[0]
             for i, score in enumerate(self._scores)
         ]
 
-    def _note(self, runner: Runner, recording: Recording, create_graph: bool) -> None:
+    def _note_leaves(self, runner: Runner, recording: Recording, create_graph: bool) -> None:
         """Remember the leaves that the scores of a pass were computed from."""
         if not create_graph or not self.reached:  # else the pass repeats one that was noted, to have its graph
             self.reached.update((id(leaf), leaf) for leaf in trainable_leaves(*self._read(runner, recording)))
@@ -126,9 +126,9 @@ class PathGradients:
         recording = runner.replay(batch, self._wanted)
         if recording.drew or (self._coupled and recording.phase.normalised != {batch.shape[0]}):
             return None
-        if not self._as_alone(recording, images[0]) or not self._apart(runner, recording, images):
+        if not self._draws_as_alone(recording, images[0]) or not self._apart(runner, recording, images):
             return None
-        self._note(runner, recording, create_graph)
+        self._note_leaves(runner, recording, create_graph)
         found = [runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
         # Not by index, whose backward is a tensor of zeros for each place.
         return [list(each) for each in zip(*(gradient.unflatten(0, (-1, places)).unbind(1) for gradient in found), strict=True)]
@@ -168,17 +168,17 @@ class PathGradients:
                 return False
         return True if shows else None
 
-    def _as_alone(self, recording: Recording, images: Tensor) -> bool:
+    def _draws_as_alone(self, recording: Recording, images: Tensor) -> bool:
         """Whether a pass drew what one over the images alone draws. To know that, one such forward has to run."""
         draws = recording.draws
         if draws.state.same(recording.rng):
             return True
-        if self._once is None:
+        if self._alone_drew is None:
             with torch.no_grad():
                 # The same sites: our operators, which note what is drawn, run only where gradients are taken.
-                once = self._runner.replay(images.detach(), self._wanted)
-            self._once = once.end, once.draws.shapes
-        state, shapes = self._once
+                alone = self._runner.replay(images.detach(), self._wanted)
+            self._alone_drew = alone.end, alone.draws.shapes
+        state, shapes = self._alone_drew
         return draws.state.same(state) and draws.shapes == shapes
 
 

@@ -22,7 +22,7 @@ OUTPUT = "<output>"  # the logits: what the model returns, after `output=`
 FEATURES = "<features>"  # what enters the last linear or convolutional layer of the model that the logits come from: the pooled features
 SPATIAL = "<last spatial layer>"  # the last layer whose output is a map
 
-NCHW = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
+GIVE_NCHW = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
 SPECIAL = (INPUT, OUTPUT, FEATURES, SPATIAL)
 
 
@@ -169,7 +169,7 @@ def _nearest_with(model: nn.Module, site: str, name: str) -> nn.Module:
 
 def _convolves_to(model: nn.Module, site: str, channels: int) -> bool:
     # A stride may differ between the axes, so that the shape alone would not tell.
-    layers = (layer for layer in reversed(modules(model.get_submodule(site))) if isinstance(layer, NCHW))  # the last is the likeliest
+    layers = (layer for layer in reversed(modules(model.get_submodule(site))) if isinstance(layer, GIVE_NCHW))  # the last is the likeliest
     return any(getattr(layer, "out_channels", getattr(layer, "num_features", None)) == channels for layer in layers)
 
 
