@@ -20,7 +20,6 @@ from attrreg.call import Call, picked_by
 from attrreg.graph import bypassed, which_are_read
 from attrreg.recording import Recording
 from attrreg.scores import Score
-from attrreg.state import isolated
 from attrreg.walk import modules
 
 if TYPE_CHECKING:
@@ -149,8 +148,7 @@ def _before_block(model: nn.Module, total: Tensor, maps: list[NamedMap], last: N
 
 def _reached(runner: Runner) -> set[str]:
     """Layers whose map comes from the images; takes a forward."""
-    with isolated(runner.call.model, runner.call.x.device):
-        recording = runner.forward(runner.call.x.detach(), {sites.INPUT: True, sites.SPATIAL: False})
+    recording = runner.replay(runner.call.x.detach(), {sites.INPUT: True, sites.SPATIAL: False})
     images = [recording.values[sites.INPUT]]
     return {name for name, map in recording.maps if which_are_read(map, images)[0]}
 
