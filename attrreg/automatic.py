@@ -20,7 +20,7 @@ from attrreg.call import Call, picked_by
 from attrreg.graph import bypassed, which_are_read
 from attrreg.recording import Recording
 from attrreg.scores import Score
-from attrreg.walk import modules
+from attrreg.walk import modules, path_to
 
 if TYPE_CHECKING:
     from attrreg.runner import Runner
@@ -161,8 +161,9 @@ def _around(names: Sequence[str]) -> str:
 
 def _inside(model: nn.Module, name: str) -> bool:
     """Whether a layer is a part of attention, or of the perceptron that follows it."""
-    parts = name.split(".")
-    holders = [model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts))]
-    return any("attn" in part.lower().replace("attn_block", "") or part.lower() in ("mlp", "ffn", "xca") for part in parts[:-1]) or any(
-        "attention" in type(holder).__name__.lower().replace("attentionblock", "") for holder in holders
-    )
+    names = name.lower().split(".")[:-1]
+    kinds = [type(module).__name__.lower() for module in path_to(model, name)[1:-1]]
+    # A block of attention is more than that: its output is the map.
+    if any("attention" in kind.replace("attentionblock", "") for kind in kinds):
+        return True
+    return any(part in ("mlp", "ffn", "xca") or "attn" in part.replace("attn_block", "") for part in names)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attrreg.settings import brief
-from attrreg.walk import modules
+from attrreg.walk import modules, path_to
 
 INPUT = "<input>"  # the images
 OUTPUT = "<output>"  # the logits: what the model returns, after `output=`
@@ -160,11 +160,8 @@ def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Tensor:
 
 def _nearest_with(model: nn.Module, site: str, name: str) -> nn.Module:
     """The innermost module around a layer that has the attribute `name`, which tells the layout: a backbone may be a part of the model."""
-    if site in SPECIAL:
-        return model
-    parts = site.split(".")
-    around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), 0, -1))
-    return next((module for module in around if hasattr(module, name)), model)
+    around = [] if site in SPECIAL else path_to(model, site)
+    return next((module for module in reversed(around) if hasattr(module, name)), model)
 
 
 def _convolves_to(model: nn.Module, site: str, channels: int) -> bool:
@@ -223,9 +220,8 @@ def _unrolled(length: int, model: nn.Module, other: nn.Module) -> bool:
 
 def _shuffled(model: nn.Module, site: str) -> bool:
     """Whether a layer keeps positions in another order than the image: see `SHUFFLES`."""
-    parts = site.split(".")
-    around = ((model.get_submodule(".".join(parts[:depth])), part) for depth, part in enumerate(parts))
-    return site not in SPECIAL and any(part in SHUFFLES[told] for module, part in around for told in SHUFFLES if hasattr(module, told))
+    around = [] if site in SPECIAL else zip(path_to(model, site), site.split("."), strict=False)  # each module with what it holds
+    return any(part in SHUFFLES[told] for module, part in around for told in SHUFFLES if hasattr(module, told))
 
 
 def _patches(model: nn.Module, height: int, width: int) -> tuple[int, int] | None:
