@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from attrreg.call import Call, Select
-from attrreg.conditions import parts
+from attrreg.conditions import tensors_in
 from attrreg.distributed import sharded
 from attrreg.memory import lacks_memory
 from attrreg.recording import Recording
@@ -80,23 +80,18 @@ def images_apart(call: Call) -> bool:
         return False
     probe = probe_of(model, "images", state_key(model), output_key(call.output))
     if probe.due():
-        found = _are_apart(call, probe.calls, thorough=probe.found is None)
+        found = _are_apart(call, probe)
         probe.found = probe.found if found is None else found  # images that show nothing, as of NaN, say nothing
     return bool(probe.found)
 
 
-def _are_apart(call: Call, number: int, thorough: bool) -> bool | None:
-    """Whether a probe finds images apart; None: it shows nothing yet. Only some of them may meet, as in pairs.
-
-    Args:
-        call: the call.
-        number: of the probe.
-        thorough: part any two images; else part them at random, in two halves.
-    """
+def _are_apart(call: Call, probe: Probe) -> bool | None:
+    """Whether passes find images apart; None: they show nothing yet. Only some of them may meet, as in pairs."""
     images, device = len(call.x), call.x.device
-    order = torch.randperm(images, generator=torch.Generator().manual_seed(number), device="cpu")
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(probe.calls), device="cpu")  # another one each time
     half = (order < max(1, images // 2)).to(device)
-    bits = [(order >> bit & 1 == 1).to(device) for bit in range((images - 1).bit_length())] if thorough else []
+    # Until something was shown, groups that part any two images; then two halves at random.
+    bits = [(order >> bit & 1 == 1).to(device) for bit in range((images - 1).bit_length())] if probe.found is None else []
     runner = Runner(call, twice=False)
     with isolated(call.model, device):
         recording = runner.forward(call.x.detach(), {INPUT: True}, check=True)
@@ -152,7 +147,7 @@ def same_alone(among: Sequence[Tensor], images: Tensor, alone: Callable[[Tensor]
 
 def _by_image(runner: Runner, recording: Recording, images: int) -> list[Tensor]:
     """The floating-point tensors that a model gave with a row for each image, and the logits that are picked from them."""
-    given = parts(recording.output)
+    given = tensors_in(recording.output)
     if runner.call.output is not None:
         given.append(runner.at(recording, OUTPUT))
     return [part for part in given if part.is_floating_point() and part.shape[:1] == (images,) and part.layout == torch.strided]

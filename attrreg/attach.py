@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from attrreg import automatic
 from attrreg.call import Call
-from attrreg.conditions import Called, image_state, keep_buffers, parts
+from attrreg.conditions import Called, image_state, keep_buffers, tensors_in
 from attrreg.hooks import Tap
 from attrreg.ops.process import transformed
 from attrreg.recording import Recording, Request
@@ -69,11 +69,11 @@ class Attachment:
         self._tap: Tap | None = None
         self._recording: Recording | None = None
         self._kind: Hashable = None  # of the last forward
-        self._called: Called | None = None
+        self._question: automatic.Question | None = None  # whose layer alone it recorded for `layer="auto"`; None: all that may be it
         self._warned = False  # of other images
         self._seen: deque[weakref.ref[Tensor]] = deque(maxlen=SEEN)
         self.suspended = False
-        self._watches: list[RemovableHandle] = []
+        self._watches: list[RemovableHandle] = []  # hooks on what the model returned, for as long as the recording is kept
         self._hooks: list[RemovableHandle] = []
         if compiled(entry):
             warnings.warn(
@@ -92,7 +92,7 @@ class Attachment:
         """Take all hooks away and drop what was recorded; safe to call twice."""
         while self._hooks:
             self._hooks.pop().remove()
-        self._discard()
+        self._drop_all()
 
     def __repr__(self) -> str:
         return f"<Attachment to {type(self._model).__name__}{'' if self._hooks else ', recording nothing'}>"
@@ -113,14 +113,17 @@ class Attachment:
         It is given out once: its graph may be freed after.
         """
         recording, sites = self._recording, request.sites
-        if recording is None or ((any(sites.values()) or SPATIAL in sites) and self._hooked(recording)):
+        takes_gradient = any(sites.values()) or SPATIAL in sites
+        if recording is None or (takes_gradient and self._hooked(recording)):
             return None
         if not (request.returns_output or self._warned) and self._has_not_seen(call.x, recording):
             self._warned = True
             warnings.warn(OTHER_IMAGES, stacklevel=6)  # the user's line: above it are __call__, compute, run, _clean_pass and this
+        if SPATIAL in sites and self._question not in (None, request.question):
+            return None  # the one recorded layer answers another question
         if not recording.serves(call, request):
             return None
-        self._forget()
+        self._drop_recording()
         return recording
 
     def _has_not_seen(self, x: Tensor, recording: Recording) -> bool:
@@ -132,7 +135,7 @@ class Attachment:
     def _hooked(self, recording: Recording) -> bool:
         """Whether the loop has put hooks on the output, or keeps its gradient: for its loss, but an inner backward would run them too."""
         last = max((watch.id for watch in self._watches), default=0)  # those before it are the model's own, as FSDP's
-        return any(part.retains_grad or any(id > last for id in part._backward_hooks or ()) for part in parts(recording.output))
+        return any(part.retains_grad or any(id > last for id in part._backward_hooks or ()) for part in tensors_in(recording.output))
 
     @property
     def map(self) -> str | None:
@@ -145,14 +148,13 @@ class Attachment:
         """False once removed, and on a copy."""
         return bool(self._hooks)
 
-    def _forget(self) -> None:
+    def _drop_recording(self) -> None:
         self._recording = None
         while self._watches:
             self._watches.pop().remove()
 
-    def _discard(self) -> None:
-        self._forget()
-        self._called = None
+    def _drop_all(self) -> None:
+        self._drop_recording()
         if self._tap is not None:
             self._tap.close()
             self._tap = None
@@ -163,21 +165,22 @@ class Attachment:
             return None  # what runs under torch.func, forward-mode derivatives, a tracer or a backward is not the loop's forward
         if model is not self._model:  # nor is that of a replica on another device, which has these hooks too, in a thread of its own
             return None
-        self._discard()  # the last step's graph, and what an interrupted forward left
+        self._drop_all()  # the last step's graph, and what an interrupted forward left
         arguments: dict[int | str, Any] = dict(enumerate(args)) | kwargs
-        images = [key for key, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 4]
-        self._seen.extend(weakref.ref(arguments[key]) for key in images)
-        place = next(iter(images), None)
+        images = {
+            key: value for key, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 4
+        }
+        self._seen.extend(weakref.ref(image) for image in images.values())
         hooks, own = model._forward_hooks, self._hooks[1].id  # `own`: the hook that calls `_after`
-        if not torch.is_grad_enabled() or _runs_again() or place is None or own not in hooks:  # the last: all hooks were cleared
+        if not images or not torch.is_grad_enabled() or _runs_again() or own not in hooks:  # the last: all hooks were cleared
             return None
-        x = arguments[place]
+        place, x = next(iter(images.items()))
         sites = self._sites if self._due() else {}  # a step that a schedule skips: the output alone, for `Scheduled.evaluate`
         self._kind = automatic.kind(x, model)
-        question, map = automatic.sole_question(model, self._kind) or (None, None)
-        self._called = Called(args, kwargs, image_state(x), question, None if self._alone else keep_buffers(model))
+        self._question, map = automatic.sole_question(model, self._kind) or (None, None)
+        called = Called(args, kwargs, image_state(x), None if self._alone else keep_buffers(model))
         hooks[own] = hooks.pop(own)  # moved to the end: hooks that came later may change what the model returns
-        self._tap = Tap(model, sites, ours=False, map=map, twice=self._twice)
+        self._tap = Tap(model, sites, map=map, twice=self._twice, called=called)
         arguments[place] = self._tap.open(x)
         return tuple(arguments[i] for i in range(len(args))), {name: arguments[name] for name in kwargs}
 
@@ -188,10 +191,9 @@ class Attachment:
         tap, self._tap = self._tap, None
         tap.close()
         detach_buffers(model)  # also where the forward raised
-        called, self._called = self._called, None
         if output is None:  # it raised
             return
-        self._recording = tap.recording(output, called)
+        self._recording = tap.recording(output)
         owner = weakref.ref(self)  # weak, because the recording holds the output, and with it this hook
 
         def forget(gradient: Tensor) -> None:
@@ -199,7 +201,7 @@ class Attachment:
                 attachment._recording = None
 
         # A backward that reaches the output frees the graph: from then on a call must run its own forward.
-        self._watches = [part.register_hook(forget) for part in parts(output) if part.requires_grad]
+        self._watches = [part.register_hook(forget) for part in tensors_in(output) if part.requires_grad]
 
 
 def attached(model: nn.Module) -> Attachment | None:
@@ -238,7 +240,7 @@ def suspended(model: nn.Module, as_users_forward: bool = False) -> Iterator[None
         for attachment in found:
             attachment.suspended = True
             if as_users_forward:
-                attachment._discard()
+                attachment._drop_all()
         yield
     finally:
         for attachment in found:

@@ -1,4 +1,10 @@
-"""Which layer `layer="auto"` stands for in a model, and what is remembered of it."""
+"""Which layer `layer="auto"` stands for in a model, and what is remembered of it.
+
+A pass that is not told the layer records the last maps (`hooks.Tap`). When the score is known, `candidates` are the maps that it reads, and
+`choose` takes one of them by the gradients there, and remembers its layer for the `Question` that the call asked. A later pass records that
+layer alone: one of our own if its call asks the same (`known`), the loop's own, which runs before any question, if all calls asked the same
+(`sole_question`).
+"""
 
 from __future__ import annotations
 
@@ -14,8 +20,7 @@ from attrreg.call import Call, picked_by
 from attrreg.graph import bypassed, which_are_read
 from attrreg.recording import Recording
 from attrreg.scores import Score
-from attrreg.state import isolated
-from attrreg.walk import modules
+from attrreg.walk import modules, path_to
 
 if TYPE_CHECKING:
     from attrreg.runner import Runner
@@ -143,8 +148,7 @@ def _before_block(model: nn.Module, total: Tensor, maps: list[NamedMap], last: N
 
 def _reached(runner: Runner) -> set[str]:
     """Layers whose map comes from the images; takes a forward."""
-    with isolated(runner.call.model, runner.call.x.device):
-        recording = runner.forward(runner.call.x.detach(), {sites.INPUT: True, sites.SPATIAL: False})
+    recording = runner.replay(runner.call.x.detach(), {sites.INPUT: True, sites.SPATIAL: False})
     images = [recording.values[sites.INPUT]]
     return {name for name, map in recording.maps if which_are_read(map, images)[0]}
 
@@ -157,8 +161,9 @@ def _around(names: Sequence[str]) -> str:
 
 def _inside(model: nn.Module, name: str) -> bool:
     """Whether a layer is a part of attention, or of the perceptron that follows it."""
-    parts = name.split(".")
-    holders = [model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts))]
-    return any("attn" in part.lower().replace("attn_block", "") or part.lower() in ("mlp", "ffn", "xca") for part in parts[:-1]) or any(
-        "attention" in type(holder).__name__.lower().replace("attentionblock", "") for holder in holders
-    )
+    names = name.lower().split(".")[:-1]
+    kinds = [type(module).__name__.lower() for module in path_to(model, name)[1:-1]]
+    # A block of attention is more than that: its output is the map.
+    if any("attention" in kind.replace("attentionblock", "") for kind in kinds):
+        return True
+    return any(part in ("mlp", "ffn", "xca") or "attn" in part.replace("attn_block", "") for part in names)

@@ -85,12 +85,12 @@ class Call:
         """The canonical mask."""
         return None if self.annotation is None else self.annotation.relevant
 
-    def logits(self, output: Any, start: Rng | None = None) -> Tensor:
+    def logits(self, output: Any, start: Rng) -> Tensor:
         """Pick the logits out of what the model returned.
 
         Args:
             output: what it returned.
-            start: the random state from which a function draws; None: the present one.
+            start: the random state from which a function draws.
 
         Raises:
             TypeError: it is not a tensor, and no selector was given, or the selector does not fit.
@@ -110,7 +110,7 @@ class Call:
             )
         return chosen
 
-    def _chosen(self, output: Any, start: Rng | None) -> Any:
+    def _chosen(self, output: Any, start: Rng) -> Any:
         if self.output is None:
             return output
         if callable(self.output):

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from operator import is_
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,11 @@ from attrreg.call import Call
 from attrreg.state import PLAIN
 from attrreg.walk import modules
 
-if TYPE_CHECKING:
-    from attrreg.automatic import Question
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Buffers of these types are compared by value; of others, the version alone tells.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMPARED = (*FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 BufferState = tuple[Tensor, int, Tensor | None]  # a buffer, its version and its value
-Version = tuple[Tensor, int, Any]  # a tensor, how often it was written to, and its node in the graph
+TensorState = tuple[Tensor, int, Any]  # a tensor, its version and its node in the graph
 
 
 class Called(NamedTuple):
@@ -33,14 +30,12 @@ class Called(NamedTuple):
     Attributes:
         args, kwargs: the arguments.
         images: how often the images were written to, and whether they require a gradient.
-        question: what was asked of the layer for `layer="auto"`, where that one layer is recorded; None: all are.
         buffers: what `keep_buffers` gave; None: nobody asks.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     images: tuple[int, bool]
-    question: Question | None
     buffers: list[BufferState] | None
 
 
@@ -52,19 +47,15 @@ class Conditions:
         output: what it returned.
         recorded: what was recorded of it.
         called: how it was called.
-
-    Attributes:
-        question: see `Called`.
     """
 
     def __init__(self, model: nn.Module, output: Any, recorded: list[Tensor], called: Called) -> None:
-        self._objects, self._numbers, self._settings = _state(model)
+        self._objects, self._numbers, self._settings = _model_state(model)
         self._arguments = tree_map(lambda leaf: leaf, (called.args, called.kwargs))  # in containers of our own
         self._images = called.images
-        self._tensors = _versions([*parts((called.args, called.kwargs)), *recorded])
-        self._output = _versions(parts(output))
-        self.question = called.question
-        self._moved = [True] if called.buffers is None else _differences(buffers_read(model), called.buffers)
+        self._tensors = _tensor_states([*tensors_in((called.args, called.kwargs)), *recorded])
+        self._output = _tensor_states(tensors_in(output))
+        self._moved = [True] if called.buffers is None else _changes(buffers_read(model), called.buffers)
 
     @property
     def moved(self) -> bool:
@@ -75,13 +66,13 @@ class Conditions:
         """Whether a call would meet the same."""
         if self._images != image_state(call.x):
             return False
-        objects, numbers, settings = _state(call.model)
+        objects, numbers, settings = _model_state(call.model)
         same = numbers == self._numbers and len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
         return same and self._settings_hold(call.model, settings) and _unwritten(self._tensors) and self._called_with(call)
 
     def still_in(self, output: Any) -> bool:
         """Whether the output still holds the tensors that the model returned, in order: the loop may have put others deep in an object."""
-        held = iter(parts(output))  # an iterator, so that each search goes on behind the last; there may be more, computed on demand
+        held = iter(tensors_in(output))  # an iterator, so that each search goes on behind the last; there may be more, computed on demand
         return all(any(tensor is part for part in held) for tensor, _, _ in self._output)
 
     def unchanged(self, output: Any) -> bool:
@@ -107,10 +98,10 @@ class Conditions:
         return _same(_bound(call.model, args, kwargs), _bound(call.model, *self._arguments))
 
 
-def parts(output: Any, depth: int = 3) -> list[Tensor]:
+def tensors_in(output: Any, depth: int = 3) -> list[Tensor]:
     """All tensors in what a model takes or returns, in objects that PyTorch's trees do not look into too."""
     leaves = tree_leaves(output)
-    deeper = [part for leaf in leaves if depth for part in parts(_inside(leaf), depth - 1)]
+    deeper = [part for leaf in leaves if depth for part in tensors_in(_inside(leaf), depth - 1)]
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)] + deeper
 
 
@@ -125,13 +116,13 @@ def _inside(leaf: Any) -> list[Any]:
     return [*getattr(leaf, "__dict__", {}).values(), *slots]
 
 
-def _versions(tensors: list[Tensor]) -> list[Version]:
+def _tensor_states(tensors: list[Tensor]) -> list[TensorState]:
     return [(tensor, version(tensor), tensor.grad_fn) for tensor in tensors]
 
 
-def _unwritten(versions: list[Version]) -> bool:
+def _unwritten(states: list[TensorState]) -> bool:
     """Whether tensors are as they were: not written to, nor cut from their graph by `detach_`, which leaves the version alone."""
-    return all(version(tensor) == then and tensor.grad_fn is node for tensor, then, node in versions)
+    return all(version(tensor) == then and tensor.grad_fn is node for tensor, then, node in states)
 
 
 def buffers_read(model: nn.Module) -> list[Tensor]:
@@ -155,7 +146,7 @@ def _accumulates(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) and type(module).forward.__module__.startswith(("torch.", "timm."))
 
 
-def _differences(now: list[Tensor], before: list[BufferState]) -> list[bool | Tensor]:
+def _changes(now: list[Tensor], before: list[BufferState]) -> list[bool | Tensor]:
     """For each buffer, whether it changed; where values were compared, a tensor on their device, so that nobody waits for a GPU yet."""
     found: list[bool | Tensor] = [len(now) != len(before)]
     for buffer, (earlier, then, value) in zip(now, before, strict=False):
@@ -176,7 +167,7 @@ def _counts(module: nn.Module) -> bool:
     return any(kind.__module__.startswith(("torchmetrics.", "lightning.", "pytorch_lightning.")) for kind in type(module).__mro__)
 
 
-def _state(model: nn.Module) -> tuple[list[object], list[int], list[tuple[object, ...]]]:
+def _model_state(model: nn.Module) -> tuple[list[object], list[int], list[tuple[object, ...]]]:
     """Modules, hooks, parameters and buffers; modes, what is trained, and versions; all that each module holds."""
     found = modules(model)
     # Comprehensions, and no calls: a step asks twice, of models of hundreds of modules.
@@ -185,7 +176,7 @@ def _state(model: nn.Module) -> tuple[list[object], list[int], list[tuple[object
     buffers = [each for module in found if module._buffers for each in module._buffers.values() if each is not None]
     numbers: list[int] = [module.training for module in found]
     numbers += [parameter.requires_grad for parameter in parameters]
-    numbers += [*_counts_of_writes(parameters), *_counts_of_writes(buffers)]
+    numbers += _versions(parameters) + _versions(buffers)
     return [*found, *hooks, *parameters, *buffers], numbers, [tuple(module.__dict__.values()) for module in found]
 
 
@@ -194,7 +185,7 @@ def version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _counts_of_writes(tensors: Sequence[Tensor]) -> list[int]:
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
     """The `version` of each, quicker."""
     try:
         return [tensor._version for tensor in tensors]

@@ -52,11 +52,12 @@ class PathGradients:
         self._wanted = {sites.INPUT: True} | {score.site: False for score in scores}
         self._scores = scores
         self._differences = differences
-        self._kind = (state_key(self.call.model), output_key(self.call.output), tuple(score.site for score in scores))
+        self._kind = ("places", state_key(self.call.model), output_key(self.call.output), tuple(score.site for score in scores))
+        self._probe = probe_of(self.call.model, *self._kind)  # False where places are known not to share
         self._coupled = any(map(couples, modules(self.call.model)))
         self._shares = self._may_share()
         self.reached: dict[int, Tensor] = {}
-        self._once: tuple[Rng, list[torch.Size]] | None = None  # where a pass over the images alone ends, and what it drew
+        self._alone_drew: tuple[Rng, list[torch.Size]] | None = None  # where a pass over the images alone ends, and shapes of what it drew
 
     @property
     def drew(self) -> bool:
@@ -72,7 +73,7 @@ class PathGradients:
             return False
         if isinstance(call.output, nn.Module) and not _separable(call.output, ours=False):  # whose draws would not be of each place
             return False
-        return probe_of(call.model, "places", *self._kind).found is not False and _separable(call.model, self._runner.twice)
+        return self._probe.found is not False and _separable(call.model, self._runner.twice)
 
     def room(self, pending: int) -> int:
         """How many of the places that are left may come as one batch: as many in each, rather than a small rest."""
@@ -95,20 +96,20 @@ class PathGradients:
             self._shares = False
             found = [self._alone(image, create_graph) for image in images]
             if lasting:  # they ran one by one, so what failed together was no mistake of the call: it is remembered
-                probe_of(self.call.model, "places", *self._kind).found = False
+                self._probe.found = False
         return found
 
     def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:
         """The gradients at one place, from a pass of its own."""
         recording = self._runner.replay(images, self._wanted)
-        self._note(self._runner, recording, create_graph)
+        self._note_leaves(self._runner, recording, create_graph)
         last, wanted = len(self._scores) - 1, [sites.INPUT]
         return [
             gradients_of(self._runner, self._differences, recording, score, wanted, create_graph, retain=i < last)[0]
             for i, score in enumerate(self._scores)
         ]
 
-    def _note(self, runner: Runner, recording: Recording, create_graph: bool) -> None:
+    def _note_leaves(self, runner: Runner, recording: Recording, create_graph: bool) -> None:
         """Remember the leaves that the scores of a pass were computed from."""
         if not create_graph or not self.reached:  # else the pass repeats one that was noted, to have its graph
             self.reached.update((id(leaf), leaf) for leaf in trainable_leaves(*self._read(runner, recording)))
@@ -126,9 +127,9 @@ class PathGradients:
         recording = runner.replay(batch, self._wanted)
         if recording.drew or (self._coupled and recording.phase.normalised != {batch.shape[0]}):
             return None
-        if not self._as_alone(recording, images[0]) or not self._apart(runner, recording, images):
+        if not self._draws_as_alone(recording, images[0]) or not self._apart(runner, recording, images):
             return None
-        self._note(runner, recording, create_graph)
+        self._note_leaves(runner, recording, create_graph)
         found = [runner.backward(recording, score, [sites.INPUT], create_graph)[0] for score in self._scores]
         # Not by index, whose backward is a tensor of zeros for each place.
         return [list(each) for each in zip(*(gradient.unflatten(0, (-1, places)).unbind(1) for gradient in found), strict=True)]
@@ -139,7 +140,7 @@ class PathGradients:
         It looks at the last place, the most unlike a baseline, and at one of the others, in turn: a model that divides by the largest value
         of the batch finds it at the last, which then depends on nothing else.
         """
-        probe = probe_of(runner.call.model, "places", *self._kind, len(images[0]), runner.places)
+        probe = probe_of(self.call.model, *self._kind, len(images[0]), runner.places)
         if not probe.due():
             return True
         last = runner.places - 1
@@ -168,17 +169,17 @@ class PathGradients:
                 return False
         return True if shows else None
 
-    def _as_alone(self, recording: Recording, images: Tensor) -> bool:
+    def _draws_as_alone(self, recording: Recording, images: Tensor) -> bool:
         """Whether a pass drew what one over the images alone draws. To know that, one such forward has to run."""
         draws = recording.draws
         if draws.state.same(recording.rng):
             return True
-        if self._once is None:
+        if self._alone_drew is None:
             with torch.no_grad():
                 # The same sites: our operators, which note what is drawn, run only where gradients are taken.
-                once = self._runner.replay(images.detach(), self._wanted)
-            self._once = once.end, once.draws.shapes
-        state, shapes = self._once
+                alone = self._runner.replay(images.detach(), self._wanted)
+            self._alone_drew = alone.end, alone.draws.shapes
+        state, shapes = self._alone_drew
         return draws.state.same(state) and draws.shapes == shapes
 
 

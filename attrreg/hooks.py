@@ -37,33 +37,33 @@ class Tap:
     Args:
         model: the model.
         sites: what to record; True where a gradient will be taken.
-        ours: the library runs the pass, so the model works on a copy of the images.
-        extra: the user's loop has no such pass, so nothing of it may reach the buffers.
         map: the layer that `SPATIAL` is known to be; None: keep the last few that it could be.
         twice: gradients will be differentiated again.
         moves: what is added to the outputs of layers.
         places: how many places of a path share the batch.
         rule: how gradients pass `nn.ReLU` layers; None: as they do.
+        extra: the user's loop has no such pass, so nothing of it may reach the buffers.
+        called: how the loop called the model, if the forward is its own; None: the library runs it.
     """
 
     def __init__(
         self,
         model: nn.Module,
         sites: Mapping[str, bool],
-        ours: bool,
         map: str | None,
         twice: bool,
         moves: Mapping[str, Tensor] = MappingProxyType({}),
         places: int = 1,
         rule: Rule | None = None,
         extra: bool = False,
+        called: Called | None = None,
     ) -> None:
         self._model = model
         self._extra = extra
         self._map = map
         self._sites = sites
         self._taken = frozenset(site for site, gradient in sites.items() if gradient)
-        self._ours = ours
+        self._called = called
         self._twice = twice
         self._moves = moves
         self._rule = rule
@@ -72,8 +72,7 @@ class Tap:
         self._problems: dict[str, str] = {}
         self._maps: deque[tuple[str, Tensor, int]] = deque(maxlen=MAPS)  # with how often it had been written to
         self._heads: Heads | None = None
-        self._leaves: list[nn.Module] = []
-        self._added: list[tuple[nn.Module, Tensor]] = []
+        self._again: list[tuple[nn.Module, Any]] = []  # layers whose output was changed, with hooks that do so in a recomputation
         self._runs: Counter[str] = Counter()
         self._output: Any = None
         self._exits = ExitStack()
@@ -87,9 +86,7 @@ class Tap:
         self._phase.draws = Draws(x.shape[0] // self._phase.places, self._phase.places, self._rng)
         try:
             self._register()
-            self._exits.enter_context(
-                checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra, self._leaves, self._added))
-            )
+            self._exits.enter_context(checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra, self._again)))
             if self._twice:  # else the model computes as it does by itself
                 # Operators before the first site with a gradient are differentiated once, and stay PyTorch's. Ours run from the start where
                 # that site is the images, or is not known yet.
@@ -103,15 +100,15 @@ class Tap:
         self._values[INPUT] = (x.view_as(x) if x.requires_grad else self._differentiable(x)) if differentiated else x
         # A copy, because a model may work on its input in place: that would change the caller's images, fail on a leaf, and
         # shift what is differentiated.
-        return self._values[INPUT].clone() if differentiated or self._ours else x
+        return self._values[INPUT].clone() if differentiated or self._called is None else x
 
     def close(self) -> None:
         """Take hooks and operators away; safe to call twice."""
         self._exits.close()
         self._phase.running = False
 
-    def recording(self, output: Any, called: Called | None = None) -> Recording:
-        """What was recorded, for a forward that returned `output`; `called`: how the loop called the model, if the forward is its own."""
+    def recording(self, output: Any) -> Recording:
+        """What was recorded, for a forward that returned `output`."""
         if self._rule is not None and not self._rectified:
             raise ValueError(
                 "No nn.ReLU layer ran in the forward, so a rule for gradients through them changes nothing. Use InputGradient, or write "
@@ -129,9 +126,13 @@ class Tap:
             self._values[FEATURES], heads = self._heads.features, self._heads.found()
         # Scores are taken inside DDP's wrapper: under static_graph, a backward through that makes it believe the step's is done.
         inner = output if self._output is None else self._output
-        recorded = [*self._values.values(), *(value for _, value in maps)]
-        if len(heads) > 1:  # of which the logits tell one
-            recorded += [head.input for head in heads]
+        conditions = None
+        if self._called is not None:
+            recorded = [*self._values.values(), *(value for _, value in maps)]
+            if len(heads) > 1:  # of which the logits tell one
+                recorded += [head.input for head in heads]
+            conditions = Conditions(self._model, inner, recorded, self._called)
+            inner = in_own_containers(inner)
         return Recording(
             x=self._x,
             values=self._values,
@@ -140,11 +141,11 @@ class Tap:
             maps=maps,
             overwritten=frozenset(name for name, value, written in self._maps if value._version != written),
             heads=heads,
-            output=inner if called is None else in_own_containers(inner),
+            output=inner,
             returned=output,
             rng=self._rng,
             end=Rng.of(self._x.device),
-            conditions=None if called is None else Conditions(self._model, inner, recorded, called),
+            conditions=conditions,
             phase=self._phase,
             twice=self._twice,
             autocast=self._autocast,
@@ -159,23 +160,22 @@ class Tap:
             for module in modules(self._model):
                 if isinstance(module, nn.ReLU):
                     self._replace_relu(module, self._rule)
-        if self._ours:
+        if self._called is None:
             self._hook(self._model, self._take_output)
-        # `SPATIAL` comes last: from a layer that is also named, the model goes on with a copy, and the map has to be that copy.
-        for site in sorted(self._sites, key=lambda site: site == SPATIAL):
-            if site == FEATURES:
-                self._heads = Heads(self._model)
-                for module in self._heads.layers:
-                    self._hook(module, self._heads.take, with_kwargs=True)
-            elif site == SPATIAL:
-                if self._map is not None and not self._is_there(self._map):
-                    self._map = None
-                known = None if self._map is None else [(self._map, self._model.get_submodule(self._map))]
-                for name, module in known or _map_candidates(self._model):
-                    if name and _reachable(module):
-                        self._hook(module, self._take_map(name))
-            elif site not in SPECIAL and self._is_there(site):
+        for site in self._sites:
+            if site not in SPECIAL and self._is_there(site):
                 self._hook(self._model.get_submodule(site), self._take(site))
+        if FEATURES in self._sites:
+            self._heads = Heads(self._model)
+            for module in self._heads.layers:
+                self._hook(module, self._heads.take, with_kwargs=True)
+        # After the named layers: from one of those the model goes on with a copy, and the map has to be that copy.
+        if SPATIAL in self._sites:
+            if self._map is not None and not self._is_there(self._map):
+                self._map = None
+            known = None if self._map is None else [(self._map, self._model.get_submodule(self._map))]
+            for name, module in known or _map_candidates(self._model):
+                self._hook(module, self._take_map(name))
 
     def _hook(self, module: nn.Module, hook: Any, with_kwargs: bool = False) -> None:
         self._exits.enter_context(module.register_forward_hook(hook, with_kwargs=with_kwargs))
@@ -214,12 +214,13 @@ class Tap:
                 return None
             if site in self._moves:
                 move = self._moves[site].to(output.dtype)
-                self._added.append((module, move))
+                self._again.append((module, partial(_moved, move)))
                 output = output + move
-            value: Tensor = self._differentiable(output, module) if self._sites[site] else output
-            self._values[site] = value
+            value: Tensor = output
             if self._sites[site]:
+                value = self._differentiable(output, module)
                 self._begin()
+            self._values[site] = value
             # A copy goes on, because what follows may work in place, and an in-place ReLU would silently turn what was
             # recorded into its own output.
             return value.clone()
@@ -245,7 +246,7 @@ class Tap:
         if value.requires_grad:
             return value
         if module is not None:
-            self._leaves.append(module)
+            self._again.append((module, _as_leaf))
         leaf = (value.clone() if value.is_inference() else value.detach()).requires_grad_()
         setattr(leaf, LEAF, self._phase)
         return leaf
@@ -257,12 +258,11 @@ class Tap:
                 return None
             if not isinstance(output, Tensor) or not is_map(output, self._model, self._x, name):
                 return None
-            # Behind frozen layers the first map becomes a leaf, from which the later ones are computed. What is recorded is the tensor that
-            # the model goes on with.
-            value = on = self._differentiable(output, module)
-            if value is not output:
-                on = value.clone()
-                value = on if on.requires_grad else value  # under no_grad
+            value = self._differentiable(output, module)
+            goes_on = output
+            if value is not output:  # behind frozen layers the first map becomes a leaf, from which the later ones are computed
+                goes_on = value.clone()
+                value = goes_on if goes_on.requires_grad else value  # under no_grad
             self._begin()
             if self._maps and self._maps[-1][1] is value:
                 last, _, written = self._maps[-1]
@@ -270,7 +270,7 @@ class Tap:
                     return None  # an identity
                 self._maps.pop()  # the same tensor, from a container of that layer, or from one that works in place: the later name
             self._maps.append((name, value, value._version))
-            return None if on is output else on
+            return goes_on
 
         return hook
 
@@ -278,27 +278,27 @@ class Tap:
 def _map_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers that `layer="auto"` may be, by name: none inside an encoder that would run otherwise with hooks inside."""
     whole = within_whole(model)
-    return [(name, module) for name, module in model.named_modules() if module not in whole]
+    return [(name, module) for name, module in _hookable(model) if module not in whole]
+
+
+def _as_leaf(module: nn.Module, args: Any, output: Any) -> Tensor | None:
+    # In the first run this output was a leaf, so what followed saved tensors, as it has to in the recomputation.
+    return output.detach().requires_grad_().clone() if isinstance(output, Tensor) and not output.requires_grad else None
+
+
+def _moved(move: Tensor, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output + move
 
 
 def _recomputing(
-    model: nn.Module, phase: Phase, extra: bool, leaves: list[nn.Module], added: list[tuple[nn.Module, Tensor]]
+    model: nn.Module, phase: Phase, extra: bool, again: list[tuple[nn.Module, Any]]
 ) -> Callable[[], AbstractContextManager[object]]:
     """Where checkpointed blocks are recomputed, without holding on to what the pass recorded.
 
     Args:
         model, phase, extra: see `Tap`.
-        leaves: layers whose output became a leaf.
-        added: layers whose output was moved, with how far.
+        again: layers whose output the pass changed, each with a hook that does so again.
     """
-
-    def leaf(module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        # In the first run this output was a leaf, so what followed saved tensors, as it has to in the recomputation.
-        return output.detach().requires_grad_().clone() if isinstance(output, Tensor) and not output.requires_grad else None
-
-    def again(move: Tensor, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output + move
-
     # The checkpoint's frame hangs on nodes that Python's garbage collection does not see through: it must not hold the model, whose hooks
     # lead back to the frame if a forward of an attached model never sees a backward.
     reference = weakref.ref(model)
@@ -309,10 +309,8 @@ def _recomputing(
         # BatchNorm counts a recomputation as a batch. In the backward of the loop's own forward that is PyTorch's way.
         copied = copied_buffers(model) if model is not None and (extra or phase.inner) else nullcontext()
         with ExitStack() as hooks, copied:
-            for module in leaves:
-                hooks.enter_context(module.register_forward_hook(leaf))
-            for module, move in added:
-                hooks.enter_context(module.register_forward_hook(partial(again, move)))
+            for module, hook in again:
+                hooks.enter_context(module.register_forward_hook(hook))
             try:
                 yield
             finally:
@@ -326,12 +324,11 @@ def _recomputing(
 def observed(model: nn.Module, see: Callable[[str, nn.Module, Any, Any], None]) -> Iterator[None]:
     """Show every layer's arguments and output as they come, by its name and module."""
     with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            if name and _reachable(module):
-                hooks.enter_context(module.register_forward_hook(partial(see, name)))
+        for name, module in _hookable(model):
+            hooks.enter_context(module.register_forward_hook(partial(see, name)))
         yield
 
 
-def _reachable(module: nn.Module) -> bool:
-    """Whether it takes hooks: TorchScript's do not."""
-    return not isinstance(module, torch.jit.ScriptModule)
+def _hookable(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers of a model that take hooks, by name: TorchScript's do not."""
+    return [(name, module) for name, module in model.named_modules() if name and not isinstance(module, torch.jit.ScriptModule)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.utils import parametrize
 
-from attrreg.conditions import parts, version
+from attrreg.conditions import tensors_in, version
 from attrreg.distributed import sharded
 from attrreg.folding import PathGradients
 from attrreg.graph import trainable_leaves
@@ -30,13 +31,9 @@ def sum_along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None
     differentiated, is summed chunk by chunk.
     """
     x = gradients.call.x
-    if chunk is None or len(stops) <= chunk:
-        return _summed(stops, x, gradients, differentiable)
-    total: list[Tensor] = []
-    if not differentiable:
-        for start in range(0, len(stops), chunk):
-            total = _added(total, _summed(stops[start : start + chunk], x, gradients, False))
-        return total
+    chunks = [stops[start : start + chunk] for start in range(0, len(stops), chunk)] if chunk else [stops]
+    if not differentiable or len(chunks) == 1:
+        return reduce(_added, (_summed(part, x, gradients, differentiable) for part in chunks))
     images = x.detach()
     # The first place tells which leaves a penalty can train: not all parameters, and maybe others than the model's.
     first = _summed(stops[:1], images, gradients, True)
@@ -45,20 +42,19 @@ def sum_along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None
             "A score draws random numbers, which a path that recomputes would draw anew. Let its class set draws = True and fix them in "
             "drawn(seed), or pass chunk=None."
         )
-    leaves, known = list(trainable_leaves(*first)), set(gradients.reached)
+    at_first, known = list(trainable_leaves(*first)), set(gradients.reached)
     values = [value.detach() for value in first]  # from which the first chunk goes on
     del first  # and its graph with it
     model = gradients.call.model
     buffers, settings = buffer_values(model), Settings(model, sharded=bool(sharded(model)))
-    for start in range(0, len(stops), chunk):
-        part = stops[start : start + chunk]
-        rest = part[1:] if start == 0 else part
-        if rest:
-            values = _added(values, _summed(rest, images, gradients, False))
+    total: list[Tensor] = []
+    for part in chunks:
+        rest = part[1:] if part is chunks[0] else part
+        values = _added(values, _summed(rest, images, gradients, False))
         # At other places the model may use other parameters, as sparse experts do.
-        more = [leaf for key, leaf in gradients.reached.items() if key not in known]
-        again = _Chunk(part, gradients, buffers, settings, [*leaves, *more])
-        total = _added(total, list(_Recomputed.apply(again, values, x, *leaves, *more)))
+        leaves = at_first + [leaf for key, leaf in gradients.reached.items() if key not in known]
+        again = _Chunk(part, gradients, buffers, settings, leaves)
+        total = _added(total, list(_Recomputed.apply(again, values, x, *leaves)))
         values = []
     return total
 
@@ -77,7 +73,8 @@ def _summed(stops: Sequence[Stop], x: Tensor, gradients: PathGradients, create_g
 
 
 def _added(total: list[Tensor], terms: list[Tensor]) -> list[Tensor]:
-    return [a + b for a, b in zip(total, terms, strict=True)] if total else terms
+    """The sums of two lists, of which an empty one stands for zeros."""
+    return [a + b for a, b in zip(total, terms, strict=True)] if total and terms else total or terms
 
 
 class _Chunk:
@@ -90,7 +87,7 @@ class _Chunk:
         self._gradients = gradients
         self._model = gradients.call.model
         self._buffers, self._settings = buffers, settings
-        others = [part for part in parts(gradients.call.inputs) if part is not gradients.call.x]
+        others = [part for part in tensors_in(gradients.call.inputs) if part is not gradients.call.x]
         self._others = [(part, version(part)) for part in others]
         # Also leaves that the gradients are no function of: a score may choose its class by the last layer's bias.
         self._weights = [(leaf, version(leaf)) for leaf in (*leaves, *gradients.reached.values())]
@@ -99,13 +96,13 @@ class _Chunk:
     @contextmanager
     def again(self, x: Tensor) -> Iterator[list[Tensor]]:
         """The sum with its graph, and the model as it was: where that is differentiated, checkpointed blocks run once more."""
-        self._check()
+        self._check_unchanged()
         with self._settings.back(), torch.enable_grad(), copied_buffers(self._model, self._buffers):
             with autocast_as(x.device, self._autocast):
                 found = _summed(self._stops, x, self._gradients, True)
             yield found
 
-    def _check(self) -> None:
+    def _check_unchanged(self) -> None:
         if any(version(weight) != then for weight, then in self._weights):
             raise RuntimeError(
                 "Parameters were changed between the penalty and its backward, as by an optimizer's step, where chunked path methods "

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from attrreg.call import Call
-from attrreg.conditions import Conditions, parts
+from attrreg.conditions import Conditions, tensors_in
 from attrreg.features import Head
 from attrreg.ops import Phase, twice_differentiable
 from attrreg.ops.draws import Draws
@@ -106,27 +106,25 @@ class Recording:
 
     def serves(self, call: Call, request: Request) -> bool:
         """Whether this is the pass that a call would run itself."""
-        sites, twice, question, alone, returns_output = request
-        if (twice and not self.twice) or self.x is not call.x or self.conditions is None or not self.conditions.same_for(call):
+        sites, conditions = request.sites, self.conditions
+        if (request.twice and not self.twice) or self.x is not call.x or conditions is None or not conditions.same_for(call):
             return False
-        differences = not twice and any(sites.values())  # finite differences run other passes, but outside the loop's autocast
-        if (differences or not alone) and self.conditions.moved:  # other passes would compute with other buffers
+        differences = not request.twice and any(sites.values())  # finite differences run other passes, but outside the loop's autocast
+        if (differences or not request.alone) and conditions.moved:  # other passes would compute with other buffers
             return False
-        if not alone and self.autocast != autocast_type(call.x.device):
+        if not request.alone and self.autocast != autocast_type(call.x.device):
             return False
-        if SPATIAL in sites and self.conditions.question not in (None, question):  # the one recorded layer answers another question
-            return False
-        if returns_output and not self.conditions.unchanged(self.returned):
+        if request.returns_output and not conditions.unchanged(self.returned):
             return False
         for site, differentiated in sites.items():
             found = site == OUTPUT or site in self.values or (site == SPATIAL and self.maps)
             if site not in self.problems and (not found or (differentiated and site not in self.taken and INPUT not in self.taken)):
                 return False
         if OUTPUT in sites:
-            if not self.conditions.still_in(self.output):
+            if not conditions.still_in(self.output):
                 return False
             logits = self.picked(call)
-            if not self.conditions.logits_unchanged(logits):
+            if not conditions.logits_unchanged(logits):
                 return False
             self.values[OUTPUT] = logits  # kept for the call, so that a function that picks them runs once: it may draw
         return True
@@ -138,7 +136,7 @@ def in_own_containers(output: Any) -> Any:
 
 
 def _own(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor) or not parts(leaf):
+    if isinstance(leaf, Tensor) or not tensors_in(leaf):
         return leaf
     try:
         return copy(leaf)

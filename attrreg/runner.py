@@ -14,7 +14,7 @@ from torch import Tensor
 from attrreg import automatic, sites
 from attrreg.attach import suspended
 from attrreg.call import Call
-from attrreg.conditions import parts, version
+from attrreg.conditions import tensors_in, version
 from attrreg.counting import counters
 from attrreg.distributed import sharded
 from attrreg.features import find_features
@@ -111,7 +111,7 @@ class Runner:
         if image.stride() != x.stride() and image.shape == x.shape:
             image = torch.empty_like(x, dtype=image.dtype).copy_(image)
         model, extra = self.call.model, not as_users_forward
-        tap = Tap(model, wanted, ours=True, map=map, twice=self.twice, moves=moves, places=self.places, rule=rule, extra=extra)
+        tap = Tap(model, wanted, map=map, twice=self.twice, moves=moves, places=self.places, rule=rule, extra=extra)
         with suspended(model, as_users_forward):
             try:
                 output = self.call.run(tap.open(image), as_users_forward)
@@ -286,7 +286,7 @@ class Runner:
         if len(recording.heads) < 2 or (self.call.output is None and not isinstance(recording.output, Tensor)):
             return likeliest
         logits = self.at(recording, sites.OUTPUT)
-        own, given = [logits], parts(recording.output)
+        own, given = [logits], tensors_in(recording.output)
         if callable(self.call.output) and not any(part is logits for part in given):
             own = [part for part, is_read in zip(given, which_are_read(logits, given), strict=True) if is_read]
         found = find_features(recording.heads, logits, own)

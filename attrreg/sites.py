@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from attrreg.settings import brief
-from attrreg.walk import modules
+from attrreg.walk import modules, path_to
 
 INPUT = "<input>"  # the images
 OUTPUT = "<output>"  # the logits: what the model returns, after `output=`
 FEATURES = "<features>"  # what enters the last linear or convolutional layer of the model that the logits come from: the pooled features
 SPATIAL = "<last spatial layer>"  # the last layer whose output is a map
 
-NCHW = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
+GIVE_NCHW = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
 SPECIAL = (INPUT, OUTPUT, FEATURES, SPATIAL)
 
 
@@ -164,16 +164,13 @@ def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Tensor:
 
 def _nearest_with(model: nn.Module, site: str, name: str) -> nn.Module:
     """The innermost module around a layer that has the attribute `name`, which tells the layout: a backbone may be a part of the model."""
-    if site in SPECIAL:
-        return model
-    parts = site.split(".")
-    around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), 0, -1))
-    return next((module for module in around if hasattr(module, name)), model)
+    around = [] if site in SPECIAL else path_to(model, site)
+    return next((module for module in reversed(around) if hasattr(module, name)), model)
 
 
 def _convolves_to(model: nn.Module, site: str, channels: int) -> bool:
     # A stride may differ between the axes, so that the shape alone would not tell.
-    layers = (layer for layer in reversed(modules(model.get_submodule(site))) if isinstance(layer, NCHW))  # the last is the likeliest
+    layers = (layer for layer in reversed(modules(model.get_submodule(site))) if isinstance(layer, GIVE_NCHW))  # the last is the likeliest
     return any(getattr(layer, "out_channels", getattr(layer, "num_features", None)) == channels for layer in layers)
 
 
@@ -227,9 +224,8 @@ def _unrolled(length: int, model: nn.Module, other: nn.Module) -> bool:
 
 def _shuffled(model: nn.Module, site: str) -> bool:
     """Whether a layer keeps positions in another order than the image: see `SHUFFLES`."""
-    parts = site.split(".")
-    around = ((model.get_submodule(".".join(parts[:depth])), part) for depth, part in enumerate(parts))
-    return site not in SPECIAL and any(part in SHUFFLES[told] for module, part in around for told in SHUFFLES if hasattr(module, told))
+    around = [] if site in SPECIAL else zip(path_to(model, site), site.split("."), strict=False)  # each module with what it holds
+    return any(part in SHUFFLES[told] for module, part in around for told in SHUFFLES if hasattr(module, told))
 
 
 def _patches(model: nn.Module, height: int, width: int) -> tuple[int, int] | None:

@@ -206,19 +206,24 @@ class Trace:
         if attachment is not None:
             recording = attachment.take(call, Request(wanted, self._runner.twice, question, only_clean(self._needs), as_users_forward))
         if recording is None and (as_users_forward or wanted not in ({}, {sites.INPUT: False})):
-            for known in dict.fromkeys((automatic.known(call, question), None)):
-                with isolated(call.model, call.x.device) as buffers:
-                    recording = self._runner.forward(call.x, wanted, as_users_forward, map=known)
-                    after = Rng.of(call.x.device)
-                if known is None or sites.SPATIAL in recording.values:  # else this pass went another way through the model
-                    break
-            if as_users_forward:
-                self._to_commit = buffers
-                after.restore()
+            recording = self._own_clean_pass(wanted, as_users_forward, automatic.known(call, question))
         if recording is not None:
             self._recordings[CLEAN] = recording
             if sites.SPATIAL in recording.values:
                 self._runner.map = recording.maps[-1][0]
+
+    def _own_clean_pass(self, wanted: dict[str, bool], as_users_forward: bool, map: str | None) -> Recording:
+        """A clean pass of our own; `map`: the layer for `layer="auto"`, if it is known."""
+        device = self.call.x.device
+        with isolated(self.call.model, device) as buffers:
+            recording = self._runner.forward(self.call.x, wanted, as_users_forward, map=map)
+            after = Rng.of(device)
+        if map is not None and sites.SPATIAL not in recording.values:  # this pass went another way through the model
+            return self._own_clean_pass(wanted, as_users_forward, map=None)
+        if as_users_forward:
+            self._to_commit = buffers
+            after.restore()
+        return recording
 
     def _question(self) -> automatic.Question | None:
         """What is asked of the layer for `layer="auto"`; None: nothing."""

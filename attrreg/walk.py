@@ -20,6 +20,14 @@ def modules(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def path_to(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules that a layer is in, the model first and the layer itself last."""
+    path = [model]
+    for part in name.split("."):
+        path.append(path[-1].get_submodule(part))
+    return path
+
+
 def runs_whole(module: nn.Module) -> bool:
     """Whether it is an encoder that PyTorch may run on nested tensors: then it must have no hooks inside, and meet no function mode."""
     nests = isinstance(module, nn.TransformerEncoder) and not module.training and getattr(module, "use_nested_tensor", False)
