@@ -14,7 +14,7 @@ from attrreg.graph import trainable_leaves
 from attrreg.recording import Recording
 from attrreg.runner import Runner
 from attrreg.scores import Score
-from attrreg.state import full_precision, isolated
+from attrreg.state import Rng, full_precision, isolated
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class LeafGradients:
         chosen: the same score, with what it chose in that pass.
         places: the sites' values, by the names under which they can be moved.
         leaves: the gradients there, in the same order.
+        rng: from which the score drew, if it does.
     """
 
     image: Tensor
@@ -34,6 +35,7 @@ class LeafGradients:
     chosen: Score
     places: Mapping[str, Tensor]
     leaves: Sequence[Tensor]
+    rng: Rng
 
 
 class Differences:
@@ -55,6 +57,7 @@ class Differences:
         Raises:
             ValueError: the automatic layer is overwritten, so that it cannot be moved where its gradient is.
         """
+        rng = Rng.of(recording.x.device)
         found = self._runner.backward(recording, score, wanted, create_graph=False, retain=retain)
         if sites.SPATIAL in wanted and self._runner.map in recording.overwritten:
             raise ValueError(
@@ -65,7 +68,7 @@ class Differences:
         # Another term may name the layer that `layer="auto"` is. It then moves once, along what both terms make of its gradient.
         leaves = {name: gradient.detach().requires_grad_() for name, gradient in zip(names, found, strict=True)}
         places = {name: self._runner.at(recording, site).detach() for name, site in zip(names, wanted, strict=True)}
-        self._gradients.append(LeafGradients(recording.x, score, self._runner.chosen(recording, score), places, list(leaves.values())))
+        self._gradients.append(LeafGradients(recording.x, score, self._runner.chosen(recording, score), places, list(leaves.values()), rng))
         return [leaves[name] for name in names]
 
     def differentiated(self, total: Tensor, images: Tensor) -> Tensor:
@@ -104,7 +107,8 @@ class Differences:
             recording = self._runner.forward(image, wanted, moves=layers)
             for name in layers:
                 self._runner.at(recording, name)  # raises where it did not run this time, and so was not moved
-            return self._runner.scores(recording, taken.chosen).sum()
+            with isolated(self._runner.call.model, image.device, taken.rng):
+                return self._runner.scores(recording, taken.chosen).sum()
 
 
 def gradients_of(

@@ -182,8 +182,8 @@ def test_draws_are_replayed_and_nothing_is_left(attached: bool) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_score_of_the_users_draws_alike_on_both_sides() -> None:
-    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+def test_a_score_of_the_users_draws_on_both_sides_what_it_drew() -> None:
+    model, (x, mask, target) = nn.Sequential(SmoothNet(), nn.Dropout(0.5)).double(), smooth_batch()
     found = []
     for engine in (engines.DoubleBackward(), FINE):
         torch.manual_seed(5)
