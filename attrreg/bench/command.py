@@ -17,7 +17,9 @@ NEEDED = ("matplotlib", "rich")
 
 def bench(
     model: Annotated[list[str] | None, typer.Option(help="timm's, or torchvision/NAME; again for each. Default: nine.")] = None,
-    penalty: Annotated[list[str] | None, typer.Option(help="Penalties by name; again for each. Default: all.")] = None,
+    penalty: Annotated[
+        list[str] | None, typer.Option(help="Penalties, as GradCAM (a wrong name lists them); again for each. Default: all.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 16,
     size: Annotated[int, typer.Option(min=16, help="Pixels a side.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds that count.")] = 15,

@@ -24,21 +24,27 @@ SPLITS = "train,valid,test"
 
 
 def evidence(
-    data: Annotated[list[str] | None, typer.Option(help="Data sets; again for each. Default: all.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Data sets, as decoy-mnist (a wrong name lists them); again for each. Default: all.")
+    ] = None,
     folder: Annotated[Path | None, typer.Option(help="Your own arrays in place of these: see docs/evidence.md.")] = None,
     splits: Annotated[str, typer.Option(help="Of --folder: the names of the training, validation and test splits.")] = SPLITS,
     sizes: Annotated[str, typer.Option(help="Of --folder: how many images of each, as in 500,128,128. Default: all.")] = "",
     similar: Annotated[str, typer.Option(help="Of --folder: a split like training. Default: a fifth of training, or by --flip.")] = "",
     flip: Annotated[bool, typer.Option("--flip", help="Of --folder: mirror validation and test images, as the paper does.")] = False,
     dilation: Annotated[int, typer.Option(min=0, help="Of --folder: pixels by which masks are grown.")] = 0,
-    method: Annotated[list[str] | None, typer.Option(help="Methods; again for each. Default: all.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Methods, as GradMask (a wrong name lists them); again for each. Default: all.")
+    ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Settings tried for each method; with --quick one.")] = 5,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Trainings with the settings chosen; with --quick one.")] = 5,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of each training. Default: the data set's own.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Everything once, small: minutes. Draw no conclusions from it.")] = False,
     out: Annotated[Path, typer.Option(help="The results (.jsonl), gone on from; tables (.md) and a picture (.png) go beside it.")] = OUT,
     rerun: Annotated[str | None, typer.Option(help="Train rows of the results again: DATA/METHOD, or a record's name.")] = None,
-    packages: Annotated[Path | None, typer.Option(help="Where Debian packages with data are unpacked, if not installed.")] = None,
+    packages: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Where Debian packages with data are unpacked, if not installed.")
+    ] = None,
     device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
     jobs: Annotated[int | None, typer.Option(min=1, help="Trainings at a time, a CPU thread each. Default: one a core; GPU: one.")] = None,
 ) -> None:
