@@ -88,6 +88,17 @@ def ranked(entries: list[Entry], rank: int) -> list[Entry]:
     return chosen
 
 
+def families() -> list[tuple[str, str]]:
+    """All families with their libraries; makes no model."""
+    return list(dict.fromkeys((library, family) for library, family, _ in _names()))
+
+
+def smallest(library: str, family: str) -> Entry:
+    """The smallest model of a family; counts the parameters of that family's models alone."""
+    members = [Entry(*names, _count(library, names[-1])) for names in _names() if names[:2] == (library, family)]
+    return ranked(members, rank=1)[0]
+
+
 def create(library: str, name: str, **settings: object) -> nn.Module:
     """Build a model with random weights."""
     with warnings.catch_warnings():
