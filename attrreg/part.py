@@ -96,7 +96,7 @@ def _mixes(baseline: Baseline, call: Call) -> bool:
     def made(rows: Tensor) -> Tensor:
         given = images[rows]  # a copy, which it may write into before that is noticed
         image = baseline(given, mask[rows], torch.Generator(images.device).manual_seed(0))
-        return image if len(image) == len(given) else image.expand_as(given)
+        return image if image.dim() == 4 and len(image) == len(given) else image.expand_as(given)
 
     try:
         whole = made(every)

@@ -117,7 +117,7 @@ x, mask, target = smooth_batch()
     ids=["at a point", "on a path of one's own", "on a path", "inside another", "for training"],
 )
 def test_draws_that_are_not_said_are_refused(call: Callable[[nn.Module], Any]) -> None:
-    with pytest.raises(ValueError, match="Set draws = True"):
+    with pytest.raises(ValueError, match=r"^tests\.\S+ draws random numbers"):  # naming the user's part of it
         call(SmoothNet().double())
 
 
@@ -138,6 +138,27 @@ class Number(Baseline):
 def test_a_baseline_that_gives_no_images_is_refused() -> None:
     with pytest.raises(TypeError, match=r"gave a float, but a baseline gives images \(N, C, H, W\)"):
         GradientAt(At(Number()))(SmoothNet().double(), x, mask, target)
+
+
+@dataclass(frozen=True, repr=False)
+class Black(Baseline):
+    """Broadcast to the images, where it is a part of something."""
+
+    axes: int
+
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        return torch.zeros(x.shape[4 - self.axes :], dtype=x.dtype)
+
+
+@pytest.mark.parametrize("axes", [0, 2, 3])
+@pytest.mark.parametrize("part", [{"annotated": torch.tensor([True, False])}, {"fraction": 0.5}], ids=["annotated", "fraction"])
+def test_baselines_that_are_broadcast_go_with_a_part_of_the_batch(axes: int, part: dict[str, Any]) -> None:
+    model = SmoothNet().double()  # of as many channels as there are images
+    found = []
+    for fill in (Zero(), Black(axes)):
+        torch.manual_seed(0)
+        found.append(attrreg.ActivationDifference("stem", fill)(model, x[:2], mask[:2], **part))
+    torch.testing.assert_close(found[1], found[0])
 
 
 @dataclass(frozen=True, repr=False)
