@@ -135,9 +135,10 @@ class Number(Baseline):
         return 0.0
 
 
-def test_a_baseline_that_gives_no_images_is_refused() -> None:
+@pytest.mark.parametrize("annotated", [[True, True, True], [True, False, True]])
+def test_a_baseline_that_gives_no_images_is_refused(annotated: list[bool]) -> None:
     with pytest.raises(TypeError, match=r"gave a float, but a baseline gives images \(N, C, H, W\)"):
-        GradientAt(At(Number()))(SmoothNet().double(), x, mask, target)
+        GradientAt(At(Number()))(SmoothNet().double(), x, mask, target, annotated=torch.tensor(annotated))
 
 
 @dataclass(frozen=True, repr=False)
