@@ -48,7 +48,7 @@ class Negative(Point):
 NOT_TO_BE_MET: dict[str, tuple[Callable[[], object], str]] = {
     "a baseline as a point": (
         lambda: Grad(INPUT, TargetLogit(), Masked(Zero())),  # type: ignore[arg-type]
-        r"at must be.*Write for example At\(attrreg.baselines.Mas",
+        r"at must be.*got attrreg.baselines.Masked.*Write At\(baseline\)",
     ),
     "a point of one's own from a baseline": (lambda: Value("stem", From()), "at must be"),
     "a point of one's own": (lambda: Scored(TargetLogit(), Negative()), "at must be"),
