@@ -14,7 +14,6 @@ from torch.nn.utils.parametrizations import spectral_norm
 from attrreg import penalty
 from attrreg.attach import Attachment
 from attrreg.baselines import Baseline, Masked, Shuffle
-from attrreg.masks import penalty_dtype
 from attrreg.needs import Need, Value
 from attrreg.penalty import Penalty
 from attrreg.points import At
@@ -177,7 +176,7 @@ class _Discriminator:
         """One step on features of images and of images without their irrelevant part, both `(N, ...)`; where none is possible, nothing."""
         width = whole.flatten(1).shape[1]
         if self.network is None:
-            self.build(width, whole.device, penalty_dtype(whole.dtype))
+            self.build(width, whole.device, whole.dtype)
         assert self.network is not None and self.optimizer is not None
         if width != self.width:
             raise ValueError(f"The features are {width} wide, but were {self.width}. Use one object for each layer and image size.")

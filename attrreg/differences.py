@@ -102,13 +102,12 @@ class Differences:
         layers = {name: move for name, move in moves.items() if name != sites.INPUT}
         image = taken.image + moves[sites.INPUT].to(taken.image.dtype) if sites.INPUT in moves else taken.image
         wanted = dict.fromkeys([taken.chosen.site, *layers], False)
-        # The scores in here too: what one of the user's draws shall be the same on both sides.
         with isolated(self._runner.call.model, image.device, self._runner.start), full_precision(image.device):
             recording = self._runner.forward(image, wanted, moves=layers)
             for name in layers:
                 self._runner.at(recording, name)  # raises where it did not run this time, and so was not moved
-            with isolated(self._runner.call.model, image.device, taken.rng):
-                return self._runner.scores(recording, taken.chosen).sum()
+            taken.rng.restore()  # so that what a score of the user's draws is the same on both sides
+            return self._runner.scores(recording, taken.chosen).sum()
 
 
 def gradients_of(

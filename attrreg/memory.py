@@ -17,7 +17,8 @@ LACKING = ("can't allocate memory", "ALLOC_FAILED", "out of memory")
 
 def lacks_memory(error: Exception) -> bool:
     """Whether memory was lacking, which may pass, and says nothing of a model or of a kernel."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in LACKING)
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in LACKING)
+    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def keep_memory() -> bool:

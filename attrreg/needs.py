@@ -12,6 +12,7 @@ from attrreg.call import Call
 from attrreg.engines import Engine, FiniteDifference
 from attrreg.points import CLEAN, Ascent, At, Clean, Path, Point, Rectified
 from attrreg.scores import Score
+from attrreg.settings import brief
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,15 @@ Need = Value | Grad | Scored
 
 def _check_score(score: object) -> None:
     if not isinstance(score, Score):
-        raise TypeError(f"score must be a scores.Score, got {score!r}. Write for example scores.TargetLogit().")
+        raise TypeError(f"score must be a scores.Score, got {brief(score)}. Write for example scores.TargetLogit().")
 
 
 def _check_point(point: object) -> None:
     """Check that a pass can be run there: of what is no point, or a point of another class, it would run on the images as they are."""
     if not isinstance(point, Clean | At | Rectified | Ascent | Path):
-        raise TypeError(f"at must be CLEAN, At(baseline), Rectified(rule) or a path, got {point!r}. Write for example At({point!r}).")
+        raise TypeError(
+            f"at must be CLEAN, At(baseline), Rectified(rule) or a path, got {brief(point)}. Write At(baseline) for a baseline."
+        )
 
 
 def sites_at(point: Point, needs: Iterable[Need]) -> dict[str, bool]:

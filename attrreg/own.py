@@ -30,7 +30,7 @@ def made(part: Baseline | Point, make: Callable[..., T], x: Tensor, mask: Tensor
     Raises:
         ValueError: it wrote into what it got, or drew random numbers unsaid: it would draw the same in each call.
     """
-    users = any(map(is_own, (part, *made_of(part))))
+    users = [each for each in (part, *made_of(part)) if is_own(each)]
     if users:
         x, mask = x.clone(), None if mask is None else mask.clone()
     parts = [tensor for tensor in (x, mask) if tensor is not None]
@@ -40,9 +40,9 @@ def made(part: Baseline | Point, make: Callable[..., T], x: Tensor, mask: Tensor
     with full_precision(x.device):
         result = make(x, mask, generator)
     if list(map(version, parts)) != before:
-        raise ValueError(f"{part!r} writes into the images or the mask that it is given. Let it write into a copy.")
+        raise ValueError(f"{users[0]!r} writes into the images or the mask that it is given. Let it write into a copy.")
     if start is not None and not torch.equal(generator.get_state(), start):
-        raise ValueError(f"{part!r} draws random numbers, and does not say so. Set draws = True in its class.")
+        raise ValueError(f"{users[0]!r} draws random numbers, and does not say so. Set draws = True in its class.")
     return result
 
 

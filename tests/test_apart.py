@@ -68,6 +68,13 @@ class Passing(nn.Module):
         return logits
 
 
+def test_a_memory_of_the_models_own_is_no_lack_of_memory() -> None:
+    x, mask, target = smooth_batch(5)
+    model = Passing(3, ValueError("3 is out of memory-bank range")).double()
+    TERM(model, x, mask, target, annotated=torch.tensor([True, False, True, False, False]))
+    assert model.net.seen[-1] == 5  # images are taken to meet
+
+
 @pytest.mark.parametrize(
     "error",
     [

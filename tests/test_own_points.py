@@ -48,7 +48,7 @@ class Negative(Point):
 NOT_TO_BE_MET: dict[str, tuple[Callable[[], object], str]] = {
     "a baseline as a point": (
         lambda: Grad(INPUT, TargetLogit(), Masked(Zero())),  # type: ignore[arg-type]
-        r"at must be.*Write for example At\(attrreg.baselines.Mas",
+        r"at must be.*got attrreg.baselines.Masked.*Write At\(baseline\)",
     ),
     "a point of one's own from a baseline": (lambda: Value("stem", From()), "at must be"),
     "a point of one's own": (lambda: Scored(TargetLogit(), Negative()), "at must be"),
@@ -117,7 +117,7 @@ x, mask, target = smooth_batch()
     ids=["at a point", "on a path of one's own", "on a path", "inside another", "for training"],
 )
 def test_draws_that_are_not_said_are_refused(call: Callable[[nn.Module], Any]) -> None:
-    with pytest.raises(ValueError, match="Set draws = True"):
+    with pytest.raises(ValueError, match=r"^tests\.\S+ draws random numbers"):  # naming the user's part of it
         call(SmoothNet().double())
 
 
@@ -135,9 +135,31 @@ class Number(Baseline):
         return 0.0
 
 
-def test_a_baseline_that_gives_no_images_is_refused() -> None:
+@pytest.mark.parametrize("annotated", [[True, True, True], [True, False, True]])
+def test_a_baseline_that_gives_no_images_is_refused(annotated: list[bool]) -> None:
     with pytest.raises(TypeError, match=r"gave a float, but a baseline gives images \(N, C, H, W\)"):
-        GradientAt(At(Number()))(SmoothNet().double(), x, mask, target)
+        GradientAt(At(Number()))(SmoothNet().double(), x, mask, target, annotated=torch.tensor(annotated))
+
+
+@dataclass(frozen=True, repr=False)
+class Black(Baseline):
+    """Broadcast to the images, where it is a part of something."""
+
+    axes: int
+
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        return torch.zeros(x.shape[4 - self.axes :], dtype=x.dtype)
+
+
+@pytest.mark.parametrize("axes", [0, 2, 3])
+@pytest.mark.parametrize("part", [{"annotated": torch.tensor([True, False])}, {"fraction": 0.5}], ids=["annotated", "fraction"])
+def test_baselines_that_are_broadcast_go_with_a_part_of_the_batch(axes: int, part: dict[str, Any]) -> None:
+    model = SmoothNet().double()  # of as many channels as there are images
+    found = []
+    for fill in (Zero(), Black(axes)):
+        torch.manual_seed(0)
+        found.append(attrreg.ActivationDifference("stem", fill)(model, x[:2], mask[:2], **part))
+    torch.testing.assert_close(found[1], found[0])
 
 
 @dataclass(frozen=True, repr=False)

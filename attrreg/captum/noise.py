@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from attrreg.baselines import Baseline, Noise
-from attrreg.masks import at_least_float32
 from attrreg.needs import Need
 from attrreg.objectives import LogOutside, Objective
 from attrreg.points import CLEAN, At
@@ -105,4 +104,4 @@ class NoiseTunnel(MapRegularizer):
     def attribution(self, trace: Trace) -> Tensor:
         """The attributions there, reduced."""
         maps = torch.stack([self.of.attribution(trace.seen_from(point)) for point in self._points])
-        return REDUCTIONS[self.kind](at_least_float32(maps))
+        return REDUCTIONS[self.kind](maps)
