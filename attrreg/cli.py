@@ -15,9 +15,9 @@ def build_app() -> typer.Typer:
     from attrreg.bench.command import bench
     from attrreg.demo.command import demo
     from attrreg.evidence.command import evidence
-    from attrreg.options import attrreg
+    from attrreg.options import common
 
-    app = typer.Typer(callback=attrreg, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(callback=common, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     for command in (demo, bench, evidence):
         app.command()(command)
     return app

@@ -20,7 +20,7 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def attrreg(
+def common(
     version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")] = False,
 ) -> None:
     """Attribution regularization for PyTorch."""

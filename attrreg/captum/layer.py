@@ -190,8 +190,7 @@ class LayerConductance(LayerMap):
 
     def attribution(self, trace: Trace) -> Tensor:
         """The sum of products of steps and gradients."""
-        products = [
-            (trace.value(self.layer, after) - trace.value(self.layer, at)) * trace.grad(self.layer, self.score, at)
-            for at, after in pairwise(self._points())
-        ]
+        points = self._points()
+        steps = pairwise(trace.value(self.layer, at) for at in points)
+        products = [(after - before) * trace.grad(self.layer, self.score, at) for at, (before, after) in zip(points, steps, strict=False)]
         return trace.grid(self.layer, torch.stack(products).sum(dim=0))
