@@ -116,7 +116,7 @@ class Attachment:
         takes_gradient = any(sites.values()) or SPATIAL in sites
         if recording is None or (takes_gradient and self._hooked(recording)):
             return None
-        if not (request.returns_output or self._warned) and self._has_not_seen(call.x, recording):
+        if not (request.returns_output or self._warned or call.fraction < 1) and self._has_not_seen(call.x, recording):
             self._warned = True
             warnings.warn(OTHER_IMAGES, stacklevel=6)  # the user's line: above it are __call__, compute, run, _clean_pass and this
         if SPATIAL in sites and self._question not in (None, request.question):

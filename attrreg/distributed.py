@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Union
 
@@ -107,15 +107,22 @@ def check_coupling(model: nn.Module) -> None:
         )
 
 
-def prepare_backward(entry: nn.Module, total: Tensor, twice: bool) -> None:
+def synchronise_buffers(entry: nn.Module) -> None:
+    """Let DDP make the buffers of all ranks alike, as its forward does, before passes that start from them."""
+    for module in modules(entry):
+        if isinstance(module, DistributedDataParallel) and module.will_sync_module_buffers():
+            module._sync_buffers()
+
+
+def prepare_backward(entry: nn.Module, total: Tensor, held: bool) -> None:
     """See to it that the backward through a penalty finds the weights, and reaches all ranks.
 
     Args:
         entry: the model, as the user passed it.
         total: the penalty.
-        twice: its backward differentiates gradients.
+        held: its backward needs all weights at once: it differentiates gradients, or starts at a layer.
     """
-    shards = sharded(entry) if twice else []
+    shards = sharded(entry) if held else []
     if shards:
         total.register_hook(lambda gradient: _hold(shards))
     wrapper = data_parallel(entry) if several() else None
@@ -162,20 +169,33 @@ def _parameter_groups(module: Any) -> list[Any]:
     return [group for group in (groups if groups is not None else [state._fsdp_param_group]) if group is not None]
 
 
-def _hold(shards: list[nn.Module]) -> None:
-    """Gather all weights, and keep them until the running backward ends.
-
-    Gradients of gradients read weights in another order than FSDP2's hooks know, which would have freed them by then.
-    """
-    held: list[tuple[Any, Any]] = []
+def gather(shards: Iterable[nn.Module]) -> None:
+    """Gather the weights that a backward reads. FSDP2 does so where it starts at what a sharded module returned, but not inside one."""
     for module in shards:
-        for group in _parameter_groups(module):
-            if group.reshard_after_backward:  # else the user keeps them, or another penalty of the same backward does
-                group.reshard_after_backward = False
-                held.append((module, group))
         module.unshard()  # type: ignore[operator]
 
+
+def _hold(shards: list[nn.Module]) -> None:
+    """Gather all weights, and keep them until the running backward ends; then reduce the gradients that FSDP2 has not.
+
+    Gradients of gradients read weights in another order than FSDP2's hooks know, which would have freed them by then. And they may come to
+    a weight when FSDP2 has done with it, after what a newer forward brought: those would be left for the next step.
+    """
+    groups: list[tuple[Any, Any]] = [(module, group) for module in shards for group in _parameter_groups(module)]
+    # Of the others, the user keeps the weights, or another penalty of the same backward does.
+    held = [(module, group) for module, group in groups if group.reshard_after_backward]
+    for _, group in held:
+        group.reshard_after_backward = False
+    gather(shards)
+
     def release() -> None:
+        for module, group in groups:
+            if any(hasattr(p, "_unsharded_param") and p._unsharded_param.grad is not None for p in group.fsdp_params):
+                state = group._training_state
+                group.post_backward()
+                group._training_state = state
+                if module._get_fsdp_state()._state_ctx.is_last_backward:
+                    group.finalize_backward()
         for module, group in held:
             group.reshard_after_backward = True
             module.reshard()

@@ -16,7 +16,7 @@ from attrreg.call import Call, Inputs, Select
 from attrreg.distributed import Group
 from attrreg.engines import DoubleBackward, Engine
 from attrreg.graph import trainable_leaves
-from attrreg.needs import Grad, Need, check_engine, check_layers, check_needs, only_clean, sites_at
+from attrreg.needs import Grad, Need, Value, check_engine, check_layers, check_needs, only_clean, sites_at
 from attrreg.part import check_fraction, part_of
 from attrreg.points import CLEAN
 from attrreg.state import full_precision, undone_on_error
@@ -119,7 +119,7 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
             parts[term.name] = term.weight * trace.annotation.mean(masks.at_least_float32(per_image), term.reduction)
         first, *_ = parts.values()
         total = trace.differentiated(torch.stack([part.to(first.dtype) for part in parts.values()]).sum(), images)
-        distributed.prepare_backward(call.entry, total, engine.twice and any(isinstance(need, Grad) for need in needs))
+        distributed.prepare_backward(call.entry, total, held=any(_reads_inside(need, engine.twice) for need in needs))
         trace.commit()
     return Penalty(total, {name: part.detach() for name, part in parts.items()}, trace.output if as_users_forward else None)
 
@@ -169,6 +169,12 @@ def _check_one_map(terms: Sequence[Term], call: Call) -> None:
             f"layer='auto' is one layer for all terms of a sum, but the scores of {' and '.join(terms_by_site.values())} read "
             f"{' and '.join(map(repr, terms_by_site))}, and may depend on different layers. Name the layer of each."
         )
+
+
+def _reads_inside(need: Need, twice: bool) -> bool:
+    """Whether the penalty is differentiated from within the model: through a gradient, or from a layer that a pass was left at."""
+    score = None if isinstance(need, Value) else need.score
+    return (twice and isinstance(need, Grad)) or (need.site if score is None else score.site) not in (sites.INPUT, sites.OUTPUT)
 
 
 def _check_trainable(name: str, per_image: Tensor, x: Tensor) -> None:

@@ -16,7 +16,7 @@ from attrreg.attach import suspended
 from attrreg.call import Call
 from attrreg.conditions import tensors_in, version
 from attrreg.counting import counters
-from attrreg.distributed import sharded
+from attrreg.distributed import gather, sharded
 from attrreg.features import find_features
 from attrreg.graph import checkpoints_reentrant, ends_in_half, which_are_read
 from attrreg.hooks import Tap
@@ -135,6 +135,8 @@ class Runner:
         value = at_least_float32(read_at)
         total = self._scores(value, score).sum()
         half = recording.half or read_at.dtype == torch.float16 or ends_in_half(read_at)
+        if score.site != sites.OUTPUT:
+            gather(sharded(self.call.model))
         with _explained(recording):
             scale = _scale(total, value) if half else None
         find = sites.SPATIAL in wanted and sites.SPATIAL not in recording.values

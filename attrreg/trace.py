@@ -20,7 +20,7 @@ from attrreg.call import Call
 from attrreg.conditions import version
 from attrreg.counting import Passes, passes
 from attrreg.differences import Differences, gradients_of
-from attrreg.distributed import sharded, synchronises
+from attrreg.distributed import sharded, synchronise_buffers, synchronises
 from attrreg.engines import Engine, FiniteDifference
 from attrreg.folding import PathGradients
 from attrreg.graph import which_are_read
@@ -215,6 +215,8 @@ class Trace:
     def _own_clean_pass(self, wanted: dict[str, bool], as_users_forward: bool, map: str | None) -> Recording:
         """A clean pass of our own; `map`: the layer for `layer="auto"`, if it is known."""
         device = self.call.x.device
+        if as_users_forward:
+            synchronise_buffers(self.call.entry)
         with isolated(self.call.model, device) as buffers:
             recording = self._runner.forward(self.call.x, wanted, as_users_forward, map=map)
             after = Rng.of(device)

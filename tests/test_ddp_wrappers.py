@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import subprocess
@@ -221,6 +222,39 @@ def test_means_run_over_the_group_that_the_user_passes_or_wraps_with(two: Ranks)
         x, mask, target = shares(2)[rank]
         want = TERMS(model, x, mask, target, annotated=annotated(UNEVEN[rank]))
         assert values == pytest.approx((float(want.detach()),) * 3, rel=1e-9)
+
+
+class Centre(nn.Module):
+    """Subtracts a running mean, also in train mode, as DINO's head does."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4, 1, 1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - self.mean
+        with torch.no_grad():
+            self.mean.lerp_(x.mean((0, 2, 3)).view_as(self.mean), 0.5)
+        return centred
+
+
+def centred(rank: int) -> tuple[float, float]:
+    """The penalty from the first rank's buffers, handed round by hand and by the wrapper."""
+    model, (x, mask, target) = Case(()).model(), shares(2)[rank]
+    model.norm = Centre()  # type: ignore[assignment]
+    entry = DistributedDataParallel(model)
+    entry(x + 3 * rank)
+    by_hand = copy.deepcopy(model)
+    dist.broadcast(by_hand.get_buffer("norm.mean"), 0)
+    want = TERMS(by_hand, x, mask, target, group=dist.group.WORLD)
+    return float(TERMS.evaluate(entry, x, mask, target).total.detach()), float(want.detach())
+
+
+def test_evaluate_starts_from_the_buffers_that_the_wrapper_hands_round(two: Ranks) -> None:
+    for found, want in two(centred):
+        assert found == pytest.approx(want, rel=1e-9)
 
 
 def features_only(rank: int) -> float:

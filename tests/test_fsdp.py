@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
@@ -19,7 +19,7 @@ from attrreg import engines, folding, schedules
 from attrreg.regularizer import AttributionRegularizer
 from tests.models import Batch, SmoothNet, accumulated, assert_close, gradients
 from tests.ranks import Ranks
-from tests.test_ddp import FEW, NONE, PATH, SOME, TERMS, UNEVEN, Case, accumulated_alone, annotated, check, loss_of, shares, together
+from tests.test_ddp import FEW, NONE, PATH, SOME, TERMS, UNEVEN, ZERO, Case, accumulated_alone, annotated, check, loss_of, shares, together
 
 pytestmark = pytest.mark.cpu
 
@@ -31,6 +31,7 @@ class Sharding:
     reshard_after_forward: bool | None = None
     replicas: int = 1
     whole: bool = False  # the root alone, not layer by layer
+    grouped: bool = False  # all three layers as one
 
 
 def shard(model: SmoothNet, sharding: Sharding = Sharding()) -> Any:
@@ -45,7 +46,8 @@ def shard(model: SmoothNet, sharding: Sharding = Sharding()) -> Any:
     settings: dict[str, Any] = {"mesh": mesh}
     if sharding.reshard_after_forward is not None:
         settings["reshard_after_forward"] = sharding.reshard_after_forward
-    for layer in () if sharding.whole else (model.stem, model.body, model.head):
+    layers = [model.stem, model.body, model.head]
+    for layer in [layers] if sharding.grouped else [] if sharding.whole else layers:
         fully_shard(layer, **settings)
     return fully_shard(model, **settings)
 
@@ -77,6 +79,7 @@ CASES = {
     "evaluate": Case(UNEVEN, way="evaluate"),
     "one rank has none": Case((NONE, SOME), way="attached"),
     "the penalty first": Case(UNEVEN, before=True),
+    "the penalty first, of gradients alone": Case(UNEVEN, regularizer=attrreg.InputGradient(), before=True),
     "path": Case(UNEVEN, regularizer=PATH),
     "path in one": Case(UNEVEN, regularizer=replace(PATH, chunk=None)),
     "finite differences": Case(UNEVEN, regularizer=TERMS.using(FINE)),
@@ -95,6 +98,45 @@ def test_gradients_are_those_of_one_process(two: Ranks, name: str) -> None:
 @pytest.mark.parametrize("name", ["attached", "path"])
 def test_other_ways_to_shard(two: Ranks, name: str, sharding: Sharding) -> None:
     check(two, CASES[name], train, sharding)
+
+
+@dataclass(frozen=True, repr=False)
+class OfLayer(attrreg.scores.Score):
+    """The size of what a layer gives."""
+
+    site: ClassVar[str] = "body"
+
+    def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
+        return value.square().flatten(1).sum(dim=1)
+
+
+INSIDE = [attrreg.ActivationDifference("body", fill=ZERO), attrreg.InputGradient(OfLayer()), attrreg.InputGradient(OfLayer()).using(FINE)]
+
+
+@pytest.mark.parametrize("way", ["unattached", "attached", "evaluate"])
+@pytest.mark.parametrize("regularizer", INSIDE, ids=["values", "gradients", "differences"])
+def test_a_layer_inside_a_shard(two: Ranks, regularizer: AttributionRegularizer, way: str) -> None:
+    check(two, Case(UNEVEN, regularizer=regularizer, way=way), train, Sharding(reshard_after_forward=True, grouped=True))
+
+
+def nearly_all(rank: int) -> tuple[float, list[Tensor]]:
+    """A fraction so large that all annotated images are drawn; one rank has none, so that no pass is needed for its own sake."""
+    model, (x, mask, target) = shard(Case(()).model()), shares(2)[rank]
+    with TERMS.attach(model):
+        loss = F.cross_entropy(model(x), target)
+        penalty = TERMS(model, x, mask, target, annotated=annotated((SOME, NONE)[rank]), fraction=0.99)
+    (loss + penalty).backward()
+    return float(penalty.detach()), full(model)
+
+
+def test_ranks_run_as_many_passes_with_a_fraction(two: Ranks) -> None:
+    model, (x, mask, target) = Case(()).model(), together(shares(2))
+    penalty = TERMS(model, x, mask, target, annotated=annotated(SOME + NONE))
+    want = gradients(model, F.cross_entropy(model(x), target) + penalty)
+    results = two(nearly_all)
+    assert sum(value for value, _ in results) / 2 == pytest.approx(float(penalty.detach()), rel=1e-9)
+    for _, found in results:
+        assert_close(found, want, 1e-6)
 
 
 @pytest.mark.slow
