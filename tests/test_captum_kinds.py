@@ -125,7 +125,7 @@ def test_permuted_segments_come_from_other_images() -> None:
 
 
 class Residual(nn.Module):
-    """One ReLU module, in place, called in two ways in a forward, with BatchNorm between and a ReLU before a skip connection. Can fail behind them."""
+    """One ReLU module, in place, called in two ways, with BatchNorm between and a ReLU before a skip connection. Can fail behind them."""
 
     def __init__(self) -> None:
         super().__init__()
