@@ -177,15 +177,21 @@ def test_squares_of_half_activations_neither_overflow_nor_vanish(kind: Any, weig
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("inside", [True, False])
-def test_a_forward_recorded_under_autocast_serves_no_penalty_outside_it(dtype: torch.dtype, inside: bool) -> None:
-    model, (x, mask, _) = SmoothNet(), batch(3, channels=2, size=8, classes=3)
-    regularizer = attrreg.ActivationDifference(fill=ZERO)
+def test_a_forward_recorded_under_autocast_serves_no_other_pass_outside_it(dtype: torch.dtype, inside: bool) -> None:
+    model, (x, mask, target) = SmoothNet(), batch(3, channels=2, size=8, classes=3)
+    regularizer, alone = attrreg.ActivationDifference(fill=ZERO), attrreg.InputGradient()
     with regularizer.attach(model), torch.autocast(DEVICE, dtype):
         model(x)
         with torch.autocast(DEVICE, dtype, enabled=inside), passes() as counted:
             value = regularizer(model, x, mask)
             torch.testing.assert_close(value, regularizer(model, x, mask))
     assert counted.forward == (1 if inside else 2) + 2
+    with alone.attach(model), passes() as counted:
+        with torch.autocast(DEVICE, dtype):
+            model(x)
+        with torch.autocast(DEVICE, dtype, enabled=inside):
+            alone(model, x, mask, target)
+    assert counted.forward == 0
 
 
 class Exact(SmoothNet):

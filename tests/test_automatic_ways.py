@@ -236,3 +236,9 @@ def test_the_map_that_enters_the_last_block_where_a_shortcut_leads_around_its_br
         model(x)
         attrreg.GradCAM()(model, x, mask, target)
     assert handle.map == layer
+
+
+def test_a_layer_that_runs_twice_is_not_the_automatic_one() -> None:
+    (x, _, target), act = smooth_batch(), nn.Tanh()
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), act, nn.Conv2d(4, 5, 3), act, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)).double()
+    assert torch.equal(attrreg.GradCAM().attribute(model, x, target), attrreg.GradCAM("2").attribute(model, x, target))

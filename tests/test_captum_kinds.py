@@ -125,7 +125,7 @@ def test_permuted_segments_come_from_other_images() -> None:
 
 
 class Residual(nn.Module):
-    """One ReLU module, in place, twice in a forward, with BatchNorm between and a ReLU before a skip connection. Can fail behind them."""
+    """One ReLU module, in place, called in two ways, with BatchNorm between and a ReLU before a skip connection. Can fail behind them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Residual(nn.Module):
         self.saves = self.fails = False
 
     def block(self, h: Tensor) -> Tensor:
-        return self.relu(self.norm(self.body(h)) + h)  # type: ignore[no-any-return]
+        return self.relu(input=self.norm(self.body(h)) + h)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.relu(self.stem(x))

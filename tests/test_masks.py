@@ -81,7 +81,14 @@ def share_outside(map: Tensor, mask: Tensor) -> Tensor:
     return (map * (1 - mask)).abs().sum((1, 2, 3)) / (1 - mask).sum((1, 2, 3))
 
 
-@pytest.mark.parametrize("regularizer", [attrreg.InputGradient(), attrreg.InputGradient(objective=share_outside)])
+def share_inside(map: Tensor, mask: Tensor) -> Tensor:
+    """NaN where nothing is."""
+    return (map * mask).abs().sum((1, 2, 3)) / mask.sum((1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "regularizer", [attrreg.InputGradient(), *(attrreg.InputGradient(objective=f) for f in (share_outside, share_inside))]
+)
 def test_nan_of_an_unannotated_image_reaches_nobody(regularizer: attrreg.InputGradient) -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     annotated, broken = torch.tensor([True, False, True]), mask.double()

@@ -16,7 +16,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 import attrreg
 from attrreg import scores
-from attrreg.attach import attached
+from attrreg.attach import attached, suspended
 from attrreg.trace import passes
 from tests.models import DEVICE, Raising, SmoothNet, assert_close, gradients, smooth_batch
 from tests.test_sharing import FOUR, REGULARIZERS
@@ -333,3 +333,15 @@ def test_listing_layers_leaves_everything_as_it_was() -> None:
         with passes() as counted:
             attrreg.InputGradient()(model, x, mask, target)
     assert counted.forward == 0  # the loop's forward is still the last one
+
+
+def test_a_pass_inside_a_pass_lets_the_rest_of_that_be_no_forward_of_the_loops() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    with attrreg.InputGradient().attach(model), passes() as counted:
+        model(x)
+        with suspended(model):
+            with suspended(model):
+                pass
+            model(x + 1)
+        attrreg.InputGradient()(model, x, mask, target)
+    assert counted.forward == 0
