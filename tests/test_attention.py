@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from attrreg import GradCAM
 from attrreg.objectives import SquaredOutside
 from attrreg.ops import Phase, attention, twice_differentiable
+from attrreg.ops.process import BY_MATH, attention_by, attention_kernels
 from attrreg.scores import TargetLogit
 from tests import oracles
 from tests.models import assert_close, gradients
@@ -310,3 +312,26 @@ def test_attention_with_dropout_draws_as_pytorchs() -> None:
 )
 def test_what_follows_may_work_in_place_where_pytorch_takes_its_math_path(function: Callable[[Tensor], Tensor]) -> None:
     check_in_place(function)
+
+
+def test_kernels_are_chosen_until_the_last_thread_is_done() -> None:
+    before, first, second = _cur_sdpa_kernel_backends(), attention_by(BY_MATH), attention_by(BY_MATH)
+    first.__enter__()
+    thread = threading.Thread(target=second.__enter__)
+    thread.start()
+    thread.join()
+    first.__exit__(None, None, None)
+    assert _cur_sdpa_kernel_backends() == BY_MATH
+    second.__exit__(None, None, None)
+    assert _cur_sdpa_kernel_backends() == before != BY_MATH
+
+
+def test_choices_of_kernels_within_each_other_and_those_of_a_model_that_stay() -> None:
+    with sdpa_kernel(_cur_sdpa_kernel_backends()):
+        with attention_by(BY_MATH):
+            with attention_by([SDPBackend.FLASH_ATTENTION]), attention_by([SDPBackend.EFFICIENT_ATTENTION]):
+                pass
+            assert _cur_sdpa_kernel_backends() == BY_MATH
+        with attention_kernels(), attention_kernels():
+            torch.backends.cuda.enable_flash_sdp(False)
+        assert not torch.backends.cuda.flash_sdp_enabled()

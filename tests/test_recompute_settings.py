@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -22,8 +23,11 @@ class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scale, self.way = 1.0, "straight"
+        self.act: Any = None
 
     def forward(self, h: Tensor, factor: float = 1.0) -> Tensor:
+        if self.act is not None:
+            h = self.act[0] * h if isinstance(self.act, tuple) else self.act(h)
         return self.shift + self.scale * factor * (h if self.way == "straight" else h.sin())
 
 
@@ -91,6 +95,14 @@ def test_chunks_run_by_the_model_of_their_first_run(change: str) -> None:
 @pytest.mark.parametrize("hook", HOOKS)
 def test_chunks_run_by_the_hooks_of_their_first_run(hook: str) -> None:
     one, other = (found(chunk, HOOKS[hook], lambda model, handle: handle.remove()) for chunk in (2, None))
+    assert_close(one, other, 1e-10)
+
+
+@pytest.mark.parametrize("act", [None, F.silu, nn.SiLU().forward, (2.0, None)], ids=["none", "function", "method", "tuple"])
+def test_chunks_run_by_settings_of_every_kind(act: Any) -> None:
+    one, other = (
+        found(chunk, lambda layer: setattr(layer, "act", act), lambda model, _: setattr(model[2], "act", torch.sin)) for chunk in (2, None)
+    )
     assert_close(one, other, 1e-10)
 
 
