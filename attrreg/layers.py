@@ -25,7 +25,7 @@ class LayerInfo:
         name: dotted name, for `GradCAM(layer=)` and `ActivationDifference(layers=)`.
         kind: class of the module.
         shape: of its output.
-        layout: "NCHW", "NHWC" or "tokens".
+        layout: "NCHW", "NHWC", "NCL" or "tokens".
         grid: height and width of the map.
     """
 

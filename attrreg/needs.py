@@ -123,7 +123,7 @@ def check_needs(needs: Iterable[Need], call: Call, name: str) -> None:
         if call.target is not None:
             resolved.check_target(call.target)
         elif resolved.needs_target:
-            raise ValueError(f"{name}: {type(resolved).__name__} needs a target. Pass `target=`, (N,) class indices.")
+            raise ValueError(f"{name}: {type(resolved).__name__} needs a target. Pass `target=`.")
     for need in needs:
         if isinstance(need.at, Path) and not (isinstance(need, Grad) and need.site == sites.INPUT):
             raise ValueError(f"{name}: on a path only the gradient at the input can be taken. Ask for Grad(INPUT, score, path).")

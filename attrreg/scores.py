@@ -17,7 +17,7 @@ from torch import Tensor
 from attrreg.settings import keep_integer
 from attrreg.sites import OUTPUT, check_layer_name, feature_site
 from attrreg.spec import Key
-from attrreg.targets import check_classes, check_logits, check_loss, check_maps, required
+from attrreg.targets import check_binary, check_classes, check_logits, check_loss, check_maps, check_multi_hot, required
 
 
 class Score(Key, ABC):
@@ -233,8 +233,7 @@ class MultiLabelLogit(Score):
 
     def check_target(self, target: Tensor) -> None:
         """Check that the target is multi-hot."""
-        if target.dim() != 2 or not bool(((target.float() - 0.5).abs() < 0.5 + 1e-6).all()):  # half types round 0.5 + 1e-6 to 0.5
-            raise ValueError(f"target must be (N, C) in [0, 1] for MultiLabelLogit, got {tuple(target.shape)}. Pass multi-hot labels.")
+        check_multi_hot(target)
 
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
         """Check that logits and target have one shape."""
@@ -254,8 +253,7 @@ class BinaryLogit(Score):
 
     def check_target(self, target: Tensor) -> None:
         """Check that the target is 0 or 1."""
-        if target[0].numel() != 1 or not bool(((target == 0) | (target == 1)).all()):
-            raise ValueError(f"target must be (N,) of 0 and 1 for BinaryLogit, got {tuple(target.shape)}. Pass one label an image.")
+        check_binary(target)
 
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
         """Check that there is one logit an image."""

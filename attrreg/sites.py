@@ -23,6 +23,7 @@ FEATURES = "<features>"  # what enters the last linear or convolutional layer of
 SPATIAL = "<last spatial layer>"  # the last layer whose output is a map
 
 GIVE_NCHW = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
+GIVE_NCL = (nn.Conv1d, nn.ConvTranspose1d)
 SPECIAL = (INPUT, OUTPUT, FEATURES, SPATIAL)
 
 
@@ -85,14 +86,15 @@ def check_by_image(value: Tensor, x: Tensor, site: str) -> None:
 
 # Modules with such an attribute, of MobileViT (timm, Hugging Face) and NesT (timm), keep positions by patch or block in these parts.
 SHUFFLES = {"patch_area": ("transformer", "norm"), "patch_height": ("transformer", "layernorm"), "block_size": ("transformer_encoder",)}
-Layout = Literal["NCHW", "NHWC"] | int  # an int: tokens (N, L, C) behind so many prefix tokens
+Layout = Literal["NCHW", "NHWC", "NCL"] | int  # an int: tokens (N, L, C) behind so many prefix tokens
 
 
 def layout(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Layout | None:
     """How the output of the layer `site` lays out a map; None where it has none.
 
-    Understands `(N, C, h, w)`, `(N, h, w, C)` and tokens `(N, L, C)` with or without prefix tokens. The layout is read
-    off the shape: a grid has the images' aspect ratio. Only what has as many channels as a convolution may have another.
+    Understands `(N, C, h, w)`, `(N, h, w, C)`, tokens `(N, L, C)` with or without prefix tokens, and `(N, C, L)` where images are one
+    row. The layout is read off the shape: a grid has the images' aspect ratio. Only what has as many channels as a convolution may have
+    another.
     """
     height, width = x.shape[-2:]
     if not value.is_floating_point() or value.dim() not in (3, 4) or value.shape[0] != x.shape[0]:
@@ -103,6 +105,8 @@ def layout(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Layout | No
         backbone = _nearest_with(model, site, "patch_embed")
         if value.shape[2] == 1 or _unrolled(value.shape[1], backbone, _nearest_with(model, site, "unroll_schedule")):
             return None  # pooled to (N, C, 1), or in another order
+        if _convolves_along(model, site, *value.shape[1:]):
+            return "NCL" if min(height, width) == 1 else None
         return _prefix_tokens(value.shape[1], backbone, height, width)
     if _shuffled(model, site):
         return None
@@ -136,6 +140,8 @@ def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Tensor:
         return value
     if found == "NHWC":
         return value.permute(0, 3, 1, 2)
+    if found == "NCL":
+        return value.unsqueeze(2 if x.shape[2] == 1 else 3)
     backbone = _nearest_with(model, site, "patch_embed")
     if isinstance(found, int):
         tokens = value[:, found:]
@@ -172,6 +178,14 @@ def _convolves_to(model: nn.Module, site: str, channels: int) -> bool:
     # A stride may differ between the axes, so that the shape alone would not tell.
     layers = (layer for layer in reversed(modules(model.get_submodule(site))) if isinstance(layer, GIVE_NCHW))  # the last is the likeliest
     return any(getattr(layer, "out_channels", getattr(layer, "num_features", None)) == channels for layer in layers)
+
+
+def _convolves_along(model: nn.Module, site: str, channels: int, length: int) -> bool:
+    """Whether a layer gives `(N, C, L)`, as convolutions along one axis do, and not tokens, which these may mix."""
+    for module in (model.get_submodule(site), model):
+        if any(isinstance(layer, GIVE_NCL) and layer.out_channels == channels for layer in modules(module)):
+            return not _ends_in(module, length)
+    return False
 
 
 def _ends_in(model: nn.Module, channels: int) -> bool:
@@ -246,10 +260,17 @@ def _before_drops(model: nn.Module, height: int, width: int) -> int | None:
 
 
 def _prefix_tokens(length: int, model: nn.Module, height: int, width: int) -> int | None:
-    """How many tokens before the patches leave a grid: class and register tokens. None: no number does."""
-    # timm's attribute first; some models that have a class token lack it
-    declared, whole = getattr(model, "num_prefix_tokens", 0), _before_drops(model, height, width)
+    """How many tokens before the patches leave a grid: class and register tokens. None: no number does.
+
+    It is what the model declares, as timm's do; else the first number that leaves patches of equal size, because a grid of one row fits any
+    number of tokens; else the first that leaves a grid.
+    """
+    declared, whole = getattr(model, "num_prefix_tokens", None), _before_drops(model, height, width)
+    first = None
     for prefix in dict.fromkeys([declared if isinstance(declared, int) else 0, 0, 1, 2, 5]):
-        if prefix < length and (whole is None or length - prefix == whole) and _grid(length - prefix, model, height, width) is not None:
+        if prefix >= length or whole not in (None, length - prefix) or (grid := _grid(length - prefix, model, height, width)) is None:
+            continue
+        if prefix == declared or (height % grid[0] == 0 and width % grid[1] == 0):
             return prefix
-    return None
+        first = prefix if first is None else first
+    return first

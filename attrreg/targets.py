@@ -15,7 +15,7 @@ def required(target: Tensor | None) -> Tensor:
         ValueError: there is none.
     """
     if target is None:
-        raise ValueError("This score needs a target. Pass `target=`, (N,) class indices.")
+        raise ValueError("This score needs a target. Pass `target=`.")
     return target
 
 
@@ -37,6 +37,37 @@ def check_classes(target: Tensor) -> None:
             f"target has the class {int(target.min())}, which is negative. Pass class indices. Images to be ignored are left out by "
             "`annotated=`, and have any class: target.clamp(min=0)."
         )
+
+
+def check_multi_hot(target: Tensor) -> None:
+    """Check that a target says of each class how much of it an image has.
+
+    Raises:
+        ValueError: naming `target`.
+    """
+    if target.dim() != 2:
+        raise ValueError(f"target must be (N, C) in [0, 1] for MultiLabelLogit, got {tuple(target.shape)}. Pass multi-hot labels.")
+    if not bool(((target.float() - 0.5).abs() < 0.5 + 1e-6).all()):  # half types round 0.5 + 1e-6 to 0.5
+        raise ValueError(
+            f"target must be in [0, 1] for MultiLabelLogit, {_extremes(target)}. Pass multi-hot labels; what is not known of an image may "
+            "count as absent, 0."
+        )
+
+
+def check_binary(target: Tensor) -> None:
+    """Check that a target is one label an image, 0 or 1.
+
+    Raises:
+        ValueError: naming `target`.
+    """
+    if target[0].numel() != 1:
+        raise ValueError(f"target must be (N,) of 0 and 1 for BinaryLogit, got {tuple(target.shape)}. Pass one label an image.")
+    if not bool(((target == 0) | (target == 1)).all()):
+        raise ValueError(f"target must be of 0 and 1 for BinaryLogit, {_extremes(target)}. Write for example (target > 0.5).long().")
+
+
+def _extremes(target: Tensor) -> str:
+    return f"got values from {target.min().item():g} to {target.max().item():g}"
 
 
 def check_logits(name: str, value: Tensor, least: int, target: Tensor | None) -> None:

@@ -128,10 +128,10 @@ BAG = nn.Sequential(SmoothNet(classes=1), nn.Flatten(0), nn.Linear(3, 1))  # one
 
 BAD: list[tuple[scores.Score, nn.Module, Tensor | None, str]] = [
     (scores.MultiLabelLogit(), SmoothNet(), torch.tensor([0, 1, 1]), r"target must be \(N, C\)"),
-    (scores.MultiLabelLogit(), SmoothNet(), 2 * HOT, r"target must be \(N, C\)"),
+    (scores.MultiLabelLogit(), SmoothNet(), 2 * HOT, r"target must be in \[0, 1\] for MultiLabelLogit, got values from 0 to 2\."),
     (scores.MultiLabelLogit(), SmoothNet(), HOT[:, :2], r"target is \(3, 2\), but the logits are \(3, 3\)"),
     (scores.MultiLabelLogit(), SmoothNet(), None, "MultiLabelLogit needs a target"),
-    (scores.BinaryLogit(), SmoothNet(classes=1), torch.tensor([0, 2, 1]), "of 0 and 1"),
+    (scores.BinaryLogit(), SmoothNet(classes=1), torch.tensor([0, 2, 1]), r"of 0 and 1 for BinaryLogit, got values from 0 to 2\."),
     (scores.BinaryLogit(), SmoothNet(classes=1), HOT[:, :2], r"target must be \(N,\) of 0 and 1 for BinaryLogit, got \(3, 2\)"),
     (scores.BinaryLogit(), SmoothNet(), torch.tensor([0, 1, 1]), "one logit an image"),
     (scores.BinaryLogit(), Twice(classes=1), torch.tensor([0, 1, 1]), r"one logit an image, but the model returned \(6, 1\)"),
