@@ -236,3 +236,16 @@ def test_a_forward_that_moved_buffers_serves_no_call_with_further_passes(attache
     want = called(model, x, mask, target)
     torch.testing.assert_close(value, want, rtol=1e-12, atol=0)
     assert_close(gradients(model, value), gradients(model, want), 1e-10)
+
+
+def test_a_layer_that_was_recorded_for_its_value_gives_gradients_where_the_images_do() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    other = attrreg.GradCAM("body")
+    want = other(model, x, mask, target)
+    with (attrreg.InputGradient() + attrreg.ActivationDifference("body")).attach(model):
+        model(x)
+        with passes() as counted:
+            found = other(model, x, mask, target)
+    assert counted == Passes(0, 1)
+    torch.testing.assert_close(found, want)
+    assert_close(gradients(model, found), gradients(model, want), 1e-10)
