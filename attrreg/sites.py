@@ -23,7 +23,7 @@ FEATURES = "<features>"  # what enters the last linear or convolutional layer of
 SPATIAL = "<last spatial layer>"  # the last layer whose output is a map
 
 GIVE_NCHW = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
-GIVE_NCL = (nn.Conv1d, nn.ConvTranspose1d)
+ALONG = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d)  # of (N, C, L)
 SPECIAL = (INPUT, OUTPUT, FEATURES, SPATIAL)
 
 
@@ -183,7 +183,9 @@ def _convolves_to(model: nn.Module, site: str, channels: int) -> bool:
 def _convolves_along(model: nn.Module, site: str, channels: int, length: int) -> bool:
     """Whether a layer gives `(N, C, L)`, as convolutions along one axis do, and not tokens, which these may mix."""
     for module in (model.get_submodule(site), model):
-        if any(isinstance(layer, GIVE_NCL) and layer.out_channels == channels for layer in modules(module)):
+        along = [layer for layer in modules(module) if isinstance(layer, ALONG)]
+        # Several may be concatenated, and are then what the next one takes.
+        if any(getattr(layer, width, None) == channels for layer in along for width in ("out_channels", "in_channels", "num_features")):
             return not _ends_in(module, length)
     return False
 
@@ -262,15 +264,15 @@ def _before_drops(model: nn.Module, height: int, width: int) -> int | None:
 def _prefix_tokens(length: int, model: nn.Module, height: int, width: int) -> int | None:
     """How many tokens before the patches leave a grid: class and register tokens. None: no number does.
 
-    It is what the model declares, as timm's do; else the first number that leaves patches of equal size, because a grid of one row fits any
-    number of tokens; else the first that leaves a grid.
+    It is what the model declares, as timm's do; else the first that leaves a grid. Any number leaves a grid of one row: there it is the
+    first that leaves patches of equal size.
     """
     declared, whole = getattr(model, "num_prefix_tokens", None), _before_drops(model, height, width)
     first = None
     for prefix in dict.fromkeys([declared if isinstance(declared, int) else 0, 0, 1, 2, 5]):
         if prefix >= length or whole not in (None, length - prefix) or (grid := _grid(length - prefix, model, height, width)) is None:
             continue
-        if prefix == declared or (height % grid[0] == 0 and width % grid[1] == 0):
+        if prefix == declared or min(grid) > 1 or (height % grid[0] == 0 and width % grid[1] == 0):
             return prefix
         first = prefix if first is None else first
     return first

@@ -101,3 +101,34 @@ def test_a_class_token_before_a_row_of_patches() -> None:
     assert attrreg.GradCAM().attribute(model, x, target).shape == (3, 1, 1, 16)
     model.num_prefix_tokens = 0  # type: ignore[assignment]  # what it declares counts
     assert [each.grid for each in attrreg.layers(model, x) if each.name == "blocks.0"] == [(1, 17)]
+
+
+class Inception(nn.Module):
+    """Concatenates what convolutions give, so that no one of them gives as many channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(2, 8, 3, padding=1)
+        self.ways = nn.ModuleList(nn.Conv1d(8, 8, k, padding=k // 2) for k in (1, 3, 5))
+        self.norm, self.act, self.head = nn.BatchNorm1d(24), nn.Tanh(), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.stem(x.flatten(2))
+        logits: Tensor = self.head(self.act(self.norm(torch.cat([way(stem) for way in self.ways], dim=1))).mean(2))
+        return logits
+
+
+def test_concatenated_channels_are_no_tokens() -> None:
+    model = Inception().double()
+    assert attrreg.GradCAM().attribute(model, x, target).shape == (3, 1, 1, 64)
+    assert [each.name for each in attrreg.layers(model, x.reshape(3, 2, 8, 8))] == []
+
+
+@pytest.mark.parametrize(("size", "patch", "grid"), [((80, 80), 26, (3, 3)), ((72, 120), 16, (4, 7))])
+def test_patches_that_do_not_divide_the_images(size: tuple[int, int], patch: int, grid: tuple[int, int]) -> None:
+    """Without a class token; with five registers, or two, a smaller grid would be left that does."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, patch, patch), nn.Flatten(2), Transposed(), nn.LayerNorm(6), nn.Flatten(), nn.Linear(6 * grid[0] * grid[1], 3)
+    )
+    found = {each.name: each.grid for each in attrreg.layers(model, torch.randn(2, 2, *size))}
+    assert found["3"] == grid
