@@ -116,9 +116,10 @@ def _beside(heads: Sequence[Head], last: Head, logits: Tensor) -> Head:
     first = next((head for head in heads if head.output is last.input), None)
     if first is None:
         return last
+    before = set(nodes(last.input))  # what runs before both is not beside them
     for head in heads:
         alike = head.input.shape == first.input.shape and head.output.shape == last.output.shape
-        if head is first or head is last or not alike:
+        if not alike or head.node in before:
             continue
         if head.node is None or any(node is head.node for node in nodes(logits, around=[last.node])):
             return head

@@ -263,42 +263,6 @@ def test_evaluate_commits_a_buffer_that_the_forward_resized() -> None:
         torch.testing.assert_close(buffer, twin.get_buffer("seen"))
 
 
-class LowRank(nn.Module):
-    """An adapter beside a layer, as PEFT's."""
-
-    def __init__(self, base: nn.Linear, dropout: float, rank: int) -> None:
-        super().__init__()
-        self.base, self.dropout = base.requires_grad_(False), nn.Dropout(dropout)
-        self.a, self.b = nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, base.out_features, bias=False)
-
-    def forward(self, h: Tensor) -> Any:
-        return self.base(h) + self.b(self.a(self.dropout(h)))
-
-
-@pytest.mark.parametrize(("dropout", "rank", "frozen"), [(0.0, 2, False), (0.5, 2, False), (0.0, 2, True), (0.0, 5, False)])
-def test_an_adapter_beside_the_classifier_is_not_taken_for_it(dropout: float, rank: int, frozen: bool) -> None:
-    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
-    adapted = copy.deepcopy(model).requires_grad_(not frozen)
-    adapted.head = LowRank(adapted.head, dropout, rank).double()  # type: ignore[assignment]
-    projected = attrreg.InputGradient(attrreg.scores.RandomProjection(seed=0))
-    torch.testing.assert_close(projected.attribute(adapted, x), projected.attribute(model, x))
-    if not frozen:
-        difference = TERMS["activation_difference"]
-        torch.testing.assert_close(difference(adapted, x, mask), difference(model, x, mask))
-        return
-    with pytest.raises(RuntimeError, match="no path to any trainable parameter"):  # what the adapter's own two layers share is no feature
-        TERMS["activation_difference"](adapted, x, mask)
-
-
-def test_a_layer_of_the_same_width_before_an_adapted_classifier_is_not_taken_for_it() -> None:
-    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
-    model.drop = nn.Sequential(nn.Linear(5, 5), nn.Tanh()).double()  # type: ignore[assignment]
-    adapted = copy.deepcopy(model)
-    adapted.head = LowRank(adapted.head, 0.0, 2).double()  # type: ignore[assignment]
-    difference = TERMS["activation_difference"]
-    torch.testing.assert_close(difference(adapted, x, mask), difference(model, x, mask))
-
-
 def test_a_layer_under_its_other_name() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     model.alias = model.body

@@ -44,6 +44,21 @@ def test_places_that_are_apart_in_one_output_may_meet_in_another() -> None:
     torch.testing.assert_close(*found, rtol=1e-10, atol=0)
 
 
+class Centred(SmoothNet):
+    """Images meet in the logits, not in the features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return relative(super().forward(x))
+
+
+def test_places_that_are_apart_in_the_features_may_meet_in_the_logits() -> None:
+    model, (x, mask, target) = Centred().double(), smooth_batch()
+    for _ in range(2):
+        attrreg.IntegratedGradients(score=attrreg.scores.RandomProjection(), steps=4, chunk=None)(model, x, mask, target)
+    found = [path(model, x, mask, target) for path in (WHOLE_PATH, attrreg.IntegratedGradients(steps=4, chunk=1))]
+    torch.testing.assert_close(*found, rtol=1e-10, atol=0)
+
+
 def test_a_call_that_is_wrong_shows_nothing_of_places() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     with pytest.raises(ValueError, match="target has the class"):

@@ -301,11 +301,12 @@ class Tracking(SmoothNet):
         super().__init__()
         self.assigns = assigns
         self.register_buffer("mean", torch.zeros(1, 2, 1, 1))
+        self.act.register_buffer("mean", self.mean)  # one for both
 
     def forward(self, x: Tensor) -> Tensor:
         now = x.mean((0, 2, 3), keepdim=True).square()
         if self.assigns:
-            self.mean = 0.9 * self.mean + 0.1 * now
+            self.mean = self.act.mean = 0.9 * self.mean + 0.1 * now
         else:
             self.mean.mul_(0.9).add_(0.1 * now)
         return super().forward(x + x * self.mean)
@@ -318,6 +319,7 @@ def test_buffers_made_of_images_have_no_graph_afterwards(assigns: bool, way: str
     for _ in range(3):
         loss_by(way, attrreg.InputGradient(), model, data).backward()
         assert model.mean.grad_fn is None and not model.mean.requires_grad
+        assert model.act.mean is model.mean or not assigns
     copy.deepcopy(model)
 
 

@@ -1,7 +1,9 @@
-"""Layers and heads that look like something else: tokens of another size, positions in another order, heads without a layer."""
+"""Layers and heads that look like something else: tokens of another size, positions in another order, heads without a layer, adapters."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -143,6 +145,22 @@ def test_a_classifier_that_the_model_names_is_taken_at_its_word() -> None:
     torch.testing.assert_close(DIFFERENCE(model, x, mask, target), want)
 
 
+class Choosing(SmoothNet):
+    """It gives a classifier by its name alone."""
+
+    def get_classifier(self, which: str) -> nn.Module:
+        """The classifier."""
+        return self.get_submodule(which)
+
+
+def test_a_classifier_that_has_to_be_asked_for_by_name_is_looked_for() -> None:
+    model, (x, mask, target) = Choosing().double(), smooth_batch()
+    model.head.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    entered: list[Tensor] = []
+    value = DIFFERENCE(model, x, mask, target)
+    torch.testing.assert_close(value, (entered[0] - entered[1]).norm(dim=1).mean())
+
+
 class Convolving(nn.Module):
     """The classifier is a convolution, before the pooling."""
 
@@ -210,6 +228,61 @@ def test_what_entered_the_last_of_several_runs_is_not_taken_for_the_features(ter
     model, (x, mask, target) = Crops().double(), smooth_batch()
     with pytest.raises(ValueError, match=r"The classifier ran more than once.*Name a layer"):
         term(model, x, mask, target)
+
+
+class LowRank(nn.Module):
+    """An adapter beside a layer, as PEFT's."""
+
+    def __init__(self, base: nn.Linear, dropout: float, rank: int) -> None:
+        super().__init__()
+        self.base, self.dropout = base.requires_grad_(False), nn.Dropout(dropout)
+        self.a, self.b = nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, h: Tensor) -> Any:
+        return self.base(h) + self.b(self.a(self.dropout(h)))
+
+
+@pytest.mark.parametrize(("dropout", "rank", "frozen"), [(0.0, 2, False), (0.5, 2, False), (0.0, 2, True), (0.0, 5, False)])
+def test_an_adapter_beside_the_classifier_is_not_taken_for_it(dropout: float, rank: int, frozen: bool) -> None:
+    model, (x, mask, _) = SmoothNet().double(), smooth_batch()
+    adapted = copy.deepcopy(model).requires_grad_(not frozen)
+    adapted.head = LowRank(adapted.head, dropout, rank).double()  # type: ignore[assignment]
+    projected = attrreg.InputGradient(attrreg.scores.RandomProjection(seed=0))
+    torch.testing.assert_close(projected.attribute(adapted, x), projected.attribute(model, x))
+    if not frozen:
+        torch.testing.assert_close(DIFFERENCE(adapted, x, mask), DIFFERENCE(model, x, mask))
+        return
+    with pytest.raises(RuntimeError, match="no path to any trainable parameter"):  # what the adapter's own two layers share is no feature
+        DIFFERENCE(adapted, x, mask)
+
+
+class Beside(SmoothNet):
+    """A layer beside the classifier, on other features; `read`: by the logits."""
+
+    def __init__(self, width: int, out: int, read: bool) -> None:
+        super().__init__()
+        self.other, self.read = nn.Linear(width, out), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(self.stem(x).tanh()).mean((2, 3))
+        other, logits = self.other(h[:, : self.other.in_features]), self.head(h.tanh())
+        return logits + other if self.read else logits  # type: ignore[no-any-return]
+
+
+class Square(SmoothNet):
+    """A layer of the same widths before the classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.head = nn.Sequential(nn.Linear(5, 5), nn.Tanh()), nn.Linear(5, 5)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("build", [Square, lambda: Beside(4, 3, True), lambda: Beside(5, 1, True), lambda: Beside(5, 3, False)])
+def test_another_layer_is_not_taken_for_an_adapted_classifier(build: Callable[[], SmoothNet]) -> None:
+    model, (x, mask, _) = build().double(), smooth_batch()
+    adapted = copy.deepcopy(model)
+    adapted.head = LowRank(adapted.head, 0.0, 2).double()  # type: ignore[assignment]
+    torch.testing.assert_close(DIFFERENCE(adapted, x, mask), DIFFERENCE(model, x, mask))
 
 
 class Members(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import attrreg
-from tests.models import assert_close, batch
+from tests.models import DEVICE, SmoothNet, assert_close, batch
 from tests.test_recompute import net
 
 
@@ -166,3 +166,28 @@ def test_chunks_train_lent_parameters(derived: bool) -> None:
         found.append([torch.zeros(1) if leaf.grad is None else leaf.grad for leaf in leaves.values()])
         assert found[-1][0].any()
     assert_close(found[0], found[1], 1e-10)
+
+
+def test_a_recomputation_that_fails_leaves_what_the_model_has_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, mask, target = batch(3, channels=2, size=8, classes=3)
+    model = SmoothNet(dropout=0.5)
+    value = attrreg.IntegratedGradients(steps=2, chunk=1)(model, x, mask, target)
+    model.drop.p = 0.25
+    monkeypatch.setattr(F, "silu", lambda h: h.unflatten(0, (0, 0)))
+    with pytest.raises(RuntimeError, match="unflatten"):
+        value.backward()
+    assert model.drop.p == 0.25
+
+
+@pytest.mark.parametrize("then", [torch.float32, torch.float16, torch.bfloat16])
+def test_chunks_run_by_the_autocast_of_their_first_run(then: torch.dtype) -> None:
+    x, mask, target = batch(3, channels=2, size=8, classes=3)
+    model, seen = SmoothNet(), []
+    model.body.register_forward_hook(lambda module, args, result: seen.append(result.dtype))
+    with torch.autocast(DEVICE, then, enabled=then != torch.float32):
+        value = attrreg.IntegratedGradients(steps=2, chunk=1)(model, x, mask, target)
+    first = len(seen)
+    for inside in (False, True):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=inside):
+            value.backward(retain_graph=True)
+    assert len(seen) > first and {*seen} == {then}
