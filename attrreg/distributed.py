@@ -110,7 +110,7 @@ def check_coupling(model: nn.Module) -> None:
 def synchronise_buffers(entry: nn.Module) -> None:
     """Let DDP make the buffers of all ranks alike, as its forward does, before passes that start from them."""
     for module in modules(entry):
-        if isinstance(module, DistributedDataParallel) and module.will_sync_module_buffers():
+        if isinstance(module, DistributedDataParallel) and module._check_sync_bufs_pre_fwd():
             module._sync_buffers()
 
 
@@ -175,6 +175,13 @@ def gather(shards: Iterable[nn.Module]) -> None:
         module.unshard()  # type: ignore[operator]
 
 
+def reshard(shards: Iterable[nn.Module]) -> None:
+    """Free gathered weights at the end of such a backward, unless the user keeps them."""
+    for module in shards:
+        if all(group.reshard_after_backward for group in _parameter_groups(module)):
+            module.reshard()  # type: ignore[operator]
+
+
 def _hold(shards: list[nn.Module]) -> None:
     """Gather all weights, and keep them until the running backward ends; then reduce the gradients that FSDP2 has not.
 
@@ -191,16 +198,22 @@ def _hold(shards: list[nn.Module]) -> None:
     def release() -> None:
         for module, group in groups:
             if any(hasattr(p, "_unsharded_param") and p._unsharded_param.grad is not None for p in group.fsdp_params):
-                state = group._training_state
-                group.post_backward()
-                group._training_state = state
-                if module._get_fsdp_state()._state_ctx.is_last_backward:
-                    group.finalize_backward()
+                _reduce(module, group)
         for module, group in held:
             group.reshard_after_backward = True
             module.reshard()
 
     _when_over(release)
+
+
+def _reduce(module: Any, group: Any) -> None:
+    """Reduce gradients that came late, over all ranks: what replicas have accumulated for themselves (HSDP) is of other parameters."""
+    before = group._training_state, group._partial_reduce_output, group.all_reduce_grads
+    group._partial_reduce_output, group.all_reduce_grads = None, True
+    group.post_backward()
+    group._training_state, group._partial_reduce_output, group.all_reduce_grads = before
+    if module._get_fsdp_state()._state_ctx.is_last_backward:
+        group.finalize_backward()
 
 
 # DDP

@@ -13,7 +13,7 @@ from attrreg.apart import SIZE_ERRORS, close, images_apart
 from attrreg.attach import attached
 from attrreg.baselines import Baseline, Fixed, OtherImage, made_of
 from attrreg.call import Call
-from attrreg.distributed import sharded
+from attrreg.distributed import sharded, synchronises
 from attrreg.memory import lacks_memory
 from attrreg.needs import Need, Value
 from attrreg.scores import Score
@@ -49,7 +49,7 @@ def part_of(call: Call, needs: Iterable[Need]) -> Call:
     """
     annotation = call.annotation
     assert annotation is not None
-    if annotation.count == 0 and call.fraction < 1 and sharded(call.model):
+    if annotation.count == 0 and call.fraction < 1 and (sharded(call.model) or synchronises(call.model)):
         return replace(call, x=call.x.clone())  # which no attachment has recorded: on other ranks, a part takes a pass of its own
     if annotation.count == 0 or call.inputs is not None:
         return call

@@ -16,7 +16,7 @@ from attrreg.attach import suspended
 from attrreg.call import Call
 from attrreg.conditions import tensors_in, version
 from attrreg.counting import counters
-from attrreg.distributed import gather, sharded
+from attrreg.distributed import gather, reshard, sharded
 from attrreg.features import find_features
 from attrreg.graph import checkpoints_reentrant, ends_in_half, which_are_read
 from attrreg.hooks import Tap
@@ -135,8 +135,8 @@ class Runner:
         value = at_least_float32(read_at)
         total = self._scores(value, score).sum()
         half = recording.half or read_at.dtype == torch.float16 or ends_in_half(read_at)
-        if score.site != sites.OUTPUT:
-            gather(sharded(self.call.model))
+        shards = sharded(self.call.model) if score.site != sites.OUTPUT else []
+        gather(shards)
         with _explained(recording):
             scale = _scale(total, value) if half else None
         find = sites.SPATIAL in wanted and sites.SPATIAL not in recording.values
@@ -147,6 +147,8 @@ class Runner:
             grads = self._gradients(recording, total, inputs, create_graph, retain=retain)
         else:
             grads = self._scaled_gradients(recording, total, scale, inputs, create_graph)
+        if not create_graph:
+            reshard(shards)
         found = dict(zip(named, grads, strict=False))
         if find:
             found[sites.SPATIAL] = self._choose_map(recording, score, maps, grads[len(named) :])

@@ -239,6 +239,37 @@ def test_accumulation(two: Ranks) -> None:
         assert_close(found, want, 1e-6)
 
 
+def accumulate_replicas(rank: int) -> list[Tensor]:
+    """Each replica for itself at first, with gradients of the penalty that come after FSDP2 has done with a layer."""
+    model, regularizer = shard(Case(()).model(), Sharding(replicas=2)), attrreg.InputGradient()
+    x, mask, target = shares(2)[rank]
+    for step in range(2):
+        model.set_requires_all_reduce(step == 1)
+        penalty = regularizer(model, x + step, mask, target)
+        (F.cross_entropy(model(x + step), target) + penalty).backward()
+    return full(model)
+
+
+def test_accumulation_of_replicas(two: Ranks) -> None:
+    model, (x, mask, target) = Case(()).model(), together(shares(2))
+    losses = [F.cross_entropy(model(images), target) + attrreg.InputGradient()(model, images, mask, target) for images in (x, x + 1)]
+    want = gradients(model, torch.stack(losses).sum())
+    for found in two(accumulate_replicas):
+        assert_close(found, want, 1e-6)
+
+
+def shown(rank: int) -> list[int]:
+    model = shard(Case(()).model(), Sharding(whole=True))
+    x, _, target = shares(2)[rank]
+    attrreg.GradCAM("stem", score=OfLayer()).attribute(model, x, target)
+    return sizes(model)
+
+
+def test_a_map_that_is_shown_leaves_no_weights_gathered(two: Ranks) -> None:
+    for found in two(shown):
+        assert not any(found)
+
+
 def trained(model: nn.Module, regularizer: AttributionRegularizer, data: Batch) -> tuple[list[float], Tensor]:
     """The losses of four steps, each other one with a penalty, and the map at the end."""
     optimizer, (x, mask, target) = torch.optim.AdamW(model.parameters(), 1e-2), data
