@@ -192,6 +192,31 @@ def test_baselines_that_are_broadcast_go_with_a_part_of_the_batch(axes: int, par
 
 
 @dataclass(frozen=True, repr=False)
+class Said(Unsaid):
+    """Draws from the generator, and says so."""
+
+    draws: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, repr=False)
+class Dimmed(Baseline):
+    """Reads the mask of each image."""
+
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        return x * (1.0 if mask is None else mask)
+
+
+@pytest.mark.parametrize("annotated", [[True, False, True], [False, True, False]])
+@pytest.mark.parametrize("own", [Said(), Dimmed()])
+def test_own_baselines_of_each_image_by_itself_go_with_a_fraction(own: Baseline, annotated: list[bool]) -> None:
+    model, term = SmoothNet().double(), GradientAt(At(own))
+    found = [term(model, x, mask, target, annotated=torch.tensor(annotated), fraction=fraction) for fraction in (1.0, 0.99)]
+    assert found[1] > 0
+    if not own.draws:
+        torch.testing.assert_close(found[1], found[0])
+
+
+@dataclass(frozen=True, repr=False)
 class Half(Baseline):
     """The images at half their size."""
 
@@ -217,6 +242,7 @@ def test_views_of_another_size_go_with_images_without_annotation() -> None:
     penalty = Rescaled()(model, x, mask, annotated=annotated)
     assert penalty > 0
     torch.testing.assert_close(penalty, Rescaled()(model, x[annotated], mask[annotated]))
+    torch.testing.assert_close(penalty, Rescaled()(model, x, mask, annotated=annotated, fraction=0.99))
 
 
 @dataclass(frozen=True, repr=False)
