@@ -193,7 +193,7 @@ class Tap:
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
             entered.append(args[0] if args else kwargs["input"])
-            return (entered[-1].detach().clone(),), {}  # the layer may work in place; what it computes is dropped
+            return (entered[-1].detach(),), {}  # what the layer computes is dropped
 
         def after(module: nn.ReLU, args: Any, output: Tensor) -> Tensor:
             self._rectified += 1

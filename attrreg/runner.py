@@ -278,6 +278,8 @@ class Runner:
         """
         if site == sites.OUTPUT and site not in recording.values:
             recording.values[site] = recording.picked(self.call)
+        if site == sites.SPATIAL and site not in recording.problems:
+            self.find_map(recording)
         if site in recording.problems or site not in recording.values:
             assert site in recording.problems or site == sites.FEATURES, site
             missing = "The model has no linear or convolutional layer, whose input would be the features. Name a layer."

@@ -74,8 +74,6 @@ class Trace:
         recording = self._recordings.get(at)
         if recording is None:
             return self._give_out(at_least_float32(self.call.x))
-        if site == sites.SPATIAL:
-            self._runner.find_map(recording)
         return self._give_out(at_least_float32(self._runner.at(recording, site)))
 
     def grad(self, site: str, score: Score, at: Point = CLEAN) -> Tensor:

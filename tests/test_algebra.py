@@ -121,6 +121,16 @@ def test_sums_are_flat() -> None:
     assert (a * 2) == (2 * a)
 
 
+def test_a_sums_type_is_the_widest_of_its_terms() -> None:
+    model, (x, mask, target) = SmoothNet(), smooth_batch()
+    wide = attrreg.InputGradient(objective=lambda map, mask: my_objective(map.double(), mask)).named("wide")
+    for total in (wide + attrreg.InputXGradient(), attrreg.InputXGradient() + wide):
+        value, parts, _ = total.evaluate(model, x.float(), mask, target)
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(value, sum(parts.values()))
+        gradients(model, value)
+
+
 def test_a_sum_of_one_term_has_its_map() -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     term = attrreg.IntegratedGradients(steps=3, baseline=baselines.Masked(baselines.Zero()))

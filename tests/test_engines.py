@@ -116,12 +116,14 @@ class Block(nn.Module):
         return self.second(self.first(h).mul(3).tanh()).tanh()  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("layer", ["1.first", "auto"])
-def test_layers_in_checkpointed_blocks_move_in_the_recomputation_too(layer: str) -> None:
+def test_layers_in_checkpointed_blocks_move_in_the_recomputation_too(layer: str, frozen: bool) -> None:
     (x, mask, target), found = smooth_batch(), []
     for checkpoints, engine in ((False, engines.DoubleBackward()), (False, FINE), (True, FINE)):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(2, 4, 3), Block(checkpoints), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).double()
+        model[:2].requires_grad_(not frozen)[1].second.requires_grad_()
         found.append(gradients(model, attrreg.GradCAM(layer).using(engine)(model, x, mask, target)))
     assert_close(found[1], found[0], 1e-6)
     assert_close(found[2], found[1], 1e-9)

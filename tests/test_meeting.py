@@ -95,11 +95,22 @@ def test_places_of_a_path_do_not_share_a_batch(name: str) -> None:
         torch.testing.assert_close(all_at_once(model, x, mask, target), want, rtol=1e-12, atol=0)
 
 
-def test_a_hook_that_lets_images_meet_is_noticed() -> None:
+def beside(h: Tensor) -> Tensor:
+    return h + 0.3 * h.flip(0)
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "a hook": lambda model: model.body.register_forward_hook(lambda module, args, output: beside(output)),
+    "a hook before": lambda model: model.body.register_forward_pre_hook(lambda module, args: beside(*args)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_hook_that_lets_images_meet_is_noticed(change: str) -> None:
     model, (x, mask, target) = SmoothNet().double(), smooth_batch(6)
     for _ in range(5):
         TERM(model, x, mask, target, annotated=ANNOTATED)
-    model.body.register_forward_hook(lambda module, args, output: output + 0.3 * output.flip(0))
+    CHANGES[change](model)
     whole = TERM.evaluate(model, x, mask, target, annotated=ANNOTATED).total
     torch.testing.assert_close(TERM(model, x, mask, target, annotated=ANNOTATED), whole, rtol=1e-12, atol=0)
 

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 import attrreg
 from attrreg import baselines
 from attrreg.baselines import Baseline, Masked, Zero
+from attrreg.engines import DoubleBackward, Engine, FiniteDifference
 from attrreg.needs import Grad, Need, Scored, Value
 from attrreg.objectives import AbsoluteOutside, Objective
 from attrreg.ops import rectify
-from attrreg.points import At, FromBaseline, Path, Point, Rectified, Stop
+from attrreg.points import CLEAN, At, FromBaseline, Path, Point, Rectified, Stop
 from attrreg.scores import Score, SumLogProb, TargetLogit
-from attrreg.sites import INPUT
+from attrreg.sites import INPUT, SPATIAL
 from attrreg.trace import Trace
 from attrreg.transforms import ReplaceOutside
-from tests.models import SmoothNet, smooth_batch
+from tests.models import SmoothNet, assert_close, gradients, smooth_batch
 
 
 @dataclass(frozen=True, repr=False)
@@ -128,6 +129,34 @@ def test_a_path_that_writes_into_the_images_is_refused_and_leaves_them() -> None
     assert torch.equal(x, before)
 
 
+@dataclass(frozen=True, repr=False)
+class Opposite(Baseline):
+    """Writes into the mask that it gets."""
+
+    needs_mask: ClassVar[bool] = True
+
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        assert mask is not None
+        return x * mask.neg_().add_(1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, mask: GradientAt(At(Opposite()))(model, x, mask, target),
+        lambda model, mask: attrreg.IntegratedGradients(steps=2, baseline=Opposite()).attribute(model, x, target, mask=mask),
+        lambda model, mask: ReplaceOutside(Opposite())(x, mask),
+    ],
+    ids=["at a point", "of a map", "for training"],
+)
+def test_a_baseline_that_writes_into_the_mask_is_refused_and_leaves_it(call: Callable[[nn.Module, Tensor], Any]) -> None:
+    soft = mask[:, None].double()
+    before = soft.clone()
+    with pytest.raises(ValueError, match=r"^tests\.\S+ writes into the images or the mask"):
+        call(SmoothNet().double(), soft)
+    assert torch.equal(soft, before)
+
+
 class Number(Baseline):
     """No image."""
 
@@ -163,6 +192,31 @@ def test_baselines_that_are_broadcast_go_with_a_part_of_the_batch(axes: int, par
 
 
 @dataclass(frozen=True, repr=False)
+class Said(Unsaid):
+    """Draws from the generator, and says so."""
+
+    draws: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, repr=False)
+class Dimmed(Baseline):
+    """Reads the mask of each image."""
+
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        return x * (1.0 if mask is None else mask)
+
+
+@pytest.mark.parametrize("annotated", [[True, False, True], [False, True, False]])
+@pytest.mark.parametrize("own", [Said(), Dimmed()])
+def test_own_baselines_of_each_image_by_itself_go_with_a_fraction(own: Baseline, annotated: list[bool]) -> None:
+    model, term = SmoothNet().double(), GradientAt(At(own))
+    found = [term(model, x, mask, target, annotated=torch.tensor(annotated), fraction=fraction) for fraction in (1.0, 0.99)]
+    assert found[1] > 0
+    if not own.draws:
+        torch.testing.assert_close(found[1], found[0])
+
+
+@dataclass(frozen=True, repr=False)
 class Half(Baseline):
     """The images at half their size."""
 
@@ -188,6 +242,7 @@ def test_views_of_another_size_go_with_images_without_annotation() -> None:
     penalty = Rescaled()(model, x, mask, annotated=annotated)
     assert penalty > 0
     torch.testing.assert_close(penalty, Rescaled()(model, x[annotated], mask[annotated]))
+    torch.testing.assert_close(penalty, Rescaled()(model, x, mask, annotated=annotated, fraction=0.99))
 
 
 @dataclass(frozen=True, repr=False)
@@ -211,6 +266,43 @@ def test_terms_get_the_target_and_float32_under_autocast() -> None:
     torch.testing.assert_close(value, 2 * ByClass()(model, single, mask, half // 2, annotated=annotated), rtol=0.05, atol=0)
     with pytest.raises(ValueError, match="reads the target, and there is none"):
         ByClass()(model, single, mask)
+
+
+@dataclass(frozen=True, repr=False)
+class Size(Score):
+    """The size of a layer's output."""
+
+    layer: str
+
+    @property
+    def site(self) -> str:
+        return self.layer
+
+    def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
+        return value.square().mean((1, 2, 3))
+
+
+@dataclass(frozen=True, repr=False)
+class Small(attrreg.SingleRegularizer):
+    """Keeps a layer's output small."""
+
+    layer: str
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Scored(Size(self.layer)),)
+
+    def per_image(self, trace: Trace) -> Tensor:
+        return trace.score(Size(self.layer))
+
+
+@pytest.mark.parametrize("term", [Small, lambda layer: GradientAt(CLEAN, Size(layer))], ids=["scored", "differentiated"])
+@pytest.mark.parametrize("engine", [DoubleBackward(), FiniteDifference(1e-4)], ids=["exact", "differences"])
+def test_a_score_reads_the_automatic_layer(term: Callable[[str], attrreg.SingleRegularizer], engine: Engine) -> None:
+    model, cam = SmoothNet().double(), attrreg.GradCAM()
+    for others in ((), (cam,)):
+        found = [sum(others, term(layer)).using(engine)(model, x, mask, target) for layer in (SPATIAL, "body")]
+        assert_close(gradients(model, found[0]), gradients(model, found[1]), 1e-6)
+        torch.testing.assert_close(found[0], found[1])
 
 
 def test_auto_is_no_layer() -> None:

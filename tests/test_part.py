@@ -131,12 +131,12 @@ def test_a_fraction_leaves_a_recorded_forward_alone() -> None:
 
 
 def test_a_fraction_is_of_so_many_images() -> None:
-    model, (x, mask, target), seen = SmoothNet().double(), smooth_batch(30), []
+    model, (x, mask, target), seen = SmoothNet().double(), smooth_batch(25), []
     model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    given: list[Any] = [0.1, numpy.float32(0.5), 1e-12]
+    given: list[Any] = [0.28, numpy.float32(0.5), 1e-12]
     for fraction in given:
         TERM(model, x, mask, target, fraction=fraction)
-    assert seen == [3, 15, 1]
+    assert seen == [7, 13, 1]  # 0.28 * 25 is a little above 7
 
 
 @pytest.mark.parametrize(("fraction", "kind"), [(0, ValueError), (1.5, ValueError), ("half", TypeError), (True, TypeError)])

@@ -115,6 +115,12 @@ def test_attribute_works_without_gradients_and_on_frozen_models() -> None:
         model.requires_grad_(True)
 
 
+def test_a_map_of_integer_images_is_refused() -> None:
+    x, _, target = smooth_batch()
+    with pytest.raises(TypeError, match=r"x must be a floating-point tensor, got torch\.int64"):
+        attrreg.InputGradient().attribute(SmoothNet(), x.long(), target)
+
+
 def test_attribute_takes_all_that_was_made_under_inference_mode() -> None:
     class Conditioned(SmoothNet):
         def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
