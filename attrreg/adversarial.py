@@ -18,7 +18,7 @@ from attrreg.needs import Need, Value
 from attrreg.penalty import Penalty
 from attrreg.points import At
 from attrreg.regularizer import SingleRegularizer, Sum
-from attrreg.settings import check_count, fits_64_bits, is_integer, is_number
+from attrreg.settings import brief, check_count, fits_64_bits, is_integer, is_number
 from attrreg.sites import check_by_image, check_layer_name, feature_site
 from attrreg.trace import Trace
 
@@ -75,14 +75,14 @@ class AdversarialInvariance:
         fill = Shuffle() if fill is None else fill
         Masked(fill)  # which checks it
         if isinstance(hidden, str) or not isinstance(hidden, Sequence):
-            raise TypeError(f"hidden must be the widths of the hidden layers, got {hidden!r}. Write for example hidden=(1024,).")
+            raise TypeError(f"hidden must be the widths of the hidden layers, got {brief(hidden)}. Write for example hidden=(1024,).")
         check_count("every", every, 1)
         for width in hidden:
             check_count("hidden", width, 1)
         if not is_number(rate) or rate <= 0:
-            raise ValueError(f"rate must be a positive learning rate, got {rate!r}. Write for example rate=1e-3.")
+            raise ValueError(f"rate must be a positive learning rate, got {brief(rate)}. Write for example rate=1e-3.")
         if not is_integer(seed) or not fits_64_bits(seed):
-            raise TypeError(f"seed must be an integer of 64 bits, got {seed!r}. Write for example seed=0.")
+            raise TypeError(f"seed must be an integer of 64 bits, got {brief(seed)}. Write for example seed=0.")
         self._discriminator = _Discriminator(tuple(map(int, hidden)), rate, int(seed))
         confusion = _Confusion(feature_site(layer), fill, int(every), self._discriminator)
         self._sum: Sum = weight * confusion.named("AdversarialInvariance")
@@ -127,8 +127,8 @@ class AdversarialInvariance:
         """
         names = self.state_dict().keys()
         if not isinstance(state, Mapping) or state.keys() != names or not is_integer(state["step"]) or state["step"] < 0:
-            found = {key: value if key == "step" else ... for key, value in state.items()} if isinstance(state, Mapping) else state
-            raise ValueError(f"state must have {', '.join(names)}, as state_dict() gives them, got {found!r}. Pass what was saved of it.")
+            found = f"{', '.join(map(str, state))} with step={state.get('step')!r}" if isinstance(state, Mapping) else brief(state)
+            raise ValueError(f"state must have {', '.join(names)}, as state_dict() gives them, got {found}. Pass what was saved of it.")
         try:
             self._discriminator.load_state_dict(state)
         except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, StopIteration) as error:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attrreg import masks
-from attrreg.settings import is_number, is_real
+from attrreg.settings import brief, is_number, is_real
 from attrreg.spec import Key
 
 
@@ -57,7 +57,11 @@ class Fixed(Baseline):
     image: Tensor
 
     def __post_init__(self) -> None:
-        image = torch.as_tensor(self.image).detach().clone()
+        try:
+            image = torch.as_tensor(self.image).detach().clone()
+        except (TypeError, ValueError, RuntimeError) as error:
+            found = type(self.image).__name__
+            raise TypeError(f"image must be a tensor, or what torch.as_tensor takes, got {found}. Make a tensor of it.") from error
         if not (image.numel() and image.isfinite().all()):
             raise ValueError(f"baseline of shape {tuple(image.shape)} is empty or has values that are not finite. Give finite values.")
         object.__setattr__(self, "image", image)
@@ -162,6 +166,9 @@ class Noise(Baseline):
     draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        for name, value in (("std", self.std), ("mean", self.mean)):
+            if not is_real(value):
+                raise TypeError(f"Noise: {name} must be a number, got {brief(value)}. Give one number for all channels.")
         if not (is_number(self.std) and self.std >= 0 and is_number(self.mean)):
             raise ValueError(f"{self!r} is not a normal distribution. Give a finite mean and a standard deviation of at least 0.")
 
@@ -236,9 +243,8 @@ class Masked(Baseline):
 
     def __post_init__(self) -> None:
         if not isinstance(self.fill, Baseline):
-            raise TypeError(
-                f"fill must be a baselines.Baseline, got {type(self.fill).__name__}. Use baselines.Fixed(image), or baselines.Shuffle()."
-            )
+            found = f"the class {self.fill.__name__}" if isinstance(self.fill, type) else type(self.fill).__name__
+            raise TypeError(f"fill must be a baselines.Baseline, got {found}. Use baselines.Fixed(image), or baselines.Shuffle().")
 
     @property
     def draws(self) -> bool:  # type: ignore[override]
@@ -263,8 +269,10 @@ def as_baseline(value: Baseline | Tensor | float, name: str = "baseline") -> Bas
         return Fixed(value)
     if is_real(value):
         return Fixed(torch.tensor(float(value), dtype=torch.float64))
+    found = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
     raise TypeError(
-        f"{name} must be a tensor, a number or a baselines.Baseline, got {type(value).__name__}. Use baselines.Zero(), for example."
+        f"{name} must be a tensor, a number or a baselines.Baseline, got {found}. Use baselines.Zero(), for example, or "
+        "baselines.Fixed(image) for an array."
     )
 
 
@@ -312,5 +320,5 @@ def _broadcast(image: Tensor, x: Tensor) -> Tensor:
     except RuntimeError as error:
         raise ValueError(
             f"baseline of shape {tuple(image.shape)} does not broadcast to x of shape {tuple(x.shape)}. Pass a scalar "
-            "tensor, one image (C, H, W), or one for each image of x."
+            "tensor, a value for each channel (C, 1, 1), one image (C, H, W), or one for each image of x."
         ) from error

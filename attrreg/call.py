@@ -169,7 +169,7 @@ def check_options(x: Tensor, generator: torch.Generator | None = None, output: S
             )
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}. Write torch.Generator().manual_seed(0).")
-    if isinstance(output, bool) or not (output is None or isinstance(output, (int, str)) or callable(output)):
+    if isinstance(output, (bool, type)) or not (output is None or isinstance(output, (int, str)) or callable(output)):
         raise TypeError(f"output must be an index, a key, an attribute or a function, got {output!r}. Say where the logits are.")
 
 
@@ -209,6 +209,8 @@ def check_differentiable(model: nn.Module, x: Tensor, output: Select, inputs: In
     elsewhere = callable(output) or (x.requires_grad and not x.is_leaf)
     others = (value for value in tree_leaves((inputs, *model.buffers(), *attributes(model))) if value is not x)
     if not elsewhere and not any(isinstance(value, Tensor) and value.requires_grad for value in others):
+        if next(model.parameters(), None) is None:
+            raise RuntimeError("The model has no parameters, so the penalty could train nothing. Pass the one that is trained.")
         raise RuntimeError(
             "All parameters of the model are frozen, so the penalty could train nothing. Set requires_grad on those to be trained."
         )
@@ -248,6 +250,10 @@ def check_batch(x: Tensor) -> None:
         remedy = "Scale and normalise the images first, for example `x.float() / 255`."
         if isinstance(x, (list, tuple)):
             remedy = "Stack the images: torch.stack(x). A model that takes a list of them is wrapped in a module that takes a tensor."
+        elif not isinstance(x, Tensor):
+            remedy = "Make a normalised tensor (N, C, H, W) of the images, as the model takes it; the order is (model, x, mask)."
+        elif x.dtype is torch.bool:
+            remedy = "It looks like a mask: the order is (model, x, mask)."
         raise TypeError(f"x must be a floating-point tensor, got {kind}. {remedy}")
     if x.dim() == 4 and x.numel() == 0:
         raise ValueError(f"x holds no image, or images without pixels: its shape is {tuple(x.shape)}. Skip batches without images.")

@@ -8,7 +8,7 @@ same as an image whose mask is empty: the first is left out of every mean, the s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -111,12 +111,16 @@ def check(mask: Tensor, x: Tensor, annotated: Tensor | None, needs_region: str |
 
 def _canonical(mask: Tensor, x: Tensor) -> Tensor:
     if not isinstance(mask, Tensor):
-        remedy = "Convert it, for example with torch.as_tensor(mask)."
+        remedy = "Convert it, for example with torch.as_tensor(numpy.array(mask))."
         if mask is None or (isinstance(mask, (list, tuple)) and all(part is None or isinstance(part, Tensor) for part in mask)):
             remedy = "Stack the images' masks: torch.stack(masks). Where an image has none, put any mask, and say so with `annotated=`."
         if mask is None:
             remedy += " For a penalty on whole images, with nothing relevant, pass torch.zeros(H, W, dtype=torch.bool)."
         raise TypeError(f"mask must be a tensor, got {type(mask).__name__}. {remedy}")
+    if mask.dim() < 2:
+        raise ValueError(
+            f"mask must be (N, H, W), (N, 1, H, W) or (H, W), got {tuple(mask.shape)}. Pass a map of pixels; labels go by name: target=."
+        )
     if mask.dtype is not torch.bool and not mask.is_floating_point():
         raise TypeError(
             f"mask must be boolean or floating point, got {mask.dtype}. Write `mask > 0`, or `mask == label` for a map of labels."
@@ -197,6 +201,8 @@ def from_boxes(boxes: Sequence[Tensor | Sequence[Tensor | Sequence[float]] | Non
 
 def _checked_boxes(name: str, entry: Tensor | Sequence[Tensor | Sequence[float]], height: int, width: int) -> list[list[float]]:
     """The boxes of an image of that size."""
+    if isinstance(entry, (str, Mapping)) or not hasattr(entry, "__iter__"):
+        raise TypeError(f"{name} is a {type(entry).__name__}, but the boxes of one image are (K, 4). Take them out, as target['boxes'].")
     for part in [entry] if isinstance(entry, Tensor) else entry:  # torchvision's `BoundingBoxes` say more
         form = str(getattr(getattr(part, "format", "XYXY"), "value", "XYXY"))
         if form != "XYXY":

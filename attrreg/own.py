@@ -1,4 +1,4 @@
-"""Attributions, objectives and baselines of the user's own: that they write into nothing is checked, and what the first two return."""
+"""Attributions, objectives, scores and baselines of the user's own: what they return is checked, and that they write into nothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from attrreg.baselines import Baseline, made_of
 from attrreg.conditions import version
 from attrreg.objectives import Objective
 from attrreg.points import Point
+from attrreg.scores import Score
 from attrreg.spec import is_own, source
 from attrreg.state import full_precision
 
@@ -44,6 +45,27 @@ def made(part: Baseline | Point, make: Callable[..., T], x: Tensor, mask: Tensor
     if start is not None and not torch.equal(generator.get_state(), start):
         raise ValueError(f"{users[0]!r} draws random numbers, and does not say so. Set draws = True in its class.")
     return result
+
+
+def check_scores(score: Score, per_image: Any, value: Tensor, images: int) -> None:
+    """Check what a score made of a value.
+
+    Raises:
+        TypeError, ValueError: naming the score.
+    """
+    if not isinstance(per_image, Tensor):
+        raise TypeError(f"{score!r} gave a {type(per_image).__name__}, but a score is a tensor ({images},). Return a number an image.")
+    if per_image.shape == (images,):
+        return
+    if value.shape[:1] != (images,):
+        raise ValueError(
+            f"{score!r} reads {tuple(value.shape)} for {images} images, of which each must have a row. Where images are frames of "
+            "clips, repeat the clip's row with `output=`: lambda logits: logits.repeat_interleave(frames, 0)."
+        )
+    raise ValueError(
+        f"{score!r} gave {tuple(per_image.shape)}, but a score is ({images},), one number an image. Reduce over all "
+        "but the batch: a loss, for example, takes reduction='none', and one of several labels .sum(1) then."
+    )
 
 
 def map_of(regularizer: MapRegularizer, trace: Trace) -> Tensor:

@@ -140,7 +140,7 @@ def _checked(
     """The mask, on the CPU."""
     if not isinstance(maps, Mapping):
         raise TypeError(f'maps must be a mapping of titles to maps, got {type(maps).__name__}. Write {{"input gradient": phi}}.')
-    for argument, value in (("images", images), ("mask", mask), *maps.items()):
+    for argument, value in (("images", images), ("mask", mask), *((f"maps[{name!r}]", map) for name, map in maps.items())):
         if not isinstance(value, Tensor):
             raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}. Convert it, for example with torch.as_tensor.")
     if images.dim() != 4 or images.shape[0] == 0:
@@ -152,14 +152,19 @@ def _checked(
     for name, map in maps.items():
         if name in ("image", "mask") or map.dim() != 4 or map.shape[0] != count:
             raise ValueError(f"maps[{name!r}] is {tuple(map.shape)}. Give (N, C, h, w) for {count} images, not called 'image' or 'mask'.")
+    if captions is not None and not isinstance(captions, Mapping):
+        raise TypeError(f"captions must be a mapping of titles to texts, got {type(captions).__name__}. Write {{'image': [...]}}.")
     for name, texts in (captions or {}).items():
         if name not in ("image", "mask", *maps) or len(texts) != count:
-            raise ValueError(f"captions[{name!r}] has {len(texts)} entries. Give {count}, for 'image', 'mask' or a title of maps.")
+            cause = f"has {len(texts)} entries" if name in ("image", "mask", *maps) else "is of no column"
+            raise ValueError(f"captions[{name!r}] {cause}. Give {count}, for 'image', 'mask' or a title of maps.")
     return annotation
 
 
 def _check_curves(penalties: Mapping[str, Curve], shares_inside: Mapping[str, Curve]) -> None:
     for argument, curves in (("penalties", penalties), ("shares_inside", shares_inside)):
+        if not isinstance(curves, Mapping) or not all(isinstance(curve, Mapping) for curve in curves.values()):
+            raise TypeError(f"{argument} must map names to curves {{step: value}}. Write {{'InputGradient': {{0: 0.5, 10: 0.2}}}}, say.")
         if not curves or not all(curves.values()):
             raise ValueError(
                 f"{argument} has nothing to draw. Give at least one curve, for example {{'InputGradient': {{0: 0.5, 10: 0.2}}}}."

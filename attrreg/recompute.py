@@ -106,7 +106,7 @@ class _Chunk:
         if any(version(weight) != then for weight, then in self._weights):
             raise RuntimeError(
                 "Parameters were changed between the penalty and its backward, as by an optimizer's step, where chunked path methods "
-                "recompute. Call backward first, or pass chunk=None."
+                "recompute. Call backward first. Where the optimizer steps within the backward, pass chunk=None."
             )
         if any(version(part) != then for part, then in self._others):
             raise RuntimeError(

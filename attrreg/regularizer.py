@@ -19,7 +19,7 @@ from attrreg.needs import Need
 from attrreg.objectives import Objective
 from attrreg.penalty import Penalty
 from attrreg.scores import Score
-from attrreg.settings import is_real
+from attrreg.settings import brief, is_real
 from attrreg.spec import Spec, source
 from attrreg.trace import Trace
 
@@ -222,7 +222,8 @@ class AttributionRegularizer(Spec, ABC):
 
     def __mul__(self, weight: float) -> Sum:
         if not is_real(weight):
-            raise TypeError(f"weight must be a number, got {type(weight).__name__}. Write for example 0.5 * reg, or weight.item() * reg.")
+            remedy = "Write for example 0.5 * reg, or weight.item() * reg; a schedule takes Scheduled(reg, schedule)."
+            raise TypeError(f"weight must be a number, got {type(weight).__name__}. {remedy}")
         return Sum(tuple(replace(term, weight=term.weight * float(weight)) for term in self.terms), self.engine)
 
     __rmul__ = __mul__
@@ -277,10 +278,12 @@ class MapRegularizer(SingleRegularizer):
         name = type(self).__name__
         if not isinstance(self.score, Score):
             remedy = "Write for example scores.TargetLogit(); an objective goes by name: objective=."
-            raise TypeError(f"{name}: score must be a scores.Score, got {self.score!r}. {remedy}")
+            if isinstance(self.score, nn.Module):
+                remedy = f"A model comes with the call, {name}()(model, x, mask); a loss takes scores.TaskLoss(loss)."
+            raise TypeError(f"{name}: score must be a scores.Score, got {brief(self.score)}. {remedy}")
         if isinstance(self.objective, type) or not callable(self.objective):
             raise TypeError(
-                f"{name}: objective must be a function (map, mask) -> (N,), got {self.objective!r}. Write for example objectives.Energy()."
+                f"{name}: objective must be a function (map, mask) -> (N,), got {brief(self.objective)}. Write objectives.Energy(), say."
             )
 
     @abstractmethod

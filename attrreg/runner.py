@@ -22,14 +22,15 @@ from attrreg.graph import checkpoints_reentrant, ends_in_half, which_are_read
 from attrreg.hooks import Tap
 from attrreg.masks import at_least_float32
 from attrreg.ops.rectify import Rule
+from attrreg.own import check_scores
 from attrreg.recording import Recording
 from attrreg.scores import Score
 from attrreg.spec import is_own
 from attrreg.state import Rng, full_precision, isolated
 
 DETACHED = (
-    "The model's output carries no gradient: its forward runs under no_grad or detaches. Enable gradients inside the model, or leave the "
-    "detached part to another term."
+    "The model's output carries no gradient: its forward runs under no_grad, detaches, or is checkpointed with use_reentrant=True. Enable "
+    "gradients inside the model, checkpoint with use_reentrant=False, or leave the detached part to another term."
 )
 
 REENTRANT = (
@@ -185,17 +186,7 @@ class Runner:
         self.drew |= start is not None and not Rng.of(value.device).same(start)
         if list(map(version, given)) != before:
             raise ValueError(f"{score!r} writes into the value or the target that it is given, which others read too. Write into a copy.")
-        images = self.call.x.shape[0]
-        if per_image.shape != (images,):
-            if value.shape[:1] != (images,):
-                raise ValueError(
-                    f"{score!r} reads {tuple(value.shape)} for {images} images, of which each must have a row. Where images are frames of "
-                    "clips, repeat the clip's row with `output=`: lambda logits: logits.repeat_interleave(frames, 0)."
-                )
-            raise ValueError(
-                f"{score!r} gave {tuple(per_image.shape)}, but a score is ({images},), one number an image. Reduce over all "
-                "but the batch: a loss, for example, takes reduction='none', and one of several labels .sum(1) then."
-            )
+        check_scores(score, per_image, value, self.call.x.shape[0])
         return per_image
 
     def _placewise(self, score: Score, value: Tensor) -> Tensor:

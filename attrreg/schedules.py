@@ -21,7 +21,7 @@ from attrreg.ops.precision import compute_dtype
 from attrreg.penalty import Penalty
 from attrreg.recording import Request
 from attrreg.regularizer import AttributionRegularizer
-from attrreg.settings import is_integer, is_number, keep_count
+from attrreg.settings import brief, is_integer, is_number, keep_count
 from attrreg.spec import Spec
 
 
@@ -178,10 +178,10 @@ class Scheduled:
     def __init__(self, regularizer: AttributionRegularizer, schedule: Schedule) -> None:
         if not isinstance(regularizer, AttributionRegularizer):
             raise TypeError(
-                f"regularizer must be an AttributionRegularizer, got {regularizer!r}. Write attrreg.InputGradient(), for example."
+                f"regularizer must be an AttributionRegularizer, got {brief(regularizer)}. Write attrreg.InputGradient(), for example."
             )
         if not isinstance(schedule, Schedule):
-            raise TypeError(f"schedule must be a schedules.Schedule, got {schedule!r}. Write Every(4), for example.")
+            raise TypeError(f"schedule must be a schedules.Schedule, got {brief(schedule)}. Write Every(4), for example.")
         self.regularizer = regularizer
         self.schedule = schedule
         self.step = 0

@@ -284,7 +284,8 @@ class SegmentationLogit(Score):
     def check_target(self, target: Tensor) -> None:
         """Check that the target is a map of classes."""
         if target.dim() != 3 or target.is_floating_point() or target.dtype is torch.bool:
-            raise ValueError(f"target must be a label map, (N, H, W) integers, got {target.dtype} {tuple(target.shape)}. Pass one.")
+            found = f"{target.dtype} {tuple(target.shape)}"
+            raise ValueError(f"target must be a label map, (N, H, W) integers, got {found}. Pass one; a mask is passed as mask=.")
 
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
         """Check that logits and target are maps of one size, and that the classes are in range."""
@@ -314,7 +315,7 @@ class RegressionOutput(Score):
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
         """Check that the outputs are numbers, and that there are enough."""
         if value.dim() not in (1, 2) or (self.index is not None and not -1 < self.index < value[0].numel()):
-            raise ValueError(f"{self!r} does not fit outputs of shape {tuple(value.shape)}. Pass an index in range, or None.")
+            raise ValueError(f"{self!r} does not fit outputs of shape {tuple(value.shape)}. Pass (N,) or (N, K), index in range or None.")
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Score `(N,)` of outputs `(N,)` or `(N, K)`."""

@@ -27,10 +27,16 @@ def check_classes(target: Tensor) -> None:
     """
     if target.is_floating_point() or target.dtype is torch.bool:
         indices = "Write `target.long()`" if target.dim() == 1 else "For one-hot labels write `target.argmax(1)`"
+        if target.dim() == 2 and target.shape[1] == 1:  # whose argmax is 0 everywhere
+            indices = "Write `target.squeeze(1).long()`"
         others = f"{indices}; several labels take MultiLabelLogit(), one logit BinaryLogit(), regression RegressionOutput()."
         raise TypeError(f"target must be class indices, got {target.dtype}. {others}")
     if target.dim() != 1:
-        remedy = "Reshape it; a label map is (N, H, W)." if target.dim() > 2 else "Reshape it."
+        remedy = "For one-hot labels write `target.argmax(1)`; several labels take MultiLabelLogit()."
+        if target[0].numel() == 1:
+            remedy = "Write `target.flatten()`."
+        elif target.dim() > 2:
+            remedy = "Reshape it; a label map is (N, H, W), and takes SegmentationLogit()."
         raise ValueError(f"target must be ({len(target)},), one class an image of x, got {tuple(target.shape)}. {remedy}")
     if bool((target < 0).any()):
         raise ValueError(
@@ -116,7 +122,8 @@ def check_maps(value: Tensor, target: Tensor, ignored: int) -> None:
     """
     if value.shape[:1] + value.shape[2:] != target.shape:
         sizes = f"{tuple(value.shape)} and {tuple(target.shape)}"
-        raise ValueError(f"SegmentationLogit needs logits (N, C, H, W) and a target (N, H, W), got {sizes}. Resize one of them.")
+        remedy = "Resize one of them." if value.dim() == 4 else "Pass class indices (N,) to a classifier; a mask is passed as mask=."
+        raise ValueError(f"SegmentationLogit needs logits (N, C, H, W) and a target (N, H, W), got {sizes}. {remedy}")
     kept, classes = target[target != ignored], max(2, value.shape[1])
     if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < classes:
         raise ValueError(f"target has classes outside [0, {classes}). Pass class indices, or set ignore_index.")

@@ -14,6 +14,7 @@ from attrreg.baselines import Baseline, Masked, Shuffle
 from attrreg.needs import Need, Value
 from attrreg.points import CLEAN, At
 from attrreg.regularizer import SingleRegularizer
+from attrreg.settings import brief
 from attrreg.sites import INPUT, check_by_image, feature_site
 from attrreg.trace import Trace
 
@@ -56,7 +57,7 @@ class ActivationDifference(SingleRegularizer):
     def __post_init__(self) -> None:
         layers = (self.layers,) if isinstance(self.layers, str) else self.layers
         if not isinstance(layers, Sequence) or not layers or not all(isinstance(layer, str) and layer for layer in layers):
-            raise TypeError(f"layers must be dotted names of layers, got {self.layers!r}. Find them with model.named_modules().")
+            raise TypeError(f"layers must be dotted names of layers, got {brief(self.layers)}. Find them with attrreg.layers(model, x).")
         object.__setattr__(self, "layers", tuple(layers))
         Masked(self.fill)  # which checks it
         if self.detach is not None and self.detach not in get_args(Side):

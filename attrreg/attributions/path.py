@@ -14,7 +14,7 @@ from attrreg.objectives import LogOutside, Objective, requires_region
 from attrreg.points import RULES, Path, Quadrature, RandomPlaces
 from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
-from attrreg.settings import keep_count
+from attrreg.settings import brief, keep_count
 from attrreg.sites import INPUT
 from attrreg.trace import Trace
 
@@ -155,5 +155,5 @@ def check_rule(regularizer: Any, least: int = 2) -> None:
         ValueError: naming the setting.
     """
     if regularizer.rule not in RULES:
-        raise ValueError(f"rule {regularizer.rule!r} is unknown. Use one of {', '.join(map(repr, RULES))}.")
+        raise ValueError(f"rule {brief(regularizer.rule)} is unknown. Use one of {', '.join(map(repr, RULES))}.")
     keep_count(regularizer, "steps", 1 if regularizer.rule == "gausslegendre" else least)

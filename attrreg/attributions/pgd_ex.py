@@ -11,7 +11,7 @@ from attrreg.needs import Need, Scored
 from attrreg.points import Ascent
 from attrreg.regularizer import SingleRegularizer
 from attrreg.scores import TaskLoss
-from attrreg.settings import is_number, is_real, keep_count
+from attrreg.settings import brief, is_number, is_real, keep_count
 from attrreg.trace import Trace
 
 
@@ -50,15 +50,15 @@ class PGDEx(SingleRegularizer):
         given = {"epsilon": self.epsilon} if self.rate is None else {"epsilon": self.epsilon, "rate": self.rate}
         for name, value in given.items():
             if not is_number(value) or value <= 0:
-                raise ValueError(f"{name} must be a positive number, in units of x, got {value!r}. Write for example {name}=0.1.")
+                raise ValueError(f"{name} must be a positive number, in units of x, got {brief(value)}. Write for example {name}=0.1.")
         keep_count(self, "steps", 1)
         if self.bounds is not None:
             pair = tuple(self.bounds) if isinstance(self.bounds, (tuple, list)) else ()
             if len(pair) != 2 or not all(map(is_real, pair)) or not pair[0] < pair[1]:
-                raise ValueError(f"bounds must be the least and the greatest value of images, got {self.bounds!r}. Write (0.0, 1.0).")
+                raise ValueError(f"bounds must be the least and the greatest value of images, got {brief(self.bounds)}. Write (0.0, 1.0).")
             object.__setattr__(self, "bounds", tuple(map(float, pair)))
         if not isinstance(self.loss, TaskLoss):
-            raise TypeError(f"loss must be a scores.TaskLoss, got {self.loss!r}. Write scores.TaskLoss(function).")
+            raise TypeError(f"loss must be a scores.TaskLoss, got {brief(self.loss)}. Write scores.TaskLoss(function).")
 
     @property
     def _worst(self) -> Ascent:

@@ -35,6 +35,8 @@ class WithMasks:
     """
 
     def __init__(self, mix: Mix) -> None:
+        if isinstance(mix, type) or not callable(mix):
+            raise TypeError(f"mix must be called with images and labels, got {mix!r}. Write for example v2.CutMix(num_classes=10).")
         self.mix = mix
 
     def __call__(self, batch: Sample) -> Sample:

@@ -63,6 +63,8 @@ class MaskFolder(MaskSource):
 
     def __post_init__(self) -> None:
         check_folder("MaskFolder", self.root, UNMASKED)
+        if not callable(self.relevant):
+            raise TypeError(f"relevant must be a function of the values, got {self.relevant!r}. Write `lambda values: values == 255`.")
 
     def path(self, name: PurePosixPath) -> Path:
         """Where the mask of an image would be; its extension may be in capitals."""

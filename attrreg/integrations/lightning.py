@@ -15,6 +15,7 @@ from attrreg.distributed import Group
 from attrreg.penalty import Penalty
 from attrreg.regularizer import AttributionRegularizer
 from attrreg.schedules import Scheduled
+from attrreg.settings import brief
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -99,7 +100,7 @@ class AttributionPenalty(Callback):
         group: Group | Callable[[], Group] = None,
     ) -> None:
         if not isinstance(regularizer, (AttributionRegularizer, Scheduled)):
-            raise TypeError(f"regularizer must be a regularizer, got {regularizer!r}. Write attrreg.InputGradient(), for example.")
+            raise TypeError(f"regularizer must be a regularizer, got {brief(regularizer)}. Write attrreg.InputGradient(), for example.")
         self.regularizer, self.batch, self.model, self.output, self.group = regularizer, batch, model, output, group
         self._attachment: Attachment | None = None
         self._step: _Step | None = None
@@ -155,7 +156,7 @@ class AttributionPenalty(Callback):
         except AttributeError:
             known = ", ".join(repr(name) for name, _ in pl_module.named_children())
             raise ValueError(
-                f"model: {type(pl_module).__name__} has no submodule {self.model!r}. Name one of {known}, or '' for itself."
+                f"model: {type(pl_module).__name__} has no submodule {brief(self.model)}. Name one of {known}, or '' for itself."
             ) from None
 
     def added(self, pl_module: LightningModule, model: nn.Module, result: Any, batch: Any) -> Any:

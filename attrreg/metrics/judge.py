@@ -139,6 +139,8 @@ def judged(
             f"attribution must be a function (model, x, target) -> map, got {attribution!r}. Pass a regularizer's `.attribute`, "
             "or metrics.Occlusion()."
         )
+    if not callable(measure):
+        raise TypeError(f"measure must be a function (map, mask) -> (N,), got {measure!r}. Pass for example metrics.share_inside.")
     values = measure(attribution(model, x, target), mask)
     if getattr(values, "shape", None) != (len(x),):
         got = tuple(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"

@@ -105,6 +105,9 @@ def check_shapes(logits: Tensor, target: Tensor) -> None:
     Raises:
         ValueError: naming both.
     """
+    for name, value in (("logits", logits), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}. Write torch.as_tensor({name}).")
     if logits.dim() != 2 or target.shape != logits.shape[:1] or not len(target):
         raise ValueError(
             f"logits must be (N, classes) and target (N,), got {tuple(logits.shape)} and {tuple(target.shape)}. Pass one class an image."
@@ -121,6 +124,8 @@ def check_groups(groups: Tensor, target: Tensor) -> None:
     Raises:
         TypeError, ValueError: naming `groups`.
     """
+    if not isinstance(groups, Tensor):
+        raise TypeError(f"groups must be a tensor of integers, got {type(groups).__name__}. Number them; write torch.as_tensor(groups).")
     if groups.shape != target.shape:
         raise ValueError(f"groups must be {tuple(target.shape)}, one group an image, got {tuple(groups.shape)}. Reshape it.")
     if groups.is_floating_point():
