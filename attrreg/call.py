@@ -59,21 +59,26 @@ class Call:
     def run(self, image: Tensor, as_users_forward: bool) -> Any:
         """Run the model on an image in place of `x`; through its wrappers where that is the user's own forward."""
         module = self.entry if as_users_forward else undistributed(self.entry) if self.as_compiled else self.model
+        places: tuple[Any, ...] = (image,)
+        names: dict[str, Any] = {}
+        if isinstance(self.inputs, Mapping):
+            places, names = (), {name: image if value is self.x else value for name, value in self.inputs.items()}
+        elif self.inputs is not None:
+            places = tuple(image if value is self.x else value for value in self.inputs)
         with nullcontext() if self.as_compiled else eager(module):
-            if self.inputs is None:
-                try:
-                    return module(image)
-                except TypeError as error:
-                    further = _required(self.model)[1:]
-                    if not (further and "missing" in str(error)):
-                        raise
-                    raise TypeError(
-                        f"The model is called with the images alone, but its forward also takes {', '.join(further)}. Pass all that it is "
-                        "called with by `inputs=`: a tuple with x in it, or a dictionary."
-                    ) from error
-            if isinstance(self.inputs, Mapping):
-                return module(**{name: image if value is self.x else value for name, value in self.inputs.items()})
-            return module(*(image if value is self.x else value for value in self.inputs))
+            try:
+                return module(*places, **names)
+            except TypeError as error:
+                if not _is_of_the_call(error, self.model, places, names):
+                    raise
+                if self.inputs is not None:
+                    raise TypeError(f"inputs= does not fit the model's forward{signature(self.model.forward)}: {error}") from error
+                further = ", ".join(_required(self.model)[1:])
+                cause = f"also takes {further}" if further else f"is forward{signature(self.model.forward)}"
+                raise TypeError(
+                    f"The model is called with the images alone, but its forward {cause}. Pass all that it is called with by `inputs=`: a "
+                    "tuple with x in it, or a dictionary."
+                ) from error
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -139,6 +144,17 @@ def picked_by(output: Select) -> Hashable:
     code = output.__code__  # the same object at each step, also of a lambda that is written inside the loop
     inside = any(isinstance(constant, CodeType) for constant in code.co_consts)
     return ... if inside or set(code.co_names) & output.__globals__.keys() else code
+
+
+def _is_of_the_call(error: TypeError, model: nn.Module, places: tuple[Any, ...], names: dict[str, Any]) -> bool:
+    """Whether a forward could not be called so, rather than failed inside. A hook may give it more than it is called with."""
+    if "argument" not in str(error) and "keywords" not in str(error):
+        return False
+    try:
+        signature(model.forward).bind(*places, **names)
+    except TypeError:
+        return True
+    return False
 
 
 def _required(model: nn.Module) -> list[str]:

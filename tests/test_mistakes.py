@@ -32,6 +32,14 @@ class Item(scores.Score):
         return value.sum().item()
 
 
+class Named(SmoothNet):
+    """Takes the images by name alone."""
+
+    def forward(self, *, images: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(images)
+
+
+named = Named().double()
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an array of images": (lambda: REG(model, x.numpy(), mask), TypeError, r"x must .*Make a normalised tensor"),
     "images and mask swapped": (lambda: REG(model, mask, x), TypeError, r"It looks like a mask: the order is \(model, x, mask\)"),
@@ -61,6 +69,13 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "gave a float, but a score is a tensor",
     ),
+    "an input of another name": (
+        lambda: REG(named, x, mask, inputs={"image": x}),
+        TypeError,
+        r"inputs= does not fit the model's forward\(\*, images.*unexpected keyword argument 'image'",
+    ),
+    "a name that is none": (lambda: REG(named, x, mask, inputs={1: x}), TypeError, "inputs= does not fit .*keywords must be strings"),
+    "images by name alone": (lambda: REG(named, x, mask), TypeError, r"its forward is forward\(\*, images.*by `inputs=`"),
     "no parameters": (lambda: REG(nn.Identity(), x, mask), RuntimeError, "The model has no parameters"),
     "a class as output": (lambda: REG(model, x, mask, output=nn.Softmax), TypeError, "output must be"),
     "arrays of logits": (lambda: metrics.accuracy(numpy.zeros((3, 2)), target), TypeError, "logits must be a tensor"),
