@@ -243,8 +243,9 @@ class Masked(Baseline):
 
     def __post_init__(self) -> None:
         if not isinstance(self.fill, Baseline):
-            found = f"the class {self.fill.__name__}" if isinstance(self.fill, type) else type(self.fill).__name__
-            raise TypeError(f"fill must be a baselines.Baseline, got {found}. Use baselines.Fixed(image), or baselines.Shuffle().")
+            raise TypeError(
+                f"fill must be a baselines.Baseline, got {_named(self.fill)}. Use baselines.Fixed(image), or baselines.Shuffle()."
+            )
 
     @property
     def draws(self) -> bool:  # type: ignore[override]
@@ -269,11 +270,15 @@ def as_baseline(value: Baseline | Tensor | float, name: str = "baseline") -> Bas
         return Fixed(value)
     if is_real(value):
         return Fixed(torch.tensor(float(value), dtype=torch.float64))
-    found = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
     raise TypeError(
-        f"{name} must be a tensor, a number or a baselines.Baseline, got {found}. Use baselines.Zero(), for example, or "
+        f"{name} must be a tensor, a number or a baselines.Baseline, got {_named(value)}. Use baselines.Zero(), for example, or "
         "baselines.Fixed(image) for an array."
     )
+
+
+def _named(value: object) -> str:
+    """What a value is, for a message: often the class of a baseline, which was not called."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def keep_baseline(spec: Any, name: str = "baseline") -> Baseline:

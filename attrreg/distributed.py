@@ -190,8 +190,8 @@ def _hold(shards: list[nn.Module]) -> None:
     """
     groups: list[tuple[Any, Any]] = [(module, group) for module in shards for group in _parameter_groups(module)]
     # Of the others, the user keeps the weights, or another penalty of the same backward does.
-    held = [(module, group) for module, group in groups if group.reshard_after_backward]
-    for _, group in held:
+    held = [group for _, group in groups if group.reshard_after_backward]
+    for group in held:
         group.reshard_after_backward = False
     gather(shards)
 
@@ -199,9 +199,9 @@ def _hold(shards: list[nn.Module]) -> None:
         for module, group in groups:
             if any(hasattr(p, "_unsharded_param") and p._unsharded_param.grad is not None for p in group.fsdp_params):
                 _reduce(module, group)
-        for module, group in held:
+        for group in held:
             group.reshard_after_backward = True
-            module.reshard()
+        reshard(shards)
 
     _when_over(release)
 

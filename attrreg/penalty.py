@@ -16,7 +16,7 @@ from attrreg.call import Call, Inputs, Select
 from attrreg.distributed import Group
 from attrreg.engines import DoubleBackward, Engine
 from attrreg.graph import trainable_leaves
-from attrreg.needs import Grad, Need, Value, check_engine, check_layers, check_needs, only_clean, sites_at
+from attrreg.needs import Grad, Need, check_engine, check_layers, check_needs, only_clean, sites_at
 from attrreg.part import check_fraction, part_of
 from attrreg.points import CLEAN
 from attrreg.state import full_precision, undone_on_error
@@ -172,8 +172,8 @@ def _check_one_map(terms: Sequence[Term], call: Call) -> None:
 
 def _reads_inside(need: Need, twice: bool) -> bool:
     """Whether the penalty is differentiated from within the model: through a gradient, or from a layer that a pass was left at."""
-    score = None if isinstance(need, Value) else need.score
-    return (twice and isinstance(need, Grad)) or (need.site if score is None else score.site) not in (sites.INPUT, sites.OUTPUT)
+    left_at = need.score.site if isinstance(need, Grad) else need.site
+    return (twice and isinstance(need, Grad)) or left_at not in (sites.INPUT, sites.OUTPUT)
 
 
 def _check_trainable(name: str, per_image: Tensor, x: Tensor) -> None:

@@ -154,9 +154,10 @@ def _checked(
             raise ValueError(f"maps[{name!r}] is {tuple(map.shape)}. Give (N, C, h, w) for {count} images, not called 'image' or 'mask'.")
     if captions is not None and not isinstance(captions, Mapping):
         raise TypeError(f"captions must be a mapping of titles to texts, got {type(captions).__name__}. Write {{'image': [...]}}.")
+    columns = ("image", "mask", *maps)
     for name, texts in (captions or {}).items():
-        if name not in ("image", "mask", *maps) or len(texts) != count:
-            cause = f"has {len(texts)} entries" if name in ("image", "mask", *maps) else "is of no column"
+        if name not in columns or len(texts) != count:
+            cause = f"has {len(texts)} entries" if name in columns else "is of no column"
             raise ValueError(f"captions[{name!r}] {cause}. Give {count}, for 'image', 'mask' or a title of maps.")
     return annotation
 

@@ -63,9 +63,9 @@ def check_layer(model: nn.Module, name: str) -> None:
         raise ValueError(f"layer {name!r} is TorchScript, which takes no hooks. Name a layer around it, or leave it as it was written.")
     if layer is not None:
         return
-    names = [known for known, _ in model.named_modules() if known]
     if name == "auto":
         raise ValueError("layer 'auto' is no layer's name. Ask for sites.SPATIAL, the last one with a map, or sites.FEATURES.")
+    names = [known for known, _ in model.named_modules() if known]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Its outermost layers are {[n for n in names if '.' not in n]}."
     raise ValueError(f"layer {name!r} is not in {type(model).__name__}. {hint}")
@@ -93,8 +93,8 @@ def layout(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Layout | No
     """How the output of the layer `site` lays out a map; None where it has none.
 
     Understands `(N, C, h, w)`, `(N, h, w, C)`, tokens `(N, L, C)` with or without prefix tokens, and `(N, C, L)` where images are one
-    row. The layout is read off the shape: a grid has the images' aspect ratio. Only what has as many channels as a convolution may have
-    another.
+    row or column. The layout is read off the shape: a grid has the images' aspect ratio. Only what has as many channels as a convolution
+    may have another.
     """
     height, width = x.shape[-2:]
     if not value.is_floating_point() or value.dim() not in (3, 4) or value.shape[0] != x.shape[0]:

@@ -204,6 +204,8 @@ class Trace:
         if attachment is not None:
             recording = attachment.take(call, Request(wanted, self._runner.twice, question, only_clean(self._needs), as_users_forward))
         if recording is None and (as_users_forward or wanted not in ({}, {sites.INPUT: False})):
+            if as_users_forward:
+                synchronise_buffers(call.entry)
             recording = self._own_clean_pass(wanted, as_users_forward, automatic.known(call, question))
         if recording is not None:
             self._recordings[CLEAN] = recording
@@ -213,8 +215,6 @@ class Trace:
     def _own_clean_pass(self, wanted: dict[str, bool], as_users_forward: bool, map: str | None) -> Recording:
         """A clean pass of our own; `map`: the layer for `layer="auto"`, if it is known."""
         device = self.call.x.device
-        if as_users_forward:
-            synchronise_buffers(self.call.entry)
         with isolated(self.call.model, device) as buffers:
             recording = self._runner.forward(self.call.x, wanted, as_users_forward, map=map)
             after = Rng.of(device)
