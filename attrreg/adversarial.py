@@ -13,7 +13,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from attrreg import penalty
 from attrreg.attach import Attachment
-from attrreg.baselines import Baseline, Masked, Shuffle
+from attrreg.baselines import Baseline, Masked, Shuffle, as_baseline
+from attrreg.call import Inputs, Select
+from attrreg.distributed import Group
 from attrreg.needs import Need, Value
 from attrreg.penalty import Penalty
 from attrreg.points import At
@@ -64,7 +66,7 @@ class AdversarialInvariance:
         self,
         weight: float = 1.0,
         layer: str = "auto",
-        fill: Baseline | None = None,
+        fill: Baseline | Tensor | float | None = None,
         *,
         every: int = 1,
         rate: float = 1e-3,
@@ -72,8 +74,7 @@ class AdversarialInvariance:
         seed: int = 0,
     ) -> None:
         check_layer_name(layer)
-        fill = Shuffle() if fill is None else fill
-        Masked(fill)  # which checks it
+        fill = as_baseline(Shuffle() if fill is None else fill, "fill")
         if isinstance(hidden, str) or not isinstance(hidden, Sequence):
             raise TypeError(f"hidden must be the widths of the hidden layers, got {brief(hidden)}. Write for example hidden=(1024,).")
         check_count("every", every, 1)
@@ -92,13 +93,42 @@ class AdversarialInvariance:
         """How many calls there were."""
         return self._discriminator.step
 
-    def __call__(self, model: nn.Module, x: Tensor, mask: Tensor, target: Tensor | None = None, **settings: Any) -> Tensor:
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        mask: Tensor,
+        target: Tensor | None = None,
+        *,
+        annotated: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        output: Select = None,
+        inputs: Inputs = None,
+        fraction: float = 1.0,
+        group: Group = None,
+    ) -> Tensor:
         """Train D where that is due, and compute the penalty. See `AttributionRegularizer.__call__`."""
-        return self._sum(model, x, mask, target, **settings)
+        return self._sum(
+            model, x, mask, target, annotated=annotated, generator=generator, output=output, inputs=inputs, fraction=fraction, group=group
+        )
 
-    def evaluate(self, model: nn.Module, x: Tensor, mask: Tensor, target: Tensor | None = None, **settings: Any) -> Penalty:
+    def evaluate(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        mask: Tensor,
+        target: Tensor | None = None,
+        *,
+        annotated: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        output: Select = None,
+        inputs: Inputs = None,
+        group: Group = None,
+    ) -> Penalty:
         """Train D where that is due, and compute the penalty in place of the loop's forward. See `AttributionRegularizer.evaluate`."""
-        return self._sum.evaluate(model, x, mask, target, **settings)
+        return self._sum.evaluate(
+            model, x, mask, target, annotated=annotated, generator=generator, output=output, inputs=inputs, group=group
+        )
 
     def attach(self, model: nn.Module) -> Attachment:
         """Record the loop's own forwards. See `AttributionRegularizer.attach`."""
@@ -174,12 +204,9 @@ class _Discriminator:
 
     def train(self, whole: Tensor, without: Tensor) -> None:
         """One step on features of images and of images without their irrelevant part, both `(N, ...)`; where none is possible, nothing."""
-        width = whole.flatten(1).shape[1]
         if self.network is None:
-            self.build(width, whole.device, whole.dtype)
+            self.build(whole.flatten(1).shape[1], whole.device, whole.dtype)
         assert self.network is not None and self.optimizer is not None
-        if width != self.width:
-            raise ValueError(f"The features are {width} wide, but were {self.width}. Use one object for each layer and image size.")
         if not len(whole):
             return
         entered = [self._prepared(features.detach()) for features in (whole, without)]
@@ -217,13 +244,22 @@ class _Discriminator:
         self.__dict__.update(loaded.__dict__)
 
     def _prepared(self, features: Tensor) -> Tensor:
-        """Features `(N, ...)` as the network takes them, moving it to their device: a checkpoint may have been loaded elsewhere."""
+        """Features `(N, ...)` as the network takes them, moving it to their device: a checkpoint may have been loaded elsewhere.
+
+        Raises:
+            ValueError: they have another width than those of the first call.
+        """
         assert self.network is not None and self.optimizer is not None
+        features = features.flatten(1)
+        if features.shape[1] != self.width:
+            raise ValueError(
+                f"The features are {features.shape[1]} wide, but were {self.width}. Use one object for each layer and image size."
+            )
         weight = next(self.network.parameters())
         if weight.device != features.device:
             self.network.to(features.device)
             self.optimizer.load_state_dict(self.optimizer.state_dict())  # which moves its moments to their parameters
-        return features.flatten(1).to(weight.dtype)
+        return features.to(weight.dtype)
 
     def __repr__(self) -> str:
         return f"discriminator of {self.width or '?'}-{'-'.join(map(str, self.hidden))}-1, rate {self.rate}, seed {self.seed}"

@@ -117,8 +117,8 @@ def _are_apart(call: Call, probe: Probe) -> bool | None:
 
 def _as_whole(call: Call, outputs: Sequence[Tensor], chosen: Tensor) -> bool:
     """Whether some images give alone what they give among all: what has no gradient shows only so."""
-    if len(chosen) < 2:  # of a single one some models drop an axis
-        return True
+    if len(chosen) == 1:  # of a batch of one some models drop an axis
+        chosen = chosen.repeat(2)
     few = Runner(replace(call, x=call.x[chosen]), twice=False)
 
     def alone(images: Tensor) -> list[Tensor]:

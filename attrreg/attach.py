@@ -161,7 +161,11 @@ class Attachment:
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """A forward pre-hook: open a tap, if this is a forward of the loop's that can be recorded; gives the arguments to go on with."""
-        if compiling() or self.suspended or not self.live or transformed() or torch._C._is_tracing() or _in_backward():
+        if compiling():
+            return None
+        if not self.live:
+            self._leave(model)
+        if self.suspended or not self.live or transformed() or torch._C._is_tracing() or _in_backward():
             return None  # what runs under torch.func, forward-mode derivatives, a tracer or a backward is not the loop's forward
         if model is not self._model:  # nor is that of a replica on another device, which has these hooks too, in a thread of its own
             return None
@@ -183,6 +187,12 @@ class Attachment:
         self._tap = Tap(model, sites, map=map, twice=self._twice, called=called)
         arguments[place] = self._tap.open(x)
         return tuple(arguments[i] for i in range(len(args))), {name: arguments[name] for name in kwargs}
+
+    def _leave(self, model: nn.Module) -> None:
+        """Take the hooks off a copy of the model, where they do nothing, at its first forward: TorchScript would not compile them."""
+        for registry in (model._forward_pre_hooks, model._forward_hooks):
+            for key in [key for key, hook in registry.items() if getattr(hook, "__self__", None) is self]:
+                del registry[key]
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
         """A forward hook, called also where the forward raised: close the tap, and keep what it recorded."""

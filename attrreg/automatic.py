@@ -9,6 +9,7 @@ layer alone: one of our own if its call asks the same (`known`), the loop's own,
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from types import CodeType
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
@@ -92,7 +93,11 @@ def candidates(runner: Runner, recording: Recording, total: Tensor) -> list[Name
     outside = [(name, map) for name, map in maps if not _inside(model, name)]
     usual = [(name, map) for name, map in outside if width in map.shape[1:]] or outside or maps
     last = _before_block(model, total, outside or maps, usual[-1])
-    return [last] if is_grid(runner.call, *last) else [named for named in usual if named[1].shape[1:] == last[1].shape[1:]]
+    return (
+        [last]
+        if is_grid(replace(runner.call, x=recording.x), *last)
+        else [named for named in usual if named[1].shape[1:] == last[1].shape[1:]]
+    )
 
 
 def is_grid(call: Call, name: str, map: Tensor) -> bool:

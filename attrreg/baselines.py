@@ -7,6 +7,7 @@ size) or None; `generator` lies on the device of `x`, and only those with `draws
 from __future__ import annotations
 
 import math
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -79,7 +80,8 @@ class Fixed(Baseline):
 
     def __repr__(self) -> str:
         if self.image.numel() > 1000:  # from where on PyTorch prints no tensor in full
-            return f"attrreg.baselines.Fixed(<{tuple(self.image.shape)}, {self.image.dtype}>)"
+            content = zlib.crc32(self.image.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            return f"attrreg.baselines.Fixed(<{tuple(self.image.shape)}, {self.image.dtype}, {content:08x}>)"
         return f"attrreg.baselines.Fixed(torch.tensor({self.image.tolist()}, dtype={self.image.dtype}))"
 
 
@@ -232,30 +234,27 @@ class Masked(Baseline):
     """The image with its irrelevant part replaced: m x + (1 - m) fill(x).
 
     Args:
-        fill: what takes the place of the irrelevant pixels.
+        fill: what takes the place of the irrelevant pixels: a number, a tensor that broadcasts to `x`, or one of `attrreg.baselines`.
 
     Raises:
-        TypeError: `fill` is no baseline.
+        TypeError, ValueError: `fill` is none of these.
     """
 
-    fill: Baseline = Shuffle()
+    fill: Baseline | Tensor | float = Shuffle()
     needs_mask: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.fill, Baseline):
-            raise TypeError(
-                f"fill must be a baselines.Baseline, got {_named(self.fill)}. Use baselines.Fixed(image), or baselines.Shuffle()."
-            )
+        keep_baseline(self, "fill")
 
     @property
     def draws(self) -> bool:  # type: ignore[override]
         """Whether the fill draws."""
-        return self.fill.draws
+        return as_baseline(self.fill).draws
 
     def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
         """`x` inside the mask, the fill outside."""
         relevant = masks.resize(_mask(self, mask), (x.shape[-2], x.shape[-1])).to(x.dtype)
-        return torch.lerp(self.fill(x, mask, generator).to(x.dtype), x, relevant)  # in one pass over the images
+        return torch.lerp(as_baseline(self.fill)(x, mask, generator).to(x.dtype), x, relevant)  # in one pass over the images
 
 
 def as_baseline(value: Baseline | Tensor | float, name: str = "baseline") -> Baseline:
@@ -294,6 +293,9 @@ def keep_baseline(spec: Any, name: str = "baseline") -> Baseline:
 
 def made_of(part: object) -> Iterator[Baseline]:
     """The baselines that a point or a baseline is made of, those inside others included."""
+    if isinstance(part, (tuple, list)):
+        for each in part:
+            yield from made_of(each)
     if isinstance(part, Baseline):
         yield part
     if is_dataclass(part) and not isinstance(part, OneOf):  # what it draws from is not one for each image of the batch
@@ -320,8 +322,9 @@ def _mask(baseline: Baseline, mask: Tensor | None) -> Tensor:
 
 def _broadcast(image: Tensor, x: Tensor) -> Tensor:
     """An image on the device, of the type and of the shape of `x`."""
+    image = image.to(device=x.device, dtype=x.dtype)
     try:
-        return image.to(device=x.device, dtype=x.dtype).expand_as(x)
+        return image.expand_as(x)
     except RuntimeError as error:
         raise ValueError(
             f"baseline of shape {tuple(image.shape)} does not broadcast to x of shape {tuple(x.shape)}. Pass a scalar "

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from attrreg import masks
 from attrreg.distributed import Groups
+from attrreg.settings import is_integer
 from attrreg.state import Rng, isolated
 from attrreg.walk import attributes, modules
 from attrreg.wrappers import eager, refuse_compiling, undistributed, unwrap
@@ -185,7 +186,7 @@ def check_options(x: Tensor, generator: torch.Generator | None = None, output: S
             )
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}. Write torch.Generator().manual_seed(0).")
-    if isinstance(output, (bool, type)) or not (output is None or isinstance(output, (int, str)) or callable(output)):
+    if isinstance(output, (bool, type)) or not (output is None or is_integer(output) or isinstance(output, str) or callable(output)):
         raise TypeError(f"output must be an index, a key, an attribute or a function, got {output!r}. Say where the logits are.")
 
 
@@ -198,12 +199,7 @@ def out_of_inference(*arguments: Any) -> tuple[Any, ...]:
             return clones.setdefault(id(value), value.clone())
         return value
 
-    def whole(argument: Any) -> Any:
-        if isinstance(argument, Mapping):
-            return {name: normal(value) for name, value in argument.items()}
-        return tuple(map(normal, argument)) if isinstance(argument, tuple) else normal(argument)
-
-    return tuple(map(whole, arguments))
+    return tuple(tree_map(normal, dict(argument) if isinstance(argument, Mapping) else argument) for argument in arguments)
 
 
 def check_differentiable(model: nn.Module, x: Tensor, output: Select, inputs: Inputs) -> None:
@@ -298,7 +294,10 @@ def check_target(target: Tensor | None, x: Tensor) -> Tensor | None:
         kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(f"target must be a tensor of labels, got {kind}. Write torch.as_tensor(target).")
     if target.dim() == 0 or target.shape[0] != x.shape[0]:
-        raise ValueError(f"target must be ({x.shape[0]},), one class an image of x, got {tuple(target.shape)}. Reshape it.")
+        remedy = "Reshape it."
+        if target.numel() == 1 and target.dim() < 2:
+            remedy = f"For one class for all images write target.expand({x.shape[0]})."
+        raise ValueError(f"target must be ({x.shape[0]},), one class an image of x, got {tuple(target.shape)}. {remedy}")
     integral = not target.is_floating_point() and target.dtype is not torch.bool
     # A copy, because a chunked path reads it again in the penalty's backward, when the loop may have written into it.
     return target.detach().to(device=x.device, dtype=torch.int64 if integral else target.dtype, copy=True)

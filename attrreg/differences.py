@@ -14,7 +14,7 @@ from attrreg.graph import trainable_leaves
 from attrreg.recording import Recording
 from attrreg.runner import Runner
 from attrreg.scores import Score
-from attrreg.state import Rng, full_precision, isolated
+from attrreg.state import Rng, autocast_as, full_precision, isolated
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class LeafGradients:
         places: the sites' values, by the names under which they can be moved.
         leaves: the gradients there, in the same order.
         rng: from which the score drew, if it does.
+        autocast: what the pass computed in; None: no autocast.
     """
 
     image: Tensor
@@ -36,6 +37,7 @@ class LeafGradients:
     places: Mapping[str, Tensor]
     leaves: Sequence[Tensor]
     rng: Rng
+    autocast: torch.dtype | None
 
 
 class Differences:
@@ -68,7 +70,8 @@ class Differences:
         # Another term may name the layer that `layer="auto"` is. It then moves once, along what both terms make of its gradient.
         leaves = {name: gradient.detach().requires_grad_() for name, gradient in zip(names, found, strict=True)}
         places = {name: self._runner.at(recording, site).detach() for name, site in zip(names, wanted, strict=True)}
-        self._gradients.append(LeafGradients(recording.x, score, self._runner.chosen(recording, score), places, list(leaves.values()), rng))
+        chosen = self._runner.chosen(recording, score)
+        self._gradients.append(LeafGradients(recording.x, score, chosen, places, list(leaves.values()), rng, recording.autocast))
         return [leaves[name] for name in names]
 
     def differentiated(self, total: Tensor, images: Tensor) -> Tensor:
@@ -80,7 +83,8 @@ class Differences:
         if not self._gradients:
             return total
         leaves = [leaf for taken in self._gradients for leaf in taken.leaves]
-        found = iter(torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True, materialize_grads=True))
+        with full_precision(images.device):  # as terms are computed
+            found = iter(torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True, materialize_grads=True))
         for taken in self._gradients:
             slope = self._slope(taken, [next(found) for _ in taken.leaves])
             if not any(leaf is not images for leaf in trainable_leaves(slope)):
@@ -102,7 +106,9 @@ class Differences:
         layers = {name: move for name, move in moves.items() if name != sites.INPUT}
         image = taken.image + moves[sites.INPUT].to(taken.image.dtype) if sites.INPUT in moves else taken.image
         wanted = dict.fromkeys([taken.chosen.site, *layers], False)
-        with isolated(self._runner.call.model, image.device, self._runner.start), full_precision(image.device):
+        # Images of a half type may meet weights that only autocast brings to it.
+        autocast = taken.autocast if image.dtype in (torch.float16, torch.bfloat16) else None
+        with isolated(self._runner.call.model, image.device, self._runner.start), autocast_as(image.device, autocast):
             recording = self._runner.forward(image, wanted, moves=layers)
             for name in layers:
                 self._runner.at(recording, name)  # raises where it did not run this time, and so was not moved

@@ -32,7 +32,7 @@ class PathGradients:
     Places share a batch if each can have the draws of the clean pass (`ops.draws` knows dropout and stochastic depth) and if images
     meet in nothing but batch normalisation of the whole batch, which our operator does place by place. Modules tell whether that is to
     be expected, the pass whether it was so, now and then by a forward and a backward more; if not, it is thrown away, and each place runs
-    alone. What passes have shown is remembered for the model, its modes and hooks, the output and where scores read.
+    alone. What passes have shown is remembered for the model, its modes and hooks, the operators, the output and where scores read.
 
     A chunked path's backward keeps this object, so it holds nothing that passes computed.
 
@@ -52,7 +52,8 @@ class PathGradients:
         self._wanted = {sites.INPUT: True} | {score.site: False for score in scores}
         self._scores = scores
         self._differences = differences
-        self._kind = ("places", state_key(self.call.model), output_key(self.call.output), tuple(score.site for score in scores))
+        sites_read = tuple(score.site for score in scores)
+        self._kind = ("places", runner.twice, state_key(self.call.model), output_key(self.call.output), sites_read)
         self._probe = probe_of(self.call.model, *self._kind)  # False where places are known not to share
         self._coupled = any(map(couples, modules(self.call.model)))
         self._shares = self._may_share()

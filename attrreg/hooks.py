@@ -95,7 +95,7 @@ class Tap:
         except BaseException:
             self.close()
             raise
-        differentiated = INPUT in self._taken
+        differentiated = not self._taken.isdisjoint((INPUT, FEATURES))  # what enters a head may come from the images alone
         # Not x itself, whose hooks and `.grad` are for the gradient of the loss.
         self._values[INPUT] = (x.view_as(x) if x.requires_grad else self._differentiable(x)) if differentiated else x
         # A copy, because a model may work on its input in place: that would change the caller's images, fail on a leaf, and
@@ -189,6 +189,11 @@ class Tap:
         return site not in self._problems
 
     def _replace_relu(self, module: nn.ReLU, rule: Rule) -> None:
+        if type(module).forward is not nn.ReLU.forward:
+            raise ValueError(
+                f"{type(module).__name__} is a ReLU with a forward of its own, which a rule for gradients through nn.ReLU layers does not "
+                "know. Make it an nn.ReLU layer and a layer with the rest."
+            )
         entered: list[Tensor] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
@@ -202,7 +207,7 @@ class Tap:
             return x.copy_(y) if module.inplace else y  # in place as the layer itself, because others may read that memory
 
         self._exits.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
-        self._hook(module, after)
+        self._exits.enter_context(module.register_forward_hook(after, prepend=True))  # other hooks see what the layer gives
 
     def _take(self, site: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:

@@ -103,7 +103,7 @@ def check(mask: Tensor, x: Tensor, annotated: Tensor | None, needs_region: str |
         first = int(empty.nonzero()[0])
         raise ValueError(
             f"mask of image {first} has no relevant pixel, and {needs_region} is undefined without one. Leave the image out "
-            "with `annotated=`, or use objectives.LogOutside(), which accepts empty masks."
+            "with `annotated=`, or give a term that has an objective one that accepts empty masks, as objectives.LogOutside()."
         )
     relevant = torch.where(relevant >= 1 - slack, 1, relevant.clamp(min=0)) if slack else relevant
     return Annotation(torch.where(flags.view(-1, 1, 1, 1), relevant, 1), flags, count, x.shape[0])
@@ -167,7 +167,7 @@ def resize(mask: Tensor, size: Sequence[int]) -> Tensor:
     height, width = size
     if mask.shape[-2:] == (height, width):
         return mask
-    return F.adaptive_avg_pool2d(mask, (height, width))
+    return F.adaptive_avg_pool2d(mask if mask.is_floating_point() else mask.float(), (height, width))
 
 
 def from_boxes(boxes: Sequence[Tensor | Sequence[Tensor | Sequence[float]] | None], size: Sequence[int]) -> Tensor:
@@ -184,6 +184,7 @@ def from_boxes(boxes: Sequence[Tensor | Sequence[Tensor | Sequence[float]] | Non
         Boolean `(N, H, W)`.
 
     Raises:
+        TypeError: naming the entry of `boxes`: a mapping, a text, or nothing that has boxes.
         ValueError: naming `size` or the entry of `boxes`: not `(K, 4)`, in another format, or a box is empty, not finite or outside.
     """
     if not (isinstance(size, Sequence) and len(size) == 2 and all(map(is_integer, size))):
@@ -203,16 +204,19 @@ def _checked_boxes(name: str, entry: Tensor | Sequence[Tensor | Sequence[float]]
     """The boxes of an image of that size."""
     if isinstance(entry, (str, Mapping)) or not hasattr(entry, "__iter__"):
         raise TypeError(f"{name} is a {type(entry).__name__}, but the boxes of one image are (K, 4). Take them out, as target['boxes'].")
-    for part in [entry] if isinstance(entry, Tensor) else entry:  # torchvision's `BoundingBoxes` say more
+    parts = [entry] if isinstance(entry, Tensor) else list(entry)  # once: it may be an iterator
+    for part in parts:  # torchvision's `BoundingBoxes` say more
         form = str(getattr(getattr(part, "format", "XYXY"), "value", "XYXY"))
         if form != "XYXY":
             raise ValueError(f"{name} are {form}, not (x1, y1, x2, y2). Convert them: v2.ConvertBoundingBoxFormat('XYXY').")
         rows, columns = getattr(part, "canvas_size", (0, 0))
         if rows > height or columns > width:  # smaller ones may have been padded
             raise ValueError(f"{name} are of an image of {(rows, columns)}, but size={(height, width)}. Scale them with their image.")
-    if not isinstance(entry, Tensor):
-        entry = [torch.as_tensor(box, dtype=torch.float64).tolist() for box in entry]
-    listed = torch.as_tensor(entry, dtype=torch.float64)
+    try:
+        rows = [torch.as_tensor(box, dtype=torch.float64).tolist() for box in parts]
+        listed = torch.as_tensor(rows[0] if isinstance(entry, Tensor) else rows, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} are no boxes: {error}. Give (x1, y1, x2, y2) a box.") from error
     if listed.numel() % 4 or (listed.numel() and listed.shape[-1] != 4):
         raise ValueError(f"{name} has the shape {tuple(listed.shape)}, but boxes are (K, 4). Give (x1, y1, x2, y2) a box.")
     boxes: list[list[float]] = listed.reshape(-1, 4).tolist()

@@ -12,7 +12,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 NEVER = -1  # of a threshold: it is unsigned there, while `mallopt` takes no more than 2**31 - 1, which a large step exceeds
 
 # What PyTorch says where it raises a plain RuntimeError: its allocator on the CPU, cuBLAS and cuDNN, Apple's GPUs
-LACKING = ("can't allocate memory", "ALLOC_FAILED", "out of memory")
+LACKING = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
 
 
 def lacks_memory(error: Exception) -> bool:

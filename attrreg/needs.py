@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -137,7 +137,7 @@ def check_layers(needs: Iterable[Need], model: nn.Module, name: str) -> None:
     Raises:
         TypeError, ValueError: naming the term.
     """
-    if not isinstance(needs, Iterable):
+    if not isinstance(needs, Collection):  # a generator would be used up here
         raise TypeError(f"{name}: needs() gave a {type(needs).__name__}, but gives a tuple of needs. Write (need,).")
     for site in dict.fromkeys(site for need in needs for site in (need.site, *(score.site for score in _scores_of(need)))):
         try:

@@ -29,9 +29,9 @@ def _map_and_outside(map: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the mask is not one for each image, or one for all, of the map's height and width: it would meet other images' maps.
     """
-    images = (1, *mask.shape[:-2])[-2:] if mask.dim() < 4 else mask.shape[:2]  # axes that are missing come first, as in PyTorch
+    of = map.shape if mask.dim() == 4 else (1,)  # with fewer axes it is one for all: those of (N, H, W) would meet channels
     fits = map.dim() == 4 and 1 < mask.dim() < 5 and mask.shape[-2:] == map.shape[-2:]
-    if not (fits and all(size in (1, of) for size, of in zip(images, map.shape, strict=False))):
+    if not (fits and all(size in (1, most) for size, most in zip(mask.shape[:-2], of, strict=False))):
         raise ValueError(
             f"The map must be (N, C, H, W) and the mask (N, 1, H, W), got {tuple(map.shape)} and {tuple(mask.shape)}. Write "
             "mask[:, None] for (N, H, W), and attrreg.masks.resize(mask, size) for another size."

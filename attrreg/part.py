@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attrreg.apart import SIZE_ERRORS, close, images_apart
+from attrreg.apart import SIZE_ERRORS, close, couples, images_apart
 from attrreg.attach import attached
 from attrreg.baselines import Baseline, Fixed, OtherImage, made_of
 from attrreg.call import Call
@@ -42,7 +42,7 @@ def part_of(call: Call, needs: Iterable[Need]) -> Call:
 
     Images without annotation are left out only where that changes nothing but dropout's draws: where the pass is the penalty's
     own, the model does not couple the images, and no image or score is made by draws over the batch or given for each sample. A single
-    annotated one is there twice.
+    one is there twice, unless the model normalises over the batch.
 
     Raises:
         ValueError: naming `fraction`.
@@ -69,8 +69,8 @@ def part_of(call: Call, needs: Iterable[Need]) -> Call:
         if whole or draws or _obstacle(call, needs, scores) or not images_apart(call):
             return call
         indices = annotation.annotated.nonzero().squeeze(1)
-        if annotation.count == 1:  # of a batch of one, some models drop an axis
-            indices = indices.repeat(2)
+    if len(indices) == 1 and not any(map(couples, call.modules)):  # of a batch of one, some models drop an axis
+        indices = indices.repeat(2)
     target = None if call.target is None else call.target[indices]
     return replace(call, x=call.x[indices], annotation=annotation.part(indices), target=target)
 
@@ -90,10 +90,10 @@ def _obstacle(call: Call, needs: Sequence[Need], scores: Sequence[Score]) -> str
 
 
 def _mixes(baseline: Baseline, call: Call) -> bool:
-    """Whether a baseline that does not draw makes an image from others, too: it is tried."""
+    """Whether a baseline that does not draw makes an image from others, too: it is tried, so that each one is missing once."""
     assert call.annotation is not None
     annotated, images, mask = call.annotation.annotated.nonzero()[:, 0], call.x.detach(), call.annotation.relevant
-    kept, before = annotated[1:] if len(annotated) > 1 else annotated, Rng.of(images.device)
+    before, middle = Rng.of(images.device), len(annotated) // 2
     every = torch.arange(len(images), device=images.device)
 
     def made(rows: Tensor) -> Tensor:
@@ -102,7 +102,9 @@ def _mixes(baseline: Baseline, call: Call) -> bool:
         return image if image.dim() == 4 and len(image) == len(given) else image.expand_as(given)
 
     try:
-        return not close(made(every)[kept], made(kept))
+        whole = made(every)
+        parts = [part for part in (annotated[1:], annotated[:middle], annotated[middle:]) if len(part)]
+        return not all(close(whole[part], made(part)) for part in parts)
     except SIZE_ERRORS as error:  # it may hold something for each image of the batch; if it fails on all of it, the pass will say so
         if lacks_memory(error):
             raise

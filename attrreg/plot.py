@@ -109,7 +109,8 @@ def training(penalties: Mapping[str, Curve], shares_inside: Mapping[str, Curve],
     for axes, curves in ((above, penalties), (below, shares_inside)):
         for (name, curve), (color, dash) in zip(curves.items(), cycle(STYLES), strict=False):
             marker = "o" if len(curve) < 30 else ""
-            axes.plot(list(curve), list(curve.values()), color=color, linestyle=dash, marker=marker, markersize=3.5, label=name)
+            values = [torch.as_tensor(value).item() for value in curve.values()]  # on whatever device, with a graph or without
+            axes.plot(list(curve), values, color=color, linestyle=dash, marker=marker, markersize=3.5, label=name)
         axes.grid(alpha=0.3)
     if any(value > 0 for curve in penalties.values() for value in curve.values()):
         above.set_yscale("log", nonpositive="mask")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -26,18 +27,18 @@ RULES = ("gausslegendre", *ENDS)
 @cache
 def places(rule: str, steps: int) -> tuple[tuple[float, float], ...]:
     """The places on [0, 1] of a quadrature rule, by Captum's name, each with its weight."""
-    # Captum's tables, rounded as Captum rounds them where float32 is the default type: the Riemann places and all weights to float32.
-    from captum.attr._utils.approximation_methods import approximation_parameters
-
-    sizes, alphas = approximation_parameters(rule)
+    # As Captum's tables where float32 is the default type: the Riemann places and all weights are rounded to float32.
     if rule in ENDS:
         first, last = ENDS[rule]
-        ends = first / steps, 1 - last / steps
-        found = torch.linspace(*ends, steps, dtype=torch.float32, device="cpu").tolist()
+        found = torch.linspace(first / steps, 1 - last / steps, steps, dtype=torch.float32, device="cpu").tolist()
+        sizes = [1 / steps] * steps
+        if rule == "riemann_trapezoid":
+            sizes[0], sizes[-1] = sizes[0] / 2, sizes[-1] / 2
     else:
-        found = alphas(steps)
-    weights = torch.tensor(sizes(steps), dtype=torch.float32, device="cpu").tolist()
-    return tuple((float(alpha), weight) for alpha, weight in zip(found, weights, strict=True))
+        nodes, lengths = numpy.polynomial.legendre.leggauss(steps)
+        found, sizes = (0.5 * (1 + nodes)).tolist(), (0.5 * lengths).tolist()
+    weights = torch.tensor(sizes, dtype=torch.float32, device="cpu").tolist()
+    return tuple(zip(found, weights, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +57,11 @@ class Stop:
 
     def image(self, x: Tensor) -> Tensor:
         """The image at this place."""
-        return self.baseline + self.alpha * (x - self.baseline)
+        return (self.baseline + self.alpha * (x - self.baseline)).to(x.dtype)
 
     def factor(self, x: Tensor) -> Tensor:
         """What the gradient here is multiplied by: weight (x - baseline)."""
-        return self.weight * (x - self.baseline)
+        return (self.weight * (x - self.baseline)).to(x.dtype)
 
 
 class Point(Key, ABC):
@@ -76,12 +77,16 @@ class Clean(Point):
 
 
 CLEAN = Clean()
+"""The images as they are, the default wherever a point is asked for."""
 
 
 class FromBaseline(Point, ABC):
-    """Images that a baseline makes; subclasses have it as a field."""
+    """Images that a baseline makes; subclasses have it as a field, which may be written as a number or a tensor."""
 
     baseline: Baseline
+
+    def __post_init__(self) -> None:
+        keep_baseline(self)
 
     @property
     def draws(self) -> bool:  # type: ignore[override]
@@ -104,16 +109,14 @@ class At(FromBaseline):
 
     baseline: Baseline
 
-    def __post_init__(self) -> None:
-        keep_baseline(self)
-
 
 @dataclass(frozen=True, repr=False)
 class Rectified(Point):
     """The images as they are, with another rule for gradients through `nn.ReLU` layers.
 
     Args:
-        rule: one of `attrreg.ops.rectify`, or `(gradient, y) -> passed on`, from the ReLU's output y.
+        rule: one of `attrreg.ops.rectify`, or `(gradient, y) -> passed on`, from the ReLU's output y. It scales with the gradient,
+            rule(s gradient, y) = s rule(gradient, y) for s > 0: in float16 it gets scaled ones.
     """
 
     rule: Rule

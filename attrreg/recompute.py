@@ -18,7 +18,7 @@ from attrreg.folding import PathGradients
 from attrreg.graph import trainable_leaves
 from attrreg.ops.phase import once_differentiable
 from attrreg.points import Stop
-from attrreg.state import BufferValues, Settings, autocast_as, autocast_type, buffer_values, copied_buffers
+from attrreg.state import BufferValues, Settings, buffer_values, copied_buffers
 from attrreg.walk import attributes
 
 
@@ -91,16 +91,13 @@ class _Chunk:
         self._others = [(part, version(part)) for part in others]
         # Also leaves that the gradients are no function of: a score may choose its class by the last layer's bias.
         self._weights = [(leaf, version(leaf)) for leaf in (*leaves, *gradients.reached.values())]
-        self._autocast = autocast_type(gradients.call.x.device)
 
     @contextmanager
     def again(self, x: Tensor) -> Iterator[list[Tensor]]:
         """The sum with its graph, and the model as it was: where that is differentiated, checkpointed blocks run once more."""
         self._check_unchanged()
         with self._settings.back(), torch.enable_grad(), copied_buffers(self._model, self._buffers):
-            with autocast_as(x.device, self._autocast):
-                found = _summed(self._stops, x, self._gradients, True)
-            yield found
+            yield _summed(self._stops, x, self._gradients, True)
 
     def _check_unchanged(self) -> None:
         if any(version(weight) != then for weight, then in self._weights):

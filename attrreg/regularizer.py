@@ -114,7 +114,8 @@ class AttributionRegularizer(Spec, ABC):
         forward is taken instead, and nothing moves again.
 
         Args:
-            model, x, mask, target, annotated, generator, output, inputs, group: as in calling the regularizer.
+            model, x, mask, target, annotated, generator, output, inputs, group: as in calling the regularizer. There is no `fraction`: the
+                loop's forward is of all images.
 
         Returns:
             `Penalty(total, terms, output)`; `output` is what the model returned, before `output=` picks the logits.

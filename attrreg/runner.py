@@ -26,7 +26,7 @@ from attrreg.own import check_scores
 from attrreg.recording import Recording
 from attrreg.scores import Score
 from attrreg.spec import is_own
-from attrreg.state import Rng, full_precision, isolated
+from attrreg.state import Rng, autocast_as, autocast_type, full_precision, isolated
 
 DETACHED = (
     "The model's output carries no gradient: its forward runs under no_grad, detaches, or is checkpointed with use_reentrant=True. Enable "
@@ -64,6 +64,7 @@ class Runner:
         call: the checked arguments.
         twice: gradients will be differentiated again.
         start: where the random number generators were before the clean pass, so that other passes draw the same; None: where they are.
+        autocast: what autocast computes in, also in passes that run later, as while a term computes its value; None: it is off.
         places: how often the batch has each image, side by side.
         map: the layer that `layer="auto"` turned out to be.
         drew: a score of the user's drew random numbers.
@@ -73,6 +74,7 @@ class Runner:
         self.call = call
         self.twice = twice
         self.start = start
+        self.autocast = autocast_type(call.x.device)
         self.places = 1
         self.map = ""
         self.drew = False
@@ -125,14 +127,15 @@ class Runner:
 
     def replay(self, image: Tensor, wanted: dict[str, bool], rule: Rule | None = None, check: bool = False) -> Recording:
         """A forward that starts from `start` and leaves no trace; for the arguments see `forward`."""
-        with isolated(self.call.model, self.call.x.device, self.start):
+        device = self.call.x.device
+        with isolated(self.call.model, device, self.start), autocast_as(device, self.autocast):
             return self.forward(image, wanted, rule=rule, check=check)
 
     def backward(self, recording: Recording, score: Score, wanted: list[str], create_graph: bool, retain: bool = True) -> list[Tensor]:
         """The gradients of a score at the wanted sites, all from one backward; not `retain`: which is the last through this pass."""
         read_at = self.at(recording, score.site)
-        if score.site == sites.OUTPUT and not read_at.requires_grad:
-            raise RuntimeError(DETACHED)
+        if not read_at.requires_grad:
+            raise RuntimeError(DETACHED if score.site == sites.OUTPUT else _unreached(score, wanted[0], read_at))
         value = at_least_float32(read_at)
         total = self._scores(value, score).sum()
         half = recording.half or read_at.dtype == torch.float16 or ends_in_half(read_at)
@@ -157,7 +160,7 @@ class Runner:
         for site in wanted:
             if (grad := found[site]) is None:
                 raise RuntimeError(_unreached(score, site, total))
-            self._check_patches(site, grad)
+            self._check_patches(recording, site, grad)
             gradients.append(at_least_float32(grad))
         return gradients
 
@@ -226,11 +229,11 @@ class Runner:
                 break
         return found
 
-    def _check_patches(self, site: str, grad: Tensor) -> None:
+    def _check_patches(self, recording: Recording, site: str, grad: Tensor) -> None:
         # Class-token pooling: the score reads the class token alone, so at the last layers patches have no gradient at all.
         if site in sites.SPECIAL or grad.dim() != 3:
             return
-        prefix = sites.layout(grad, self.call.model, self.call.x, site)
+        prefix = sites.layout(grad, self.call.model, recording.x, site)
         if isinstance(prefix, int) and prefix and not grad[:, prefix:].any() and grad.any():
             raise RuntimeError(
                 f"At layer {site!r} the gradient of every patch token is zero, because the score reads the class token alone from "
@@ -243,7 +246,7 @@ class Runner:
             return
         total = self.at(recording, sites.OUTPUT).sum()
         maps = self._maps(recording, None, total)
-        decided = automatic.is_grid(self.call, *maps[-1])
+        decided = automatic.is_grid(replace(self.call, x=recording.x), *maps[-1])
         grads = (None,) if decided else self._gradients(recording, total, [map for _, map in maps], create_graph=False)
         self._choose_map(recording, None, maps, grads)
 
@@ -257,7 +260,7 @@ class Runner:
         self, recording: Recording, score: Score | None, maps: list[automatic.NamedMap], grads: Sequence[Tensor | None]
     ) -> Tensor | None:
         """Record the layer for `layer="auto"`; the gradient there."""
-        place = automatic.choose(self.call, score, maps, grads)
+        place = automatic.choose(replace(self.call, x=recording.x), score, maps, grads)  # which may be of another size
         self.map, recording.values[sites.SPATIAL] = maps[place]
         return grads[place]
 
@@ -273,7 +276,10 @@ class Runner:
             self.find_map(recording)
         if site in recording.problems or site not in recording.values:
             assert site in recording.problems or site == sites.FEATURES, site
-            missing = "The model has no linear or convolutional layer, whose input would be the features. Name a layer."
+            missing = (
+                "No layer ran that may be the classifier, whose input would be the features: the model has no linear or convolutional one, "
+                "or not the one that its get_classifier() names. Name a layer."
+            )
             raise ValueError(recording.problems.get(site, missing))
         return self._features(recording) if site == sites.FEATURES else recording.values[site]
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from attrreg import penalty
-from attrreg.attach import Attachment, attached
-from attrreg.call import Call
+from attrreg.attach import Attachment, attached, suspended
+from attrreg.call import Call, Inputs, Select
+from attrreg.distributed import Group
 from attrreg.ops.precision import compute_dtype
 from attrreg.penalty import Penalty
 from attrreg.recording import Request
@@ -87,7 +88,7 @@ class Linear(Schedule):
 
     def __call__(self, step: int) -> float:
         """The weight at a step."""
-        return self.first + (self.last - self.first) * min(step / self.steps, 1.0)
+        return _between(self.first, self.last, min(step / self.steps, 1.0))
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,7 +119,7 @@ class Cosine(Schedule):
 
     def __call__(self, step: int) -> float:
         """The weight at a step."""
-        return self.last + (self.first - self.last) * (1 + math.cos(math.pi * min(step / self.steps, 1.0))) / 2
+        return _between(self.last, self.first, (1 + math.cos(math.pi * min(step / self.steps, 1.0))) / 2)
 
 
 @dataclass(frozen=True, repr=False)
@@ -155,8 +156,9 @@ def _check_weights(first: float, last: float) -> None:
 class Scheduled:
     """A regularizer whose weight follows a schedule; it counts its own steps, one a call.
 
-    Called, evaluated and attached like the regularizer itself. At a step of weight 0 no penalty is computed, an attached forward runs as
-    the model is written, and the penalty is exactly 0, with a graph. `evaluate` then runs the plain forward, unless one was recorded.
+    Called, evaluated and attached like the regularizer itself. At a step of weight 0 no penalty is computed, an attached forward runs
+    without what makes it differentiable twice, and the penalty is exactly 0, with a graph. `evaluate` then runs the plain forward, unless
+    one was recorded.
 
         reg = attrreg.Scheduled(attrreg.InputGradient(), attrreg.schedules.Every(4))
 
@@ -193,31 +195,75 @@ class Scheduled:
         number = _number(weight)
         if not 0 <= number < math.inf:
             raise ValueError(
-                f"{type(self.schedule).__name__} gives {weight!r} at step {self.step}, but a weight must be finite and at least 0. Let it "
-                "return such a number; a negative one would be a reward."
+                f"{type(self.schedule).__name__} gives {brief(weight)} at step {self.step}, but a weight must be finite and at least 0. "
+                "Let it return such a number; a negative one would be a reward."
             )
         return number
 
-    def __call__(self, model: nn.Module, x: Tensor, mask: Tensor, target: Tensor | None = None, **settings: Any) -> Tensor:
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        mask: Tensor,
+        target: Tensor | None = None,
+        *,
+        annotated: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        output: Select = None,
+        inputs: Inputs = None,
+        fraction: float = 1.0,
+        group: Group = None,
+    ) -> Tensor:
         """Compute the weighted penalty, and count the step. See `AttributionRegularizer.__call__`."""
-        weight = self.weight
-        value = weight * self.regularizer(model, x, mask, target, **settings) if weight else _zero(x)
+        if weight := self.weight:
+            value = weight * self.regularizer(
+                model,
+                x,
+                mask,
+                target,
+                annotated=annotated,
+                generator=generator,
+                output=output,
+                inputs=inputs,
+                fraction=fraction,
+                group=group,
+            )
+        else:
+            value = _zero(x)
         self.step += 1
         return value
 
-    def evaluate(self, model: nn.Module, x: Tensor, mask: Tensor, target: Tensor | None = None, **settings: Any) -> Penalty:
+    def evaluate(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        mask: Tensor,
+        target: Tensor | None = None,
+        *,
+        annotated: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        output: Select = None,
+        inputs: Inputs = None,
+        group: Group = None,
+    ) -> Penalty:
         """Compute the weighted penalty in place of the loop's forward, and count the step. See `AttributionRegularizer.evaluate`."""
         weight = self.weight
         if weight:
-            whole = self.regularizer.evaluate(model, x, mask, target, **settings)  # its own, which a subclass may have written
+            whole = self.regularizer.evaluate(  # its own, which a subclass may have written
+                model, x, mask, target, annotated=annotated, generator=generator, output=output, inputs=inputs, group=group
+            )
             terms = {name: weight * value for name, value in whole.terms.items()}
             result = Penalty(weight * whole.total, terms, whole.output)
         else:
-            call = Call(model, x, inputs=settings.get("inputs"), as_compiled=True)
+            call = Call(model, x, inputs=inputs, as_compiled=True)
             attachment = attached(call.model)
             request = Request({}, twice=False, question=None, alone=True, returns_output=True)
             recording = None if attachment is None else attachment.take(call, request)
-            output = call.run(x, as_users_forward=True) if recording is None else recording.returned
+            if recording is None:
+                with suspended(call.model, as_users_forward=True):  # else the attachment would give this forward out at the next call
+                    output = call.run(x, as_users_forward=True)
+            else:
+                output = recording.returned
             zero = _zero(x)
             result = Penalty(zero, {term.name: zero.detach() for term in self.regularizer.terms}, output)
         self.step += 1
@@ -246,11 +292,16 @@ class Scheduled:
         return f"attrreg.Scheduled({self.regularizer!r}, {self.schedule!r})"
 
 
+def _between(first: float, last: float, part: float) -> float:
+    """So far from one weight to another: exactly these at 0 and 1."""
+    return first * (1 - part) + last * part
+
+
 def _number(weight: Any) -> float:
     """What a user's schedule returned, as a float: a number of Python's or NumPy's, or a 0-dim tensor; NaN where it is none of these."""
     try:
         return math.nan if isinstance(weight, (str, bytes)) else float(weight.detach() if isinstance(weight, Tensor) else weight)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         return math.nan
 
 

@@ -190,7 +190,7 @@ class RandomProjection(Score):
 
     Args:
         layer: dotted name of the layer, or "auto": the features that enter the classifier; `sites.OUTPUT`: the logits.
-        seed: fixes the directions of the images of a batch by their places in it; a batch of another size has others. None: each call.
+        seed: fixes the directions of the images of a batch by their places in it; a batch of another size may have others. None: each call.
 
     Source: ours; at x alone it gives twice the Jacobian regularizer of Hoffman et al. 2019, arXiv 1908.02729 (there of the logits).
     """

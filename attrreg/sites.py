@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from attrreg.settings import brief
 from attrreg.walk import modules, path_to
 
-INPUT = "<input>"  # the images
-OUTPUT = "<output>"  # the logits: what the model returns, after `output=`
-FEATURES = "<features>"  # what enters the last linear or convolutional layer of the model that the logits come from: the pooled features
-SPATIAL = "<last spatial layer>"  # the last layer whose output is a map
+INPUT = "<input>"
+"""The images."""
+OUTPUT = "<output>"
+"""The logits: what the model returns, after `output=`."""
+FEATURES = "<features>"
+"""What enters the last linear or convolutional layer of the model that the logits come from: the pooled features."""
+SPATIAL = "<last spatial layer>"
+"""The last layer whose output is a map."""
 
 GIVE_NCHW = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
 ALONG = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d)  # of (N, C, L)
@@ -174,15 +178,21 @@ def _nearest_with(model: nn.Module, site: str, name: str) -> nn.Module:
     return next((module for module in reversed(around) if hasattr(module, name)), model)
 
 
+def _layer(model: nn.Module, site: str) -> nn.Module:
+    """The layer of a site; of features or logits the model."""
+    return model if site in SPECIAL else model.get_submodule(site)
+
+
 def _convolves_to(model: nn.Module, site: str, channels: int) -> bool:
     # A stride may differ between the axes, so that the shape alone would not tell.
-    layers = (layer for layer in reversed(modules(model.get_submodule(site))) if isinstance(layer, GIVE_NCHW))  # the last is the likeliest
+    inside = modules(_layer(model, site))
+    layers = (layer for layer in reversed(inside) if isinstance(layer, GIVE_NCHW))  # the last is the likeliest
     return any(getattr(layer, "out_channels", getattr(layer, "num_features", None)) == channels for layer in layers)
 
 
 def _convolves_along(model: nn.Module, site: str, channels: int, length: int) -> bool:
     """Whether a layer gives `(N, C, L)`, as convolutions along one axis do, and not tokens, which these may mix."""
-    for module in (model.get_submodule(site), model):
+    for module in (_layer(model, site), model):
         along = [layer for layer in modules(module) if isinstance(layer, ALONG)]
         # Several may be concatenated, and are then what the next one takes.
         if any(getattr(layer, width, None) == channels for layer in along for width in ("out_channels", "in_channels", "num_features")):
@@ -224,14 +234,13 @@ def _grid(count: int, model: nn.Module, height: int, width: int) -> tuple[int, i
     return None
 
 
-def _unrolled(length: int, model: nn.Module, other: nn.Module) -> bool:
+def _unrolled(length: int, model: nn.Module, other: Any) -> bool:
     # Hiera lets the tokens of a mask unit lie one after the other until the last stage, where a unit is one token.
     unroll = getattr(model, "unroll", None)
-    config: Any = getattr(other, "config", None)
     size: list[int] | None = getattr(unroll, "size", None)
     strides: list[tuple[int, ...]] | None = getattr(unroll, "schedule", None)
-    if strides is None and hasattr(config, "patch_stride"):  # Hugging Face's
-        strides = getattr(other, "unroll_schedule", None)
+    if strides is None and hasattr(other, "unroll_schedule"):  # Hugging Face's
+        strides, config = other.unroll_schedule, other.config
         size = [side // stride for side, stride in zip(config.image_size, config.patch_stride, strict=True)]
     if not size or strides is None:
         return False

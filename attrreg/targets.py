@@ -26,7 +26,8 @@ def check_classes(target: Tensor) -> None:
         TypeError, ValueError: naming `target`.
     """
     if target.is_floating_point() or target.dtype is torch.bool:
-        indices = "Write `target.long()`" if target.dim() == 1 else "For one-hot labels write `target.argmax(1)`"
+        one_hot = "target.int().argmax(1)" if target.dtype is torch.bool else "target.argmax(1)"  # PyTorch's takes no bool
+        indices = "Write `target.long()`" if target.dim() == 1 else f"For one-hot labels write `{one_hot}`"
         if target.dim() == 2 and target.shape[1] == 1:  # whose argmax is 0 everywhere
             indices = "Write `target.squeeze(1).long()`"
         others = f"{indices}; several labels take MultiLabelLogit(), one logit BinaryLogit(), regression RegressionOutput()."

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attrreg import automatic, own, sites
-from attrreg.apart import output_key, probe_of
+from attrreg.apart import images_apart, output_key, probe_of
 from attrreg.attach import attached
 from attrreg.call import Call
 from attrreg.conditions import version
@@ -31,7 +31,7 @@ from attrreg.recompute import sum_along
 from attrreg.recording import Recording, Request
 from attrreg.runner import Runner
 from attrreg.scores import Score
-from attrreg.state import Buffers, Rng, detach_buffers, drawn_seed, isolated
+from attrreg.state import Buffers, Rng, autocast_as, detach_buffers, drawn_seed, isolated
 
 __all__ = ["Passes", "Trace", "passes"]
 
@@ -127,6 +127,11 @@ class Trace:
             probe.found = True
         return found
 
+    def images_apart(self) -> bool:
+        """Whether what the model gives for an image depends on that alone. Runs it again, now and then."""
+        with autocast_as(self.call.x.device, self._runner.autocast):  # terms compute outside the loop's
+            return images_apart(self.call)
+
     def seen_from(self, point: Point) -> Trace:
         """The same passes, with a point in place of the clean images."""
         view = copy(self)
@@ -137,13 +142,19 @@ class Trace:
         """The point that a term means: in a view by `seen_from`, another one in place of the clean images."""
         return self._here if at == CLEAN else at
 
-    def grid(self, site: str, value: Tensor) -> Tensor:
+    def grid(self, site: str, value: Tensor, at: Point = CLEAN) -> Tensor:
         """A value or gradient of a layer, or of the images, as a map `(N, C, h, w)`.
+
+        Args:
+            site, at: where it was read.
+            value: what was read there.
 
         Raises:
             ValueError: the layer has no spatial map.
         """
-        return sites.to_grid(value, self.call.model, self.call.x, self._runner.map if site == sites.SPATIAL else site)
+        recording = self._recordings.get(self._seen(at))
+        x = self.call.x if recording is None else recording.x
+        return sites.to_grid(value, self.call.model, x, self._runner.map if site == sites.SPATIAL else site)
 
     @property
     def mask(self) -> Tensor:
@@ -252,6 +263,7 @@ class Trace:
             image = own.made(point.baseline, point.baseline, self.call.x.detach(), self.call.mask, seed)
             if not isinstance(image, Tensor):
                 raise TypeError(f"{point.baseline!r} gave a {type(image).__name__}, but a baseline gives images (N, C, H, W).")
+            image = image.to(self.call.x.dtype)
         if isinstance(point, Ascent):
             image = self._ascend(point)
         return self._runner.replay(image, sites_at(point, self._needs), rule=rule)

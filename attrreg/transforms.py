@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attrreg import call as calls
 from attrreg import masks, own
-from attrreg.baselines import Baseline, Masked, Zero
+from attrreg.baselines import Baseline, Masked, Zero, as_baseline, keep_baseline
 from attrreg.spec import Spec
 from attrreg.state import drawn_seed, undone_on_error
 
@@ -36,10 +36,10 @@ class ReplaceOutside(Spec):
         The baselines "masked" and "shuffled" of the founding paper, arXiv 1910.00199.
     """
 
-    fill: Baseline = Zero()
+    fill: Baseline | Tensor | float = Zero()
 
     def __post_init__(self) -> None:
-        Masked(self.fill)  # which checks it
+        keep_baseline(self, "fill")
 
     def __call__(self, x: Tensor, mask: Tensor, *, annotated: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """The batch to train on, of the shape of `x`.
@@ -55,6 +55,7 @@ class ReplaceOutside(Spec):
         calls.check_options(x, generator)
         annotation = masks.check(mask, x, annotated)
         with undone_on_error(x.device, generator):
-            seed = drawn_seed(generator) if self.fill.draws else 0
-            replaced = own.made(self.fill, Masked(self.fill), x, annotation.relevant, seed)
+            fill = as_baseline(self.fill)
+            seed = drawn_seed(generator) if fill.draws else 0
+            replaced = own.made(fill, Masked(fill), x, annotation.relevant, seed)
         return torch.where(annotation.annotated.view(-1, 1, 1, 1), replaced, x)

@@ -47,16 +47,17 @@ def write_page(numbers: Path) -> None:
 
 def summary(record: Record) -> tuple[str, str, str]:
     """A row a penalty: what it costs here and in the ways of today."""
-    columns = (ways.ATTACHED, ways.TODAY, ways.CAPTUM)
+    columns = (ways.ATTACHED, ways.TODAY, ways.BY_HAND, ways.CAPTUM)
     rows = {f"{name}, `chunk=None`" if name == ways.INTEGRATED_GRADIENTS else name: (name, columns) for name in record.plan.penalties}
-    rows["the same, `chunk=1`, the default"] = (ways.INTEGRATED_GRADIENTS, (ways.CHUNKED, "", ""))
+    rows["the same, `chunk=1`, the default"] = (ways.INTEGRATED_GRADIENTS, (ways.CHUNKED, "", "", ""))
     lines = []
     for label, (penalty, names) in rows.items():
         found = [[cost for _, cost in ratios(record, penalty, way)] for way in names]
         lines.append([label, *(_medians(costs, len(record.costs)) for costs in found)])
     intro = (
-        f"Time / peak memory above the parameters of a training step, as multiples of a plain one's: medians over {len(record.costs)} "
-        "models. *All three* are the rows above it in one sum."
+        "Time / peak memory above the parameters of a training step without the optimizer, as multiples of a plain one's: medians over "
+        f"{len(record.costs)} models. Maps are of the target's logit under `SquaredOutside`. *All three* are the rows above it in one sum; "
+        "*by hand* is what somebody writes who also shares the loop's forward."
     )
     return intro, markdown_table(["penalty", *columns], lines), report.conditions(record)
 

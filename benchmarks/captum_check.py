@@ -18,7 +18,7 @@ from captum.attr import Attribution
 from torch import Tensor, nn
 
 import attrreg
-from attrreg.bench.strategies import gradients_with_graph
+from attrreg.bench.today import gradients_with_graph
 from attrreg.captum.bridge import ACCEPTED
 from attrreg.captum.refusals import ABSTRACT
 from attrreg.objectives import SquaredOutside

@@ -102,7 +102,7 @@ ON_GPU = Bounds(
 def promises(record: Record) -> Iterator[Promise]:
     """All that can be told from a record."""
     measured = {penalty for found in record.costs.values() for penalty in found}
-    bounds = ON_CPU if record.plan.device == "cpu" else ON_GPU
+    bounds = ON_CPU if torch.device(record.plan.device).type == "cpu" else ON_GPU
     if ways.INPUT_GRADIENT in measured:
         yield from _input_gradient(record, bounds)
     for penalty, bound in (

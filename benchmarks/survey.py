@@ -172,7 +172,7 @@ def main() -> None:
         # In the order of the list, also where a run went on with what another had measured.
         record.costs = {model: record.costs[model] for model in record.plan.models if model in record.costs}
         report.save(record, numbers)
-    write_section(PAGE, section, command, report.conditions(record), table(record), missed(record))
+    write_section(PAGE, section, command, f"{report.conditions(record)} {report.noise(record)}", table(record), missed(record))
 
 
 if __name__ == "__main__":

@@ -87,6 +87,46 @@ def test_checkpointing_changes_nothing(name: str) -> None:
     assert_close(gradients(plain, value), [a + b for a, b in zip(task, want, strict=True)], 1e-12)
 
 
+class Learner(nn.Module):
+    """Takes a gradient in its forward, maybe in a checkpointed block: of a weight, as fast weights do, or of what comes in."""
+
+    def __init__(self, of: str, checkpointed: bool) -> None:
+        super().__init__()
+        self.of, self.checkpointed = of, checkpointed
+        self.stem, self.fast, self.head = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1), nn.Linear(2, 3)
+
+    def block(self, h: Tensor) -> Tensor:
+        w = self.fast.weight
+        energy = F.conv2d(h, w, padding=1).square().mean()
+        (step,) = torch.autograd.grad(energy, w if self.of == "weight" else h, create_graph=True)
+        h, w = (h, w - 0.5 * step) if self.of == "weight" else (h - 20 * step, w)
+        return F.conv2d(h, w, padding=1).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x).tanh() if self.of == "weight" else x
+        h = checkpoint(self.block, h, use_reentrant=False) if self.checkpointed else self.block(h)
+        logits: Tensor = self.head((h if self.of == "weight" else self.stem(h).tanh()).mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("of", ["weight", "images"])
+def test_a_block_that_takes_a_gradient_itself(of: str) -> None:
+    x, mask, target = smooth_batch()
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = Learner(of, checkpointed).double()
+        found.append(gradients(model, attrreg.InputGradient()(model, x, mask, target)))
+    assert_close(found[1], found[0], 1e-10)
+    images = x.clone().requires_grad_()
+    plain = Learner(of, checkpointed=False).double()
+    plain.load_state_dict(model.state_dict())
+    term = attrreg.InputGradient(attrreg.scores.TargetLogit(), attrreg.objectives.SquaredOutside())
+    (phi,) = torch.autograd.grad(plain(images * 1).gather(1, target[:, None]).sum(), images, create_graph=True)
+    want = (~mask[:, None] * phi).square().sum((1, 2, 3)).mean()
+    assert_close(gradients(model, term(model, x, mask, target)), gradients(plain, want), 1e-10)
+
+
 @pytest.mark.parametrize("family", ["test_vit", "test_resnet", "mobilenetv3_small_050"])
 def test_timms_checkpointing_changes_nothing(family: str) -> None:
     settings = {"img_size": 64} if "vit" in family else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -219,6 +220,23 @@ def test_boxes_of_another_image_and_boxes_that_are_tensors() -> None:
     assert torch.equal(masks.from_boxes([tensors], (16, 16)), masks.from_boxes([[(1, 1, 3, 3), (5, 5, 6, 6)]], (16, 16)))
 
 
+def test_boxes_may_come_from_an_iterator() -> None:
+    x1, y1, x2, y2 = (1, 5), (1, 5), (3, 6), (3, 6)
+    corners: Any = zip(x1, y1, x2, y2, strict=True)
+    assert torch.equal(masks.from_boxes([corners], (8, 8)), masks.from_boxes([[(1, 1, 3, 3), (5, 5, 6, 6)]], (8, 8)))
+
+
+@pytest.mark.parametrize("entry", [[(0, 0, 4, 4), (1, 1, 3)], [{"bbox": [0, 0, 4, 4]}], [None], [(0, 0, 4, "x")]])
+def test_what_is_no_list_of_boxes_is_named(entry: Any) -> None:
+    with pytest.raises(ValueError, match=r"boxes\[1\] are no boxes: .*Give \(x1, y1, x2, y2\) a box"):
+        masks.from_boxes([[(0, 0, 4, 4)], entry], (8, 8))
+
+
+def test_boolean_masks_are_resized_as_numbers() -> None:
+    mask = torch.rand(2, 1, 9, 7) > 0.5
+    torch.testing.assert_close(masks.resize(mask, (3, 2)), masks.resize(mask.float(), (3, 2)))
+
+
 @pytest.mark.parametrize(
     "objective",
     [
@@ -228,8 +246,9 @@ def test_boxes_of_another_image_and_boxes_that_are_tensors() -> None:
 )
 def test_an_objective_refuses_a_mask_that_would_meet_other_images(objective: objectives.Objective) -> None:
     map, mask = torch.rand(3, 1, 4, 4), torch.ones(3, 4, 4)
-    with pytest.raises(ValueError, match=r"mask \(N, 1, H, W\), got .*\(3, 4, 4\)\. Write mask\[:, None\]"):
-        objective(map, mask)
+    for channels in (1, 3):  # of which there may be as many as images
+        with pytest.raises(ValueError, match=r"mask \(N, 1, H, W\), got .*\(3, 4, 4\)\. Write mask\[:, None\]"):
+            objective(map.expand(3, channels, 4, 4), mask)
     with pytest.raises(ValueError, match=r"got \(1, 1, 4, 4\) and \(3, 1, 4, 4\)"):
         objective(map[:1], mask[:, None])
     for other in (mask[0, 0], mask[:, None, :1, :1], mask[None, None]):

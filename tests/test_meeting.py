@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attrreg
@@ -74,6 +75,34 @@ def test_of_three_images_each_two_are_looked_at(seed: int) -> None:
         annotated = torch.arange(3) != left_out
         whole = TERM.evaluate(model, x, mask, target, annotated=annotated).total
         torch.testing.assert_close(TERM(model, x, mask, target, annotated=annotated), whole, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["a mean without gradient", "the largest value without gradient", "fake quantisation"])
+def test_of_two_images_each_is_looked_at(name: str) -> None:
+    model, (x, mask, target) = Meets(name), smooth_batch(6)
+    for images in (2, 2, 6):  # what two have shown counts for more, too
+        annotated = torch.arange(images) % 2 == 0
+        arguments = model, x[:images], mask[:images], target[:images]
+        whole = TERM.evaluate(*arguments, annotated=annotated).total
+        torch.testing.assert_close(TERM(*arguments, annotated=annotated), whole, rtol=1e-12, atol=0)
+
+
+class Normalised(SmoothNet):
+    """Normalises by the batch, which no module tells."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.batch_norm(x, None, None, training=True))
+
+
+def test_what_a_penalty_has_shown_does_not_count_for_maps() -> None:
+    """Its operator normalises each place by itself, PyTorch's all of them together."""
+    model, (x, mask, target) = Normalised().double(), smooth_batch(3)
+    one, all_at_once = (attrreg.IntegratedGradients(steps=4, chunk=chunk, objective=SquaredOutside()) for chunk in (1, None))
+    want = one.attribute(model, x, target)
+    for _ in range(2):
+        torch.testing.assert_close(all_at_once(model, x, mask, target), one(model, x, mask, target), rtol=1e-12, atol=0)
+    for _ in range(3):
+        torch.testing.assert_close(all_at_once.attribute(model, x, target), want)
 
 
 @pytest.mark.parametrize("name", MEETINGS)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import attrreg
-from attrreg import baselines, masks, metrics, plot, schedules, scores
+from attrreg import AdversarialInvariance, baselines, masks, metrics, plot, schedules, scores
 from attrreg.data import MaskFolder, WithMasks
 from tests.models import SmoothNet, smooth_batch
 
@@ -39,13 +39,43 @@ class Named(SmoothNet):
         return super().forward(images)
 
 
-named = Named().double()
+class Frozen(SmoothNet):
+    """Its features are made without a graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = x * 2
+            features = self.body(self.stem(x)).mean((2, 3))
+        logits: Tensor = self.head(features)
+        return logits
+
+
+def narrower(term: Any) -> None:
+    """Train with a term on one model, and go on with another."""
+    for width in (6, 5):
+        term(nn.Sequential(nn.Conv2d(2, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3)).double(), x, mask)
+
+
+named, frozen = Named().double(), Frozen().double()
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an array of images": (lambda: REG(model, x.numpy(), mask), TypeError, r"x must .*Make a normalised tensor"),
     "images and mask swapped": (lambda: REG(model, mask, x), TypeError, r"It looks like a mask: the order is \(model, x, mask\)"),
     "a mask of a type that is no tensor": (lambda: REG(model, x, mask.numpy()), TypeError, r"torch.as_tensor\(numpy.array\(mask\)\)"),
     "labels in place of the mask": (lambda: REG(model, x, target), ValueError, r"labels go by name: target="),
     "one-hot labels": (lambda: attrreg.InputGradient(scores.TargetLogit())(model, x, mask, HOT), ValueError, r"`target.argmax\(1\)`"),
+    "boolean one-hot labels": (
+        lambda: attrreg.InputGradient(scores.TargetLogit())(model, x, mask, HOT.bool()),
+        TypeError,
+        r"`target.int\(\).argmax\(1\)`",
+    ),
+    "one class for all": (lambda: REG(model, x, mask, torch.tensor(1)), ValueError, r"one class for all images write target.expand\(3\)"),
+    "one class in a batch": (lambda: REG(model, x, mask, torch.tensor([1])), ValueError, r"write target.expand\(3\)"),
+    "features under no_grad": (
+        lambda: attrreg.InputGradient(scores.RandomProjection())(frozen, x, mask),
+        RuntimeError,
+        "on the way to it the model detaches or runs under no_grad",
+    ),
+    "features of another width": (lambda: narrower(AdversarialInvariance(every=2)), ValueError, "features are 5 wide, but were 6"),
     "a column of labels": (
         lambda: attrreg.InputGradient(scores.TargetLogit())(model, x, mask, target[:, None]),
         ValueError,

@@ -15,8 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from attrreg.graph import nodes
-from attrreg.ops import Phase, strided, twice_differentiable
+from attrreg.ops import Phase, conv, strided, twice_differentiable
 from attrreg.ops.channels import CHANNELS_LAST
 from tests.models import DEVICE
 
@@ -155,11 +154,8 @@ def test_a_gradient_of_the_input_alone_does_no_work_for_the_weights() -> None:
     phase = Phase()
     with twice_differentiable(phase):
         y = F.conv2d(x, w, groups=4)
-    with phase.attributing():
+    with phase.attributing(), patch.object(conv, "_WeightGradient", None):  # an error where it is taken
         (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    names = {node.name() for node in nodes(slope)}
-    assert names & {"_InputGradientBackward", "ConvolutionBackward0"}  # of a transposed one, on the CPU
-    assert "_WeightGradientBackward" not in names
     (by_weight,) = torch.autograd.grad(slope.sum(), w)  # which the phase does not forbid afterwards
     assert by_weight.any()
 
@@ -179,10 +175,11 @@ def test_the_graph_holds_gradients_as_they_come_and_no_copies_besides() -> None:
 def test_settings_that_are_no_whole_numbers_are_refused_and_not_remembered(function: Any, name: str) -> None:
     x, w = torch.randn(2, 3, 9, 11), torch.randn(3, 3, 3, 5)
     with twice_differentiable(Phase()):
-        for setting in ((1, 2.0), (1, 2.5), [1, 2.5]):  # of what PyTorch looks at the first number only before it asks us
-            with pytest.raises(TypeError, match="must be tuple of ints"):
-                function(x, w, **{name: setting})
-        got = function(x, w, **{name: (1, 2)})
+        for _ in range(2):
+            for setting in ((1, 2.0), (1, 2.5), [1, 2.5]):  # of what PyTorch looks at the first number only before it asks us
+                with pytest.raises(TypeError, match="must be tuple of ints"):
+                    function(x, w, **{name: setting})
+            got = function(x, w, **{name: (1, 2)})
     torch.testing.assert_close(got, function(x, w, **{name: (1, 2)}))
 
 

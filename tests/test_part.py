@@ -136,7 +136,7 @@ def test_a_fraction_is_of_so_many_images() -> None:
     given: list[Any] = [0.28, numpy.float32(0.5), 1e-12]
     for fraction in given:
         TERM(model, x, mask, target, fraction=fraction)
-    assert seen == [7, 13, 1]  # 0.28 * 25 is a little above 7
+    assert seen == [7, 13, 2]  # 0.28 * 25 is a little above 7; a single one is there twice
 
 
 @pytest.mark.parametrize(("fraction", "kind"), [(0, ValueError), (1.5, ValueError), ("half", TypeError), (True, TypeError)])
@@ -221,14 +221,20 @@ class FirstOne(baselines.Baseline):
         return x[:1].expand_as(x)
 
 
-@pytest.mark.parametrize("own", [BatchMean(), baselines.Masked(BatchMean()), Flipped(), FirstOne()])
+@dataclass(frozen=True, repr=False)
+class LastOne(baselines.Baseline):
+    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        return x[-1:].expand_as(x)
+
+
+@pytest.mark.parametrize("own", [BatchMean(), baselines.Masked(BatchMean()), Flipped(), FirstOne(), LastOne()])
 def test_own_baselines_that_take_other_images(own: baselines.Baseline) -> None:
     model, (x, mask, target) = Watched(SmoothNet().double()), smooth_batch(4)
     regularizer, annotated = attrreg.ActivationDifference(fill=own), torch.tensor([False, True, True, True])
     value = regularizer(model, x, mask, target, annotated=annotated)
     assert model.seen == [4, 4]
     torch.testing.assert_close(value, regularizer.evaluate(model, x, mask, target, annotated=annotated).total, rtol=1e-12, atol=0)
-    with pytest.raises(ValueError, match=r"fraction cannot be used with .*(BatchMean|Flipped|FirstOne).*makes an image from others"):
+    with pytest.raises(ValueError, match=r"fraction cannot be used with .*(BatchMean|Flipped|FirstOne|LastOne).*makes an image from"):
         regularizer(model, x, mask, target, fraction=0.5)
 
 

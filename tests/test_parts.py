@@ -300,11 +300,13 @@ def test_total_variation_is_of_neighbours_whatever_the_mask() -> None:
         objectives.TotalVariation()(torch.ones(2, 3, 1, 1), torch.zeros(2, 1, 1, 1))
 
 
-@pytest.mark.parametrize("fill", [0.5, torch.zeros(()), baselines.Zero])
-def test_a_fill_is_a_baseline(fill: Any) -> None:
-    for kind in (baselines.Masked, attrreg.ActivationDifference, attrreg.transforms.ReplaceOutside):
-        with pytest.raises(TypeError, match=r"fill must be a baselines\.Baseline.*\. Use"):
-            kind(fill=fill)
+@pytest.mark.parametrize("kind", [baselines.Masked, attrreg.ActivationDifference, attrreg.transforms.ReplaceOutside])
+def test_a_fill_is_what_a_baseline_may_be(kind: Any) -> None:
+    for fill in (0.5, torch.zeros(3, 1, 1)):
+        assert kind(fill=fill) == kind(fill=baselines.as_baseline(fill))
+    for wrong in (baselines.Zero, "zero"):
+        with pytest.raises(TypeError, match=r"fill must be a tensor, a number or a baselines\.Baseline.*\. Use"):
+            kind(fill=wrong)
 
 
 def test_images_to_draw_from_are_a_tensor() -> None:

@@ -284,7 +284,7 @@ BAD: list[tuple[Callable[[], nn.Module], AttributionRegularizer, type[Exception]
     ),
     (Unread, attrreg.GradCAM(), RuntimeError, "only a class token. Name an earlier layer"),
     (Recurrent, attrreg.GradCAM("rnn"), ValueError, "'rnn' returned tuple, not a floating-point tensor.*inside it"),
-    (Functional, attrreg.ActivationDifference(), ValueError, "no linear or convolutional layer.*Name a layer"),
+    (Functional, attrreg.ActivationDifference(), ValueError, "No layer ran that may be the classifier.*Name a layer"),
     (Functional, attrreg.GradCAM(), ValueError, "no layer has one. Name a layer"),
     (lambda: Reentrant(False), attrreg.InputGradient(), RuntimeError, REENTRANT),
     (lambda: Reentrant(False), attrreg.GradCAM(), RuntimeError, REENTRANT),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections import UserDict
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_ramps_stay_between_their_ends(kind: Any, steps: int, first: float, last
     ramp = kind(steps, first=first, last=last)
     slack = 1e-9 * max(first, last)
     assert min(first, last) - slack <= ramp(step) <= max(first, last) + slack
-    assert ramp(0) == pytest.approx(first, abs=slack) and ramp(steps + step) == pytest.approx(last, abs=slack)
+    assert ramp(0) == first and ramp(steps + step) == last
     assert (ramp(step + 1) - ramp(step)) * (last - first) >= -slack * max(first, last)
     assert ramp(step) + ramp(max(steps - step, 0)) == pytest.approx(first + last, abs=2 * slack)
     assert (ramp * schedules.Every(3))(step) == pytest.approx(ramp(step) * (3 if step % 3 == 0 else 0))
@@ -114,6 +115,18 @@ def test_skipped_steps_run_nothing(attached: bool) -> None:
     assert found[0] == pytest.approx(3 * plain, rel=1e-5)
     if handle is not None:
         handle.remove()
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_each_skipped_evaluate_runs_the_model(attached: bool) -> None:
+    model, (x, mask, target) = SmoothNet(norm=True, dropout=0.5), smooth_batch()
+    model, scheduled = model.double(), Scheduled(attrreg.InputGradient(), schedules.Every(3))
+    scheduled.step = 1
+    with scheduled.attach(model) if attached else nullcontext():
+        outputs = [scheduled.evaluate(model, x, mask, target).output for _ in range(2)]  # as R-Drop: two draws of the same images
+        assert not torch.equal(*outputs) and int(model.norm.num_batches_tracked) == 2  # type: ignore[arg-type]
+        for output in outputs:
+            output.sum().backward()
 
 
 def test_skipped_attached_forwards_are_left_alone() -> None:
@@ -244,7 +257,9 @@ class NoDataclass(schedules.Schedule):
         return 1 - step
 
 
-@pytest.mark.parametrize("weight", [-0.5, math.nan, math.inf, None, "1", torch.tensor(-1.0), torch.ones(2), numpy.float32("nan"), 1j])
+@pytest.mark.parametrize(
+    "weight", [-0.5, math.nan, math.inf, None, "1", torch.tensor(-1.0), torch.ones(2), numpy.float32("nan"), 1j, 2**2000]
+)
 def test_a_schedule_that_gives_no_weight_is_refused(weight: Any) -> None:
     model, x, mask, target = case()
     regularizer = Scheduled(attrreg.InputGradient(), Own(weight))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -76,7 +77,7 @@ from tests.models import SmoothNet, smooth_batch
         (lambda: attrreg.AdversarialInvariance(hidden="64"), TypeError, r"hidden must be the widths of the hidden layers, got '64'\. "),  # type: ignore[arg-type]
         (lambda: attrreg.AdversarialInvariance(weight=-1.0), ValueError, r"weight of AdversarialInvariance must be.*\. "),
         (lambda: attrreg.AdversarialInvariance(layer=nn.Linear(1, 1)), TypeError, r"layer must be the dotted name.*\. "),  # type: ignore[arg-type]
-        (lambda: attrreg.AdversarialInvariance(fill=1), TypeError, r"fill must be.*\. "),  # type: ignore[arg-type]
+        (lambda: attrreg.AdversarialInvariance(fill="0"), TypeError, r"fill must be.*\. "),  # type: ignore[arg-type]
         (lambda: attrreg.AdversarialInvariance(hidden=(8.0,)), ValueError, r"hidden must be an integer.*\. "),  # type: ignore[arg-type]
     ],
 )
@@ -192,7 +193,8 @@ def test_a_baseline_keeps_what_it_was_given() -> None:
 
 def test_an_image_is_named_by_its_shape_in_texts() -> None:
     image = torch.zeros(3, 64, 64)
-    assert repr(attrreg.IntegratedGradients(2, image)).endswith("Fixed(<(3, 64, 64), torch.float32>))")
+    assert re.search(r"Fixed\(<\(3, 64, 64\), torch\.float32, [0-9a-f]{8}>\)\)$", repr(attrreg.IntegratedGradients(2, image)))
+    assert repr(baselines.Fixed(image)) != repr(baselines.Fixed(image + 1))  # by which metrics are told apart
     wrong: list[Callable[[], Any]] = [lambda: attrreg.ExpectedGradients(image), lambda: attrreg.GradCAM(image)]  # type: ignore[arg-type]
     for made in wrong:
         with pytest.raises((TypeError, ValueError), match=r"got tensor\(.* \.\.\.") as raised:

@@ -55,6 +55,7 @@ STORED: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "wide depthwise convolution": (lambda x, w: F.conv2d(x, w, groups=4, padding=2), [(2, 4, 5, 5), (4, 1, 5, 5)]),
     "pointwise convolution": (F.conv2d, [(2, 4, 3, 3), (6, 4, 1, 1)]),
     "patches": (lambda x, w: F.conv2d(x, w, stride=2), [(2, 4, 6, 6), (6, 4, 2, 2)]),
+    "wide strided convolution": (lambda x, w: F.conv2d(x, w, stride=2, padding=3), [(2, 3, 8, 8), (4, 3, 7, 7)]),
     "transposed convolution": (F.conv_transpose1d, [(2, 4, 5), (4, 3, 2)]),
     "attention": (F.scaled_dot_product_attention, [(2, 3, 5, 4)] * 3),
 }
@@ -116,15 +117,19 @@ def test_products_by_onednn_take_any_strides(data: Any, name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["batch norm", "layer norm of two axes", "silu", "convolution", "pointwise convolution", "wide depthwise convolution", "attention"],
+    [
+        *("batch norm", "layer norm of two axes", "silu", "convolution", "pointwise convolution", "wide depthwise convolution"),
+        *("wide strided convolution", "attention"),
+    ],
 )
-def test_second_derivatives_are_no_views(name: str) -> None:
-    """PyTorch adds the loss's own gradients to them in place then, and to new memory if they are."""
+def test_derivatives_are_no_views(name: str) -> None:
+    """PyTorch adds the loss's own gradients to the second ones in place then, and users' hooks may write into the first."""
     function, shapes = STORED[name]
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     with twice_differentiable(Phase()):
         y = function(*inputs)
     first = torch.autograd.grad(y, inputs, torch.randn_like(y), create_graph=True)
+    assert not any(gradient._is_view() for gradient in first if "ViewBackward" not in repr(gradient.grad_fn))  # those PyTorch makes itself
     second = torch.autograd.grad(first[0].square().sum(), inputs, allow_unused=True)
     assert second[0] is not None or "convolution" in name  # which is linear
     assert not any(gradient._is_view() for gradient in second if gradient is not None)

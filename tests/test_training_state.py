@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,18 @@ from tests.test_sharing import FOUR
 
 TERMS = attrreg.InputGradient() + attrreg.GradCAM("body")
 STEPS, STOP = 7, 4
+
+
+def test_a_copy_made_while_attached_keeps_no_hook_that_is_run() -> None:
+    model, (x, _, _) = SmoothNet(), smooth_batch()
+    with attrreg.InputGradient().attach(model):
+        average = copy.deepcopy(model)
+        average(x.float())
+        assert not average._forward_hooks and not average._forward_pre_hooks and model._forward_hooks
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that TorchScript is old
+        scripted = torch.jit.script(average)
+    torch.testing.assert_close(scripted(x.float()), average(x.float()))
 
 
 # Accumulation

@@ -23,6 +23,32 @@ from tests.models import DEVICE, WAYS, SmoothNet, accumulated, assert_close, gra
 TERMS = attrreg.InputGradient() + attrreg.GradCAM("body") + attrreg.ActivationDifference(fill=attrreg.baselines.Zero())
 
 
+class OnADevice(nn.Module):
+    """Makes what it makes on the device of the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = SmoothNet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.device(x.device):
+            logits: Tensor = self.inside(x) * torch.ones(3)
+        return logits
+
+
+@pytest.mark.parametrize("around", [nullcontext(), torch.device("cpu")])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_that_chooses_a_device_inside(way: str, around: Any) -> None:
+    model, (x, mask, target) = OnADevice().double(), smooth_batch()
+    for name in ("body", "act"):  # from where our operators start while the model is inside
+        term = attrreg.GradCAM(f"inside.{name}")
+        want = attrreg.GradCAM(name)(model.inside, x, mask, target)
+        with around:
+            loss = loss_by(way, term, model, (x, mask, target))
+        torch.testing.assert_close(loss - F.cross_entropy(model(x), target), want)
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
     with warnings.catch_warnings():

@@ -9,8 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from attrreg.apart import images_apart
-from attrreg.baselines import Baseline, Masked, Shuffle
+from attrreg.baselines import Baseline, Masked, Shuffle, keep_baseline
 from attrreg.needs import Need, Value
 from attrreg.points import CLEAN, At
 from attrreg.regularizer import SingleRegularizer
@@ -51,7 +50,7 @@ class ActivationDifference(SingleRegularizer):
     """
 
     layers: str | Sequence[str] = ("auto",)  # kept as a tuple, which can be hashed
-    fill: Baseline = Shuffle()
+    fill: Baseline | Tensor | float = Shuffle()
     detach: Side | None = None
 
     def __post_init__(self) -> None:
@@ -59,7 +58,7 @@ class ActivationDifference(SingleRegularizer):
         if not isinstance(layers, Sequence) or not layers or not all(isinstance(layer, str) and layer for layer in layers):
             raise TypeError(f"layers must be dotted names of layers, got {brief(self.layers)}. Find them with attrreg.layers(model, x).")
         object.__setattr__(self, "layers", tuple(layers))
-        Masked(self.fill)  # which checks it
+        keep_baseline(self, "fill")
         if self.detach is not None and self.detach not in get_args(Side):
             raise ValueError(f"detach must be 'clean', 'masked' or None, got {self.detach!r}. Choose the side to hold constant.")
 
@@ -93,7 +92,7 @@ class ActivationDifference(SingleRegularizer):
             )
         if any_rounding:
             # Equal images have equal activations, unless others meet them. What rounding leaves is tiny, the gradient of its norm is not.
-            if not (all_unchanged or images_apart(trace.call)):
+            if not (all_unchanged or trace.images_apart()):
                 rounding &= distance <= 64 * torch.finfo(distance.dtype).eps * size
             distance = distance.masked_fill(rounding, 0)
         return distance

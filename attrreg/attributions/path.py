@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attrreg.baselines import Baseline, OtherImage, Zero, as_baseline, keep_baseline
+from attrreg.baselines import Baseline, Masked, OtherImage, Shuffle, Zero, as_baseline, keep_baseline
 from attrreg.needs import Grad, Need
 from attrreg.objectives import LogOutside, Objective, requires_region
 from attrreg.points import RULES, Path, Quadrature, RandomPlaces
@@ -141,7 +141,7 @@ def check_share_varies(regularizer: Any) -> None:
         ValueError: naming the baseline.
     """
     baseline, objective = regularizer.baseline, regularizer.objective
-    if baseline.needs_mask and requires_region(objective):
+    if isinstance(baseline, (Masked, Shuffle)) and requires_region(objective):
         raise ValueError(
             f"{type(regularizer).__name__}: from {type(baseline).__name__} to the image only irrelevant pixels change, so the share of "
             "attribution outside is 1 whatever the model does. Use objectives.LogOutside(), or another baseline."

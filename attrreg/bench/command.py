@@ -73,7 +73,7 @@ def bench(
         curves=curves and not quick,
         device=device,
         autocast=autocast,
-        keep_memory=keep_memory and device == "cpu" and attrreg.keep_memory(),
+        keep_memory=keep_memory and torch.device(device).type == "cpu" and attrreg.keep_memory(),
         channels_last=channels_last,
     )
     record = run.Record.of(plan)
@@ -83,10 +83,11 @@ def bench(
         except ValueError as error:  # measured in another way, or no such file
             raise typer.BadParameter(f"{out} cannot be gone on with: {error}", param_hint="--resume") from None
     try:
-        with bar(console, run.rounds(plan, record)) as advance:
-            run.measure(plan, record, advance, lambda record: report.save(record, out))
+        run.check(plan, record)
     except (LookupError, ValueError) as error:  # a model that there is not, or that does not take such images
         raise typer.BadParameter(str(error), param_hint="--model") from None
+    with bar(console, run.rounds(plan, record)) as advance:
+        run.measure(plan, record, advance, lambda record: report.save(record, out))
     out.with_suffix(".md").write_text(report.markdown(record) + "\n", encoding="utf-8")
     report.plot(record, out.with_suffix(".png"))
     if record.curves:

@@ -12,8 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from attrreg.bench.measure import Cost
-from attrreg.bench.run import Plan, Record, names, ratios
-from attrreg.bench.strategies import ATTACHED, CHUNKED, DETACHED, FLOORS, INTEGRATED_GRADIENTS, MOVED
+from attrreg.bench.run import CURVE_ROUNDS, CURVE_WARMUP, Plan, Record, names, ratios
+from attrreg.bench.strategies import ATTACHED, CHUNKED, DETACHED, FLOORS, INTEGRATED_GRADIENTS, MOVED, PLAIN
 from attrreg.environment import sentence
 from attrreg.tables import markdown_table
 
@@ -79,16 +79,24 @@ def conditions(record: Record) -> str:
     more = f", more where a plain step takes less than {plan.seconds:g} s" if plan.seconds else ""
     layout = " in `torch.channels_last`" if plan.channels_last else ""
     path = _path(plan) if INTEGRATED_GRADIENTS in plan.penalties else ""
+    curves = f" The curves: {CURVE_ROUNDS} rounds after {CURVE_WARMUP}." if record.curves else ""
     return (
         f"Measured {sentence(record.environment)}; batches of {plan.batch} images of {plan.size} px, {plan.autocast or 'float32'}{layout}, "
-        f"{plan.rounds} rounds after {plan.warmup} of warm-up{path}{more}.{memory}{missing}"
+        f"{plan.rounds} rounds after {plan.warmup} of warm-up{path}{more}.{curves}{memory}{missing}"
     )
+
+
+def noise(record: Record) -> str:
+    """How many figures of a record are to be read with care, for tables without quartiles."""
+    found = [cost for by in record.costs.values() for each in by.values() for way, cost in each.items() if way != PLAIN]
+    return f"Of {len(found)} times, {sum(cost.noisy for cost in found)} have quartiles more than a tenth of the median apart."
 
 
 def _path(plan: Plan) -> str:
     batch = plan.batch_of(INTEGRATED_GRADIENTS)
     fewer = f" of batches of {batch}" if batch < plan.batch else ""
-    return f" (the path method: {plan.rounds_of(INTEGRATED_GRADIENTS)[0]}{fewer})"
+    rounds, warmup = plan.rounds_of(INTEGRATED_GRADIENTS)
+    return f" (the path method: {rounds} after {warmup}{fewer})"
 
 
 def _table(record: Record, penalty: str) -> str:

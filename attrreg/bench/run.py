@@ -131,14 +131,30 @@ class Record:
         return Record(Plan(**settings), data["environment"], measured, curves)
 
 
-CURVE_ROUNDS = 5
+CURVE_ROUNDS, CURVE_WARMUP = 5, 1
 CURVES: dict[str, tuple[int, ...]] = {"batch": (2, 4, 8, 16), "resolution": (32, 64, 96, 128), "steps": (1, 2, 4, 8), "terms": (1, 2, 3, 4)}
 
 
 def rounds(plan: Plan, record: Record) -> int:
     """All rounds of what is missing together."""
     parts = sum(sum(plan.rounds_of(penalty)) for _, penalty in record.missing(plan))
-    return parts + sum(len(CURVES[varied]) for varied in record.missing_curves(plan)) * (CURVE_ROUNDS + 1)
+    return parts + sum(len(CURVES[varied]) for varied in record.missing_curves(plan)) * (CURVE_ROUNDS + CURVE_WARMUP)
+
+
+def check(plan: Plan, record: Record) -> None:
+    """Make each model that is to be measured at each size once, so that what cannot be is refused now and not after an hour.
+
+    Raises:
+        LookupError: a model does not exist; ValueError: it does not take images of a size that is measured.
+    """
+    for model in dict.fromkeys(model for model, _ in record.missing(plan)):
+        plan.case(model, plan.batch, plan.size)
+    if "resolution" in record.missing_curves(plan):
+        for size in CURVES["resolution"]:
+            try:
+                plan.case(record.plan.models[0], plan.batch, size)
+            except ValueError as error:
+                raise ValueError(f"{error} That is a size of the curves: --no-curves leaves them out.") from error.__cause__
 
 
 def measure(plan: Plan, record: Record, note: Advance, save: Callable[[Record], None] = lambda record: None) -> None:
@@ -149,19 +165,7 @@ def measure(plan: Plan, record: Record, note: Advance, save: Callable[[Record], 
         record: is added to.
         note: called after each round.
         save: called after each part, so that an interrupted run leaves what it has.
-
-    Raises:
-        LookupError: a model does not exist; ValueError: it does not take images of a size that is measured; before anything is.
     """
-    # Each model is made once at each size beforehand, so that what cannot be measured is refused now and not after an hour.
-    for model in dict.fromkeys(model for model, _ in record.missing(plan)):
-        plan.case(model, plan.batch, plan.size)
-    if "resolution" in record.missing_curves(plan):
-        for size in CURVES["resolution"]:
-            try:
-                plan.case(record.plan.models[0], plan.batch, size)
-            except ValueError as error:
-                raise ValueError(f"{error} That is a size of the curves: --no-curves leaves them out.") from error.__cause__
     case: Case | None = None
     for model, penalty in record.missing(plan):
         batch = plan.batch_of(penalty)
@@ -190,7 +194,7 @@ def _curve(varied: str, plan: Plan, note: Advance) -> dict[str, list[tuple[int, 
         case = plan.case(plan.models[0], batch, size)
         chosen = strategies.of_curve(varied, value, case)
         steps = {strategy.name: strategy.prepare(case) for strategy in chosen}
-        found = costs(steps, CURVE_ROUNDS, 1, partial(note, f"{varied}: {value}"))
+        found = costs(steps, CURVE_ROUNDS, CURVE_WARMUP, partial(note, f"{varied}: {value}"))
         for name, cost in found.items():
             lines.setdefault(name, []).append((value, cost))
     return lines

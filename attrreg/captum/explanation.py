@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from attrreg.call import Select
@@ -24,15 +25,19 @@ def explanation_func(regularizer: AttributionRegularizer, model: nn.Module, *, o
         output: where the logits are, as in calling the regularizer.
 
     Returns:
-        `(inputs, target=None) -> map`, of images `(N, C, H, W)` or a tuple that holds them; the map comes in the same form.
+        `(inputs, target=None) -> map`, of images `(N, C, H, W)` or a tuple that holds them; the map comes in the same form. The target is
+        `(N,)`, or one class for all.
 
     Cost:
         Each call costs what `regularizer.attribute` does, and raises what that raises.
     """
 
-    def explain(inputs: Maps, target: Tensor | None = None) -> Maps:
+    def explain(inputs: Maps, target: Tensor | int | None = None) -> Maps:
         (x,) = inputs if isinstance(inputs, tuple) else (inputs,)
-        map = regularizer.attribute(model, x, target, output=output)
+        classes = None if target is None else torch.as_tensor(target)
+        if classes is not None and classes.numel() == 1:  # which Captum does not repeat with the images
+            classes = classes.reshape(1).expand(x.shape[0])
+        map = regularizer.attribute(model, x, classes, output=output).contiguous()  # Captum calls `view` on it
         return (map,) if isinstance(inputs, tuple) else map
 
     return explain

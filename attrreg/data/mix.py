@@ -25,7 +25,8 @@ class WithMasks:
     - the result is annotated if every image that it was made of is.
 
     Labels become soft, `(N, classes)`. Cross-entropy takes them, and so does `target=`: the default score is then the logits of both
-    classes, weighted by their shares (`MultiLabelLogit`).
+    classes, weighted by their shares (`MultiLabelLogit`); with label smoothing, as timm's `Mixup` has it by default, a little of all
+    classes.
 
         mix = WithMasks(v2.CutMix(num_classes=10))
         loader = DataLoader(data, batch_size=32, collate_fn=mix.collate)

@@ -69,7 +69,7 @@ class Occlusion(Spec):
 
         calls.check_images(model, x)
         model = undistributed(model)  # whose forward talks to ranks that may have nothing to judge
-        if self.window > min(x.shape[-2:]):
+        if self.window > min((side for side in x.shape[-2:] if side > 1), default=1):  # signals have one axis
             raise ValueError(f"window={self.window} is larger than images of {tuple(x.shape[-2:])}. Choose a smaller one.")
         classes = calls.check_target(target, x)
         if classes is None:
@@ -77,12 +77,12 @@ class Occlusion(Spec):
         check_classes(classes)
         fill = as_baseline(self.fill)
         filled = own.made(fill, fill, x.detach(), mask=None, seed=0)
-        channels = x.shape[1]
+        window, stride = ((x.shape[1], *(min(length, side) for side in x.shape[-2:])) for length in (self.window, self.stride))
         with torch.no_grad(), isolated(model, x.device):
             phi: Tensor = Captum(_logits_of(model, classes)).attribute(
                 x.detach(),
-                sliding_window_shapes=(channels, self.window, self.window),
-                strides=(channels, self.stride, self.stride),
+                sliding_window_shapes=window,
+                strides=stride,
                 baselines=filled,
                 target=classes,
             )
@@ -141,7 +141,9 @@ def judged(
         )
     if not callable(measure):
         raise TypeError(f"measure must be a function (map, mask) -> (N,), got {measure!r}. Pass for example metrics.share_inside.")
-    values = measure(attribution(model, x, target), mask)
+    with torch.enable_grad():  # evaluations, and torchmetrics' updates, turn it off
+        map = attribution(model, x, target)
+    values = measure(map, mask)
     if getattr(values, "shape", None) != (len(x),):
         got = tuple(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
         raise ValueError(

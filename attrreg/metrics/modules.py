@@ -33,16 +33,30 @@ def _name(setting: object) -> str:
     return repr(setting) if "<" in text or hasattr(setting, "__self__") else text
 
 
-class _Mean(Metric):
+class _Measure(Metric):
+    """What a model is judged by, the higher the better. States keep their types."""
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        """Follow a module to its device, but not to its dtype: `module.to(torch.bfloat16)` would cast metrics too, and lose counts."""
+
+        def moved(state: Tensor) -> Tensor:
+            found = fn(state)
+            return found.to(state.dtype) if state.is_meta else state.to(found.device)  # after `to_empty` there is nothing to move
+
+        return super()._apply(fn if self._dtype_convert else moved, exclude_state)  # True within `set_dtype`
+
+
+class _Mean(_Measure):
     """The mean over images of a measure, where it is defined. NaN when it was defined for none.
 
     Args:
         settings: the subclass's own, by which two of its metrics may differ.
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
     total: Tensor
     images: Tensor
     undefined: Tensor
@@ -60,15 +74,6 @@ class _Mean(Metric):
         super().persistent(mode)
         for name in self._defaults.keys() - {"total", "images", "undefined"}:
             self._persistent[name] = False
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        """Follow a module to its device, but not to its dtype: `module.to(torch.bfloat16)` would cast metrics too, and lose counts."""
-
-        def moved(state: Tensor) -> Tensor:
-            found = fn(state)
-            return found.to(state.dtype) if state.is_meta else state.to(found.device)  # after `to_empty` there is nothing to move
-
-        return super()._apply(fn if self._dtype_convert else moved, exclude_state)  # True within `set_dtype`
 
     def add(self, values: Tensor) -> None:
         """Count values `(N,)` of images with a mask."""
@@ -168,7 +173,7 @@ class Judged(_Mean):
             self.add(judged(model, x, mask, target, self.attribution, self.measure))
 
 
-class WorstGroupAccuracy(Metric):
+class WorstGroupAccuracy(_Measure):
     """Lowest accuracy of a group that occurred, as `metrics.worst_group_accuracy`.
 
     Args:
@@ -178,9 +183,6 @@ class WorstGroupAccuracy(Metric):
         ValueError: `groups` is not a positive integer.
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
     correct: Tensor
     images: Tensor
 
@@ -211,15 +213,12 @@ class WorstGroupAccuracy(Metric):
         return (self.correct.float() / self.images).nanquantile(0)  # without groups of which there is no image
 
 
-class LogitDifferenceAUC(Metric):
+class LogitDifferenceAUC(_Measure):
     """Area under the ROC curve of y1 - y0, as `metrics.auc`, over all batches.
 
     Exact: torchmetrics' own `BinaryAUROC` first takes a sigmoid of scores outside [0, 1], after which those of confident models tie.
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
     scores: list[Tensor]
     targets: list[Tensor]
 

@@ -29,10 +29,10 @@ def auc(logits: Tensor, target: Tensor) -> float | None:
         target: `(N,)` of 0 and 1.
 
     Returns:
-        The area; None if there are not two classes; NaN if only one of them occurs, or a difference is NaN.
+        The area; None if there are more than two classes; NaN if only one of them occurs, or a difference is NaN.
 
     Raises:
-        ValueError: the shapes do not fit, or a target is neither 0 nor 1.
+        TypeError, ValueError: the shapes do not fit, it is one logit, or a target is neither 0 nor 1.
 
     Cost:
         Sorting.

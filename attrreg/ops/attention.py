@@ -134,7 +134,7 @@ def _gradients(
     ds = _gradient_of_scores(go, v, p)
     gmask = ds.view(kind.shape).sum_to_size(mask.shape) if for_mask and mask is not None else None
     found = torch.baddbmm(none, ds, k, beta=0, alpha=s), torch.baddbmm(none, ds.mT, q, beta=0, alpha=s), torch.bmm(p.mT, go)
-    gradients = *(gradient.view(shape) for gradient, shape in zip(found, shapes, strict=True)), gmask
+    gradients = *(gradient.view(shape).data for gradient, shape in zip(found, shapes, strict=True)), gmask
     return gradients, (go, p, ds) if kind.keeps_weights else (go,)
 
 

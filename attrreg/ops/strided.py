@@ -21,7 +21,7 @@ def is_slow(channels: int, kernel: Sequence[int], stride: Sequence[int], dilatio
 
 
 def input_gradient(gy: Tensor, w: Tensor, size: Sequence[int], stride: int, padding: Sequence[int]) -> Tensor:
-    """gx(gy, w), `(N, C, *size)`.
+    """gx(gy, w), `(N, C, *size)`, contiguous.
 
     With `front` zeros before the kernel, padding + front is `offset` strides. Then pixel `stride * q + r` of the image meets the weights
     `stride * j + r` of the kernel, for output `q + offset - j` and j below `reach`: for each remainder r a convolution of stride one.
@@ -36,4 +36,4 @@ def input_gradient(gy: Tensor, w: Tensor, size: Sequence[int], stride: int, padd
         offset = (pad + zeros) // stride
         sides.append((many - 1 - offset, -(-length // stride) + offset - output))
     gx = F.pixel_shuffle(F.conv2d(F.pad(gy, (*sides[1], *sides[0])), w), stride)
-    return gx[:, :, : size[0], : size[1]].contiguous()
+    return gx[:, :, : size[0], : size[1]].contiguous().data  # else a view, where nothing is cut off

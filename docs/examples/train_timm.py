@@ -74,7 +74,7 @@ def main() -> None:
     average = ModelEmaV3(model, decay=args.ema_decay)
     task_loss = SoftTargetCrossEntropy() if args.mixup or args.cutmix else CrossEntropyLoss()
     warm_up = attrreg.schedules.Linear(max(1, args.warmup_epochs * len(loader)))
-    reg = attrreg.Scheduled(args.penalty * attrreg.InputGradient(objective=attrreg.objectives.OutsideFraction()), warm_up)
+    reg = attrreg.Scheduled(args.penalty * attrreg.InputGradient(), warm_up)
     updates = 0
     for epoch in range(epochs):
         losses, penalties = AverageMeter(), AverageMeter()
@@ -82,7 +82,6 @@ def main() -> None:
         with reg.attach(model):
             for batch in loader:
                 x, mask, y, annotated = (item.to(device, non_blocking=True) for item in batch)
-                annotated &= mask.flatten(1).any(1)  # a crop may have lost the region; OutsideFraction is undefined without one
                 loss = task_loss(model(x), y)
                 penalty = reg(model, x, mask, target=y, annotated=annotated)
                 optimizer.zero_grad()
