@@ -159,13 +159,14 @@ class Attachment:
             self._tap.close()
             self._tap = None
 
-    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> tuple[Any, dict[str, Any]] | None:
         """A forward pre-hook: open a tap, if this is a forward of the loop's that can be recorded; gives the arguments to go on with."""
         if compiling():
             return None
         if not self.live:
             self._leave(model)
-        if self.suspended or not self.live or transformed() or torch._C._is_tracing() or _in_backward():
+            return None
+        if self.suspended or transformed() or torch._C._is_tracing() or _in_backward():
             return None  # what runs under torch.func, forward-mode derivatives, a tracer or a backward is not the loop's forward
         if model is not self._model:  # nor is that of a replica on another device, which has these hooks too, in a thread of its own
             return None
@@ -190,9 +191,12 @@ class Attachment:
 
     def _leave(self, model: nn.Module) -> None:
         """Take the hooks off a copy of the model, where they do nothing, at its first forward: TorchScript would not compile them."""
-        for registry in (model._forward_pre_hooks, model._forward_hooks):
-            for key in [key for key, hook in registry.items() if getattr(hook, "__self__", None) is self]:
-                del registry[key]
+        before = model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs
+        for registry, marks in (before, (model._forward_hooks, model._forward_hooks_always_called)):
+            for key, hook in list(registry.items()):
+                if getattr(hook, "__self__", None) is self:
+                    registry.pop(key, None)  # which another thread that runs the copy may have done
+                    marks.pop(key, None)
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
         """A forward hook, called also where the forward raised: close the tap, and keep what it recorded."""

@@ -9,7 +9,6 @@ layer alone: one of our own if its call asks the same (`known`), the loop's own,
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
 from types import CodeType
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
@@ -48,7 +47,7 @@ def kind(x: Tensor, model: nn.Module) -> Hashable:
 
 
 def question_of(call: Call, score: Score | None) -> Question:
-    """The question of a call; None: no score is differentiated there."""
+    """The question of a call; `score`: what is differentiated there, None: nothing."""
     return Question(kind(call.x, call.model), picked_by(call.output), sites.OUTPUT if score is None else score.site)
 
 
@@ -93,16 +92,14 @@ def candidates(runner: Runner, recording: Recording, total: Tensor) -> list[Name
     outside = [(name, map) for name, map in maps if not _inside(model, name)]
     usual = [(name, map) for name, map in outside if width in map.shape[1:]] or outside or maps
     last = _before_block(model, total, outside or maps, usual[-1])
-    return (
-        [last]
-        if is_grid(replace(runner.call, x=recording.x), *last)
-        else [named for named in usual if named[1].shape[1:] == last[1].shape[1:]]
-    )
+    if is_grid(model, recording.x, *last):
+        return [last]
+    return [named for named in usual if named[1].shape[1:] == last[1].shape[1:]]
 
 
-def is_grid(call: Call, name: str, map: Tensor) -> bool:
+def is_grid(model: nn.Module, x: Tensor, name: str, map: Tensor) -> bool:
     """Whether it is a map as it is, and not of tokens."""
-    return isinstance(sites.layout(map, call.model, call.x, name), str)
+    return isinstance(sites.layout(map, model, x, name), str)
 
 
 def choose(call: Call, score: Score | None, maps: list[NamedMap], grads: Sequence[Tensor | None]) -> int:
@@ -116,7 +113,7 @@ def choose(call: Call, score: Score | None, maps: list[NamedMap], grads: Sequenc
     decided = [
         place
         for place, ((name, map), grad) in enumerate(zip(maps, grads, strict=True))
-        if is_grid(call, name, map) or (grad is not None and sites.to_grid(grad, call.model, call.x, name).any())
+        if is_grid(call.model, call.x, name, map) or (grad is not None and sites.to_grid(grad, call.model, call.x, name).any())
     ]
     if not decided:
         # All are zero where a head starts at zero. Where the class token alone has a gradient, the model never reads patches.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attrreg import masks
 from attrreg.settings import brief, is_number, is_real
-from attrreg.spec import Key
+from attrreg.spec import Key, public_path
 
 
 class Baseline(Key, ABC):
@@ -59,7 +59,8 @@ class Fixed(Baseline):
 
     def __post_init__(self) -> None:
         try:
-            image = torch.as_tensor(self.image).detach().clone()
+            given = self.image if isinstance(self.image, Tensor) else torch.as_tensor(self.image, device="cpu")
+            image = given.detach().clone()
         except (TypeError, ValueError, RuntimeError) as error:
             found = type(self.image).__name__
             raise TypeError(f"image must be a tensor, or what torch.as_tensor takes, got {found}. Make a tensor of it.") from error
@@ -69,20 +70,22 @@ class Fixed(Baseline):
 
     def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
         """The image, broadcast to the shape of `x`."""
-        return _broadcast(self.image, x)
+        return _broadcast(self.image.to(x, copy=True), x)  # which a baseline of the user's may write into
 
     def __eq__(self, other: object) -> bool:
         # By values, wherever they lie.
-        return isinstance(other, Fixed) and self.image.dtype == other.image.dtype and torch.equal(self.image.cpu(), other.image.cpu())
+        if type(other) is not type(self) or self.image.dtype != other.image.dtype:
+            return False
+        return torch.equal(self.image.cpu(), other.image.cpu())
 
     def __hash__(self) -> int:
-        return hash((Fixed, tuple(self.image.shape), self.image.dtype))
+        return hash((type(self), tuple(self.image.shape), self.image.dtype))
 
     def __repr__(self) -> str:
         if self.image.numel() > 1000:  # from where on PyTorch prints no tensor in full
             content = zlib.crc32(self.image.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            return f"attrreg.baselines.Fixed(<{tuple(self.image.shape)}, {self.image.dtype}, {content:08x}>)"
-        return f"attrreg.baselines.Fixed(torch.tensor({self.image.tolist()}, dtype={self.image.dtype}))"
+            return f"{public_path(type(self))}(<{tuple(self.image.shape)}, {self.image.dtype}, {content:08x}>)"
+        return f"{public_path(type(self))}(torch.tensor({self.image.tolist()}, dtype={self.image.dtype}))"
 
 
 @dataclass(frozen=True, repr=False)
@@ -268,7 +271,7 @@ def as_baseline(value: Baseline | Tensor | float, name: str = "baseline") -> Bas
     if isinstance(value, Tensor):
         return Fixed(value)
     if is_real(value):
-        return Fixed(torch.tensor(float(value), dtype=torch.float64))
+        return Fixed(torch.tensor(float(value), dtype=torch.float64, device="cpu"))
     raise TypeError(
         f"{name} must be a tensor, a number or a baselines.Baseline, got {_named(value)}. Use baselines.Zero(), for example, or "
         "baselines.Fixed(image) for an array."

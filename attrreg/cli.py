@@ -32,7 +32,3 @@ def main() -> None:
             raise
         raise SystemExit("The attrreg command needs typer. Install with: pip install 'attrreg[demo]'") from None
     app(prog_name="attrreg")
-
-
-if __name__ == "__main__":
-    main()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
 from attrreg.call import Call
@@ -172,6 +173,7 @@ def _model_state(model: nn.Module) -> tuple[list[object], list[int], list[tuple[
     found = modules(model)
     # Comprehensions, and no calls: a step asks twice, of models of hundreds of modules.
     hooks = [hook for module in found for held in (module._forward_pre_hooks, module._forward_hooks) if held for hook in held.values()]
+    hooks += [*_global_forward_pre_hooks.values(), *_global_forward_hooks.values()]
     parameters = [each for module in found if module._parameters for each in module._parameters.values() if each is not None]
     buffers = [each for module in found if module._buffers for each in module._buffers.values() if each is not None]
     numbers: list[int] = [module.training for module in found]

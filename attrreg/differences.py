@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from attrreg import sites
 from attrreg.engines import FiniteDifference
@@ -15,6 +17,18 @@ from attrreg.recording import Recording
 from attrreg.runner import Runner
 from attrreg.scores import Score
 from attrreg.state import Rng, autocast_as, full_precision, isolated
+
+
+class _Joined(Function):
+    """The first, with the gradient of both: the value of the second may be infinite, as a score of classes that are masked by it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, slope: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient
 
 
 @dataclass(frozen=True)
@@ -91,7 +105,7 @@ class Differences:
                 raise RuntimeError(
                     f"{taken.score!r} has no path to any trainable parameter, so its term could train nothing. Unfreeze some."
                 )
-            total = total + (slope - slope.detach())
+            total = _Joined.apply(total, slope)
         return total
 
     def _slope(self, taken: LeafGradients, directions: list[Tensor]) -> Tensor:

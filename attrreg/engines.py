@@ -47,7 +47,8 @@ class FiniteDifference(Engine):
     For models that cannot be differentiated twice, compiled or with fused attention, and for sharded ones whose weights must not all be
     gathered at once. On smooth networks without BatchNorm the gradient is close to the exact one (cosines: `docs/paying_less.md`). On
     ReLU networks it is a smoothed estimator, not an approximation of the exact gradient, because the kinks that a step crosses count at
-    first order.
+    first order. One step serves the whole batch, so that under objectives that divide by a map's size an image with a tiny map makes it
+    tiny for all, and the part of the others may be lost in rounding.
 
     Args:
         step: length of eps v relative to the site's activations (to units, where those are all zero), of the images that move; positive.

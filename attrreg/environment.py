@@ -64,6 +64,6 @@ def sentence(where: Mapping[str, Any]) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     load = "" if where["load"] is None else f", load {where['load']}"
     tf32 = f", float32 {' and '.join(where['tf32'])} in TF32" if where.get("tf32") else ""
-    host = f", host {where['processor'] or where['machine']}" if where["accelerator"] else ""
+    host = f", host {where.get('processor') or where['machine']}" if where["accelerator"] else ""
     used = f"{tf32}{host}, {where['cores']} cores, {where['threads']} thread(s){load}"
     return f"{where['date']} on {machine(where)}{used}; attrreg {where['attrreg']}, {packages}, Python {where['python']}"

@@ -65,6 +65,11 @@ class PathGradients:
         """Whether a score drew random numbers that it had not declared."""
         return self._runner.drew
 
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What passes compute in; None: no autocast."""
+        return self._runner.autocast
+
     def _may_share(self) -> bool:
         """Whether places may share a batch, as far as can be told before."""
         call = self.call

@@ -169,6 +169,8 @@ class Tap:
             self._heads = Heads(self._model)
             for module in self._heads.layers:
                 self._hook(module, self._heads.take, with_kwargs=True)
+                if FEATURES in self._taken:  # the layer itself PyTorch differentiates twice, and what follows may not be so
+                    self._hook(module, lambda *_: self._begin())
         # After the named layers: from one of those the model goes on with a copy, and the map has to be that copy.
         if SPATIAL in self._sites:
             if self._map is not None and not self._is_there(self._map):

@@ -11,11 +11,11 @@ from torch import Tensor
 from attrreg import masks
 from attrreg.baselines import Baseline, made_of
 from attrreg.conditions import version
-from attrreg.objectives import Objective
+from attrreg.objectives import Objective, requires_region
 from attrreg.points import Point
 from attrreg.scores import Score
 from attrreg.spec import is_own, source
-from attrreg.state import Rng, full_precision
+from attrreg.state import full_precision
 
 if TYPE_CHECKING:
     from attrreg.regularizer import MapRegularizer
@@ -29,8 +29,7 @@ def made(part: Baseline | Point, make: Callable[..., T], x: Tensor, mask: Tensor
     """What `make` of a baseline or a path makes of images, outside autocast. The user's own get copies, as they may write into them.
 
     Raises:
-        ValueError: it wrote into what it got, drew random numbers unsaid, so that it would draw the same in each call, or from PyTorch's
-            default generator, which is the loop's.
+        ValueError: it wrote into what it got, or drew random numbers unsaid: it would draw the same in each call.
     """
     users = [each for each in (part, *made_of(part)) if is_own(each)]
     if users:
@@ -39,17 +38,12 @@ def made(part: Baseline | Point, make: Callable[..., T], x: Tensor, mask: Tensor
     before = list(map(version, parts))
     generator = torch.Generator(x.device).manual_seed(seed)
     start = None if part.draws or not users else generator.get_state()
-    default = Rng.of(x.device) if users else None
     with full_precision(x.device):
         result = make(x, mask, generator)
     if list(map(version, parts)) != before:
         raise ValueError(f"{users[0]!r} writes into the images or the mask that it is given. Let it write into a copy.")
     if start is not None and not torch.equal(generator.get_state(), start):
         raise ValueError(f"{users[0]!r} draws random numbers, and does not say so. Set draws = True in its class.")
-    if default is not None and not default.same(Rng.of(x.device)):
-        raise ValueError(
-            f"{users[0]!r} draws from PyTorch's default generator. Let it draw from the one that it is given, and set draws = True."
-        )
     return result
 
 
@@ -101,6 +95,11 @@ def penalties(objective: Objective, map: Tensor, annotation: masks.Annotation) -
         TypeError, ValueError: naming the objective.
     """
     map = masks.at_least_float32(map)
+    if requires_region(objective) and map.shape[-2] * map.shape[-1] == 1:
+        raise ValueError(
+            f"{source(objective)}: the map has one cell, so that the share outside is the mask's alone, whatever the model does. Name a "
+            "layer with a finer map, or use objectives.LogOutside()."
+        )
     mask = masks.resize(annotation.relevant, (map.shape[-2], map.shape[-1]))
     if annotation.count < annotation.batch:
         mask = torch.where(annotation.annotated.view(-1, 1, 1, 1), mask, 0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -152,7 +153,8 @@ class Ascent(Point):
         """One step from `image`, which stays near `x`."""
         outside = 1 - masks.resize(mask, (x.shape[-2], x.shape[-1])).to(x.dtype)
         reach = self.epsilon * outside
-        moved = (image - x + self.rate * outside * gradient.sign().to(x.dtype)).clamp(-reach, reach)  # gradients are in float32 at least
+        way = gradient.sign().masked_fill(gradient.isnan(), math.nan)  # of which PyTorch's is 0, as if there were nothing to move
+        moved = (image - x + self.rate * outside * way.to(x.dtype)).clamp(-reach, reach)  # gradients are in float32 at least
         # Within the bounds, widened to where x itself is: what lies beyond them would else move by more than its reach.
         kept = torch.maximum(torch.minimum(x + moved, x.clamp(min=self.high)), x.clamp(max=self.low))
         return torch.where(outside > 0, kept, x)

@@ -18,7 +18,7 @@ from attrreg.folding import PathGradients
 from attrreg.graph import trainable_leaves
 from attrreg.ops.phase import once_differentiable
 from attrreg.points import Stop
-from attrreg.state import BufferValues, Settings, buffer_values, copied_buffers
+from attrreg.state import BufferValues, Settings, autocast_as, buffer_values, copied_buffers
 from attrreg.walk import attributes
 
 
@@ -97,7 +97,9 @@ class _Chunk:
         """The sum with its graph, and the model as it was: where that is differentiated, checkpointed blocks run once more."""
         self._check_unchanged()
         with self._settings.back(), torch.enable_grad(), copied_buffers(self._model, self._buffers):
-            yield _summed(self._stops, x, self._gradients, True)
+            with autocast_as(x.device, self._gradients.autocast):  # around all passes, so that each weight is cast once
+                found = _summed(self._stops, x, self._gradients, True)
+            yield found
 
     def _check_unchanged(self) -> None:
         if any(version(weight) != then for weight, then in self._weights):
@@ -149,12 +151,15 @@ class _Recomputed(Function):
         (x,), leaves = ctx.saved_tensors, ctx.leaves
         images = x.detach().requires_grad_(ctx.needs_input_grad[2])
         inputs = [value for value in (images, *leaves) if value.requires_grad]  # a leaf may have been frozen meanwhile
-        with ctx.chunk.again(images) as values:
+        chunk = ctx.chunk
+        with chunk.again(images) as values:
+            if not torch._C._autograd._get_current_graph_task_keep_graph():
+                ctx.chunk = None  # with all that it holds: a loop may keep its loss, and so this node, through the next step
             pairs = [(value, grad) for value, grad in zip(values, outer, strict=True) if value.requires_grad]
             if not pairs or not inputs:
                 return (None,) * (3 + len(leaves))
             outputs, directions = zip(*pairs, strict=True)
-            retain = ctx.chunk.meets_others(leaves)
+            retain = chunk.meets_others(leaves)
             with _without_hooks(leaves):
                 # Zeros where these places do not use a leaf: a hook on it would be shown None.
                 grads = torch.autograd.grad(outputs, inputs, directions, retain_graph=retain, allow_unused=True, materialize_grads=True)

@@ -109,7 +109,7 @@ class Recording:
         sites, conditions = request.sites, self.conditions
         if (request.twice and not self.twice) or self.x is not call.x or conditions is None or not conditions.same_for(call):
             return False
-        differences = not request.twice and any(sites.values())  # finite differences run other passes, but outside the loop's autocast
+        differences = not request.twice and any(sites.values())  # finite differences run other passes
         if (differences or not request.alone) and conditions.moved:  # other passes would compute with other buffers
             return False
         if not request.alone and self.autocast != autocast_type(call.x.device):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 import torch
@@ -19,7 +19,7 @@ from attrreg.needs import Need
 from attrreg.objectives import Objective
 from attrreg.penalty import Penalty
 from attrreg.scores import Score
-from attrreg.settings import brief, is_real
+from attrreg.settings import brief, is_real, keep_flag
 from attrreg.spec import Spec, source
 from attrreg.trace import Trace
 
@@ -114,8 +114,7 @@ class AttributionRegularizer(Spec, ABC):
         forward is taken instead, and nothing moves again.
 
         Args:
-            model, x, mask, target, annotated, generator, output, inputs, group: as in calling the regularizer. There is no `fraction`: the
-                loop's forward is of all images.
+            model, x, mask, target, annotated, generator, output, inputs, group: as in calling the regularizer; no `fraction`.
 
         Returns:
             `Penalty(total, terms, output)`; `output` is what the model returned, before `output=` picks the logits.
@@ -205,8 +204,6 @@ class AttributionRegularizer(Spec, ABC):
         Raises:
             ValueError: `reduction` is none of these.
         """
-        if reduction not in get_args(Reduction):
-            raise ValueError(f"reduced: unknown reduction {reduction!r}. Use one of {', '.join(map(repr, get_args(Reduction)))}.")
         return Sum(tuple(replace(term, reduction=reduction) for term in self.terms), self.engine)
 
     def using(self, engine: Engine) -> Sum:
@@ -286,6 +283,9 @@ class MapRegularizer(SingleRegularizer):
             raise TypeError(
                 f"{name}: objective must be a function (map, mask) -> (N,), got {brief(self.objective)}. Write objectives.Energy(), say."
             )
+        for field in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            if field.type in (bool, "bool"):
+                keep_flag(self, field.name)
 
     @abstractmethod
     def attribution(self, trace: Trace) -> Tensor:
@@ -316,7 +316,7 @@ class Sum(AttributionRegularizer):
     """A flat weighted sum of terms, as `+` and `*` make it.
 
     Raises:
-        ValueError: there are no terms, two have the same name, or a weight is negative or not finite.
+        ValueError: there are no terms, two have the same name, a weight is negative or not finite, or a reduction is unknown.
     """
 
     terms: tuple[Term, ...] = ()  # without a default, the dataclass would take the base's property for it
@@ -332,6 +332,8 @@ class Sum(AttributionRegularizer):
                     f"weight of {term.name} must be finite and at least 0, got {term.weight}. Choose another; a negative one would be a "
                     "reward."
                 )
+            if term.reduction not in (known := get_args(Reduction)):
+                raise ValueError(f"unknown reduction {term.reduction!r} of {term.name}. Use one of {', '.join(map(repr, known))}.")
             if term.name in seen:
                 raise ValueError(f"Two terms are called {term.name!r}. Tell them apart with .named('...').")
             seen.add(term.name)
@@ -343,7 +345,6 @@ class Sum(AttributionRegularizer):
 
 def _written(term: Term) -> str:
     text = f"{term.weight} * {term.regularizer!r}"
-    renamed, reduced = term.name != type(term.regularizer).__name__, term.reduction != "mean"
-    if renamed or reduced:
-        text = f"({text})" + (f".named({term.name!r})" if renamed else "") + (f".reduced({term.reduction!r})" if reduced else "")
-    return text
+    named = "" if term.name == type(term.regularizer).__name__ else f".named({source(term.name)})"
+    reduced = "" if term.reduction == "mean" else f".reduced({source(term.reduction)})"
+    return f"({text}){named}{reduced}" if named or reduced else text

@@ -246,7 +246,7 @@ class Runner:
             return
         total = self.at(recording, sites.OUTPUT).sum()
         maps = self._maps(recording, None, total)
-        decided = automatic.is_grid(replace(self.call, x=recording.x), *maps[-1])
+        decided = automatic.is_grid(self.call.model, recording.x, *maps[-1])
         grads = (None,) if decided else self._gradients(recording, total, [map for _, map in maps], create_graph=False)
         self._choose_map(recording, None, maps, grads)
 
@@ -319,7 +319,7 @@ def _runs_own(score: Score) -> bool:
 
 
 def _scale(total: Tensor, value: Tensor) -> Tensor:
-    """A power of two by which the largest gradient at the model's output becomes about 2^4.
+    """A power of two by which the largest gradient at what the score reads becomes about 2^4.
 
     A smaller one loses gradients here; a larger one makes the second order overflow, which is in products of these gradients.
     """

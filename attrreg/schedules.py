@@ -285,7 +285,7 @@ class Scheduled:
         """
         step: Any = state.get("step") if isinstance(state, Mapping) else None
         if not is_integer(step) or step < 0 or len(state) != 1:
-            raise ValueError(f"state must be {{'step': count}}, as state_dict() gives it, got {state!r}. Pass what was saved of it.")
+            raise ValueError(f"state must be {{'step': count}}, as state_dict() gives it, got {brief(state)}. Pass what was saved of it.")
         self.step = int(step)
 
     def __repr__(self) -> str:

@@ -242,7 +242,8 @@ class MultiLabelLogit(Score):
 
     def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
         """Score `(N,)` of logits `(N, C)` for targets `(N, C)`."""
-        return (value * required(target).to(value.dtype)).sum(dim=1)
+        share = required(target).to(value.dtype)
+        return (torch.where(share != 0, value, 0) * share).sum(dim=1)  # a class that is masked by -inf counts nothing
 
 
 @dataclass(frozen=True, repr=False)

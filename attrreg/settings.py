@@ -1,10 +1,12 @@
-"""Checks of settings that several kinds share: numbers, counts, integers."""
+"""Checks of settings that several kinds share: numbers, counts, integers, truth values."""
 
 from __future__ import annotations
 
 import math
 from numbers import Integral, Real
 from typing import Any, TypeGuard
+
+import numpy
 
 
 def brief(value: object) -> str:
@@ -20,7 +22,10 @@ def is_real(value: object) -> TypeGuard[float]:
 
 def is_number(value: object) -> bool:
     """Whether it is a finite number, and no text that looks like one."""
-    return is_real(value) and math.isfinite(value)
+    try:
+        return is_real(value) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def is_integer(value: object) -> bool:
@@ -43,6 +48,20 @@ def check_count(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {brief(value)}, a {type(value).__name__}. Pass an int.")
     if value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}. Give a larger one.")
+
+
+def keep_flag(spec: Any, name: str) -> None:
+    """Check a truth value of a frozen dataclass, and keep it as Python's own: another setting in its place would count as True.
+
+    Raises:
+        TypeError: naming it.
+    """
+    value = getattr(spec, name)
+    if not isinstance(value, bool | numpy.bool_):
+        raise TypeError(
+            f"{type(spec).__name__}: {name} must be True or False, got {brief(value)}. Write one of these; other settings go by name."
+        )
+    object.__setattr__(spec, name, bool(value))
 
 
 def keep_count(spec: Any, name: str, least: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from numbers import Integral
+from types import ModuleType, NoneType
 from typing import Any, Self
 
 from attrreg.settings import is_real
@@ -21,10 +23,16 @@ def public_path(kind: Any) -> str:
 
 def source(value: Any) -> str:
     """Python source of a setting: `repr`, but with functions written as the path that imports them."""
-    if not isinstance(value, Spec) and callable(value) and hasattr(value, "__qualname__"):
+    bound = not isinstance(
+        getattr(value, "__self__", None), type | ModuleType | NoneType
+    )  # a method of an object, which its path does not tell
+    if not isinstance(value, Spec) and callable(value) and hasattr(value, "__qualname__") and not bound:
         return public_path(value)
-    if is_real(value):  # NumPy's repr is np.float64(0.5), which would need numpy
-        return repr(int(value) if isinstance(value, Integral) else float(value))
+    if isinstance(value, str):  # NumPy's repr is np.str_('a'), which would need numpy
+        return str.__repr__(value)
+    if is_real(value):  # the same
+        number = int(value) if isinstance(value, Integral) else float(value)
+        return repr(number) if math.isfinite(number) else f"float('{number}')"
     if isinstance(value, tuple):
         return "(" + "".join(f"{source(item)}, " for item in value).rstrip() + ")"
     return repr(value)
@@ -36,7 +44,7 @@ def is_own(part: object) -> bool:
 
 
 class Spec:
-    """Base of the frozen dataclasses a user writes: scores, objectives, baselines, regularizers.
+    """Base of the frozen dataclasses a user writes: regularizers, scores, objectives, baselines, points, engines, schedules.
 
     Equality, hash and pickling are the dataclass's own. The repr names only the settings that differ from
     their defaults, by paths that work after `import attrreg`, so `eval(repr(spec)) == spec`. A class that is no dataclass has Python's.

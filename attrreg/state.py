@@ -60,6 +60,7 @@ def buffer_values(model: nn.Module) -> BufferValues:
 
 
 PLAIN = (bool, int, float, str)
+_FLAGS = (*PLAIN, NoneType, tuple)
 _EMPTY: dict[Any, Any] = {}  # what most registries hold
 _SETTINGS = (*PLAIN, NoneType, FunctionType, MethodType)  # types of what may say how to compute
 # Where modules keep layers, buffers and hooks.
@@ -162,6 +163,11 @@ class Settings:
                 module.training = mode
 
 
+def _is_pytorchs(module: nn.Module) -> bool:
+    """Whether its class is PyTorch's: parametrised and sharded modules of others have classes made by PyTorch, too."""
+    return all(kind.__module__.startswith("torch.") for kind in type(module).__mro__[:-1])
+
+
 class Buffers:
     """Copies of a model's buffers that stand in for them during a pass.
 
@@ -181,6 +187,10 @@ class Buffers:
                 if buffer is not None and id(buffer) not in self._copies:
                     self._copies[id(buffer)] = values.get((module, name), buffer).clone()
         self._left: list[tuple[nn.Module, dict[str, Tensor | None], dict[str, Tensor | None]]] = []
+        # What goes with a buffer, as a flag that says that the first batch has set it, goes back with it. PyTorch's own layers have none.
+        holders = [vars(module) for module, buffers in self._originals if buffers and not _is_pytorchs(module)]
+        self._flags = [(held, {name: value for name, value in held.items() if isinstance(value, _FLAGS)}) for held in holders]
+        self._moved: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def stand_in(self) -> None:
         """Put the copies in place."""
@@ -197,9 +207,15 @@ class Buffers:
                 module._buffers.clear()
             for name, buffer in buffers.items():
                 module._buffers[name] = buffer
+        changed = [(held, then) for held, then in self._flags if any(held.get(name) is not value for name, value in then.items())]
+        self._moved = [(held, {name: held[name] for name in then if name in held}) for held, then in changed]
+        for held, then in changed:
+            held.update(then)
 
     def commit(self) -> None:
         """Make what the pass did final (the originals are in place again)."""
+        for held, flags in self._moved:
+            held.update(flags)
         for module, buffers, left in self._left:
             for name, buffer in left.items():
                 original = buffers.get(name)

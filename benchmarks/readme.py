@@ -48,7 +48,7 @@ def main(numbers: Path | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if numbers is None:
             numbers = Path(folder) / "run.json"
-            subprocess.run([sys.executable, "-m", "attrreg.cli", "demo", "--out", str(numbers.with_suffix(".png"))], check=True)
+            subprocess.run([sys.executable, "-m", "attrreg", "demo", "--out", str(numbers.with_suffix(".png"))], check=True)
         run = json.loads(numbers.read_text())
         shutil.copy(numbers.with_suffix(".png"), ROOT / "docs" / "demo.png")
     write_section(ROOT / "README.md", "demo", "python -m benchmarks.readme", *section(run))

@@ -201,6 +201,15 @@ class Noise(baselines.Baseline):
         return torch.randn_like(x)
 
 
+def test_an_own_baseline_that_draws_unsaid_draws_what_it_draws_alone() -> None:
+    model, (x, mask, target), found = SmoothNet().double(), smooth_batch(4), []
+    for way in (attrreg.ActivationDifference(fill=Noise()), attrreg.ActivationDifference(fill=Noise()).evaluate):
+        torch.manual_seed(0)
+        value: Any = way(model, x, mask, target, annotated=torch.tensor([False, True, False, False]))
+        found.append(getattr(value, "total", value))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+
+
 class Conditioned(nn.Module):
     def __init__(self) -> None:
         super().__init__()

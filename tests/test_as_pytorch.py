@@ -284,6 +284,8 @@ HALF: dict[str, Callable[[Tensor], Tensor]] = {
     "rms norm, weight": lambda h: F.rms_norm(h * 0.01, (SIDE,), torch.ones(SIDE, dtype=h.dtype)),
     "norm of much": lambda h: (300 * h).norm(dim=1),
     "norm of little": lambda h: (1e-4 * h).norm(dim=1),
+    "deviation of much": lambda h: (300 * h).std(1),
+    "deviation of little": lambda h: (1e-4 * h).std(1),
     "vector norm": lambda h: torch.linalg.vector_norm(300 * h, dim=1),
     "matrix's norm": lambda h: torch.linalg.norm(1e-4 * h, dim=(1, 2)),
     "distance": lambda h: torch.cdist(300 * h.flatten(1), 300 * h.flatten(1)),

@@ -329,7 +329,7 @@ SETTINGS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: attrreg.ActivationDifference(()), TypeError, "layers"),
     (lambda: attrreg.ActivationDifference((nn.Linear(1, 1),)), TypeError, "layers"),  # type: ignore[arg-type]
     (lambda: attrreg.ActivationDifference(detach="both"), ValueError, "detach"),  # type: ignore[arg-type]
-    (lambda: TERM.reduced("median"), ValueError, "reduced"),  # type: ignore[arg-type]
+    (lambda: TERM.reduced("median"), ValueError, "reduction"),  # type: ignore[arg-type]
     (lambda: baselines.Blur(0), ValueError, "sigma"),
     (lambda: baselines.Noise(-1), ValueError, "Noise"),
     (lambda: masks.from_boxes([[(4, 0, 2, 3)]], (8, 8)), ValueError, r"boxes\[0\]"),

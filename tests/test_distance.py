@@ -37,6 +37,8 @@ NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "linalg.norm of matrices": lambda x: torch.linalg.norm(x, dim=(1, 2)),
     "linalg.norm of rows": lambda x: torch.linalg.norm(x, 2, dim=-1, keepdim=True),
     "linalg.norm, NumPy's axis": lambda x: torch.linalg.norm(x, dim=NUMBER),
+    "cosine": lambda x: F.cosine_similarity(x, x.flip(0), dim=-1),
+    "cosine of broadcast rows": lambda x: F.cosine_similarity(x[:1], 2 * x + 1, 1),
     "spectral norm": lambda x: torch.linalg.norm(x, 2, dim=(1, 2)),
     "nuclear norm": lambda x: torch.linalg.norm(x, "nuc", dim=(1, 2)),
     "cdist": lambda x: torch.cdist(x, 2 * x + 1),
@@ -66,7 +68,7 @@ def test_norms(name: str) -> None:
     "name",
     [
         *("normalize", "normalize p=fro", "norm", "norm of axes", "norm of matrices"),
-        *("torch.norm", "vector_norm", "linalg.norm", "linalg.norm of matrices"),
+        *("torch.norm", "vector_norm", "linalg.norm", "linalg.norm of matrices", "cosine"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -154,6 +154,7 @@ def test_a_gradient_of_the_input_alone_does_no_work_for_the_weights() -> None:
     phase = Phase()
     with twice_differentiable(phase):
         y = F.conv2d(x, w, groups=4)
+    assert "Convolve" in str(y.grad_fn)  # ours
     with phase.attributing(), patch.object(conv, "_WeightGradient", None):  # an error where it is taken
         (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     (by_weight,) = torch.autograd.grad(slope.sum(), w)  # which the phase does not forbid afterwards

@@ -22,17 +22,13 @@ from tests.models import DEVICE, SmoothNet, assert_close, gradients, smooth_batc
 GENERATOR = torch.Generator(DEVICE)
 
 
-@pytest.mark.parametrize(
-    "objective",
-    [
-        objectives.LogOutside(),
-        objectives.SquaredOutside(),
-        objectives.AbsoluteOutside(),
-        objectives.NetOutside(),
-        objectives.OutsideFraction(),
-        objectives.Energy(),
-    ],
-)
+OUTSIDE: list[objectives.Objective] = [
+    *(objectives.LogOutside(), objectives.SquaredOutside(), objectives.AbsoluteOutside(), objectives.NetOutside()),
+    *(objectives.OutsideFraction(), objectives.Energy()),
+]
+
+
+@pytest.mark.parametrize("objective", OUTSIDE)
 def test_objectives_survive_zero_maps(objective: Any) -> None:
     map = torch.zeros(2, 3, 4, 4, requires_grad=True)
     value = objective(map, torch.ones(2, 1, 4, 4).triu())
@@ -261,19 +257,21 @@ def test_a_single_position_is_a_map_where_a_convolution_made_it_and_none_where_p
     x, mask, target = smooth_batch()
     got = attrreg.GradCAM("0").attribute(model, x, target)
     torch.testing.assert_close(got, oracles.grad_cam(model, x, target, oracles.score_target_logit, "0").detach())
+    for share in (objectives.OutsideFraction(), objectives.Energy()):
+        with pytest.raises(ValueError, match=r"the map has one cell, so that the share outside is the mask's alone"):
+            attrreg.GradCAM("0", objective=share)(model, x, mask, target)
     with pytest.raises(ValueError, match=r"'2' gives .* not a spatial map"):
         attrreg.GradCAM("2")(model, x, mask, target)
     with pytest.raises(ValueError, match="'auto' found no layer"):
         attrreg.GradCAM()(model, x, mask, target)
 
 
-@pytest.mark.parametrize("kind", [objectives.OutsideFraction, objectives.Energy, objectives.LogOutside, objectives.SquaredOutside])
+@pytest.mark.parametrize("objective", [*OUTSIDE, objectives.TotalVariation()])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1000.0])
-def test_half_maps_are_judged_in_float32(kind: Any, scale: float) -> None:
-    objective: objectives.Objective = kind()
+def test_half_maps_are_judged_in_float32(objective: objectives.Objective, scale: float) -> None:
     map, mask = (scale * torch.randn(2, 3, 16, 16)).half(), (torch.rand(2, 1, 16, 16) > 0.5).float()
     found = objective(map, mask)
-    assert found.dtype == torch.float32
+    assert found.dtype == torch.float32 and found.isfinite().all()
     torch.testing.assert_close(found, objective(map.float(), mask))
 
 

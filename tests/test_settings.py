@@ -54,7 +54,7 @@ from tests.models import SmoothNet, smooth_batch
         (lambda: FeatureAblation([[0, 1]]), TypeError, r"segments must be a tensor of integers, got list\. "),  # type: ignore[arg-type]
         (lambda: FeatureAblation(torch.ones(2, 2).bool()), TypeError, r"segments must be a tensor of integers, got torch\.bool\. "),
         (lambda: baselines.Blur("5"), ValueError, r"Blur\(sigma='5'\) is not a blur\. "),  # type: ignore[arg-type]
-        (lambda: baselines.Noise(mean=float("nan")), ValueError, r"Noise\(mean=nan\) is not a normal distribution\. "),
+        (lambda: baselines.Noise(mean=float("nan")), ValueError, r"Noise\(mean=float\('nan'\)\) is not a normal distribution\. "),
         (lambda: baselines.Fixed(torch.empty(0)), ValueError, r"baseline of shape \(0,\) is empty"),
         (lambda: metrics.Occlusion(stride=0), ValueError, r"stride must be an integer of at least 1, got 0\. "),
         (lambda: NeuronConductance("body"), TypeError, r"neuron must be a captum\.Neuron, got 'body'\. "),  # type: ignore[arg-type]

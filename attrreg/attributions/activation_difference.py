@@ -79,7 +79,9 @@ class ActivationDifference(SingleRegularizer):
         pairs = [self._activations(trace, site) for site in self._sites]
         distance = torch.stack([_norm(clean - masked) for clean, masked in pairs]).sum(dim=0)
         size = torch.stack([_norm(clean.detach()) for clean, _ in pairs]).sum(dim=0)
-        unchanged = (trace.value(INPUT, self._masked) == trace.value(INPUT)).flatten(1).all(dim=1)
+        images, fill = trace.value(INPUT), trace.value(INPUT, self._masked)
+        slack = 64 * torch.finfo(images.dtype).eps * images.abs()  # what a blur makes of an image of one colour
+        unchanged = ((fill - images).abs() <= slack).flatten(1).all(dim=1)
         rounding = unchanged & (distance > 0) & trace.annotation.annotated
         # One transfer to the host: each would otherwise wait for the device by itself.
         small, any_rounding, all_unchanged = torch.stack(

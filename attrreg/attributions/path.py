@@ -6,8 +6,10 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from attrreg import own
 from attrreg.baselines import Baseline, Masked, OtherImage, Shuffle, Zero, as_baseline, keep_baseline
 from attrreg.needs import Grad, Need
 from attrreg.objectives import LogOutside, Objective, requires_region
@@ -16,6 +18,7 @@ from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
 from attrreg.settings import brief, keep_count
 from attrreg.sites import INPUT
+from attrreg.state import Rng
 from attrreg.trace import Trace
 
 
@@ -141,11 +144,28 @@ def check_share_varies(regularizer: Any) -> None:
         ValueError: naming the baseline.
     """
     baseline, objective = regularizer.baseline, regularizer.objective
-    if isinstance(baseline, (Masked, Shuffle)) and requires_region(objective):
+    if requires_region(objective) and _keeps_the_relevant(baseline):
         raise ValueError(
             f"{type(regularizer).__name__}: from {type(baseline).__name__} to the image only irrelevant pixels change, so the share of "
             "attribution outside is 1 whatever the model does. Use objectives.LogOutside(), or another baseline."
         )
+
+
+def _keeps_the_relevant(baseline: Baseline) -> bool:
+    """Whether relevant pixels stay as they are; of one of the user's that reads the mask, whether they do in a trial."""
+    if isinstance(baseline, (Masked, Shuffle)) or not baseline.needs_mask:
+        return baseline.needs_mask
+    cpu = torch.device("cpu")
+    x, mask = torch.rand(2, 3, 8, 8, generator=torch.Generator(cpu).manual_seed(0), device=cpu), torch.zeros(2, 1, 8, 8, device=cpu)
+    mask[..., 2:6, 2:6] = 1
+    before = Rng.of(cpu)
+    try:
+        image = own.made(baseline, baseline, x, mask, seed=0)
+        return bool(((image == x) | (mask == 0)).all())
+    except Exception:  # it may be for other images, or of another device; then nothing is known
+        return False
+    finally:
+        before.restore()
 
 
 def check_rule(regularizer: Any, least: int = 2) -> None:

@@ -138,6 +138,7 @@ def _distribution(baselines: Baseline | Tensor) -> Baseline:
 
 
 def _neuron(layer: str, neuron_selector: Index) -> Neuron:
+    """Its parameters are Captum's names of a neuron's settings: see `_settings_of`."""
     return Neuron(layer, neuron_selector)
 
 

@@ -75,7 +75,8 @@ class LayerGradientXActivation(LayerMap):
         TypeError: naming the setting.
 
     Cost:
-        One forward, none when attached, and one backward down to the layer, which is differentiated again; shared with `GradCAM` there.
+        One forward, none when attached, and one backward down to the layer, which is differentiated again; shared with a `GradCAM` of the
+        same score there.
 
     Source:
         Equals Captum's `LayerGradientXActivation` on `(N, C, h, w)` layers.

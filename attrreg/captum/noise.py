@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Noisy(Baseline):
 
     noise: Noise
     draw: int
-    draws = True
+    draws: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
         """A noisy copy of `x`."""
@@ -84,8 +84,9 @@ class NoiseTunnel(MapRegularizer):
         if self.kind not in get_args(Kind):
             raise ValueError(f"NoiseTunnel: unknown kind {self.kind!r}. Use one of {', '.join(map(repr, get_args(Kind)))}.")
         keep_count(self, "samples", 2 if self.kind == "vargrad" else 1)
-        if not is_number(self.std) or self.std < 0:
-            raise ValueError(f"NoiseTunnel: std (Captum's stdevs) must be a number of at least 0, got {self.std!r}. Write for example 0.1.")
+        if not is_number(self.std) or self.std < 0 or (self.std == 0 and self.kind == "vargrad"):
+            least = "above 0 for vargrad" if self.kind == "vargrad" else "of at least 0"
+            raise ValueError(f"NoiseTunnel: std (Captum's stdevs) must be a number {least}, got {self.std!r}. Write for example 0.1.")
         super().__post_init__()
 
     @property

@@ -10,7 +10,6 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from attrreg.attributions.path import check_share_varies
 from attrreg.baselines import Baseline, Fixed, Zero, as_baseline, keep_baseline
 from attrreg.needs import Need, Scored
 from attrreg.objectives import LogOutside, Objective
@@ -78,7 +77,6 @@ class _OnSegments(MapRegularizer):
             )
         object.__setattr__(self, "segments", Fixed(segments))
         keep_baseline(self)
-        check_share_varies(self)
 
     @property
     def _numbers(self) -> tuple[int, ...]:
@@ -185,7 +183,7 @@ class ShapleyValues(_OnSegments):
         count = len(self._numbers)
         if count > MAX_SEGMENTS:
             raise ValueError(
-                f"ShapleyValues: {count} segments take {2**count} forwards. Give at most {MAX_SEGMENTS}, or use FeatureAblation."
+                f"ShapleyValues: {count} segments take 2**{count} forwards. Give at most {MAX_SEGMENTS}, or use FeatureAblation."
             )
 
     @property

@@ -80,6 +80,7 @@ class MaskedImageFolder(Dataset[Sample]):
         if not self.annotated.any():
             found = _example(masks, self.names[0])
             raise ValueError(f"None of the {len(self)} images of {root} has a mask in {masks} {found}{UNMASKED}.")
+        self._first = self.names[int(self.annotated.int().argmax())]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -87,9 +88,8 @@ class MaskedImageFolder(Dataset[Sample]):
     @cached_property
     def _dtype(self) -> torch.dtype:
         """The type of all masks, also of those that stand for missing ones: a batch has one type. Reads the first annotated image."""
-        name = self.names[int(self.annotated.int().argmax())]
-        height, width = self._image(name).shape[-2:]
-        return self.masks(name, (height, width)).dtype
+        height, width = self._image(self._first).shape[-2:]
+        return self.masks(self._first, (height, width)).dtype
 
     def _image(self, name: PurePosixPath) -> Image:
         from torchvision.transforms.v2 import functional

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -85,7 +85,8 @@ class MaskFolder(MaskSource):
         """
         path = self.path(name)
         with opened(path) as file:
-            found, lossy = numpy.array(upright(file)), file.format == "JPEG"
+            lossy, turned = file.format == "JPEG", upright(file)
+            found = numpy.array(turned.convert("L") if turned.mode == "1" else turned)  # of one bit: 0 and 255, as in other files
         if lossy and self.relevant is nonzero:
             raise ValueError(
                 f"{path} is a JPEG, whose compression leaves few values at 0. Give relevant=, as `lambda values: values > 127`."
@@ -107,9 +108,9 @@ class MaskFolder(MaskSource):
 class BoxFile(MaskSource):
     """Bounding boxes in a COCO-style JSON file: a pixel is relevant where any box of its image touches it.
 
-    It reads `images` (`id`, `file_name`: the path below the image root) and `annotations` (`image_id`, `bbox`: x, y, width,
-    height in pixels). All boxes of an image count, whatever their category. An image that `images` lists without any
-    box was looked at, and nothing in it is relevant. An image that it does not list is not annotated.
+    It reads `images` (`id`, `file_name`: the path below the image root, and `width` and `height` where they are given) and `annotations`
+    (`image_id`, `bbox`: x, y, width, height in pixels). All boxes of an image count, whatever their category. An image that `images`
+    lists without any box was looked at, and nothing in it is relevant. An image that it does not list is not annotated.
 
     Args:
         path: the file.
@@ -120,9 +121,12 @@ class BoxFile(MaskSource):
 
     path: str | Path
     boxes: dict[PurePosixPath, list[tuple[float, ...]]] = field(init=False, repr=False, compare=False)
+    sizes: dict[PurePosixPath, tuple[int, int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "boxes", _read_boxes(Path(self.path)))
+        boxes, sizes = _read_boxes(Path(self.path))
+        object.__setattr__(self, "boxes", boxes)
+        object.__setattr__(self, "sizes", sizes)
 
     def __contains__(self, name: object) -> bool:
         """Whether the file lists the image."""
@@ -132,8 +136,13 @@ class BoxFile(MaskSource):
         """Draw the boxes.
 
         Raises:
-            ValueError: a box lies outside its image.
+            ValueError: a box lies outside its image, or the file gives that another size.
         """
+        if self.sizes.get(name, size) != size:
+            raise ValueError(
+                f"{self.path}, {name}: its boxes are of an image of {self.sizes[name]}, but the file is {size}, upright as EXIF data say. "
+                "Scale the boxes, or read the images by a loader= of your own."
+            )
         try:
             return from_boxes([self.boxes[name]], size)[0]
         except ValueError as error:
@@ -162,9 +171,12 @@ def upright(file: PIL.Image.Image) -> PIL.Image.Image:
     """The image as its EXIF data say that it is to be shown. Pillow's own `exif_transpose` fails on other tags that are broken."""
     from PIL.Image import Transpose as To
 
-    ways = None, To.FLIP_LEFT_RIGHT, To.ROTATE_180, To.FLIP_TOP_BOTTOM, To.TRANSPOSE, To.ROTATE_270, To.TRANSVERSE, To.ROTATE_90
-    orientation = file.getexif().get(ORIENTATION, 1)
-    way = ways[orientation - 1] if orientation in range(1, 9) else None
+    ways = To.FLIP_LEFT_RIGHT, To.ROTATE_180, To.FLIP_TOP_BOTTOM, To.TRANSPOSE, To.ROTATE_270, To.TRANSVERSE, To.ROTATE_90
+    try:
+        orientation: Any = file.getexif().get(ORIENTATION)
+        way = dict(enumerate(ways, start=2)).get(orientation)
+    except Exception:  # broken data say nothing; of what kind the error is depends on how they are broken
+        way = None
     return file if way is None else file.transpose(way)
 
 
@@ -178,12 +190,15 @@ def check_folder(who: str, root: str | Path, remedy: str = "") -> None:
         raise ValueError(f"{who}: there is no folder {root}. Give the path of one{remedy}.")
 
 
-def _read_boxes(path: Path) -> dict[PurePosixPath, list[tuple[float, ...]]]:
+def _read_boxes(path: Path) -> tuple[dict[PurePosixPath, list[tuple[float, ...]]], dict[PurePosixPath, tuple[int, int]]]:
+    """The boxes of each image, and the sizes of those whose size is given."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         images = {(image["id"], PurePosixPath(image["file_name"])) for image in content["images"]}
         if len(names := dict(images)) < len(images):
             raise ValueError("two images have one id")
+        sized = [image for image in content["images"] if image.get("height") and image.get("width")]
+        sizes = {PurePosixPath(image["file_name"]): (int(image["height"]), int(image["width"])) for image in sized}
         listed = [(entry["image_id"], tuple(map(float, entry["bbox"]))) for entry in content["annotations"]]
         found = [(names.get(number), number, box) for number, box in listed]
     except OSError as error:
@@ -200,4 +215,4 @@ def _read_boxes(path: Path) -> dict[PurePosixPath, list[tuple[float, ...]]]:
         if len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) <= 0:
             raise ValueError(f"{path}: {name} has the box {list(box)}. Give x, y, width and height in pixels, the last two above 0.")
         boxes[name].append((box[0], box[1], box[0] + box[2], box[1] + box[3]))
-    return boxes
+    return boxes, sizes

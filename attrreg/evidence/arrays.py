@@ -86,7 +86,7 @@ def folder(
 def digest(root: Path | str) -> str:
     """A hash of the tables and arrays in a folder, by which a record knows whether they have changed since."""
     found = hashlib.sha256()
-    for path in sorted([*Path(root).glob("*.csv"), *Path(root).glob("*.npy")]):
+    for path in sorted(path for path in Path(root).glob("*") if path.suffix.lower() in (".csv", ".npy")):
         found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()[:16]
 
@@ -138,6 +138,8 @@ def _table(root: Path, name: str) -> tuple[list[str], list[int]]:
         raise ValueError(f"{table} must have the columns file and class, and a row an image. Add them.")
     labels = []
     for row in rows:
+        if not row["file"]:
+            raise ValueError(f"{table} has a row without a file. Write one row `file,class` an image into it.")
         try:
             labels.append(_whole(row["class"]))
         except (TypeError, ValueError):
@@ -188,6 +190,9 @@ def _array(path: Path) -> numpy.typing.NDArray[numpy.float32]:
         array: numpy.typing.NDArray[Any] = numpy.load(path)
     except (ValueError, EOFError, OSError) as error:  # empty, cut off, pickled
         raise ValueError(f"{path} cannot be read: {error}. Save it with numpy.save, as numbers.") from None
+    if not isinstance(array, numpy.ndarray):
+        array.close()
+        raise ValueError(f"{path} holds several arrays. Save each by numpy.save.")
     if array.ndim not in (2, 3):
         raise ValueError(f"{path} is {array.shape}, but an array must be (H, W) or (H, W, C). Save it so.")
     if array.dtype.kind not in "biuf" or not numpy.isfinite(array).all():

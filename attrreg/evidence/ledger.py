@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,7 +21,8 @@ from attrreg.evidence.job import Job, Record
 from attrreg.evidence.packages import Missing
 from attrreg.evidence.sources import Source
 
-Advance = Callable[[str, int], None]
+if TYPE_CHECKING:
+    from attrreg.progress import Advance
 
 
 def cores() -> int:

@@ -51,14 +51,14 @@ def spread(values: Sequence[float | None]) -> str:
     return f"{statistics.mean(known):.3f}{more}{fewer}"
 
 
-def interval(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> str:
-    """The 95% interval of the mean by Student's t, cut to [low, high]; a dash for one value, or where all are equal."""
+def interval(values: Sequence[float], low: float = 0.0) -> str:
+    """The 95% interval of the mean by Student's t, cut to [low, 1]; a dash for one value, or where all are equal."""
     if len(values) < 2 or statistics.stdev(values) == 0:
         return "-"
     from scipy import stats
 
     start, end = stats.t.interval(0.95, len(values) - 1, statistics.mean(values), stats.sem(values))
-    return f"{max(low, start):.2f} to {min(high, end):.2f}"
+    return f"{max(low, start):.2f} to {min(1.0, end):.2f}"
 
 
 def gain(found: Sequence[Record], reference: Sequence[Record], selection: str) -> str:
@@ -179,12 +179,11 @@ def _variants(plan: Plan, training: Training, ledger: Ledger) -> str:
     return f"{words}\n\n{markdown_table(head, lines)}" if lines else ""
 
 
-def gain_kept(records: Sequence[Record], without: Sequence[Record], whole: Sequence[Record]) -> list[float]:
-    """Of the test accuracy that all masks bring over none, the share that records have: a number for each seed that has one."""
+def gain_kept(records: Sequence[Record], without: Sequence[Record], whole: Sequence[Record]) -> list[float | None]:
+    """Of the test accuracy that all masks bring over none, the share that records have, a number a seed; None where they bring nothing."""
     some, none, all_ = (_by_seed(each, "valid", "test") for each in (records, without, whole))
-    return [
-        (some[seed] - none[seed]) / (all_[seed] - none[seed]) for seed in some if seed in none and seed in all_ and all_[seed] != none[seed]
-    ]
+    gains = {seed: all_[seed] - none[seed] for seed in some if seed in none and seed in all_}
+    return [(some[seed] - none[seed]) / gains[seed] if gains.get(seed) else None for seed in some]
 
 
 def varied(plan: Plan, training: Training, name: str, ledger: Ledger) -> dict[str, list[Record]]:

@@ -20,6 +20,8 @@ from attrreg.settings import brief
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] != "lightning":
+        raise
     raise ImportError("attrreg.integrations.lightning needs lightning. Install with: pip install 'attrreg[integrations]'") from error
 
 Batch = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor | None]

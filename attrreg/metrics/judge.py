@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attrreg import call as calls
 from attrreg import own
+from attrreg.attach import suspended
 from attrreg.baselines import Baseline, Zero, as_baseline, keep_baseline
 from attrreg.masks import at_least_float32
 from attrreg.metrics.maps import Measure, share_inside
@@ -78,7 +79,7 @@ class Occlusion(Spec):
         fill = as_baseline(self.fill)
         filled = own.made(fill, fill, x.detach(), mask=None, seed=0)
         window, stride = ((x.shape[1], *(min(length, side) for side in x.shape[-2:])) for length in (self.window, self.stride))
-        with torch.no_grad(), isolated(model, x.device):
+        with torch.no_grad(), suspended(model), isolated(model, x.device):
             phi: Tensor = Captum(_logits_of(model, classes)).attribute(
                 x.detach(),
                 sliding_window_shapes=window,

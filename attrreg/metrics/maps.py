@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attrreg import masks
 from attrreg.objectives import OutsideFraction
-from attrreg.settings import check_count
+from attrreg.settings import check_count, keep_count, keep_flag
 from attrreg.spec import Spec
 
 Measure = Callable[[Tensor, Tensor], Tensor]
@@ -93,10 +93,17 @@ class PointingGame(Spec):
 
     Args:
         tolerance, signed: as there.
+
+    Raises:
+        TypeError, ValueError: naming the setting.
     """
 
     tolerance: int = 0
     signed: bool = False
+
+    def __post_init__(self) -> None:
+        keep_count(self, "tolerance", 0)
+        keep_flag(self, "signed")
 
     def __call__(self, map: Tensor, mask: Tensor) -> Tensor:
         """Hits `(N,)`."""

@@ -129,6 +129,7 @@ class PointingGame(MapMetric):
     """
 
     def __init__(self, tolerance: int = 0, signed: bool = False) -> None:
+        check_count("tolerance", tolerance, 0)
         super().__init__(tolerance, signed)
         self.tolerance = tolerance
         self.signed = signed

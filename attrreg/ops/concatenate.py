@@ -24,9 +24,9 @@ class _Concatenate(Function):
         return None, *gy.split_with_sizes(ctx.sizes, ctx.dim)
 
 
-def concatenate(tensors: tuple[Tensor, ...] | list[Tensor], dim: int = 0, *, out: Tensor | None = None) -> Tensor:
+def concatenate(tensors: tuple[Tensor, ...] | list[Tensor], dim: int = 0) -> Tensor:
     """`torch.cat`."""
     alike = len({(part.dtype, part.dim()) for part in tensors}) == 1  # others are promoted, or are the old empty placeholders
-    if out is not None or not alike or not tensors[0].is_floating_point() or not -tensors[0].dim() <= dim < tensors[0].dim():
-        return torch.cat(tensors, dim, out=out)
+    if not alike or not tensors[0].is_floating_point() or not -tensors[0].dim() <= dim < tensors[0].dim():
+        return torch.cat(tensors, dim)
     return _Concatenate.apply(dim, *tensors)

@@ -1,7 +1,7 @@
-"""Norms and distances that can be differentiated twice, at zero too.
+"""Norms, distances and standard deviations that can be differentiated twice, at zero too.
 
-PyTorch's second derivative of a 2-norm at zero is NaN, and in older versions `cdist` has a second derivative for 2-norms of many rows
-alone. Here both derivatives at zero are zero.
+PyTorch's second derivative of a 2-norm at zero is NaN, as is that of a standard deviation, and in older versions `cdist` has a second
+derivative for 2-norms of many rows alone. Here both derivatives at zero are zero.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -28,8 +29,35 @@ def two_norm(x: Tensor, dim: Any, keepdim: bool = False, dtype: torch.dtype | No
         x = x.to(dtype)
     if x.dtype != compute_dtype(x):  # which has room for the squares
         return in_compute_dtype(two_norm, x, dim, keepdim)
-    squared = x.square().sum(dim=dim, keepdim=keepdim)
-    zero = squared == 0  # where sqrt has no derivatives
+    return _root(x.square().sum(dim=dim, keepdim=keepdim))
+
+
+def std(input: Tensor, *args: Any, **settings: Any) -> Tensor:
+    """`torch.std`."""
+    if not input.is_floating_point():
+        return torch.std(input, *args, **settings)
+    if input.dtype != (dtype := compute_dtype(input)):  # which has room for the squares
+        return std(input.to(dtype), *args, **settings).to(input.dtype)
+    return _root(torch.var(input, *args, **settings))
+
+
+def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """`F.cosine_similarity`, whose norms PyTorch takes where no mode sees them."""
+    if x1.dtype != x2.dtype or not x1.is_floating_point() or eps <= 0 or torch.is_autocast_enabled(x1.device.type):
+        return F.cosine_similarity(x1, x2, dim, eps)
+    if x1.dtype != (dtype := compute_dtype(x1)):
+        return cosine_similarity(x1.to(dtype), x2.to(dtype), dim, eps).to(x1.dtype)
+    return (_unit(x1, dim, eps) * _unit(x2, dim, eps)).sum(dim)
+
+
+def _unit(x: Tensor, dim: int, eps: float) -> Tensor:
+    norm = two_norm(x, dim, keepdim=True)
+    return x / (norm + (norm.clamp_min(eps) - norm).detach())  # PyTorch clamps the value, not the gradient
+
+
+def _root(squared: Tensor) -> Tensor:
+    """The square root, at zero with derivatives of zero."""
+    zero = squared == 0
     return squared.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
 
@@ -38,13 +66,11 @@ def _widens(x: Tensor, dtype: torch.dtype | None) -> bool:
     return x.is_floating_point() and (dtype is None or (dtype.is_floating_point and torch.promote_types(x.dtype, dtype) == dtype))
 
 
-def vector_norm(
-    x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, out: Tensor | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
+def vector_norm(input: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     """`torch.linalg.vector_norm`."""
-    if ord != 2 or out is not None or not _widens(x, dtype):
-        return torch.linalg.vector_norm(x, ord, dim, keepdim, out=out, dtype=dtype)
-    return two_norm(x, dim, keepdim, dtype)
+    if ord != 2 or not _widens(input, dtype):
+        return torch.linalg.vector_norm(input, ord, dim, keepdim, dtype=dtype)
+    return two_norm(input, dim, keepdim, dtype)
 
 
 def norm(input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Tensor | None = None, dtype: Any = None) -> Tensor:
@@ -55,15 +81,13 @@ def norm(input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, 
     return two_norm(input, dim, keepdim, dtype)
 
 
-def linalg_norm(
-    A: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, out: Tensor | None = None, dtype: Any = None
-) -> Tensor:
+def linalg_norm(input: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
     """`torch.linalg.norm`, whose 2-norm of a matrix is another."""
-    axes = (0 if ord is None else A.dim()) if dim is None else len(dim) if isinstance(dim, Sequence) else 1
+    axes = (0 if ord is None else input.dim()) if dim is None else len(dim) if isinstance(dim, Sequence) else 1
     fits = axes == 1 if ord == 2 else axes == 2 if ord == "fro" else axes < 3
-    if ord not in TWO or not fits or out is not None or not _widens(A, dtype):
-        return torch.linalg.norm(A, ord, dim, keepdim, out=out, dtype=dtype)
-    return two_norm(A, dim, keepdim, dtype)
+    if ord not in TWO or not fits or not _widens(input, dtype):
+        return torch.linalg.norm(input, ord, dim, keepdim, dtype=dtype)
+    return two_norm(input, dim, keepdim, dtype)
 
 
 class _Euclidean(Function):
@@ -102,7 +126,7 @@ def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = MODES[0]) 
     known = rows and x1.dtype == x2.dtype in (torch.float32, torch.float64) and p >= 0 and compute_mode in MODES
     if not (known and torch.is_grad_enabled() and (x1.requires_grad or x2.requires_grad)):  # as for the nearest code, which has no gradient
         return torch.cdist(x1, x2, p, compute_mode)
-    if p == 2 and max(x1.numel() * x2.shape[-2], x2.numel() * x1.shape[-2]) > MAX_DIFFERENCES:
+    if p == 2 and math.prod(torch.broadcast_shapes(x1.unsqueeze(-2).shape, x2.unsqueeze(-3).shape)) > MAX_DIFFERENCES:
         return _Euclidean.apply(x1, x2)
     difference = x1.unsqueeze(-2) - x2.unsqueeze(-3)
     if p == 2:

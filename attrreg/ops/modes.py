@@ -57,6 +57,8 @@ _FOR_ANY_PHASE: Replacements = {
     torch.linalg.norm: distance.linalg_norm,
     torch.linalg.vector_norm: distance.vector_norm,
     torch.cdist: distance.cdist,
+    **dict.fromkeys((torch.std, Tensor.std), distance.std),
+    F.cosine_similarity: distance.cosine_similarity,
 }
 
 # The functions that can be differentiated twice in place of PyTorch's, with the phase of the pass before their arguments.
@@ -105,17 +107,23 @@ class Replace(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in self._by or transformed():  # in this order: a model asks for shapes more often than it computes
             return func(*args, **kwargs)
-        if args and getattr(args[0], "is_nested", False):  # its shape is none that ours could compute with
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(first, (tuple, list)) and first:
+            first = first[0]
+        if getattr(first, "is_nested", False) or kwargs.get("out") is not None:  # whose shape is none for ours; which has no gradient
             return func(*args, **kwargs)
+        kwargs.pop("out", None)  # ours have none
         if kwargs and not NUMPY.keys().isdisjoint(kwargs):
             kwargs = {NUMPY.get(name, name): value for name, value in kwargs.items()}
         ours = self._by[func]
-        # A subclass of tensors, as MONAI's, makes a view of each result, which inside our Functions could not be written into in place.
-        # So it is asked to wrap what ours give as a whole. Multi-head attention asks it by itself.
+        # A subclass of tensors may have a function of its own in place of this one, as a quantised weight has. And it may make a view of
+        # each result, as MONAI's, which inside our Functions could not be written into in place: it is to wrap what ours give as a whole.
+        # So it is asked first, and what it leaves comes back here, without types. Multi-head attention asks it by itself.
         kind = next((kind for kind in types if kind is not Tensor), None) if types else None
         if kind is None or func is F.multi_head_attention_forward:
             return ours(self._phase, *args, **kwargs)
-        return kind.__torch_function__(partial(ours, self._phase), types, args, kwargs)
+        with self:
+            return kind.__torch_function__(func, types, args, kwargs)
 
 
 @contextmanager

@@ -37,5 +37,5 @@ def convolve(phase: Phase, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         x = x[:, :, : rows * kh, : columns * kw]
         x = x.reshape(n, channels, rows, kh, columns, kw).permute(0, 2, 4, 1, 3, 5)
     y = linear(phase, x.reshape(n, rows, columns, channels * kh * kw), w.flatten(1), b)
-    # Laid out as a convolution would: code that follows may take a `view`.
-    return y.permute(0, 3, 1, 2) if channels_last else y.permute(0, 3, 1, 2).contiguous()
+    # Laid out as a convolution would: code that follows may take a `view`. Not by `contiguous`, which leaves a single position its strides.
+    return y.permute(0, 3, 1, 2) if channels_last else y.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)

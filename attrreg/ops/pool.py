@@ -30,7 +30,9 @@ class _MaxPool(Function):
         pooled = []
         for part in parts:
             y, indices = aten.max_pool2d_with_indices(part.contiguous(memory_format=torch.channels_last), *settings)
-            pooled.append((y.contiguous(memory_format=format), indices.contiguous(memory_format=format)))
+            if format != torch.channels_last:  # not by `contiguous`, which leaves a single position its strides
+                y, indices = (found.clone(memory_format=torch.contiguous_format) for found in (y, indices))
+            pooled.append((y, indices))
         y, indices = (torch.cat(found) if len(found) > 1 else found[0] for found in zip(*pooled, strict=True))
         ctx.save_for_backward(x, indices)
         ctx.settings = settings
@@ -54,7 +56,7 @@ def max_pool2d(
     """`F.max_pool2d`. `return_indices` is always False: with indices it is another function, which is not replaced."""
     copied = input.dim() == 4 and input.numel() >= MIN_VALUES and input.shape[1] >= MIN_CHANNELS and goes_by_planes(input)
     # With channels last nothing is copied: ours only so that no zeros go back.
-    ours = copied or (input.device.type == "cpu" and suggested_format(input) == torch.channels_last)
+    ours = copied or (input.device.type == "cpu" and input.is_floating_point() and suggested_format(input) == torch.channels_last)
     settings = kernel_size, [] if stride is None else stride, padding, dilation
     # PyTorch takes NumPy's numbers and tensors too, `torch.ops` does not.
     if not ours or not all(isinstance(setting, (int, tuple, list)) for setting in settings):

@@ -30,7 +30,7 @@ def convolution(shapes: Callable[..., bool], axes: int, x: Tensor, w: Tensor, b:
 
     `shapes` is `convolution_shapes` or `transposed_shapes`, which takes `settings` after the shapes of images x, weight w and bias b.
     """
-    if any(type(number) is float for value in settings if isinstance(value, (tuple, list)) for number in value):
+    if any(isinstance(number, float) for value in settings if isinstance(value, (tuple, list)) for number in value):
         return False  # PyTorch refuses them; as keys of a cache, 2.0 and 2 are the same
     same = x.dtype == w.dtype and (b is None or b.dtype == x.dtype)
     alike = x.is_floating_point() and w.is_floating_point() and (same or torch.is_autocast_enabled(x.device.type))
@@ -70,7 +70,7 @@ def transposed_shapes(image: tuple[int, ...], weight: tuple[int, ...], bias: tup
 
 
 def per_axis(value: int | Sequence[int], axes: int) -> list[int]:
-    """A setting of a convolution, one number an axis. Floats are a TypeError: as keys of a cache, 2.0 and 2 are the same."""
+    """A setting of a convolution, one number an axis. Floats are a TypeError, as PyTorch's."""
     return [value] * axes if isinstance(value, int) else [*map(index, value)] * (axes if len(value) == 1 else 1)
 
 

@@ -92,8 +92,8 @@ def main() -> None:
                 scheduler.step_update(num_updates=updates)
                 losses.update(loss.item(), len(x))
                 penalties.update(penalty.item(), len(x))
-        scheduler.step(epoch + 1)
         lr = optimizer.param_groups[0]["lr"]
+        scheduler.step(epoch + 1)
         log.info(f"epoch {epoch}: loss {losses.avg:.3f}, penalty {penalties.avg:.4f} of weight {reg.weight:.2f}, lr {lr:.2e}")
     torch.save({"model": average.module.state_dict(), "reg": reg.state_dict()}, args.out)
 
