@@ -160,7 +160,10 @@ class Attachment:
             self._tap = None
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> tuple[Any, dict[str, Any]] | None:
-        """A forward pre-hook: open a tap, if this is a forward of the loop's that can be recorded; gives the arguments to go on with."""
+        """A forward pre-hook: open a tap, if this is a forward of the loop's that can be recorded; gives the arguments to go on with.
+
+        It comes without keywords where another thread has just taken the hook's mark away: see `_leave`.
+        """
         if compiling():
             return None
         if not self.live:

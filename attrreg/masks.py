@@ -213,8 +213,8 @@ def _checked_boxes(name: str, entry: Tensor | Sequence[Tensor | Sequence[float]]
         if rows > height or columns > width:  # smaller ones may have been padded
             raise ValueError(f"{name} are of an image of {(rows, columns)}, but size={(height, width)}. Scale them with their image.")
     try:
-        rows = [torch.as_tensor(box, dtype=torch.float64, device="cpu").tolist() for box in parts]
-        listed = torch.as_tensor(rows[0] if isinstance(entry, Tensor) else rows, dtype=torch.float64, device="cpu")
+        corners = [torch.as_tensor(box, dtype=torch.float64, device="cpu").tolist() for box in parts]
+        listed = torch.as_tensor(corners[0] if isinstance(entry, Tensor) else corners, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} are no boxes: {error}. Give (x1, y1, x2, y2) a box.") from error
     if listed.numel() % 4 or (listed.numel() and listed.shape[-1] != 4):

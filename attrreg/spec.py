@@ -23,9 +23,8 @@ def public_path(kind: Any) -> str:
 
 def source(value: Any) -> str:
     """Python source of a setting: `repr`, but with functions written as the path that imports them."""
-    bound = not isinstance(
-        getattr(value, "__self__", None), type | ModuleType | NoneType
-    )  # a method of an object, which its path does not tell
+    # A method of an object has a path that does not tell of which.
+    bound = not isinstance(getattr(value, "__self__", None), type | ModuleType | NoneType)
     if not isinstance(value, Spec) and callable(value) and hasattr(value, "__qualname__") and not bound:
         return public_path(value)
     if isinstance(value, str):  # NumPy's repr is np.str_('a'), which would need numpy

@@ -167,13 +167,8 @@ def twice_differentiable(phase: Phase, at_once: bool = True) -> Iterator[Callabl
 @contextmanager
 def _operators(phase: Phase) -> Iterator[None]:
     """Around the recomputation of a checkpointed block."""
-    inner, running = phase.inner, phase.running
-    phase.inner, phase.running = False, True  # a forward again: backwards that run in it are the model's own
-    try:
-        with attention_by(BY_MATH), Replace(TWICE, phase):
-            yield
-    finally:
-        phase.inner, phase.running = inner, running
+    with phase.recomputing(), attention_by(BY_MATH), Replace(TWICE, phase):
+        yield
 
 
 def take_off(mode: TorchFunctionMode) -> None:

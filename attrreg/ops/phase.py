@@ -50,6 +50,16 @@ class Phase:
         finally:
             self.inner = False
 
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Around a checkpointed block that runs again within a backward: a forward, whose own backwards are the model's."""
+        inner, running = self.inner, self.running
+        self.inner, self.running = False, True
+        try:
+            yield
+        finally:
+            self.inner, self.running = inner, running
+
 
 def wanted(ctx: Any, count: int) -> list[bool]:
     """For each of a function's first inputs, the image before weights, whether the running backward needs its gradient.
