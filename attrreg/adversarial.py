@@ -59,7 +59,9 @@ class AdversarialInvariance:
 
     Source:
         The adversarial arm of the founding paper, arXiv 1910.00199, after Ganin et al. 2016, arXiv 1505.07818, and with the spectral
-        normalisation of Miyato et al. 2018, arXiv 1802.05957. There, for the crosses: weight 10, every 10, rate .01.
+        normalisation of Miyato et al. 2018, arXiv 1802.05957. Its code takes the sum of the two cross-entropies, where
+        here is their mean, with a weight of 10 for the crosses (20 here); it trains D in each batch, with rate .01, but the model in each
+        tenth alone, which here is up to your loop; and D has ReLUs, and no spectral normalisation in its last layer.
     """
 
     def __init__(
@@ -288,5 +290,6 @@ class _Confusion(SingleRegularizer):
         annotated = trace.annotation.annotated
         if self.discriminator.step % self.every == 0:
             self.discriminator.train(whole[annotated], without[annotated])
-        self.discriminator.step += 1
-        return (F.softplus(self.discriminator.logits(whole)) + F.softplus(-self.discriminator.logits(without))) / 2
+        confusion = (F.softplus(self.discriminator.logits(whole)) + F.softplus(-self.discriminator.logits(without))) / 2
+        self.discriminator.step += 1  # not of a call that raises
+        return confusion

@@ -14,7 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from attrreg.call import Call, Select
 from attrreg.conditions import tensors_in
-from attrreg.distributed import sharded
+from attrreg.distributed import in_step
 from attrreg.memory import lacks_memory
 from attrreg.recording import Recording
 from attrreg.runner import Runner
@@ -76,9 +76,9 @@ def images_apart(call: Call) -> bool:
     model = call.model
     if any(map(couples, call.modules)):
         return False
-    if sharded(model):  # other ranks may not run the pass that shows it, which would wait for them
+    if in_step(model):  # other ranks may not run the pass that shows it, which would wait for them
         return False
-    probe = probe_of(model, "images", state_key(model), output_key(call.output))
+    probe = probe_of(model, "images", call.inputs is None, state_key(model), output_key(call.output))
     if probe.due():
         found = _are_apart(call, probe)
         probe.found = probe.found if found is None else found  # images that show nothing, as of NaN, say nothing
@@ -112,7 +112,9 @@ def _are_apart(call: Call, probe: Probe) -> bool | None:
                 return False
     # Both halves: if a model divides by the largest value of the batch, the half that has it gives the same. Of three images, each pair.
     groups = [half, ~half] if images > 3 else [order.to(device) != left for left in range(images)]
-    return recording.drew or all(_as_whole(call, outputs, chosen.nonzero()[:, 0]) for chosen in groups)
+    if recording.drew or call.inputs is not None:  # a part of the batch needs its part of those, and which of them go by image is not known
+        return True
+    return all(_as_whole(call, outputs, chosen.nonzero()[:, 0]) for chosen in groups)
 
 
 def _as_whole(call: Call, outputs: Sequence[Tensor], chosen: Tensor) -> bool:
@@ -150,7 +152,8 @@ def _by_image(runner: Runner, recording: Recording, images: int) -> list[Tensor]
     given = tensors_in(recording.output)
     if runner.call.output is not None:
         given.append(runner.at(recording, OUTPUT))
-    return [part for part in given if part.is_floating_point() and part.shape[:1] == (images,) and part.layout == torch.strided]
+    fitting = (part for part in given if part.is_floating_point() and part.shape[:1] == (images,) and part.layout == torch.strided)
+    return [part.to(runner.call.x.device) for part in fitting]  # a model may span several devices
 
 
 def _weighed(part: Tensor) -> Tensor:

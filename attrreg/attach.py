@@ -18,7 +18,7 @@ from attrreg.call import Call
 from attrreg.conditions import Called, image_state, keep_buffers, tensors_in
 from attrreg.hooks import Tap
 from attrreg.ops.process import transformed
-from attrreg.recording import Recording, Request
+from attrreg.recording import Question, Recording, Request
 from attrreg.sites import SPATIAL
 from attrreg.state import detach_buffers
 from attrreg.walk import modules
@@ -69,7 +69,7 @@ class Attachment:
         self._tap: Tap | None = None
         self._recording: Recording | None = None
         self._kind: Hashable = None  # of the last forward
-        self._question: automatic.Question | None = None  # whose layer alone it recorded for `layer="auto"`; None: all that may be it
+        self._question: Question | None = None  # whose layer alone it recorded for `layer="auto"`; None: all that may be it
         self._warned = False  # of other images
         self._seen: deque[weakref.ref[Tensor]] = deque(maxlen=SEEN)
         self.suspended = False

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from types import CodeType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from attrreg import sites
 from attrreg.call import Call, picked_by
-from attrreg.graph import bypassed, which_are_read
-from attrreg.recording import Recording
+from attrreg.graph import made_by, which_are_read
+from attrreg.recording import Question, Recording
 from attrreg.scores import Score
 from attrreg.walk import modules, path_to
 
@@ -26,14 +26,6 @@ if TYPE_CHECKING:
     from attrreg.runner import Runner
 
 NamedMap = tuple[str, Tensor]
-
-
-class Question(NamedTuple):
-    """What the layer depends on, besides the model: `kind`, `picked_by`, and what the score reads."""
-
-    kind: Hashable
-    picked_by: Hashable
-    site: str
 
 
 # The layer that was found for each question about a model: only what runs from there on must be differentiable twice.
@@ -134,8 +126,8 @@ def _before_block(model: nn.Module, total: Tensor, maps: list[NamedMap], last: N
 
     On small images a residual block's own output may be a single position, which is no map: the last one then lies in its branch.
     """
-    first, end = maps[0][1], next(place for place, (name, _) in enumerate(maps) if name == last[0])
-    if last[1].dim() != 4 or not bypassed(total, last[1], first):
+    first, end = maps[0][1].grad_fn, next(place for place, (name, _) in enumerate(maps) if name == last[0])
+    if last[1].dim() != 4 or not made_by(total, first, around=last[1].grad_fn):
         return last
     for place in reversed(range(end)):
         name, map = maps[place]
@@ -143,7 +135,7 @@ def _before_block(model: nn.Module, total: Tensor, maps: list[NamedMap], last: N
         block = _around(inside)
         runs = block and not isinstance(model.get_submodule(block), (nn.ModuleList, nn.ModuleDict))
         apart = runs and not name.startswith(f"{block}.")
-        if apart and map.shape[2:] == last[1].shape[2:] and (place == 0 or not bypassed(total, map, first)):
+        if apart and map.shape[2:] == last[1].shape[2:] and (place == 0 or not made_by(total, first, around=map.grad_fn)):
             return name, map
     return last
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from contextlib import nullcontext
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from types import CodeType, FunctionType
@@ -15,10 +16,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from attrreg import masks
 from attrreg.distributed import Groups
+from attrreg.ops.process import checkpoints_recompute_inside
 from attrreg.settings import is_integer
-from attrreg.state import Rng, isolated
+from attrreg.state import Rng, copied_buffers, isolated
 from attrreg.walk import attributes, modules
-from attrreg.wrappers import eager, refuse_compiling, undistributed, unwrap
+from attrreg.wrappers import compiling, eager, refuse_compiling, undistributed, unwrap
 
 Select = Callable[[Any], Tensor] | str | int | None
 Inputs = tuple[Any, ...] | Mapping[str, Any] | None
@@ -87,6 +89,11 @@ class Call:
         return [*modules(self.model), *(modules(self.output) if isinstance(self.output, nn.Module) else ())]
 
     @property
+    def whole(self) -> nn.Module:
+        """The same as one module."""
+        return nn.ModuleList([self.model, self.output]) if isinstance(self.output, nn.Module) else self.model
+
+    @property
     def mask(self) -> Tensor | None:
         """The canonical mask."""
         return None if self.annotation is None else self.annotation.relevant
@@ -123,13 +130,20 @@ class Call:
             # A head, or a function that may run one: it may draw, and its batch norms would count the batch once more. A function that
             # cannot hold the model has no buffers to set aside; an empty module stands for it.
             held = self.model if picked_by(self.output) is ... else nn.Module()
-            with isolated(self.output if isinstance(self.output, nn.Module) else held, self.x.device, start):
+            held = self.output if isinstance(self.output, nn.Module) else held
+            with isolated(held, self.x.device, start), checkpoints_recompute_inside(_on_copies(held)):
                 return self.output(output)
         if isinstance(output, Tensor):  # where there are auxiliary heads in train mode only; an index would pick an image
             raise TypeError("a tensor has no parts that are logits")
         if isinstance(self.output, str) and not isinstance(output, Mapping):
             return getattr(output, self.output)
         return output[self.output]
+
+
+def _on_copies(head: nn.Module) -> Callable[[], AbstractContextManager[object]]:
+    """Where checkpointed blocks of a head are recomputed: by a weak reference, since its graph would hold this."""
+    reference = weakref.ref(head)
+    return lambda: nullcontext() if (alive := reference()) is None else copied_buffers(alive)
 
 
 def picked_by(output: Select) -> Hashable:
@@ -235,7 +249,8 @@ def check_model(model: nn.Module) -> None:
         TypeError: naming `model`.
         RuntimeError: the call is being compiled.
     """
-    refuse_compiling()
+    if compiling():
+        refuse_compiling()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}. Pass the model itself, not a function of it.")
 
@@ -273,8 +288,8 @@ def check_batch(x: Tensor) -> None:
         remedy = "Add or keep the missing axes."
         if x.dim() > 4:
             remedy = (
-                "Put frames or slices into the channels, or into the batch with a row of logits for each, and wrap the model in a module "
-                "that takes them apart."
+                "Put frames or slices below each other, (N, C, D * H, W), as their masks, or into the channels under one mask for all, or "
+                "into the batch with a row of logits for each, and wrap the model in a module that takes them apart."
             )
         raise ValueError(f"x must be a batch of images (N, C, H, W), got {tuple(x.shape)}. {remedy}")
 
@@ -292,7 +307,10 @@ def check_target(target: Tensor | None, x: Tensor) -> Tensor | None:
         return None
     if not isinstance(target, Tensor) or target.is_complex():
         kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"target must be a tensor of labels, got {kind}. Write torch.as_tensor(target).")
+        parts: Sequence[Any] = target if isinstance(target, (list, tuple)) else ()
+        several = isinstance(target, Mapping) or any(isinstance(part, Tensor) and part.shape[:1] == x.shape[:1] for part in parts)
+        remedy = "Put the labels that the score reads into one: torch.stack(labels, dim=1)." if several else "Use torch.as_tensor(target)."
+        raise TypeError(f"target must be a tensor of labels, got {kind}. {remedy}")
     if target.dim() == 0 or target.shape[0] != x.shape[0]:
         remedy = "Reshape it."
         if target.numel() == 1 and target.dim() < 2:

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
 from attrreg.call import Call
-from attrreg.state import PLAIN
+from attrreg.state import FUNCTIONS, GLOBAL_HOOKS, PLAIN
 from attrreg.walk import modules
 
 # Buffers of these types are compared by value; of others, the version alone tells.
@@ -61,7 +60,11 @@ class Conditions:
     @property
     def moved(self) -> bool:
         """Whether the forward changed what the next one will compute with, as spectral normalisation's does."""
-        return any(map(bool, self._moved))
+        compared = [part for part in self._moved if isinstance(part, Tensor)]
+        if any(part is True for part in self._moved) or not compared:
+            return any(part is True for part in self._moved)
+        # All at once: each by itself would wait for a GPU.
+        return bool(torch.stack([part.to(compared[0].device) for part in compared]).any())
 
     def same_for(self, call: Call) -> bool:
         """Whether a call would meet the same."""
@@ -160,7 +163,7 @@ def _changes(now: list[Tensor], before: list[BufferState]) -> list[bool | Tensor
 
 
 def _plain(values: tuple[object, ...]) -> list[object]:
-    return [(type(value), value) for value in values if isinstance(value, PLAIN)]
+    return [(type(value), value) for value in values if isinstance(value, (*PLAIN, *FUNCTIONS))]
 
 
 def _counts(module: nn.Module) -> bool:
@@ -173,7 +176,9 @@ def _model_state(model: nn.Module) -> tuple[list[object], list[int], list[tuple[
     found = modules(model)
     # Comprehensions, and no calls: a step asks twice, of models of hundreds of modules.
     hooks = [hook for module in found for held in (module._forward_pre_hooks, module._forward_hooks) if held for hook in held.values()]
-    hooks += [*_global_forward_pre_hooks.values(), *_global_forward_hooks.values()]
+    # Those of backwards, too, which PyTorch builds into the graph as a layer runs.
+    hooks += [hook for module in found for held in (module._backward_pre_hooks, module._backward_hooks) if held for hook in held.values()]
+    hooks += [hook for held in GLOBAL_HOOKS.values() for hook in held.values()]
     parameters = [each for module in found if module._parameters for each in module._parameters.values() if each is not None]
     buffers = [each for module in found if module._buffers for each in module._buffers.values() if each is not None]
     numbers: list[int] = [module.training for module in found]

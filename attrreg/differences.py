@@ -13,6 +13,7 @@ from torch.autograd import Function
 from attrreg import sites
 from attrreg.engines import FiniteDifference
 from attrreg.graph import trainable_leaves
+from attrreg.masks import at_least_float32
 from attrreg.recording import Recording
 from attrreg.runner import Runner
 from attrreg.scores import Score
@@ -84,7 +85,8 @@ class Differences:
         # Another term may name the layer that `layer="auto"` is. It then moves once, along what both terms make of its gradient.
         leaves = {name: gradient.detach().requires_grad_() for name, gradient in zip(names, found, strict=True)}
         places = {name: self._runner.at(recording, site).detach() for name, site in zip(names, wanted, strict=True)}
-        chosen = self._runner.chosen(recording, score)
+        read = at_least_float32(self._runner.at(recording, score.site)).detach()
+        chosen = score.chosen(read, self._runner.call.target)  # what it chose here, kept
         self._gradients.append(LeafGradients(recording.x, score, chosen, places, list(leaves.values()), rng, recording.autocast))
         return [leaves[name] for name in names]
 

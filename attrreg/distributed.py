@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
-from attrreg.graph import trainable_leaves
+from attrreg.graph import executes, trainable_leaves
 from attrreg.masks import AllRanks, Annotation
-from attrreg.ops.phase import executes
 from attrreg.walk import modules
 from attrreg.wrappers import data_parallel
 
@@ -53,18 +52,20 @@ def ranks_of(entry: nn.Module, group: Group) -> Groups:
     """
     if not (group is None or group is False or (dist.is_available() and isinstance(group, dist.ProcessGroup))):
         raise TypeError(f"group must be a process group, False or None, got {group!r}. Leave it out for models in DDP or fully_shard.")
-    if not several() or group is False:
+    if not several():
         return ()
+    _refuse_flattened(entry)
+    if group is False:
+        return ()
+    wrapper = data_parallel(entry)
+    if wrapper is not None and wrapper._join_config.enable:
+        raise RuntimeError(
+            "A penalty counts the annotated images of all ranks, which `join()` cannot do for ranks that have run out. Give all "
+            "ranks as many batches, or pass group=False for each rank's own mean."
+        )
     if group is not None:
         return (group,)
-    _refuse_flattened(entry)
-    wrapper = data_parallel(entry)
     if wrapper is not None:
-        if wrapper._join_config.enable:
-            raise RuntimeError(
-                "A penalty counts the annotated images of all ranks, which `join()` cannot do for ranks that have run out. Give all "
-                "ranks as many batches, or pass group=False for each rank's own mean."
-            )
         return (wrapper.process_group,)
     for module in sharded(entry):
         for parameters in _parameter_groups(module):
@@ -94,6 +95,12 @@ def synchronises(model: nn.Module) -> bool:
     return several() and any(dist.get_world_size(module.process_group) > 1 for module in coupled)
 
 
+def in_step(model: nn.Module) -> bool:
+    """Whether a forward waits for those of other ranks: under FSDP2, with `SyncBatchNorm`, or through a DDP, which hands buffers round."""
+    inside = several() and any(isinstance(module, DistributedDataParallel) for module in modules(model))
+    return inside or bool(sharded(model)) or synchronises(model)
+
+
 def check_coupling(model: nn.Module) -> None:
     """Refuse layers whose gradients of gradients would have to cross ranks.
 
@@ -105,6 +112,24 @@ def check_coupling(model: nn.Module) -> None:
             "The model has SyncBatchNorm in train mode, whose backward exchanges sums between ranks that PyTorch cannot differentiate. Use "
             "BatchNorm, or put these layers into eval mode while the penalty trains."
         )
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse layers that are split over ranks: what PyTorch redistributes in their backward it does below the graph.
+
+    Raises:
+        RuntimeError: parameters are DTensors, other than FSDP2's shards of whole ones.
+    """
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    if kind is not None and any(isinstance(parameter, kind) for parameter in model.parameters()):
+        groups = [group for module in sharded(model) for group in _parameter_groups(module)]
+        whole = [each for group in groups for each in group.fsdp_params if not each.is_dtensor]
+        shards = {id(shard) for each in whole for shard in (each.sharded_param, getattr(each, "_sharded_post_forward_param", None))}
+        if any(isinstance(parameter, kind) and id(parameter) not in shards for parameter in model.parameters()):
+            raise RuntimeError(
+                "The model has tensor-parallel layers, whose gradients ranks exchange where PyTorch's graph does not follow, so that a "
+                "penalty's own gradient would be wrong. Use reg.using(attrreg.engines.FiniteDifference()), or terms that take no gradient."
+            )
 
 
 def synchronise_buffers(entry: nn.Module) -> None:
@@ -126,7 +151,7 @@ def prepare_backward(entry: nn.Module, total: Tensor, held: bool) -> None:
     if shards:
         total.register_hook(lambda gradient: _hold(shards))
     wrapper = data_parallel(entry) if several() else None
-    if wrapper is None or not wrapper.require_backward_grad_sync:
+    if wrapper is None or wrapper._use_python_reducer or not wrapper.require_backward_grad_sync:  # that one reduces in any backward
         return
     own, delayed = {id(parameter) for parameter in wrapper.parameters()}, _delayed(wrapper)
     leaf = next((leaf for leaf in trainable_leaves(total) if id(leaf) in own), None)
@@ -235,10 +260,11 @@ def _watch(wrapper: DistributedDataParallel, node: Any, delayed: bool) -> None:
 
     def check() -> None:
         first = not delayed and _delayed(wrapper)
-        if wrapper.require_forward_param_sync and not first and wrapper.reducer.get_backward_stats() == before:
+        if not first and wrapper.reducer.get_backward_stats() == before:
             raise RuntimeError(
                 "DistributedDataParallel took no part in this backward, so each rank now has gradients of its own. Call the wrapped model, "
-                "add the penalty to the loss of its output, and call backward once, on the sum."
+                "add the penalty to the loss of its output, and call backward once, on the sum. Under no_sync(), the penalty belongs there "
+                "too."
             )
 
     _when_over(check)

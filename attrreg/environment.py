@@ -23,7 +23,8 @@ PACKAGES = ("torch", "timm", "captum")
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     """When and where this runs, as values that JSON can hold."""
     cuda, cpu = torch.device(device).type == "cuda", processor.fields()
-    tf32 = {"convolutions": torch.backends.cudnn.allow_tf32, "products": torch.backends.cuda.matmul.allow_tf32}
+    # Not the older `allow_tf32`, which raises where these were set.
+    tf32 = {"convolutions": torch.backends.cudnn.conv, "products": torch.backends.cuda.matmul}  # type: ignore[attr-defined]
     return {
         "date": date.today().isoformat(),
         "attrreg": attrreg.__version__,
@@ -38,7 +39,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name(device) if cuda else None,
-        "tf32": [name for name, allowed in tf32.items() if allowed] if cuda else None,
+        "tf32": [name for name, where in tf32.items() if where.fp32_precision == "tf32"] if cuda else None,
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from attrreg.graph import nodes, trainable_leaves
+from attrreg.graph import made_by, nodes, trainable_leaves
 from attrreg.ops.process import transformed
 from attrreg.walk import modules, within_whole
 
@@ -79,7 +79,7 @@ def find_features(heads: Sequence[Head], logits: Tensor, own: Sequence[Tensor]) 
         ValueError: the logits come from none of the layers, or the classifier is no layer, or ran several times.
     """
     for head in reversed(heads):
-        if head.output is logits or (head.node is not None and any(node is head.node for node in nodes(logits))):
+        if head.output is logits or made_by(logits, head.node):
             if not head.named and _weights_after(heads, head, own):
                 raise ValueError(
                     "Other weights than those of the last linear or convolutional layer come after it or beside it, so it may not be the "
@@ -107,8 +107,7 @@ def _weights_after(heads: Sequence[Head], head: Head, own: Sequence[Tensor]) -> 
 def _ran_beside(heads: Sequence[Head], last: Head, logits: Tensor) -> bool:
     """Whether the logits come from another run of a layer, too, on other features, that is not before this one."""
     runs = [head for head in heads if head.layer is last.layer and head.input is not last.input]
-    others = [head.node for head in runs if head.node is not None]
-    return bool(others) and any(node in others for node in nodes(logits, around=[last.node]))
+    return any(made_by(logits, head.node, around=last.node) for head in runs)
 
 
 def _beside(heads: Sequence[Head], last: Head, logits: Tensor) -> Head:
@@ -121,7 +120,7 @@ def _beside(heads: Sequence[Head], last: Head, logits: Tensor) -> Head:
         alike = head.input.shape == first.input.shape and head.output.shape == last.output.shape
         if not alike or head.node in before:
             continue
-        if head.node is None or any(node is head.node for node in nodes(logits, around=[last.node])):
+        if head.node is None or made_by(logits, head.node, around=last.node):
             return head
     return last
 

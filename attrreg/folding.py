@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from attrreg import sites
 from attrreg.apart import SIZE_ERRORS, couples, output_key, probe_of, same_alone, state_key
 from attrreg.differences import Differences, gradients_of
-from attrreg.distributed import sharded
+from attrreg.distributed import in_step
 from attrreg.graph import trainable_leaves
 from attrreg.memory import lacks_memory
 from attrreg.ops.channels import dense, memory_format
@@ -37,18 +37,18 @@ class PathGradients:
     A chunked path's backward keeps this object, so it holds nothing that passes computed.
 
     Attributes:
-        call: what the runner runs.
+        runner: runs the passes; `call`: what it runs.
         reached: the trainable leaves that scores were computed from so far, by id.
 
     Args:
-        runner: runs the passes.
+        runner: see above.
         scores: what is differentiated.
         differences: takes the gradients as leaves, to be moved by; None: they come with their graph.
     """
 
     def __init__(self, runner: Runner, scores: list[Score], differences: Differences | None) -> None:
         self.call = runner.call
-        self._runner = runner
+        self.runner = runner
         self._wanted = {sites.INPUT: True} | {score.site: False for score in scores}
         self._scores = scores
         self._differences = differences
@@ -60,26 +60,16 @@ class PathGradients:
         self.reached: dict[int, Tensor] = {}
         self._alone_drew: tuple[Rng, list[torch.Size]] | None = None  # where a pass over the images alone ends, and shapes of what it drew
 
-    @property
-    def drew(self) -> bool:
-        """Whether a score drew random numbers that it had not declared."""
-        return self._runner.drew
-
-    @property
-    def autocast(self) -> torch.dtype | None:
-        """What passes compute in; None: no autocast."""
-        return self._runner.autocast
-
     def _may_share(self) -> bool:
         """Whether places may share a batch, as far as can be told before."""
         call = self.call
         if self._differences is not None or call.inputs is not None or not dense(call.x):  # draws go in memory's order
             return False
-        if sharded(call.model):  # FSDP2: each pass waits for all ranks, so all have as many, whatever their images
+        if in_step(call.model):  # each pass waits for all ranks, so all have as many, whatever their images
             return False
         if isinstance(call.output, nn.Module) and not _separable(call.output, ours=False):  # whose draws would not be of each place
             return False
-        return self._probe.found is not False and _separable(call.model, self._runner.twice)
+        return self._probe.found is not False and _separable(call.model, self.runner.twice)
 
     def room(self, pending: int) -> int:
         """How many of the places that are left may come as one batch: as many in each, rather than a small rest."""
@@ -107,11 +97,11 @@ class PathGradients:
 
     def _alone(self, images: Tensor, create_graph: bool) -> list[Tensor]:
         """The gradients at one place, from a pass of its own."""
-        recording = self._runner.replay(images, self._wanted)
-        self._note_leaves(self._runner, recording, create_graph)
+        recording = self.runner.replay(images, self._wanted)
+        self._note_leaves(self.runner, recording, create_graph)
         last, wanted = len(self._scores) - 1, [sites.INPUT]
         return [
-            gradients_of(self._runner, self._differences, recording, score, wanted, create_graph, retain=i < last)[0]
+            gradients_of(self.runner, self._differences, recording, score, wanted, create_graph, retain=i < last)[0]
             for i, score in enumerate(self._scores)
         ]
 
@@ -129,7 +119,7 @@ class PathGradients:
         places = len(images)
         # The places of an image lie side by side, so that batch normalisation can see them as channels. Stacked, they lose their layout.
         batch = torch.stack(list(images), dim=1).flatten(0, 1).contiguous(memory_format=memory_format(self.call.x))
-        runner = self._runner.repeated(batch.detach(), places)
+        runner = self.runner.repeated(batch.detach(), places)
         recording = runner.replay(batch, self._wanted)
         if recording.drew or (self._coupled and recording.phase.normalised != {batch.shape[0]}):
             return None
@@ -161,7 +151,7 @@ class PathGradients:
         """Whether one place is by itself; None: its gradients show nothing."""
         together = [value[place :: runner.places] for value in self._read(runner, recording)]
         # What depends on the place in the batch, or on draws of the model's own, has no gradient that would show it.
-        if not same_alone(together, images, lambda image: self._read(self._runner, self._runner.replay(image, self._wanted, check=True))):
+        if not same_alone(together, images, lambda image: self._read(self.runner, self.runner.replay(image, self._wanted, check=True))):
             return False
         shows = True
         for score in self._scores:
@@ -183,7 +173,7 @@ class PathGradients:
         if self._alone_drew is None:
             with torch.no_grad():
                 # The same sites: our operators, which note what is drawn, run only where gradients are taken.
-                alone = self._runner.replay(images.detach(), self._wanted)
+                alone = self.runner.replay(images.detach(), self._wanted)
             self._alone_drew = alone.end, alone.draws.shapes
         state, shapes = self._alone_drew
         return draws.state.same(state) and draws.shapes == shapes

@@ -58,6 +58,14 @@ def ends_in_half(value: Tensor) -> bool:
     return any(of.dtype == torch.float16 for node in islice(nodes(value), LITTLE) for of in node._input_metadata)
 
 
-def bypassed(total: Tensor, value: Tensor, earlier: Tensor) -> bool:
-    """Whether a total reads an earlier value by a way around a later one, as by the shortcut around a residual branch."""
-    return any(node is earlier.grad_fn for node in nodes(total, around=[value.grad_fn]))
+def made_by(total: Tensor, node: Any, around: Any = None) -> bool:
+    """Whether a total was computed by a node; `around`: by a way around a later one, as by the shortcut around a residual branch."""
+    return any(each is node for each in nodes(total, around=[around]))
+
+
+def executes(node: Any, leaf: bool) -> bool:
+    """Whether the running backward reaches a node; `leaf`: the answer for a leaf that `autograd.grad` was asked for: PyTorch raises."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        return leaf

@@ -83,7 +83,7 @@ class Tap:
         """Put the hooks in place, for a forward on `x`; returns the tensor to call the model with."""
         self._x, self._rng, self._autocast = x, Rng.of(x.device), autocast_type(x.device)
         self._phase.running, self._phase.rows = True, x.shape[0]
-        self._phase.draws = Draws(x.shape[0] // self._phase.places, self._phase.places, self._rng)
+        self._phase.draws = self._draws = Draws(x.shape[0], self._phase.places, self._rng)
         try:
             self._register()
             self._exits.enter_context(checkpoints_recompute_inside(_recomputing(self._model, self._phase, self._extra, self._again)))
@@ -115,7 +115,10 @@ class Tap:
                 "the model's ReLUs as layers."
             )
         for site in self._sites.keys() - set(SPECIAL) - self._values.keys() - self._problems.keys():
-            self._problems[site] = f"layer {site!r} did not run in the forward. Name a layer that the model uses."
+            self._problems[site] = (
+                f"layer {site!r} did not run in the forward, or not by a call that hooks see (layer(x) is one, layer.forward(x) is not). "
+                "Name a layer that the model uses."
+            )
         maps = tuple((name, value) for name, value, _ in self._maps if self._runs[name] == 1)  # else the name does not tell which run
         if self._maps and not maps and self._map is None:
             self._problems[SPATIAL] = "every layer with a map ran more than once in one forward. Let the model run once on each image."
@@ -147,6 +150,7 @@ class Tap:
             end=Rng.of(self._x.device),
             conditions=conditions,
             phase=self._phase,
+            draws=self._draws,
             twice=self._twice,
             autocast=self._autocast,
         )
@@ -263,7 +267,8 @@ class Tap:
             self._runs[name] += 1
             if isinstance(module, nn.AdaptiveAvgPool2d) or transformed():  # may repeat one position to fill its grid
                 return None
-            if not isinstance(output, Tensor) or not is_map(output, self._model, self._x, name):
+            # What was made under inference_mode has no gradient, nor a version.
+            if not isinstance(output, Tensor) or output.is_inference() or not is_map(output, self._model, self._x, name):
                 return None
             value = self._differentiable(output, module)
             goes_on = output

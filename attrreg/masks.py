@@ -15,17 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrreg.ops.precision import compute_dtype
 from attrreg.settings import is_integer
-
-
-def penalty_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype penalties are computed in: never less than float32, whatever the model runs in."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def at_least_float32(value: Tensor) -> Tensor:
     """A tensor in the dtype that penalties are computed in."""
-    return value.to(penalty_dtype(value.dtype))
+    return value.to(compute_dtype(value))
 
 
 @dataclass(frozen=True)
@@ -138,7 +134,7 @@ def _canonical(mask: Tensor, x: Tensor) -> Tensor:
         )
     if 0 in mask.shape[2:]:
         raise ValueError(f"mask is empty: its shape is {shape}. Pass a mask with at least one pixel.")
-    return mask.detach().to(device=x.device, dtype=penalty_dtype(x.dtype))
+    return mask.detach().to(device=x.device, dtype=compute_dtype(x))
 
 
 def checked_flags(annotated: Tensor | None, x: Tensor) -> Tensor:

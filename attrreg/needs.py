@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -90,7 +90,7 @@ def only_clean(needs: Iterable[Need]) -> bool:
     return all(need.at == CLEAN for need in needs)
 
 
-def check_engine(needs: Iterable[Need], engine: Engine) -> None:
+def check_engine(needs: Sequence[Need], engine: Engine) -> None:
     """Check that an engine can differentiate what needs ask for.
 
     Raises:
@@ -98,7 +98,6 @@ def check_engine(needs: Iterable[Need], engine: Engine) -> None:
     """
     if not isinstance(engine, FiniteDifference):
         return
-    needs = list(needs)
     if any(isinstance(need, Grad) and need.site in (sites.FEATURES, sites.OUTPUT) for need in needs):
         raise ValueError(
             "Finite differences move images and what layers give: neither the features, which enter a layer, nor the logits. Name "

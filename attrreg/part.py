@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ from attrreg.apart import SIZE_ERRORS, close, couples, images_apart
 from attrreg.attach import attached
 from attrreg.baselines import Baseline, Fixed, OtherImage, made_of
 from attrreg.call import Call
-from attrreg.distributed import sharded, synchronises
+from attrreg.distributed import in_step
 from attrreg.memory import lacks_memory
 from attrreg.needs import Need, Value
 from attrreg.scores import Score
@@ -37,7 +37,7 @@ def check_fraction(call: Call) -> None:
         raise ValueError("fraction cannot be used with inputs=: which of them go by image is not known. Leave one of the two out.")
 
 
-def part_of(call: Call, needs: Iterable[Need]) -> Call:
+def part_of(call: Call, needs: Sequence[Need]) -> Call:
     """The call on the images that need a pass: a random share of the annotated ones, or all of those.
 
     Images without annotation are left out only where that changes nothing but dropout's draws: where the pass is the penalty's
@@ -49,11 +49,10 @@ def part_of(call: Call, needs: Iterable[Need]) -> Call:
     """
     annotation = call.annotation
     assert annotation is not None
-    if annotation.count == 0 and call.fraction < 1 and (sharded(call.model) or synchronises(call.model)):
+    if annotation.count == 0 and call.fraction < 1 and in_step(call.model):
         return replace(call, x=call.x.clone())  # which no attachment has recorded: on other ranks, a part takes a pass of its own
     if annotation.count == 0 or call.inputs is not None:
         return call
-    needs = list(needs)
     scores = [need.score for need in needs if not isinstance(need, Value)]
     if call.fraction < 1:
         if obstacle := _obstacle(call, needs, scores):

@@ -98,6 +98,8 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
     """Compute the penalty of a sum of terms for checked arguments."""
     needs = needs_of(terms)
     check_engine(needs, engine)
+    if engine.twice and any(isinstance(need, Grad) for need in needs):
+        distributed.check_whole(call.model)
     with undone_on_error(call.x.device, call.generator):
         images = call.x  # the whole batch; where a part is taken, its graph leads back here
         assert call.annotation is not None  # check requires a mask

@@ -205,7 +205,7 @@ def _draw_map(axes: Axes, map: Tensor, signed: bool, size: tuple[int, int]) -> N
     values = values.sum(dim=0) if signed else values.abs().sum(dim=0)
     # The largest 1% would otherwise leave the rest of a gradient map dark.
     finite = values.abs()[values.isfinite()]
-    top = max(float(finite.quantile(QUANTILE)) if len(finite) else 0.0, 1e-30)
+    top = max(float(numpy.quantile(finite.numpy(), QUANTILE)) if len(finite) else 0.0, 1e-30)  # torch's takes 16 million values at most
     # At the size of the image, so that the mask's outline lies where it does there, whatever the size of the map.
     extent = (-0.5, size[1] - 0.5, size[0] - 0.5, -0.5)
     settings: dict[str, Any] = {"cmap": "PRGn", "vmin": -top} if signed else {"cmap": "viridis", "vmin": 0}

@@ -37,7 +37,7 @@ def sum_along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None
     images = x.detach()
     # The first place tells which leaves a penalty can train: not all parameters, and maybe others than the model's.
     first = _summed(stops[:1], images, gradients, True)
-    if gradients.drew:
+    if gradients.runner.drew:
         raise ValueError(
             "A score draws random numbers, which a path that recomputes would draw anew. Let its class set draws = True and fix them in "
             "drawn(seed), or pass chunk=None."
@@ -45,8 +45,8 @@ def sum_along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None
     at_first, known = list(trainable_leaves(*first)), set(gradients.reached)
     values = [value.detach() for value in first]  # from which the first chunk goes on
     del first  # and its graph with it
-    model = gradients.call.model
-    buffers, settings = buffer_values(model), Settings(model, sharded=bool(sharded(model)))
+    whole = gradients.call.whole
+    buffers, settings = buffer_values(whole), Settings(whole, sharded=bool(sharded(whole)))
     total: list[Tensor] = []
     for part in chunks:
         rest = part[1:] if part is chunks[0] else part
@@ -85,7 +85,7 @@ class _Chunk:
     ) -> None:
         self._stops = stops
         self._gradients = gradients
-        self._model = gradients.call.model
+        self._model = gradients.call.whole
         self._buffers, self._settings = buffers, settings
         others = [part for part in tensors_in(gradients.call.inputs) if part is not gradients.call.x]
         self._others = [(part, version(part)) for part in others]
@@ -97,7 +97,7 @@ class _Chunk:
         """The sum with its graph, and the model as it was: where that is differentiated, checkpointed blocks run once more."""
         self._check_unchanged()
         with self._settings.back(), torch.enable_grad(), copied_buffers(self._model, self._buffers):
-            with autocast_as(x.device, self._gradients.autocast):  # around all passes, so that each weight is cast once
+            with autocast_as(x.device, self._gradients.runner.autocast):  # around all passes, so that each weight is cast once
                 found = _summed(self._stops, x, self._gradients, True)
             yield found
 

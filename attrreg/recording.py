@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,13 @@ from attrreg.ops.draws import Draws
 from attrreg.sites import INPUT, OUTPUT, SPATIAL
 from attrreg.state import Rng, autocast_as, autocast_type
 
-if TYPE_CHECKING:
-    from attrreg.automatic import Question
+
+class Question(NamedTuple):
+    """What the layer for `layer="auto"` depends on, besides the model: `automatic.kind`, `call.picked_by`, and what the score reads."""
+
+    kind: Hashable
+    picked_by: Hashable
+    site: str
 
 
 class Request(NamedTuple):
@@ -58,6 +63,7 @@ class Recording:
         rng: the state from which the forward drew, to replay it; `end`: that in which it ended.
         conditions: of the loop's own forward; None for a pass of our own.
         phase: shared with the operators of the forward, to be told what a backward is for.
+        draws: what the forward drew.
         twice: whether its operators are those that can be differentiated twice.
         autocast: what autocast computed in; None: it was off.
     """
@@ -75,24 +81,14 @@ class Recording:
     end: Rng
     conditions: Conditions | None
     phase: Phase
+    draws: Draws
     twice: bool
     autocast: torch.dtype | None
-
-    @property
-    def draws(self) -> Draws:
-        """What the forward drew."""
-        assert self.phase.draws is not None  # since the tap was opened
-        return self.phase.draws
 
     @property
     def drew(self) -> bool:
         """Whether the forward moved PyTorch's generators."""
         return not self.end.same(self.rng)
-
-    @property
-    def half(self) -> bool:
-        """Whether it ran in float16."""
-        return torch.float16 in (self.x.dtype, self.autocast)
 
     def picked(self, call: Call) -> Tensor:
         """The logits, picked as in the forward: a function may be a head, which draws, and computes in types as autocast says."""
@@ -100,8 +96,7 @@ class Recording:
             within.enter_context(autocast_as(self.x.device, self.autocast))
             if self.twice and self.taken and callable(call.output):
                 within.enter_context(twice_differentiable(self.phase))
-                within.callback(setattr, self.phase, "running", False)
-                self.phase.running = True  # a backward now is the head's own
+                within.enter_context(self.phase.recomputing())  # a backward now is the head's own
             return call.logits(self.output, self.end)
 
     def serves(self, call: Call, request: Request) -> bool:

@@ -74,7 +74,7 @@ class AttributionRegularizer(Spec, ABC):
                 with `x` itself among them. The others stay as they are in every pass.
             fraction: the share of the annotated images to compute the penalty on, drawn anew each call; in expectation the penalty
                 of all. It then runs a forward of its own, attached or not. Not with `inputs=`.
-            group: over whose ranks means run. None: those of DDP or `fully_shard`, as the model is; False: this process's alone.
+            group: the ranks that means run over: a process group; None: those of the model's DDP or `fully_shard`; False: this process.
 
         Returns:
             A 0-dim tensor: the weighted sum over terms of each term's mean over the annotated images. Exactly 0, with a

@@ -138,7 +138,7 @@ class Runner:
             raise RuntimeError(DETACHED if score.site == sites.OUTPUT else _unreached(score, wanted[0], read_at))
         value = at_least_float32(read_at)
         total = self._scores(value, score).sum()
-        half = recording.half or read_at.dtype == torch.float16 or ends_in_half(read_at)
+        half = torch.float16 in (recording.x.dtype, recording.autocast, read_at.dtype) or ends_in_half(read_at)
         shards = sharded(self.call.model) if score.site != sites.OUTPUT else []
         gather(shards)
         with _explained(recording):
@@ -160,20 +160,12 @@ class Runner:
         for site in wanted:
             if (grad := found[site]) is None:
                 raise RuntimeError(_unreached(score, site, total))
-            self._check_patches(recording, site, grad)
             gradients.append(at_least_float32(grad))
         return gradients
 
     def scores(self, recording: Recording, score: Score) -> Tensor:
         """The score of each image, `(N,)`, in float32 at least."""
-        return self._scores(self._score_value(recording, score), score)
-
-    def chosen(self, recording: Recording, score: Score) -> Score:
-        """A score with its choices kept as they are in a recording."""
-        return score.chosen(self._score_value(recording, score).detach(), self.call.target)
-
-    def _score_value(self, recording: Recording, score: Score) -> Tensor:
-        return at_least_float32(self.at(recording, score.site))
+        return self._scores(at_least_float32(self.at(recording, score.site)), score)
 
     def _scores(self, value: Tensor, score: Score) -> Tensor:
         if value.device != self.call.x.device:
@@ -229,11 +221,12 @@ class Runner:
                 break
         return found
 
-    def _check_patches(self, recording: Recording, site: str, grad: Tensor) -> None:
+    def check_patches(self, x: Tensor, site: str, grad: Tensor) -> None:
+        """Check that the patches of images have some of what is read as a map: a neuron of the class token may be read without."""
         # Class-token pooling: the score reads the class token alone, so at the last layers patches have no gradient at all.
         if site in sites.SPECIAL or grad.dim() != 3:
             return
-        prefix = sites.layout(grad, self.call.model, recording.x, site)
+        prefix = sites.layout(grad, self.call.model, x, site)
         if isinstance(prefix, int) and prefix and not grad[:, prefix:].any() and grad.any():
             raise RuntimeError(
                 f"At layer {site!r} the gradient of every patch token is zero, because the score reads the class token alone from "
@@ -242,8 +235,6 @@ class Runner:
 
     def find_map(self, recording: Recording) -> None:
         """Choose the layer for `layer="auto"` where no gradient is taken there."""
-        if sites.SPATIAL in recording.values:
-            return
         total = self.at(recording, sites.OUTPUT).sum()
         maps = self._maps(recording, None, total)
         decided = automatic.is_grid(self.call.model, recording.x, *maps[-1])
@@ -272,7 +263,7 @@ class Runner:
         """
         if site == sites.OUTPUT and site not in recording.values:
             recording.values[site] = recording.picked(self.call)
-        if site == sites.SPATIAL and site not in recording.problems:
+        if site == sites.SPATIAL and site not in recording.problems and site not in recording.values:
             self.find_map(recording)
         if site in recording.problems or site not in recording.values:
             assert site in recording.problems or site == sites.FEATURES, site

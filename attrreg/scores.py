@@ -17,7 +17,7 @@ from torch import Tensor
 from attrreg.settings import keep_integer
 from attrreg.sites import OUTPUT, check_layer_name, feature_site
 from attrreg.spec import Key
-from attrreg.targets import check_binary, check_classes, check_logits, check_loss, check_maps, check_multi_hot, required
+from attrreg.targets import check_binary, check_classes, check_logits, check_loss, check_maps, check_multi_hot, check_task, required
 
 
 class Score(Key, ABC):
@@ -168,7 +168,7 @@ class TaskLoss(Score):
     def check_target(self, target: Tensor) -> None:
         """A function of the user's may take any target."""
         if self.function is None:
-            check_classes(target)
+            check_task(target)
 
     def check_value(self, value: Tensor, target: Tensor | None) -> None:
         """A function of the user's may take any output."""
@@ -190,7 +190,7 @@ class RandomProjection(Score):
 
     Args:
         layer: dotted name of the layer, or "auto": the features that enter the classifier; `sites.OUTPUT`: the logits.
-        seed: fixes the directions of the images of a batch by their places in it; a batch of another size may have others. None: each call.
+        seed: fixes one direction for each place in the batch; a batch of another size may have others. None: drawn anew each call.
 
     Source: ours; at x alone it gives twice the Jacobian regularizer of Hoffman et al. 2019, arXiv 1908.02729 (there of the logits).
     """

@@ -50,17 +50,24 @@ def check_count(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}. Give a larger one.")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Check a truth value: another setting in its place would count as True.
+
+    Raises:
+        TypeError: naming it.
+    """
+    if not isinstance(value, bool | numpy.bool_):
+        raise TypeError(f"{name} must be True or False, got {brief(value)}. Write one of these; other settings go by name.")
+
+
 def keep_flag(spec: Any, name: str) -> None:
-    """Check a truth value of a frozen dataclass, and keep it as Python's own: another setting in its place would count as True.
+    """Check a truth value of a frozen dataclass, and keep it as Python's own.
 
     Raises:
         TypeError: naming it.
     """
     value = getattr(spec, name)
-    if not isinstance(value, bool | numpy.bool_):
-        raise TypeError(
-            f"{type(spec).__name__}: {name} must be True or False, got {brief(value)}. Write one of these; other settings go by name."
-        )
+    check_flag(f"{type(spec).__name__}: {name}", value)
     object.__setattr__(spec, name, bool(value))
 
 

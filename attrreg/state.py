@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import is_
-from types import FunctionType, MappingProxyType, MethodType, NoneType
+from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodType, NoneType
 from typing import Any
 
 import torch
@@ -62,7 +62,8 @@ def buffer_values(model: nn.Module) -> BufferValues:
 PLAIN = (bool, int, float, str)
 _FLAGS = (*PLAIN, NoneType, tuple)
 _EMPTY: dict[Any, Any] = {}  # what most registries hold
-_SETTINGS = (*PLAIN, NoneType, FunctionType, MethodType)  # types of what may say how to compute
+FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType)
+_SETTINGS = (*PLAIN, NoneType, *FUNCTIONS)  # types of what may say how to compute
 # Where modules keep layers, buffers and hooks.
 _REGISTRIES = frozenset(
     (
@@ -72,6 +73,10 @@ _REGISTRIES = frozenset(
         *("_backward_pre_hooks", "_backward_hooks"),
     )
 )
+# The hooks on all modules, which PyTorch keeps for the whole process.
+GLOBAL_HOOKS: dict[str, dict[Any, Any]] = {
+    name: held for name, held in vars(nn.modules.module).items() if name.startswith(("_global_forward", "_global_backward"))
+}
 
 
 @dataclass(frozen=True)
@@ -140,8 +145,8 @@ class Settings:
 
     def __init__(self, model: nn.Module, sharded: bool) -> None:
         found = modules(model)
-        self._registries = _REGISTRIES if sharded else _REGISTRIES | {"_parameters"}
-        self._held = [_Held.of(vars(module), self._registries) for module in found]
+        self._registries = (_REGISTRIES | GLOBAL_HOOKS.keys()) if sharded else (_REGISTRIES | GLOBAL_HOOKS.keys() | {"_parameters"})
+        self._held = [_Held.of(attributes, self._registries) for attributes in (*map(vars, found), GLOBAL_HOOKS)]
         self._scripted = [(module, module.training) for module in found if "training" not in vars(module)]
 
     @contextmanager

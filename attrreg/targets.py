@@ -28,7 +28,7 @@ def check_classes(target: Tensor) -> None:
     if target.is_floating_point() or target.dtype is torch.bool:
         one_hot = "target.int().argmax(1)" if target.dtype is torch.bool else "target.argmax(1)"  # PyTorch's takes no bool
         indices = "Write `target.long()`" if target.dim() == 1 else f"For one-hot labels write `{one_hot}`"
-        if target.dim() == 2 and target.shape[1] == 1:  # whose argmax is 0 everywhere
+        if target.dim() > 1 and target.shape[1] == 1:  # whose argmax is 0 everywhere
             indices = "Write `target.squeeze(1).long()`"
         others = f"{indices}; several labels take MultiLabelLogit(), one logit BinaryLogit(), regression RegressionOutput()."
         raise TypeError(f"target must be class indices, got {target.dtype}. {others}")
@@ -44,6 +44,21 @@ def check_classes(target: Tensor) -> None:
             f"target has the class {int(target.min())}, which is negative. Pass class indices. Images to be ignored are left out by "
             "`annotated=`, and have any class: target.clamp(min=0)."
         )
+
+
+def check_task(target: Tensor) -> None:
+    """Check the same for a loss that knows soft labels, too.
+
+    Raises:
+        TypeError, ValueError: naming `target`.
+    """
+    if target.is_floating_point() and target.dim() == 2 and target.shape[1] > 1:
+        raise TypeError(
+            f"target must be class indices for TaskLoss(), got {target.dtype} of shape {tuple(target.shape)}. Soft labels take "
+            "TaskLoss(nn.CrossEntropyLoss(reduction='none')), several labels a loss of theirs, summed over labels; regression "
+            "RegressionOutput()."
+        )
+    check_classes(target)
 
 
 def check_multi_hot(target: Tensor) -> None:
@@ -70,7 +85,10 @@ def check_binary(target: Tensor) -> None:
     if target[0].numel() != 1:
         raise ValueError(f"target must be (N,) of 0 and 1 for BinaryLogit, got {tuple(target.shape)}. Pass one label an image.")
     if not bool(((target == 0) | (target == 1)).all()):
-        raise ValueError(f"target must be of 0 and 1 for BinaryLogit, {_extremes(target)}. Write for example (target > 0.5).long().")
+        raise ValueError(
+            f"target must be of 0 and 1 for BinaryLogit, {_extremes(target)}. Write for example (target > 0.5).long(); "
+            "images whose label is not known are left out by `annotated=`, and have any."
+        )
 
 
 def _extremes(target: Tensor) -> str:

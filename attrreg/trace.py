@@ -20,7 +20,7 @@ from attrreg.call import Call
 from attrreg.conditions import version
 from attrreg.counting import Passes, passes
 from attrreg.differences import Differences, gradients_of
-from attrreg.distributed import sharded, synchronise_buffers, synchronises
+from attrreg.distributed import in_step, synchronise_buffers
 from attrreg.engines import Engine, FiniteDifference
 from attrreg.folding import PathGradients
 from attrreg.graph import which_are_read
@@ -28,7 +28,7 @@ from attrreg.masks import Annotation, at_least_float32
 from attrreg.needs import Grad, Need, Scored, Value, only_clean, sites_at
 from attrreg.points import CLEAN, Ascent, At, Path, Point, Rectified
 from attrreg.recompute import sum_along
-from attrreg.recording import Recording, Request
+from attrreg.recording import Question, Recording, Request
 from attrreg.runner import Runner
 from attrreg.scores import Score
 from attrreg.state import Buffers, Rng, autocast_as, detach_buffers, drawn_seed, isolated
@@ -112,7 +112,7 @@ class Trace:
             at: a point whose images differ from the clean ones.
         """
         model, images = self.call.model, (self.call.x.detach(), self._recordings[at].x.detach())
-        if sharded(model) or synchronises(model):  # a forward that other ranks do not run would wait for them
+        if in_step(model):  # a forward that other ranks do not run would wait for them
             return True
         probe = probe_of(model, "sites", site, automatic.kind(self.call.x, model), output_key(self.call.output))
         if probe.found:
@@ -151,9 +151,11 @@ class Trace:
 
         Raises:
             ValueError: the layer has no spatial map.
+            RuntimeError: it has one of tokens, which are all zero but for the class token.
         """
         recording = self._recordings.get(self._seen(at))
         x = self.call.x if recording is None else recording.x
+        self._runner.check_patches(x, site, value)  # the automatic layer was chosen by them
         return sites.to_grid(value, self.call.model, x, self._runner.map if site == sites.SPATIAL else site)
 
     @property
@@ -236,7 +238,7 @@ class Trace:
             after.restore()
         return recording
 
-    def _question(self) -> automatic.Question | None:
+    def _question(self) -> Question | None:
         """What is asked of the layer for `layer="auto"`; None: nothing."""
         needs = [need for need in self._needs if need.site == sites.SPATIAL and need.at == CLEAN]
         scores = (need.score.resolve(self.call.target, self.call.shown) for need in needs if isinstance(need, Grad))

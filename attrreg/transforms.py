@@ -24,10 +24,11 @@ class ReplaceOutside(Spec):
     For training batches only. The test images keep their irrelevant part, and what the model does with it was never trained.
 
     Args:
-        fill: what takes the place of the irrelevant pixels, one of `attrreg.baselines`. `Zero()` is the mean colour of normalised images.
+        fill: what takes the place of the irrelevant pixels: a number, a tensor that broadcasts to `x`, or one of `attrreg.baselines`.
+            `Zero()` is the mean colour of normalised images.
 
     Raises:
-        TypeError: `fill` is no baseline.
+        TypeError, ValueError: `fill` is none of these.
 
     Cost:
         None worth measuring.

@@ -60,19 +60,10 @@ def compiling() -> bool:
     return torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
 
 
-def refuse_compiling() -> None:
-    """Refuse to be part of a compiled function.
-
-    Raises:
-        RuntimeError: always under `torch.compile`.
-    """
-    if compiling():
-        _refuse_compiling()
-
-
 # Kept out of the trace, so that it raises in plain Python. torch.compiler.disable does the same, but imports the compiler.
 @torch._disable_dynamo  # type: ignore[attr-defined]
-def _refuse_compiling() -> None:
+def refuse_compiling() -> None:
+    """Refuse to be part of a compiled function."""
     raise RuntimeError(
         "attrreg is called inside a function under torch.compile, whose graphs PyTorch cannot differentiate twice (pytorch#91469). Compile "
         "the model, or a function of the forward and the task's loss alone, and call the penalty outside."

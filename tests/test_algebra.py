@@ -102,10 +102,11 @@ def test_values_cannot_be_changed() -> None:
 
 
 def test_a_fixed_baseline_keeps_its_own_copy() -> None:
-    image = torch.zeros(2)
+    image = torch.zeros(2, requires_grad=True)
     baseline = baselines.Fixed(image)
-    image += 1
-    assert baseline == baselines.Fixed(torch.zeros(2)) != baselines.Fixed(image)
+    with torch.no_grad():
+        image += 1
+    assert not baseline.image.requires_grad and baseline == baselines.Fixed(torch.zeros(2)) != baselines.Fixed(image)
     assert baselines.Fixed(image) != baselines.Fixed(image.double())
     assert attrreg.IntegratedGradients(baseline=image) == attrreg.IntegratedGradients(baseline=baselines.Fixed(image))
 

@@ -13,6 +13,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import attrreg
 from attrreg import baselines, folding
+from attrreg.apart import images_apart
+from attrreg.call import Call
 from attrreg.trace import passes
 from tests.models import SmoothNet, assert_close, gradients, smooth_batch
 from tests.test_part import Watched
@@ -227,3 +229,17 @@ def test_other_inputs_keep_all_images_together() -> None:
     with passes() as counted:
         WHOLE_PATH(model, x, mask, target, **settings)
     assert counted.forward == 4  # and places of a path alone
+
+
+class Meets(SmoothNet):
+    """Images meet where no gradient shows it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return logits + logits.mean(0).detach()
+
+
+def test_what_calls_with_inputs_show_is_theirs_alone() -> None:
+    model, (x, _, _) = Meets().double(), smooth_batch()
+    assert not images_apart(Call(model, x))  # passes on parts of the batch show it
+    assert images_apart(Call(model, x, inputs=(x,)))  # where none are run

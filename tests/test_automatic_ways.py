@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import attrreg
 from attrreg import engines, scores
 from attrreg.trace import passes
-from tests.models import SmoothNet, assert_close, gradients, smooth_batch
+from tests.models import WAYS, SmoothNet, assert_close, gradients, loss_by, smooth_batch
 
 
 class TwoWays(nn.Module):
@@ -242,3 +242,28 @@ def test_a_layer_that_runs_twice_is_not_the_automatic_one() -> None:
     (x, _, target), act = smooth_batch(), nn.Tanh()
     model = nn.Sequential(nn.Conv2d(2, 4, 3), act, nn.Conv2d(4, 5, 3), act, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)).double()
     assert torch.equal(attrreg.GradCAM().attribute(model, x, target), attrreg.GradCAM("2").attribute(model, x, target))
+
+
+class Backbone(nn.Module):
+    """Its first part runs frozen."""
+
+    def __init__(self, frozen: Any) -> None:
+        super().__init__()
+        self.context = [frozen]
+        self.stem, self.conv, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 5, 3, padding=1), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.context[0]():
+            h = self.stem(x).tanh()
+        logits: Tensor = self.head(self.conv(h.clone()).tanh().mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_part_under_inference_mode_has_no_automatic_layer(way: str) -> None:
+    found = []
+    for frozen in (torch.no_grad, torch.inference_mode):
+        torch.manual_seed(0)
+        model, data = Backbone(frozen).double(), smooth_batch()
+        found.append(gradients(model, loss_by(way, attrreg.GradCAM(), model, data)))
+    assert_close(found[1], found[0], 1e-12)

@@ -119,7 +119,7 @@ BEFORE_COMPUTE: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], lis
     "unknown layer of a score": (call(reg=attrreg.InputGradient(scores.RandomProjection("hed"))), ValueError, ["'hed'", "'head'"]),
     "integer x": (call(x=x.long()), TypeError, ["x", "int64", "255"]),
     "x without channels": (call(x=x[:, 0]), ValueError, ["x", "(N, C, H, W)"]),
-    "x of volumes": (call(x=x[:, :, None]), ValueError, ["x", "(N, C, H, W)", "slices into the channels, or into the batch"]),
+    "x of volumes": (call(x=x[:, :, None]), ValueError, ["x", "(N, C, H, W)", "slices below each other"]),
     "x list": (call(x=[x]), TypeError, ["x", "list", "torch.stack(x)"]),
     "empty batch": (call(x=x[:0], mask=mask[:0], target=target[:0]), ValueError, ["x"]),
     "model": (
@@ -307,8 +307,8 @@ SETTINGS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: attrreg.IntegratedGradients(chunk=0), ValueError, "chunk"),
     (lambda: attrreg.IntegratedGradients(rule="simpson"), ValueError, "gausslegendre"),
     (lambda: attrreg.IntegratedGradients(baseline="zero"), TypeError, "baseline"),  # type: ignore[arg-type]
-    (lambda: attrreg.ExpectedGradients(baseline=baselines.Masked(), objective=objectives.OutsideFraction()), ValueError, "the share"),
-    (lambda: attrreg.IntegratedGradients(baseline=baselines.Shuffle(), objective=objectives.Energy()), ValueError, "the share"),
+    (lambda: attrreg.ExpectedGradients(baseline=baselines.Masked(), objective=objectives.OutsideFraction()), ValueError, "a share of attribution"),
+    (lambda: attrreg.IntegratedGradients(baseline=baselines.Shuffle(), objective=objectives.Energy()), ValueError, "a share of attribution"),
     (lambda: attrreg.IntegratedGradients(baseline=torch.tensor(float("nan"))), ValueError, "finite"),
     (lambda: attrreg.ExpectedGradients()(SmoothNet().double(), x[:1], mask[:1]), ValueError, "batch of one"),
     (lambda: attrreg.InputGradient("TargetLogit"), TypeError, "score must be"),  # type: ignore[arg-type]

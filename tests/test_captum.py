@@ -244,7 +244,6 @@ BAD: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
     (ValueError, r"OneOf: images must be \(K, C, H, W\)", captum.attr.GradientShap, {"baselines": torch.zeros(2, 8, 8)}),
     (ValueError, "NeuronGradient differentiates a neuron", captum.attr.NeuronGradient, {"score": scores.TargetLogit(), **LAYERED}),
     (TypeError, "index must be an integer or a tuple", captum.attr.NeuronGradient, {"layer": "body", "neuron_selector": "a"}),
-    (TypeError, "layer must be the dotted name of a layer", captum.attr.LayerGradCam, {"layer": nn.Identity()}),
     (ValueError, "rule 'x' is unknown", captum.attr.InternalInfluence, {"layer": "body", "method": "x"}),
     (ValueError, "steps must be an integer of at least 1", captum.attr.LayerConductance, {"layer": "body", "n_steps": 0}),
     (ValueError, "there would be no path", captum.attr.LayerConductance, {"layer": "body", "baselines": baselines.Noise()}),

@@ -8,6 +8,7 @@ from typing import Any
 import captum.attr
 import captum.metrics
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -313,3 +314,13 @@ def test_passes_are_those_of_the_documented_table(term: attrreg.MapRegularizer, 
     with passes() as counted:
         term(Net(rectified=True).double(), *batch())
     assert counted == cost
+
+
+def test_a_neuron_of_the_class_token() -> None:
+    model = timm.create_model("test_vit", num_classes=3, img_size=64).double().eval()
+    x, target = torch.rand(2, 3, 64, 64, dtype=torch.float64), torch.tensor([0, 2])
+    settings: Any = {"neuron_selector": (0, 3), "n_steps": 3, "method": "gausslegendre"}
+    want = captum.attr.NeuronConductance(model, model.norm).attribute(x.clone().requires_grad_(), target=target, **settings)
+    got = attrreg.from_captum(captum.attr.NeuronConductance, layer="norm", **settings).attribute(model, x, target)
+    assert got.any()
+    torch.testing.assert_close(got, want.detach())

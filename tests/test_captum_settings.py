@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import attrreg
-from attrreg import baselines
+from attrreg import baselines, scores
+from attrreg.captum import explanation_func
 from attrreg.captum.bridge import ACCEPTED
 from benchmarks.captum_check import Net
+from tests.models import SmoothNet, smooth_batch
 from tests.test_captum import CASES, SEGMENTS, TAKEN, batch
 
 pytestmark = pytest.mark.cpu
@@ -89,3 +91,24 @@ def test_an_objective_is_checked(name: str) -> None:
     kind, settings = getattr(captum.attr, name), CASES[name].settings
     with pytest.raises(TypeError, match="objective must be"):
         attrreg.from_captum(kind, objective="energy", **settings)  # type: ignore[arg-type]
+
+
+def test_a_weighted_term_is_no_attribution_method() -> None:
+    with pytest.raises(TypeError, match="attribution_method must be a plain term"):
+        attrreg.from_captum(captum.attr.NoiseTunnel, attribution_method=2 * attrreg.InputGradient())
+
+
+def test_masks_in_captums_metrics() -> None:
+    model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+    term = attrreg.IntegratedGradients(2, baselines.Masked(baselines.Zero()))
+    explain, want = explanation_func(term, model, mask=mask), term.attribute(model, x, target, mask=mask)
+    torch.testing.assert_close(explain(x, target), want)
+    twice = explain(x.repeat_interleave(2, 0), target.repeat_interleave(2))
+    torch.testing.assert_close(twice, want.repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_one_label_of_one_image_keeps_its_axes(copies: int) -> None:
+    model, term, label = SmoothNet(classes=1).double(), attrreg.InputGradient(scores.MultiLabelLogit()), torch.ones(1, 1)
+    x = smooth_batch()[0][:1].repeat_interleave(copies, 0)
+    torch.testing.assert_close(explanation_func(term, model)(x, label), term.attribute(model, x, label.expand(copies, 1)))

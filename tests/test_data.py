@@ -25,6 +25,8 @@ from tests.models import FAMILIES
 
 FLOAT = v2.ToDtype(torch.float32, scale=True)
 
+pytestmark = pytest.mark.cpu
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -58,6 +60,19 @@ def test_masks_are_the_files_and_missing_ones_are_said(root: Path, folder: Maske
         assert sample.mask.dtype is torch.bool and sample.annotated == path.exists()
         expected = numpy.asarray(Image.open(path)) > 0 if path.exists() else numpy.ones((32, 32), dtype=bool)
         assert (sample.mask.numpy() == expected).all()
+
+
+def test_images_that_would_share_a_mask_are_refused(tmp_path: Path) -> None:
+    shapes.write(tmp_path, each=3)
+    Image.new("RGB", (32, 32)).save(tmp_path / "images" / "disc" / "000.bmp")
+    with pytest.raises(ValueError, match=r"000\.png would be the mask of several images.*Rename one"):
+        MaskedImageFolder(tmp_path / "images", MaskFolder(tmp_path / "masks"))
+
+
+def test_images_without_a_mask_share_none(tmp_path: Path) -> None:
+    shapes.write(tmp_path, each=3)  # the last of each class has none
+    Image.new("RGB", (32, 32)).save(tmp_path / "images" / "disc" / "002.bmp")
+    assert len(MaskedImageFolder(tmp_path / "images", MaskFolder(tmp_path / "masks"))) == 7
 
 
 def test_an_empty_mask_is_not_a_missing_one(tmp_path: Path) -> None:
@@ -245,12 +260,6 @@ def test_transforms_that_leave_the_mask_are_found(folder: MaskedImageFolder) -> 
     for shape, said in (((16, 16), r"\(16, 16\)"), ((1, 32, 32), r"\(1, 32, 32\)")):
         with pytest.raises(ValueError, match=rf"InTheImage gave disc/000\.jpg, \(32, 32\), a mask {said}\. Let it be of the image's size"):
             MaskedImageFolder(folder.root, InTheImage(torch.zeros(shape, dtype=torch.bool)))[0]
-
-
-def test_a_rotation_may_fill_images_and_leave_masks_irrelevant_there() -> None:
-    turn = v2.RandomRotation((45, 45), fill={tv_tensors.Image: 127, "others": 0})  # as docs/integrations.md says
-    image, mask = turn(tv_tensors.Image(torch.zeros(3, 32, 32, dtype=torch.uint8)), tv_tensors.Mask(torch.zeros(32, 32).bool()))
-    assert (image == 127).any() and not mask.any()
 
 
 @pytest.mark.parametrize("transforms", [v1.Compose([v1.RandomCrop(16)]), v1.RandomHorizontalFlip(), create_transform(32)])

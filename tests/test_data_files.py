@@ -17,6 +17,8 @@ from attrreg.data.sources import ORIENTATION, opened, upright
 from tests import shapes
 from tests.test_data import share
 
+pytestmark = pytest.mark.cpu
+
 
 def test_the_first_image_may_be_the_one_without_a_mask(tmp_path: Path) -> None:
     shapes.write(tmp_path, each=2, without_mask=0)

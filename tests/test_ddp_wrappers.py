@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import attrreg
-from tests.models import Batch, accumulated, assert_close
+from attrreg.trace import passes
+from tests.models import Batch, accumulated, assert_close, gradients
 from tests.ranks import Ranks
 from tests.test_ddp import TERMS, UNEVEN, Case, alone, annotated, shares, together
 from tests.test_docs import ROOT, blocks
@@ -82,6 +83,40 @@ def test_a_wrapper_around_the_wrapper(two: Ranks, unused: bool, attached: bool) 
         assert_close(found, want, 1e-6)
 
 
+def held_with_buffers(rank: int) -> list[Tensor]:
+    """DDP hands buffers round in each forward: a rank must run no passes that others do not."""
+    model, (x, mask, target) = Case((), norm=True).model().eval(), shares(2)[rank]
+    entry = Holder(DistributedDataParallel(model))
+    flags = torch.tensor([True] * (len(x) - 1) + [rank == 0])
+    (F.cross_entropy(entry(x), target) + attrreg.InputGradient()(entry, x, mask, target, annotated=flags)).backward()
+    return accumulated(model)
+
+
+def test_a_wrapper_around_the_wrapper_of_a_model_with_buffers(two: Ranks) -> None:
+    model, (x, mask, target) = Case((), norm=True).model().eval(), together(shares(2))
+    flags = torch.tensor([True] * (len(x) - 1) + [False])
+    want = gradients(model, F.cross_entropy(model(x), target) + attrreg.InputGradient()(model, x, mask, target, annotated=flags))
+    for found in two(held_with_buffers):
+        assert_close(found, want, 1e-6)
+
+
+def passes_of_a_held_one(rank: int, term: Any, share: float) -> int:
+    """Through a holder; the second rank has no annotated image where a share is drawn."""
+    model, (x, mask, target) = Case((), norm=True).model().eval(), shares(2)[rank]
+    entry, flags = Holder(DistributedDataParallel(model)), torch.full((len(x),), share == 1 or rank == 0)
+    with term.attach(entry) if share < 1 else nullcontext(), passes() as counted:
+        loss = F.cross_entropy(entry(x), target)
+        (loss + term(entry, x, mask, target, annotated=flags, fraction=share)).backward()
+    return counted.forward
+
+
+@pytest.mark.parametrize(
+    ("term", "share", "count"), [(attrreg.InputGradient(), 0.5, 1), (attrreg.IntegratedGradients(3, chunk=None), 1.0, 3)]
+)
+def test_a_wrapper_around_the_wrapper_takes_as_many_passes_on_each_rank(two: Ranks, term: Any, share: float, count: int) -> None:
+    assert two(passes_of_a_held_one, term, share) == [count, count]
+
+
 def compiled(rank: int, outside: bool) -> list[Tensor]:
     model, (x, mask, target) = Case(()).model(), shares(2)[rank]
     flags = annotated(UNEVEN[rank])
@@ -122,6 +157,12 @@ def on_its_own(entry: DistributedDataParallel, share: Batch) -> None:
     TERMS(entry, *share).backward()
 
 
+def after_a_look(entry: DistributedDataParallel, share: Batch) -> None:
+    with torch.no_grad():
+        entry(share[0])  # the accuracy, say
+    TERMS(entry, *share).backward()
+
+
 def after_the_loss(entry: DistributedDataParallel, share: Batch) -> None:
     with TERMS.attach(entry):
         F.cross_entropy(entry(share[0]), share[2]).backward()
@@ -133,18 +174,27 @@ def joined(entry: DistributedDataParallel, share: Batch) -> None:
         TERMS(entry, *share)
 
 
+def joined_by_name(entry: DistributedDataParallel, share: Batch) -> None:
+    with entry.join():
+        TERMS(entry, *share, group=dist.group.WORLD)
+
+
 def synchronised_norm(entry: DistributedDataParallel, share: Batch) -> None:
     model = nn.SyncBatchNorm.convert_sync_batchnorm(Case((), norm=True).model())
     attrreg.InputGradient()(model, *share, group=dist.group.WORLD)  # DDP itself takes none on the CPU
 
 
-def flattened(entry: DistributedDataParallel, share: Batch) -> None:
+def flattened(entry: DistributedDataParallel, share: Batch, group: Any = None) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = FullyShardedDataParallel(Case(()).model(), device_id=torch.device("cpu"))
-    TERMS(model, *share)
+    TERMS(model, *share, group=group)
+
+
+def flattened_alone(entry: DistributedDataParallel, share: Batch) -> None:
+    flattened(entry, share, group=False)
 
 
 def held_static(entry: DistributedDataParallel, share: Batch) -> None:
@@ -178,9 +228,12 @@ def no_group(entry: DistributedDataParallel, share: Batch) -> None:
     [
         (bare, r"RuntimeError: 2 processes are running.*neither.*Pass the wrapped model; or say group="),
         (on_its_own, r"RuntimeError: DistributedDataParallel took no part.*Call the wrapped model, add the penalty.*once"),
+        (after_a_look, r"RuntimeError: DistributedDataParallel took no part"),
         (after_the_loss, r"RuntimeError: DistributedDataParallel took no part.*call backward once"),
+        (joined_by_name, r"RuntimeError: .*`join\(\)`.*as many batches, or pass group=False"),
         (joined, r"RuntimeError: .*`join\(\)`.*as many batches, or pass group=False"),
         (synchronised_norm, r"RuntimeError: .*SyncBatchNorm in train mode.*Use BatchNorm"),
+        (flattened_alone, r"TypeError: .*FSDP1.*Use torch.distributed.fsdp.fully_shard"),
         (flattened, r"TypeError: .*FSDP1.*Use torch.distributed.fsdp.fully_shard"),
         (looked_at, r"^nothing$"),
         (held_static, r"RuntimeError: DistributedDataParallel took no part"),

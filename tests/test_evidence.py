@@ -113,7 +113,7 @@ def test_names_tell_jobs_apart() -> None:
         job.run(replace(JOB, batch=99), CPU)
     with pytest.raises(ValueError, match=r"24 training images in batches of 24 are one step.*Add epochs"):
         job.run(replace(JOB, batch=24, epochs=1), CPU)
-    with pytest.raises(ValueError, match=r"no data set 'nowhere'\. "):
+    with pytest.raises(ValueError, match=r"no data set 'nowhere' among crosses, "):
         sources.from_dict({"kind": "nowhere"})
 
 
@@ -262,6 +262,10 @@ def test_plans_that_make_no_sense(changes: dict[str, Any], message: str) -> None
         replace(MINE, **changes)
     with pytest.raises(ValueError, match=r"'good' is none of 'exact'.*\. "):
         Variants(qualities=("good",))
+    with pytest.raises(ValueError, match=r"two are alike\. Leave one out"):
+        Variants(sources=(TINY, TINY))
+    birds = sources.StampBirds(size=64), sources.StampBirds(size=128)  # of one label
+    assert len(Variants(shares=(), qualities=(), sources=birds).changes()) == 2
     assert len(Variants(shares=(0.0, 0.002, 0.004, 1.0), qualities=()).changes()) == 3  # by other words each
 
 

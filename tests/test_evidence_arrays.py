@@ -203,3 +203,45 @@ def test_what_other_programs_write(root: Path) -> None:
 def test_sizes_below_one(root: Path) -> None:
     with pytest.raises(ValueError, match=r"train has not -4 images"):
         arrays.folder(root, sizes=(-4, 4, 4))
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("img", (1, 8, 20)), ("seg", (1, 8, 20)), ("img", (1, 8, 8))])
+def test_channels_first(kind: str, shape: tuple[int, ...], root: Path) -> None:
+    for path in root.glob(f"*_{kind}_*.npy"):
+        numpy.save(path, numpy.ones(shape))
+    message = r"looks like \(C, H, W\)\. Save them as \(H, W, C\)" if shape[2] > 16 else "masks of train are"
+    with pytest.raises(ValueError, match=message):
+        arrays.folder(root)
+
+
+def test_signals_of_many_leads_are_one_row(root: Path) -> None:
+    for path in root.glob("*.npy"):
+        numpy.save(path, numpy.random.rand(1, 8, 20) if "img" in path.name else numpy.eye(1, 8))
+    assert arrays.folder(root).train.images.shape[1:] == (20, 1, 8)
+
+
+def test_values_of_more_than_8_bits_are_refused(root: Path) -> None:
+    poke(root, "train_img_3.npy", 4095)
+    with pytest.raises(ValueError, match=r"values up to 4095, more than 8 bits hold\. Scale them"):
+        arrays.folder(root)
+    poke(root, "train_img_4.npy", -1000.0)  # as Hounsfield's units are
+    assert float(arrays.folder(root, similar="valid").train.images.max()) == 4095
+
+
+def test_masks_that_are_relevant_everywhere(root: Path) -> None:
+    for path in root.glob("train_seg_*.npy"):
+        numpy.save(path, numpy.ones((8, 8)))
+    with pytest.raises(ValueError, match="all masks of train are relevant everywhere, which leaves nothing to penalise"):
+        arrays.folder(root)
+
+
+TABLES = [("file;class\na_img.npy;0\n", "separated by commas"), ("file,class\n\xe9_img.npy,0\n", "in UTF-8")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [*TABLES, ("file,class\n" + "a" * 200_000 + ",0\n", "in UTF-8")], ids=["commas", "UTF-8", "long"]
+)
+def test_tables_of_other_forms(text: str, message: str, root: Path) -> None:
+    (root / "train_labels.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=message):
+        arrays.folder(root)

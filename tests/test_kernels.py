@@ -27,7 +27,7 @@ def test_kernels_equal_pytorchs_double_backward() -> None:
 
 
 def test_the_cpu_goes_without() -> None:
-    assert fused.kernels(torch.ones(3)) is None
+    assert fused.kernels(torch.ones(3, device="cpu")) is None
 
 
 class _OnCuda(TorchDispatchMode):
@@ -57,7 +57,7 @@ def test_cuda_goes_without_kernels_that_cannot_be_imported(there: bool, monkeypa
     monkeypatch.setitem(sys.modules, "attrreg.ops.kernels", None)  # as if importing it failed
     fused._kernels.cache_clear()
     with pytest.warns(RuntimeWarning, match="Triton kernels do not run on cuda.*exact") if there else nullcontext():
-        assert fused._kernels(torch.device("cuda")) is None
+        assert fused._kernels(torch.device("cuda"), torch.float32) is None
     fused._kernels.cache_clear()
 
 

@@ -122,6 +122,22 @@ def test_it_trains_as_the_line_in_the_loop_would(end: str, model: str) -> None:
     assert float(trainer.callback_metrics["penalty/InputGradient"]) == pytest.approx(found[-1], rel=1e-4)
 
 
+class Scaled(Module):
+    """Takes more than the images."""
+
+    def forward(self, x: Tensor, factor: float) -> Any:  # type: ignore[override]
+        return self.net(factor * x)
+
+    def training_step(self, batch: Sample, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch.image, 0.5), batch.label)
+
+
+def test_a_model_that_takes_more_than_the_images() -> None:
+    with passes() as counter:
+        fit(Scaled(), AttributionPenalty(REGULARIZER, batch=lambda batch: (*batch, (batch.image, 0.5))))
+    assert (counter.forward, counter.backward) == (0, 8)
+
+
 def test_other_images_than_the_step_used_cost_a_forward_of_their_own() -> None:
     module = Module(normalize=True)
     with passes() as counter, pytest.warns(UserWarning, match="another tensor of images"):
@@ -312,7 +328,7 @@ def test_what_cannot_work_is_refused_at_the_start(module: Any, name: str, kind: 
         fit(module(), AttributionPenalty(REGULARIZER, model=name))
 
 
-@pytest.mark.parametrize("mapping", [lambda batch: {"x": 1, "m": 2, "y": 3}, lambda batch: batch[:2]])
+@pytest.mark.parametrize("mapping", [lambda batch: {"x": 1, "m": 2, "y": 3}, lambda batch: batch[:2], lambda batch: (*batch, batch.label)])
 def test_batches_that_need_a_function(mapping: Any) -> None:
     with pytest.raises(TypeError, match=r"batch must give \(x, mask, target\).* of a Sample\. Pass a function"):
         fit(Module(), AttributionPenalty(REGULARIZER, mapping))

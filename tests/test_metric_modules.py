@@ -10,12 +10,13 @@ import captum.attr  # noqa: F401  (here, because ranks take its warnings for err
 import numpy
 import pytest
 import torch
+from matplotlib import pyplot
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import attrreg
 from attrreg import metrics
-from tests.models import SmoothNet, smooth_batch
+from tests.models import DEVICE, SmoothNet, smooth_batch
 from tests.ranks import Ranks
 
 torchmetrics = pytest.importorskip("torchmetrics")
@@ -48,7 +49,7 @@ def update(metric: Any, generator: torch.Generator, batches: int = 3) -> list[tu
 )
 def test_modules_average_over_batches(metric: Any, function: metrics.Measure) -> None:
     values = []
-    for map, mask, annotated in update(metric, torch.Generator().manual_seed(3)):
+    for map, mask, annotated in update(metric, torch.Generator(DEVICE).manual_seed(3)):
         values += [value for value, flag in zip(function(map, mask).tolist(), annotated.tolist(), strict=True) if flag]
     kept = [value for value in values if not math.isnan(value)]
     assert len(kept) < len(values)
@@ -59,7 +60,7 @@ def test_modules_average_over_batches(metric: Any, function: metrics.Measure) ->
 
 
 def test_modules_of_logits() -> None:
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     logits = 100 * torch.randn(60, 2, generator=generator)  # where a sigmoid would tie
     target = torch.randint(2, (60,), generator=generator)
     groups = 2 * target + torch.randint(2, (60,), generator=generator)
@@ -325,6 +326,18 @@ def of_the_first(rank: int) -> float:
 def test_ranks_without_any_batch_add_nothing_to_the_area(two: Ranks) -> None:
     logits, target, *_ = everything()
     assert two(of_the_first) == pytest.approx(2 * [metrics.auc(logits, target)])
+
+
+def test_measures_have_a_plot() -> None:
+    figure, axes = modules.WorstGroupAccuracy(2).plot([torch.tensor(0.2)])
+    pyplot.close(figure)
+    assert axes.get_ylim() == pytest.approx((-0.1, 1.1))
+
+
+@pytest.mark.parametrize("kind", [modules.PointingGame, modules.IoUAtMaskSize])
+def test_signed_is_a_truth_value(kind: Any) -> None:
+    with pytest.raises(TypeError, match="signed must be True or False"):
+        kind(signed=2)
 
 
 def test_the_area_does_not_change_with_batches_that_a_loop_overwrites() -> None:

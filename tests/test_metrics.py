@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import attrreg
 from attrreg import baselines, metrics, objectives
+from tests.models import DEVICE
 
 
 def cases() -> list[tuple[Tensor, Tensor]]:
     """Maps with ties and zeros, and boolean masks of every size but none."""
-    generator, count, made = torch.Generator().manual_seed(0), 20, []
+    generator, count, made = torch.Generator(DEVICE).manual_seed(0), 20, []
     for index in range(count):
         map = torch.randint(-3, 4, (1, 1 + index % 3, 4, 5), generator=generator).double()
         mask = torch.rand(1, 4, 5, generator=generator) < (index + 1) / (count + 1)
@@ -110,7 +111,7 @@ def test_of_no_images_there_are_no_values(mask: Tensor) -> None:
 @given(st.integers(0, 10**6), st.floats(1e-3, 1e3))
 @settings(max_examples=30, deadline=None)
 def test_scale_and_order_of_images_do_not_matter(seed: int, scale: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     map, mask = torch.randn(4, 2, 6, 6, generator=generator).double(), torch.rand(4, 3, 3, generator=generator).double()
     mask[:, 0, 0] = 1  # else a mask may have no pixel, and the IoU is undefined
     order = torch.randperm(4, generator=generator)
@@ -248,7 +249,6 @@ def judge(model: nn.Module, target: Tensor, measure: Any = metrics.share_inside)
         (lambda: metrics.Occlusion(fill=baselines.Shuffle()), ValueError, r"fill=.* depends on the mask.*\. "),
         (lambda: metrics.Occlusion(fill="zero"), TypeError, r"fill must be a tensor, a number or a baselines\.Baseline, got str\. "),  # type: ignore[arg-type]
         (lambda: metrics.Occlusion(window=9)(Corner(), torch.rand(1, 1, 8, 12), torch.zeros(1)), ValueError, r"window=9 is larger.*\. "),
-        (lambda: metrics.Occlusion(window=9)(Corner(), torch.rand(1, 1, 8, 8), torch.zeros(1)), ValueError, r"window=9 is larger.*\. "),
         (lambda: metrics.judged(Corner(), MAP, MAP, torch.zeros(2), "occlusion"), TypeError, r"attribution must be a function.*\. "),  # type: ignore[arg-type]
         (lambda: metrics.judged(Corner(), MAP, MAP, torch.zeros(2), attrreg.InputGradient()), TypeError, r"Pass .*`\.attribute`"),
         (lambda: judge(nn.Flatten(), torch.arange(2), lambda map, _: map.mean()), ValueError, r"gave \(\), but a measure is \(2,\), .*\. "),
@@ -282,3 +282,9 @@ def test_groups_that_are_no_integers() -> None:
     logits, target = torch.eye(2)[[0, 1, 1, 0]], torch.tensor([0, 1, 0, 1])
     with pytest.raises(TypeError, match=r"groups must be integers, one group an image, got torch\.float32\. Number the groups"):
         metrics.group_accuracies(logits, target, torch.tensor([0.2, 0.2, 0.7, 0.7]))
+
+
+def test_of_a_batch_without_images_nothing_is_judged() -> None:
+    x, mask, target = torch.zeros(0, 3, 8, 8).bfloat16(), torch.zeros(0, 8, 8), torch.zeros(0, dtype=torch.long)
+    found = metrics.judged(torch.nn.Flatten(), x, mask, target, metrics.Occlusion())
+    assert found.shape == (0,) and found.dtype is torch.float32

@@ -312,3 +312,25 @@ def test_layers_under_a_transform_are_not_there() -> None:
             assert model(x).shape == (3, 3)
             with pytest.raises(ValueError, match="Name a layer"):
                 reg(model, x, mask, target)
+
+
+class Volumes(nn.Module):
+    """A volume's slices are channels, and 4 x 4 x 4 patches would pass for 8 x 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.block, self.head = nn.Conv3d(1, 12, 4, 4), nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 12)), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x.unsqueeze(1)).flatten(2).mT
+        logits: Tensor = self.head((tokens + self.block(tokens)).mean(1))
+        return logits
+
+
+def test_patches_of_a_volume_are_no_map() -> None:
+    model, x = Volumes(), torch.randn(2, 16, 16, 16)
+    with pytest.raises(ValueError, match=r"layer 'block' has tokens of a volume.*Use an attribution at the images"):
+        attrreg.GradCAM("block").attribute(model, x)
+    with pytest.raises(ValueError, match="no layer with a spatial map"):
+        attrreg.GradCAM().attribute(model, x)
+    assert attrreg.InputGradient().attribute(model, x).any()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import attrreg
-from attrreg import AdversarialInvariance, baselines, masks, metrics, plot, schedules, scores
+from attrreg import baselines, masks, metrics, plot, schedules, scores
 from attrreg.data import MaskFolder, WithMasks
 from tests.models import SmoothNet, smooth_batch
 
@@ -50,12 +50,6 @@ class Frozen(SmoothNet):
         return logits
 
 
-def narrower(term: Any) -> None:
-    """Train with a term on one model, and go on with another."""
-    for width in (6, 5):
-        term(nn.Sequential(nn.Conv2d(2, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3)).double(), x, mask)
-
-
 named, frozen = Named().double(), Frozen().double()
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an array of images": (lambda: REG(model, x.numpy(), mask), TypeError, r"x must .*Make a normalised tensor"),
@@ -75,11 +69,33 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         RuntimeError,
         "on the way to it the model detaches or runs under no_grad",
     ),
-    "features of another width": (lambda: narrower(AdversarialInvariance(every=2)), ValueError, "features are 5 wide, but were 6"),
     "a column of labels": (
         lambda: attrreg.InputGradient(scores.TargetLogit())(model, x, mask, target[:, None]),
         ValueError,
         r"`target.flatten\(\)`",
+    ),
+    "a float label map with its channel": (
+        lambda: attrreg.InputGradient(scores.TargetLogit())(model, x, mask, torch.ones(3, 1, 8, 8)),
+        TypeError,
+        r"`target.squeeze\(1\).long\(\)`",
+    ),
+    "labels of several heads": (lambda: REG(model, x, mask, {"a": target, "b": target}), TypeError, r"torch\.stack\(labels, dim=1\)"),
+    "a list of labels": (lambda: REG(model, x, mask, list(target)), TypeError, r"torch\.as_tensor\(target\)"),
+    "a column of floats for cross-entropy": (
+        lambda: attrreg.InputGradient(scores.TaskLoss())(model, x, mask, target[:, None].float()),
+        TypeError,
+        r"`target.squeeze\(1\).long\(\)`",
+    ),
+    "labels of several heads in a list": (lambda: REG(model, x, mask, [target, target]), TypeError, r"torch\.stack\(labels, dim=1\)"),
+    "soft labels for cross-entropy": (
+        lambda: attrreg.PGDEx()(model, x, mask, HOT.double()),
+        TypeError,
+        r"TaskLoss\(nn\.CrossEntropyLoss\(reduction='none'\)\)",
+    ),
+    "a label that is not known": (
+        lambda: attrreg.InputGradient(scores.BinaryLogit())(model, x, mask, torch.tensor([1.0, -1.0, 0.0])),
+        ValueError,
+        "not known are left out by `annotated=`",
     ),
     "a column of floats": (
         lambda: attrreg.InputGradient(scores.TargetLogit())(model, x, mask, target[:, None].float()),

@@ -130,13 +130,12 @@ def test_wide_strided_convolutions_of_few_channels(case: tuple[Tensors, dict[str
 
 @pytest.mark.parametrize("channels", [32, 128, 256])
 @pytest.mark.parametrize("side", [1, 2, 4, 9])  # up to where only small weights and channels last are by products
-@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
-def test_wide_convolutions_of_one_pixel(side: int, channels: int, bias: bool, stride: int, format: torch.memory_format) -> None:
+def test_wide_convolutions_of_one_pixel(side: int, channels: int, stride: int, format: torch.memory_format) -> None:
     x = torch.randn(3, channels, side, side, dtype=torch.float64).to(memory_format=format)
     w, b = torch.randn(96, channels, 1, 1, dtype=torch.float64) / channels, torch.randn(96, dtype=torch.float64)
-    check_convolution(F.conv2d, (x, w, b if bias else None), {"stride": stride})
+    check_convolution(F.conv2d, (x, w, b if channels == 128 else None), {"stride": stride})
 
 
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])

@@ -95,11 +95,14 @@ def test_out_is_left_to_pytorch() -> None:
         (F.gelu, (x,)),
         (torch.cat, ([x, x],)),
         (torch.linalg.vector_norm, (x,)),
+        (torch.norm, (x, 2, 1)),
+        (torch.linalg.norm, (x, None, 1)),
+        (F.normalize, (x,)),
     ]
     for function, arguments in cases:
         out = torch.empty(0)
         with torch.no_grad(), twice_differentiable(Phase()):
-            function(*arguments, out=out)
+            assert function(*arguments, out=out) is out
         torch.testing.assert_close(out, function(*arguments))
 
 
@@ -107,7 +110,8 @@ def test_out_is_left_to_pytorch() -> None:
 def test_norms_take_pytorchs_name_of_their_argument(function: Any) -> None:
     x = torch.randn(3, 4)
     with twice_differentiable(Phase()):
-        torch.testing.assert_close(function(input=x), function(x))
+        for name in ("input", "x", "a"):
+            torch.testing.assert_close(function(**{name: x}), function(x))
 
 
 DEVIATIONS: dict[str, Callable[[Tensor], Tensor]] = {

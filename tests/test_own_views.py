@@ -9,28 +9,21 @@ from typing import Any, ClassVar
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attrreg
 from attrreg import baselines, masks, objectives, scores, sites
 from attrreg.baselines import Baseline
+from attrreg.captum import FeatureAblation
 from attrreg.needs import Grad, Need, Value
 from attrreg.objectives import LogOutside, Objective
 from attrreg.points import CLEAN, At, Point, Quadrature, RandomPlaces
 from attrreg.scores import ByTarget, Score, TargetLogit
 from attrreg.trace import Trace
 from tests.models import SmoothNet, smooth_batch
+from tests.test_own_points import Half
 
 LAYER = "blocks.0"
-
-
-@dataclass(frozen=True, repr=False)
-class Half(Baseline):
-    """Images of half the size."""
-
-    def __call__(self, x: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
-        return F.avg_pool2d(x, 2)
 
 
 @dataclass(frozen=True, repr=False)
@@ -207,3 +200,5 @@ def test_a_share_is_refused_only_where_it_is_constant() -> None:
         for baseline in (baselines.Masked(), baselines.Shuffle(), Blanked()):
             with pytest.raises(ValueError, match="only irrelevant pixels change"):
                 attrreg.IntegratedGradients(baseline=baseline, objective=share)
+        with pytest.raises(ValueError, match="only irrelevant pixels change"):
+            FeatureAblation(torch.arange(64).view(8, 8) // 8, baselines.Masked(), objective=share)

@@ -333,6 +333,7 @@ def test_a_model_whose_backward_fails_gets_the_whole_batch() -> None:
     torch.testing.assert_close(value, TERM.evaluate(model, x, mask, target, annotated=annotated, output=0).total, rtol=1e-12, atol=0)
 
 
+@pytest.mark.cpu
 def test_draws_are_of_the_cpus_generator_whatever_the_default_device_is() -> None:
     model, (x, mask, _) = SmoothNet().double(), smooth_batch()
 

@@ -141,7 +141,7 @@ def test_a_signal_of_one_row_is_blurred_along_it() -> None:
 
 def test_pixels_that_are_relevant_in_part_are_shuffled() -> None:
     x, mask = torch.arange(64.0).reshape(1, 1, 8, 8), torch.full((1, 1, 8, 8), 0.5)
-    shuffled = baselines.Shuffle()(x, mask, torch.Generator().manual_seed(0))
+    shuffled = baselines.Shuffle()(x, mask, torch.Generator(x.device).manual_seed(0))
     assert not torch.equal(shuffled, x)
     assert torch.equal(shuffled.flatten().sort().values, x.flatten())
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attrreg
+from tests.models import DEVICE
 
 SIZE, PATCH = 64, 16
 SMALL: dict[str, dict[str, Any]] = {
@@ -62,7 +63,7 @@ def trained(name: str, generator: torch.Generator) -> nn.Module:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_the_map_points_at_the_planted_square(name: str) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     model = trained(name, generator)
     x, places, y = planted(64, generator)
     map = attrreg.GradCAM(score=attrreg.scores.Contrast()).attribute(model, x, y)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import attrreg
-from tests.models import DEVICE, SmoothNet, assert_close, batch
+from tests.models import DEVICE, SmoothNet, assert_close, batch, gradients, smooth_batch
 from tests.test_recompute import net
 
 
@@ -191,3 +191,18 @@ def test_chunks_run_by_the_autocast_of_their_first_run(then: torch.dtype) -> Non
         with torch.autocast(DEVICE, torch.bfloat16, enabled=inside):
             value.backward(retain_graph=True)
     assert len(seen) > first and {*seen} == {then}
+
+
+def test_hooks_on_all_modules_are_those_of_the_penalty() -> None:
+    found = []
+    for chunk in (1, None):
+        torch.manual_seed(0)
+        model, (x, mask, target) = SmoothNet().double(), smooth_batch()
+        handle = nn.modules.module.register_module_forward_hook(lambda layer, args, y: 2 * y if isinstance(layer, nn.Linear) else None)
+        try:
+            value = attrreg.IntegratedGradients(steps=4, chunk=chunk)(model, x, mask, target)
+        finally:
+            handle.remove()
+        found.append(gradients(model, value))
+        assert not nn.modules.module._global_forward_hooks
+    assert_close(found[0], found[1], 1e-10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,7 +18,17 @@ from attrreg.objectives import SquaredOutside
 from attrreg.ops import Phase, twice_differentiable
 from attrreg.scores import TargetLogit
 from tests import oracles
-from tests.models import WAYS, assert_close, gradients, logits_and_penalty, smooth_batch
+from tests.models import DEVICE, WAYS, assert_close, gradients, logits_and_penalty, smooth_batch
+
+
+@pytest.fixture(autouse=True)
+def without_cudnn() -> Iterator[None]:
+    """Its LSTM has no second derivative; ours does without it."""
+    enabled = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    yield
+    torch.backends.cudnn.enabled = enabled
+
 
 KINDS = [
     {},
@@ -78,11 +89,11 @@ def test_packed_projected_dropped_out_and_half_layers_are_pytorchs(case: str) ->
     dtype = torch.bfloat16 if case == "half" else torch.float32
     layer = nn.LSTM(3, 4, **kinds.get(case, {})).to(dtype)
     x = torch.randn(5, 2, 3).to(dtype)
-    given: Any = pack_padded_sequence(x, torch.tensor([5, 3])) if case == "packed" else x
+    given: Any = pack_padded_sequence(x, torch.tensor([5, 3], device="cpu")) if case == "packed" else x
     values = []
     for context in (twice_differentiable(Phase()), nullcontext()):
         torch.manual_seed(1)
-        with context, torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        with context, torch.autocast(DEVICE, torch.bfloat16, enabled=case == "autocast"):
             values.append(layer(given))
     torch.testing.assert_close(*values, rtol=0, atol=0)
 
@@ -144,7 +155,7 @@ def test_weights_made_of_the_images_and_frozen_ones() -> None:
 def test_a_backward_under_autocast_does_not_round() -> None:
     layer, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
     found = []
-    for context in (torch.autocast("cpu", torch.bfloat16), nullcontext()):
+    for context in (torch.autocast(DEVICE, torch.bfloat16), nullcontext()):
         with twice_differentiable(Phase()):
             total = layer(x)[0].sin().sum()
         with context:

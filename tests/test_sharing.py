@@ -100,7 +100,7 @@ def test_chunked_paths_recompute_in_the_backward() -> None:
     assert counted == Passes(5, 5)  # and each chunk again
 
 
-@pytest.mark.cpu  # on CUDA, a backward runs in a thread that does not know of the mode
+@pytest.mark.cpu  # elsewhere gradients of images are taken by other operators
 def test_the_outer_backward_takes_no_gradient_of_images_that_nobody_asks_for() -> None:
     model = nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3))
     x, mask = torch.randn(2, 3, 8, 8), torch.zeros(8, 8)

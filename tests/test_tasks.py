@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import attrreg
 from attrreg import engines, objectives, scores
 from tests import oracles
-from tests.models import SmoothNet, assert_close, gradients, smooth_batch
+from tests.models import DEVICE, SmoothNet, assert_close, gradients, smooth_batch
 from tests.test_engines import ENGINES
 from tests.test_gradients import OBJECTIVES, SCORES, check_numerically
 
@@ -58,7 +58,7 @@ def square_loss(outputs: Tensor, target: Tensor) -> Tensor:
     return (outputs[:, 0] - target).square()
 
 
-LABELS = torch.randint(0, 3, (3, 8, 8), generator=torch.Generator().manual_seed(0))
+LABELS = torch.randint(0, 3, (3, 8, 8), generator=torch.Generator(DEVICE).manual_seed(0))
 LABELS[:, :2] = -100
 FOREGROUND = LABELS.clamp(max=1)
 HOT = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 1, 1]])

@@ -161,7 +161,7 @@ def test_a_compiled_step_is_refused(attached: bool, whole: bool) -> None:
     torch._dynamo.reset()
     model, (x, mask, target) = SmoothNet().double(), smooth_batch()
     # With fullgraph=True PyTorch itself says so, naming the function that would have.
-    message = "_refuse_compiling" if whole else "inside a function under torch.compile.*Compile the model.*call the penalty outside"
+    message = "refuse_compiling" if whole else "inside a function under torch.compile.*Compile the model.*call the penalty outside"
     with pytest.raises(RuntimeError, match=message):
         torch.compile(step, backend="aot_eager", fullgraph=whole)(model, x, mask, target, attached)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -253,6 +253,7 @@ def in_a_process(*arguments: Any) -> int | None:
     return process.exitcode
 
 
+@pytest.mark.cpu  # where the process that is killed trains
 @pytest.mark.parametrize("attached", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, attached: bool) -> None:
     checkpoint = tmp_path / "checkpoint.pt"

@@ -45,8 +45,8 @@ class ActivationDifference(SingleRegularizer):
         One forward on x~ and first-order gradients through it; the clean forward is free when attached.
 
     Source:
-        ActDiff, arXiv 1910.00199. Its code reduces only the last axis of 4-d activations, and adds 1e-6 to each difference;
-        here they are flattened, and nothing is added. `presets.actdiff_viviano2019` has its mean over the batch.
+        ActDiff, arXiv 1910.00199. Its code reduces only the last axis of 4-d activations, adds 1e-6 to each difference, and takes the mean
+        over layers; here they are flattened and summed, and nothing is added. `presets.actdiff_viviano2019` has its mean over the batch.
     """
 
     layers: str | Sequence[str] = ("auto",)  # kept as a tuple, which can be hashed

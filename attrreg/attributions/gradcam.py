@@ -14,8 +14,18 @@ from attrreg.sites import check_layer_name, spatial
 from attrreg.trace import Trace
 
 
+class LayerMap(MapRegularizer):
+    """A map of a layer, whose name is checked."""
+
+    layer: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layer_name(self.layer)
+
+
 @dataclass(frozen=True, repr=False)
-class GradCAM(MapRegularizer):
+class GradCAM(LayerMap):
     """Grad-CAM: a layer's channels, weighted by their mean gradient.
 
     phi = sum_c w_c A_c, w_c = mean over positions of d score / d A_c, `(N, 1, h, w)` at the layer's own resolution.
@@ -23,7 +33,7 @@ class GradCAM(MapRegularizer):
     Args:
         layer: dotted name of a layer with a spatial map: `(N, C, h, w)`, `(N, h, w, C)` or tokens `(N, L, C)`. "auto": the last such layer
             on which the score depends; where the model overwrites its output in place, the map is of what it wrote.
-        relu: clip the map at zero, as the paper does for display. Off by default, as in Captum: a map that is negative
+        relu: clip the map at zero, as the paper does. Off by default, as in Captum: a map that is negative
             everywhere would be clipped to nothing, and its penalty would have no gradient.
         semi: treat the weights w as constants when the penalty is differentiated, so that gradients reach the activations alone. This is a
             different method, not an approximation.
@@ -49,10 +59,6 @@ class GradCAM(MapRegularizer):
     semi: bool = False
     score: Score = ByTarget()
     objective: Objective = LogOutside()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_layer_name(self.layer)
 
     def needs(self) -> tuple[Need, ...]:
         """The layer's activations and their gradient."""

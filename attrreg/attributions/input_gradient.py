@@ -55,8 +55,9 @@ class InputGradient(MapRegularizer):
 class InputXGradient(MapRegularizer):
     """Image times gradient of the score.
 
-    phi = x * d score / d x, `(N, C, H, W)`, in units of the score. For networks without bias it equals integrated gradients
-    with a zero baseline (Hesse et al. 2021, arXiv 2111.07668).
+    phi = x * d score / d x, `(N, C, H, W)`, in units of the score. For ReLU networks without bias or normalisation by the
+    images' own statistics, and a score of logits as they are, it equals integrated gradients with a zero baseline (Hesse et al. 2021, arXiv
+    2111.07668).
 
     Args:
         score: what is differentiated; by default chosen by the target (`scores.ByTarget`): for class indices the target's logit against the

@@ -18,7 +18,7 @@ from attrreg.captum.perturbation import FeatureAblation, ShapleyValues
 from attrreg.captum.rectified import Deconvolution, GuidedBackprop, GuidedGradCam
 from attrreg.captum.refusals import ABSTRACT, REFUSED
 from attrreg.objectives import LogOutside, Objective
-from attrreg.regularizer import MapRegularizer
+from attrreg.regularizer import MapRegularizer, Sum
 from attrreg.scores import ByTarget, Score
 
 Index = int | tuple[int, ...]
@@ -214,6 +214,11 @@ def _noise_tunnel(
     nt_samples: int = 5,
     stdevs: float = 1.0,
 ) -> MapRegularizer:
+    if isinstance(attribution_method, Sum):
+        raise TypeError(
+            "from_captum: attribution_method must be a plain term, not a sum, nor one with a weight, name, reduction or engine. Give "
+            "those to what from_captum returns."
+        )
     if isinstance(attribution_method, MapRegularizer) and score != DEFAULT_SCORE:
         raise ValueError("from_captum: the score of NoiseTunnel is that of its attribution_method. Give it there.")
     inside = attribution_method if isinstance(attribution_method, MapRegularizer) else from_captum(attribution_method, score=score)

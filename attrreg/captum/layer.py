@@ -8,25 +8,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from attrreg.attributions.gradcam import LayerMap
 from attrreg.baselines import Baseline, Zero
 from attrreg.captum.between import check_path, path_points
 from attrreg.needs import Grad, Need, Value
 from attrreg.objectives import LogOutside, Objective
 from attrreg.points import At
-from attrreg.regularizer import MapRegularizer
 from attrreg.scores import ByTarget, Score
-from attrreg.sites import check_layer_name, spatial
+from attrreg.sites import spatial
 from attrreg.trace import Trace
-
-
-class LayerMap(MapRegularizer):
-    """A map of a layer, whose name is checked."""
-
-    layer: str
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_layer_name(self.layer)
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,6 +10,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from attrreg.attributions.path import check_share_varies
 from attrreg.baselines import Baseline, Fixed, Zero, as_baseline, keep_baseline
 from attrreg.needs import Need, Scored
 from attrreg.objectives import LogOutside, Objective
@@ -77,6 +78,7 @@ class _OnSegments(MapRegularizer):
             )
         object.__setattr__(self, "segments", Fixed(segments))
         keep_baseline(self)
+        check_share_varies(self)
 
     @property
     def _numbers(self) -> tuple[int, ...]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrreg.attributions.gradcam import GradCAM
-from attrreg.captum.layer import LayerMap
+from attrreg.attributions.gradcam import GradCAM, LayerMap
 from attrreg.needs import Grad, Need
 from attrreg.objectives import LogOutside, Objective
 from attrreg.ops.rectify import deconvolved, guided

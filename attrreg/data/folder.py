@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -61,8 +62,8 @@ class MaskedImageFolder(Dataset[Sample]):
         annotated: whether each image has a mask, `(len,)` bool.
 
     Raises:
-        TypeError, ValueError: naming the argument: there are no images, none has a mask (then take torchvision's `ImageFolder`), masks lie
-            among the images, or the transforms are of a kind that moves no masks.
+        TypeError, ValueError: naming the argument: there are no images, none has a mask (then take torchvision's `ImageFolder`), several
+            share one, masks lie among the images, or the transforms are of a kind that moves no masks.
     """
 
     def __init__(
@@ -77,6 +78,10 @@ class MaskedImageFolder(Dataset[Sample]):
             raise ValueError(f"The masks in {masks.root} lie within the images of {root}, and would be taken for images. Move them out.")
         self.classes, self.names, self.targets = _images(self.root)
         self.annotated = torch.tensor([name in masks for name in self.names])
+        if type(masks) is MaskFolder:  # a subclass may let images share one
+            paths = Counter(masks.path(name) for name, known in zip(self.names, self.annotated.tolist(), strict=True) if known)
+            if shared := [path for path, count in paths.items() if count > 1]:
+                raise ValueError(f"{shared[0]} would be the mask of several images in {root}, alike but for the extension. Rename one.")
         if not self.annotated.any():
             found = _example(masks, self.names[0])
             raise ValueError(f"None of the {len(self)} images of {root} has a mask in {masks} {found}{UNMASKED}.")

@@ -52,7 +52,11 @@ class WithMasks:
         if mask.dtype is not torch.bool:
             raise TypeError(f"mask must be boolean to be mixed, got {mask.dtype}. Threshold it, for example mask > 0.5.")
         if mask.shape != (x.shape[0], *x.shape[2:]):
-            raise ValueError(f"mask must be {(x.shape[0], *x.shape[2:])}, as the images, to be mixed; got {tuple(mask.shape)}. Resize it.")
+            raise ValueError(
+                f"mask must be {(x.shape[0], *x.shape[2:])}, as the images, to be mixed; got {tuple(mask.shape)}. Drop its axis of "
+                "channels, or resize it."
+            )
+        mask = mask.to(x.device)
         known = checked_flags(annotated, x).view(-1, 1, 1).expand_as(mask)
         # In float32 at least: in half precision a blend with little of another image would be rounded to none.
         wide = at_least_float32(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,8 +35,8 @@ def folder(
 
     The layout: `<split>_labels.csv` with the columns `file` and `class`, one row an image; beside it each image as `.npy`, `(H, W)` or
     `(H, W, C)`, and its mask under the same name with `seg` for `img`, not zero where relevant. Of the paths in `file` the last part
-    counts. Where no value of any split is below 0 and one is above 1, all are taken for 0 to 255. The clean test is the test with zeros
-    outside the masks.
+    counts. Where no value of any split is below 0 and one is above 1, all are taken for 0 to 255, and larger ones refused. The clean test
+    is the test with zeros outside the masks.
 
     Args:
         root: the folder.
@@ -117,6 +118,11 @@ def _splits(root: Path, names: Sequence[str], dilation: int) -> list[Split]:
                 f"{root}: images of {name} are {tuple(part.images.shape[1:])}, but those of {names[0]} {tuple(parts[0].images.shape[1:])}, "
                 "channels first. Save them alike."
             )
+    if bool(parts[0].masks.all()):
+        raise ValueError(
+            f"{root}: all masks of {names[0]} are relevant everywhere, which leaves nothing to penalise. Save them with 0 where "
+            "irrelevant, and without an alpha channel" + (f", or lower the dilation of {dilation}." if dilation else ".")
+        )
     known = parts[0].labels.unique().tolist()
     seen = sorted({label for part in parts for label in part.labels.tolist()})
     if len(known) < 2:
@@ -124,6 +130,8 @@ def _splits(root: Path, names: Sequence[str], dilation: int) -> list[Split]:
     if known != list(range(len(known))) or seen != known:
         raise ValueError(f"{root}: {names[0]} has the classes {known}, all splits {seen}. Number them from 0, all of them in {names[0]}.")
     low, high = min(float(part.images.min()) for part in parts), max(float(part.images.max()) for part in parts)
+    if high > 255 and low >= 0:
+        raise ValueError(f"{root}: images have values up to {high:g}, more than 8 bits hold. Scale them, for example to [0, 1].")
     return [replace(part, images=part.images / 255) if high > 1 and low >= 0 else part for part in parts]
 
 
@@ -132,10 +140,13 @@ def _table(root: Path, name: str) -> tuple[list[str], list[int]]:
     table = root / f"{name}_labels.csv"
     if not table.is_file():
         raise FileNotFoundError(f"{table} does not exist. Name the splits that there are, or write one row `file,class` an image into it.")
-    with table.open(newline="", encoding="utf-8-sig") as file:  # as Excel saves it, too
-        rows = list(csv.DictReader(file))
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:  # as Excel saves "CSV UTF-8"
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{table} cannot be read: {error}. Save it as CSV in UTF-8.") from None
     if not rows or not {"file", "class"} <= rows[0].keys():
-        raise ValueError(f"{table} must have the columns file and class, and a row an image. Add them.")
+        raise ValueError(f"{table} must have the columns file and class, separated by commas, and a row an image. Write it so.")
     labels = []
     for row in rows:
         if not row["file"]:
@@ -154,8 +165,14 @@ def _table(root: Path, name: str) -> tuple[list[str], list[int]]:
 
 def _split(root: Path, name: str, files: Sequence[str], labels: Sequence[int], dilation: int) -> Split:
     images = _stacked([root / file for file in files])
-    images = images.unsqueeze(1) if images.dim() == 3 else images.movedim(-1, 1)
     masks = _stacked([root / file.replace("img", "seg") for file in files]) != 0
+    for kind, part in (("images", images), ("masks", masks)):  # columns would be taken for channels; a signal has a mask of its one row
+        if part.dim() == 4 and part.shape[1] <= 4 < 16 < part.shape[3] and masks.shape[1:] != images.shape[1:3]:
+            raise ValueError(
+                f"{root}: {kind} of {name} are {tuple(part.shape[1:])}, which looks like (C, H, W). Save them as (H, W, C), or one channel "
+                "as (H, W)."
+            )
+    images = images.unsqueeze(1) if images.dim() == 3 else images.movedim(-1, 1)
     if masks.dim() == 4:
         masks = masks.any(dim=-1)
     if masks.shape[1:] != images.shape[2:]:
@@ -188,7 +205,7 @@ def _array(path: Path) -> numpy.typing.NDArray[numpy.float32]:
         )
     try:
         array: numpy.typing.NDArray[Any] = numpy.load(path)
-    except (ValueError, EOFError, OSError) as error:  # empty, cut off, pickled
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:  # empty, cut off, pickled
         raise ValueError(f"{path} cannot be read: {error}. Save it with numpy.save, as numbers.") from None
     if not isinstance(array, numpy.ndarray):
         array.close()

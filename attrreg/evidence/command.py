@@ -92,7 +92,7 @@ def evidence(
         except Failed as error:  # raised when what is done is written
             failed, missing = error, error.missing
     for kind, how in missing.items():
-        console.print(f"{kind} was left out. {how}", highlight=False, style="yellow", soft_wrap=True)
+        console.print(f"{kind} was left out. {how}", highlight=False, markup=False, style="yellow", soft_wrap=True)
     tables = report.markdown(plan, ledger)
     if not tables:
         console.print("There is nothing to show.")
@@ -143,8 +143,8 @@ def _again(what: str, ledger: Ledger, console: Console) -> None:
             if record.job.name != key:
                 console.print(f"{record.job.method} has changed since it was trained: it is another method now.", style="yellow")
             again = job.run(record.job, ledger.device)
-        except (ValueError, Missing) as error:  # its data are others now, or not here, or there is no such method any more
-            console.print(f"{name} was left out. {error}", style="yellow", highlight=False, soft_wrap=True)
+        except (ValueError, OSError, Missing) as error:  # its data are others now, or not here, or there is no such method any more
+            console.print(f"{name} was left out. {error}", style="yellow", highlight=False, markup=False, soft_wrap=True)
             left_out.append(record)
             continue
         said = "the same numbers"
@@ -152,7 +152,7 @@ def _again(what: str, ledger: Ledger, console: Console) -> None:
             different.append(record)
             repeats = _same(job.run(record.job, ledger.device), again)
             said = f"OTHER NUMBERS; trained twice here: {'the same both times' if repeats else 'NOT THE SAME both times'}"
-        console.print(f"{name}: {said}", highlight=False)
+        console.print(f"{name}: {said}", highlight=False, markup=False)
         console.print_json(data=again.outcomes["valid"])
     if different:
         where = sorted({report.where(record) for record in different})

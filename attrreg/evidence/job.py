@@ -153,7 +153,8 @@ def _run(job: Job, device: torch.device, note: Note, tested: bool) -> Record:
             model.load_state_dict(state)
             measured[epoch] = _outcome(model, task)
         outcomes[name] = {**measured.get(epoch, {}), "epoch": epoch, "loss": loss}
-    if tested and job.judged and all(bool(value.isfinite().all()) for value in model.state_dict().values()):
+    values = [value for value in model.state_dict().values() if isinstance(value, Tensor)]  # a module may keep other things there
+    if tested and job.judged and all(bool(value.isfinite().all()) for value in values):
         outcomes["valid"]["maps"] = _judgements(model, task.test)  # the last of SELECTIONS, whose weights the model has
     return Record(job, outcomes, round(time.perf_counter() - start, 1), environment(device))
 
@@ -213,11 +214,15 @@ def _accuracy(model: nn.Module, split: Split) -> float:
 
 
 def _judgements(model: nn.Module, split: Split) -> dict[str, dict[str, float | None]] | None:
-    """Share inside and IoU on a sample of the test, by three attributions of which at most one was trained; None: it has no masks."""
-    some = (split if split.annotated is None else split.take(split.annotated.nonzero()[:, 0])).sample(SAMPLE)
+    """Share inside and IoU on a sample of the test, by three attributions of which at most one was trained; None: no mask
+    has a relevant pixel.
+    """
+    known = split.masks.flatten(1).any(dim=1)  # of an empty mask the share inside is 0, whatever the model does
+    known = known if split.annotated is None else known & split.annotated
+    some = split.take(known.nonzero()[:, 0]).sample(SAMPLE)
     if not len(some):
         return None
-    window = max(2, some.images.shape[-1] // 7)
+    window = max(2, min((side for side in some.images.shape[-2:] if side > 1), default=2) // 7)  # of the shorter side; signals have one
     judges: dict[str, metrics.Attribution] = {**JUDGES, "occlusion": metrics.Occlusion(window, window)}
     found: dict[str, dict[str, float | None]] = {}
     for name, attribution in judges.items():

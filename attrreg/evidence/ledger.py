@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,7 @@ def cores() -> int:
 @contextmanager
 def processes(count: int) -> Iterator[ProcessPoolExecutor]:
     """Processes to train in, which end with the one that started them, however that ends, and at once where the block raises."""
+    count = min(count, 61) if sys.platform == "win32" else count  # Windows waits for no more at a time
     # Spawned: a forked child would share torch's threads and a CUDA context that it cannot use.
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _end_with_parent)
     try:
@@ -116,7 +118,8 @@ class Ledger:
         device: where to train.
         advance: told what is being done, and how many epochs of it are over.
         kinds: the data sets that records can be of.
-        workers: how many jobs are run at a time, each in a process of its own where there are several.
+        workers: how many jobs are run at a time, each in a process of its own where there are several. Those import the module of the data
+            set anew: in a script, start them below `if __name__ == "__main__":`.
     """
 
     def __init__(
@@ -151,22 +154,24 @@ class Ledger:
             if name in self.records:
                 self.advance(_doing(job), job.epochs)
         failed: list[tuple[Job, Exception]] = []
-        for job, result in self._results(todo, tested):
-            try:
-                record = result()
-                add_line(self.path, record.line())
+        with closing(self._results(todo, tested)) as results:  # which ends the processes where something is raised here
+            for job, result in results:
+                try:
+                    record = result()
+                except Missing:
+                    raise
+                except Exception as error:  # what it was is said at the end
+                    failed.append((job, error))
+                    continue
+                add_line(self.path, record.line())  # on a full disk that fails, and of what comes next nothing could be kept
                 self.records[record.job.name] = record
-            except Missing:
-                raise
-            except Exception as error:  # what it was is said at the end
-                failed.append((job, error))
         if failed:
             raise Failed(
                 f"{len(failed)} of {len(todo)} trainings failed, the first {failed[0][0]}. What is done is in {self.path}, and a new run "
                 "goes on from it."
             ) from failed[0][1]
 
-    def _results(self, todo: Sequence[Job], tested: bool) -> Iterator[tuple[Job, Callable[[], Record]]]:
+    def _results(self, todo: Sequence[Job], tested: bool) -> Generator[tuple[Job, Callable[[], Record]]]:
         """Each job as it is done, and what gives its record or raises its error."""
         if self.workers == 1 or len(todo) < 2:
             for job in todo:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrreg.environment import machine
+from attrreg.evidence import sources
 from attrreg.evidence.job import SAMPLE, SELECTIONS, Record
 from attrreg.evidence.ledger import Ledger
 from attrreg.evidence.methods import PLAIN, method
@@ -42,7 +43,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def spread(values: Sequence[float | None]) -> str:
-    """Mean ± standard deviation; of one value the mean alone. Where some are None (a model that diverged), also of how many."""
+    """Mean ± standard deviation; of one value the mean alone. Where some are None (as of a model that diverged), also of how many."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"
@@ -100,11 +101,13 @@ def _conditions(plan: Plan, training: Training, ledger: Ledger) -> str:
     machines = " and ".join(sorted({where(record) for record in records}))
     dates = sorted({record.environment["date"] for record in records})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    again = f"attrreg evidence --rerun '{training.source.kind}/METHOD' --out {shlex.quote(str(ledger.path))}"
+    again = f"`attrreg evidence --rerun '{training.source.kind}/METHOD' --out {shlex.quote(str(ledger.path))}`"
+    again += "; those of fewer or worse masks by the name of a record"
+    if type(training.source) not in sources.KINDS:  # which the command does not know
+        again = "`evidence.job.run(ledger.records[NAME].job, device)` in Python, NAME as in its line"
     return (
         f"`{training.source!r}`, {training.epochs} epochs in batches of {training.batch}, {plan.trials} settings tried for each method. "
-        f"Measured {when} on {machines}. Any row again: `{again}`; "
-        "those of fewer or worse masks by the name of a record."
+        f"Measured {when} on {machines}. Any row again: {again}."
     )
 
 
@@ -169,7 +172,8 @@ def _variants(plan: Plan, training: Training, ledger: Ledger) -> str:
         for words, records in found.items():
             if records:
                 tests, worst = (_values(records, "valid", what) for what in ("test", "worst"))
-                kept = gain_kept(records, found.get(masks(0), []), found[masks(1)])
+                same = records[0].job.source == training.source  # on other data nothing was trained without masks
+                kept = gain_kept(records, found.get(masks(0), []), found[masks(1)]) if same else []
                 lines.append([name, words, spread(tests), spread(worst), interval(worst), spread(kept), str(len(records))])
     words = (
         "Fewer masks, worse ones, other data, at the settings that shifted validation chose for the row above. *Gain kept*: of the test "

@@ -198,4 +198,6 @@ def from_dict(data: dict[str, Any], kinds: tuple[type[Source], ...] = KINDS) -> 
     for kind in kinds:
         if kind.kind == data["kind"]:
             return kind(**{name: value for name, value in data.items() if name != "kind"})
-    raise ValueError(f"There is no data set {data['kind']!r}. Known: {', '.join(kind.kind for kind in kinds)}.")
+    raise ValueError(
+        f"there is no data set {data['kind']!r} among {', '.join(kind.kind for kind in kinds)}; in Python, kinds=(...) names others"
+    )

@@ -50,12 +50,16 @@ class Variants:
     def __post_init__(self) -> None:
         if unknown := [name for name in self.qualities if name not in QUALITIES]:
             raise ValueError(f"{unknown[0]!r} is none of {', '.join(map(repr, QUALITIES))}. Write one of them, or leave it out.")
+        if len(set(self.sources)) < len(self.sources):
+            raise ValueError(f"sources are {self.sources}, of which two are alike. Leave one out.")
 
     def changes(self) -> dict[str, dict[str, Any]]:
         """What differs from the method's own row in each variant, by the words that tables use for it."""
         shares = {masks(share): {"annotated": share} for share in self.shares if share != 1}
         qualities = {f"masks: {quality}": {"quality": quality} for quality in self.qualities if quality != "exact"}
-        return shares | qualities | {source.label: {"source": source} for source in self.sources}
+        labels = [source.label for source in self.sources]  # which need not tell all from each other
+        words = [label if labels.count(label) == 1 else repr(source) for label, source in zip(labels, self.sources, strict=True)]
+        return shares | qualities | {word: {"source": source} for word, source in zip(words, self.sources, strict=True)}
 
     def of(self, best: Job) -> dict[str, Job]:
         """The jobs of the variants, by the same words; `best` is the job whose settings were chosen."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attrreg import penalty as penalties
 from attrreg.attach import Attachment
-from attrreg.call import Select
+from attrreg.call import Inputs, Select
 from attrreg.distributed import Group
 from attrreg.penalty import Penalty
 from attrreg.regularizer import AttributionRegularizer
@@ -24,7 +24,11 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("attrreg.integrations.lightning needs lightning. Install with: pip install 'attrreg[integrations]'") from error
 
-Batch = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+Batch = (
+    tuple[Tensor, Tensor, Tensor | None]
+    | tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+    | tuple[Tensor, Tensor, Tensor | None, Tensor | None, Inputs]
+)
 
 
 class _Step:
@@ -80,8 +84,8 @@ class AttributionPenalty(Callback):
 
     Args:
         regularizer: a regularizer, or a `Scheduled` one, whose step is saved in checkpoints.
-        batch: from the loader's batch to `(x, mask, target)` or `(x, mask, target, annotated)`; target and annotated may be None. By
-            default the batch is such a tuple, as those of `attrreg.data.MaskedImageFolder` are.
+        batch: from the loader's batch to `(x, mask, target)`, `(x, mask, target, annotated)` or `(x, mask, target, annotated, inputs)`; the
+            last three may be None. By default the batch is such a tuple, as those of `attrreg.data.MaskedImageFolder` are.
         model: dotted name of the submodule that maps images to logits; "": the `LightningModule` itself, by its `forward`.
         output: where the logits are in what that returns, as in calling the regularizer.
         group: over whose ranks means run, as there, needed where the strategy is neither DDP nor FSDP2; or a function that gives it, since
@@ -163,35 +167,42 @@ class AttributionPenalty(Callback):
 
     def added(self, pl_module: LightningModule, model: nn.Module, result: Any, batch: Any) -> Any:
         """What `training_step` returned, with the penalty added to the loss."""
-        x, mask, target, annotated = self._mapped(batch)
-        found = self._penalty(model, x, mask, target, annotated)
+        x, mask, target, annotated, inputs = self._mapped(batch)
+        found = self._penalty(model, x, mask, target, annotated, inputs)
         logged = {f"penalty/{name}": value for name, value in found.terms.items()}
         pl_module.log_dict(logged, batch_size=x.shape[0], sync_dist=True)  # a rank's own share may be 0; their mean is the penalty
         if isinstance(result, Mapping):
             return {**result, "loss": result["loss"] + found.total}
         return result + found.total
 
-    def _mapped(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def _mapped(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Inputs]:
         parts: tuple[Any, ...] = tuple(self.batch(batch))
-        if len(parts) not in (3, 4) or not isinstance(parts[0], Tensor):
+        fifth = parts[4] if len(parts) == 5 else None
+        held = fifth.values() if isinstance(fifth, Mapping) else fifth if isinstance(fifth, tuple) else ()
+        # Indices, paths (of which `default_collate` makes a tuple) and other data are no `inputs`, which hold the images themselves.
+        other = fifth is not None and not any(value is parts[0] for value in held)
+        if other or len(parts) not in (3, 4, 5) or not isinstance(parts[0], Tensor):
             kinds = ", ".join(type(part).__name__ for part in parts)
             raise TypeError(
-                f"batch must give (x, mask, target) or (x, mask, target, annotated), got ({kinds}) of a {type(batch).__name__}. Pass a "
-                "function that does, for example batch=lambda batch: (batch['image'], batch['mask'], batch['label'])."
+                f"batch must give (x, mask, target), and may give annotated and inputs (x among them) too, got ({kinds}) of a "
+                f"{type(batch).__name__}. Pass a function, as batch=lambda batch: (batch['image'], batch['mask'], batch['label'])."
             )
-        return parts[0], parts[1], parts[2], parts[3] if len(parts) == 4 else None
+        annotated, inputs = (*parts[3:], None, None)[:2]
+        return parts[0], parts[1], parts[2], annotated, inputs
 
-    def _penalty(self, model: nn.Module, x: Tensor, mask: Tensor, target: Tensor | None, annotated: Tensor | None) -> Penalty:
+    def _penalty(
+        self, model: nn.Module, x: Tensor, mask: Tensor, target: Tensor | None, annotated: Tensor | None, inputs: Inputs
+    ) -> Penalty:
         """The penalty with its terms. Unlike `evaluate`, without a forward in the user's place: that has run already."""
         regularizer = self.regularizer
         if isinstance(regularizer, Scheduled):
             if not regularizer.weight:
                 names = [term.name for term in regularizer.regularizer.terms]
-                zero = regularizer(model, x, mask, target, annotated=annotated)
+                zero = regularizer(model, x, mask, target, annotated=annotated, inputs=inputs)
                 return Penalty(zero, dict.fromkeys(names, zero.detach()), None)
             regularizer = regularizer.weight * regularizer.regularizer
         group = self.group() if callable(self.group) else self.group
-        call = penalties.check(regularizer.terms, model, x, mask, target, annotated, None, self.output, None, group)
+        call = penalties.check(regularizer.terms, model, x, mask, target, annotated, None, self.output, inputs, group)
         found = penalties.compute(regularizer.terms, call, regularizer.engine, as_users_forward=False)
         if isinstance(self.regularizer, Scheduled):
             self.regularizer.step += 1

@@ -127,7 +127,7 @@ def judged(
         measure: `(map, mask) -> (N,)`.
 
     Returns:
-        `(N,)`; NaN where the measure is undefined.
+        `(N,)`; NaN where the measure is undefined. Of a batch without images, none.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -142,6 +142,8 @@ def judged(
         )
     if not callable(measure):
         raise TypeError(f"measure must be a function (map, mask) -> (N,), got {measure!r}. Pass for example metrics.share_inside.")
+    if isinstance(x, Tensor) and x.shape[:1] == (0,):  # of a label that no image of the batch has
+        return at_least_float32(x.new_zeros(0))
     with torch.enable_grad():  # evaluations, and torchmetrics' updates, turn it off
         map = attribution(model, x, target)
     values = measure(map, mask)

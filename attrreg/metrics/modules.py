@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from attrreg.masks import check
 from attrreg.metrics.judge import Attribution, judged
 from attrreg.metrics.maps import Measure, energy_pointing_game, iou_at_mask_size, pointing_game, share_inside
 from attrreg.metrics.predictions import check_binary, check_groups, check_shapes, is_correct, logit_difference, roc_area
-from attrreg.settings import check_count
+from attrreg.settings import check_count, check_flag
 from attrreg.spec import source
 
 try:
@@ -39,6 +40,12 @@ class _Measure(Metric):
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
+    plot_lower_bound: float | None = 0.0
+    plot_upper_bound: float | None = 1.0
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw the value, or `val`, one or several of them, as torchmetrics' own metrics do."""
+        return self._plot(val, ax)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         """Follow a module to its device, but not to its dtype: `module.to(torch.bfloat16)` would cast metrics too, and lose counts."""
@@ -130,6 +137,7 @@ class PointingGame(MapMetric):
 
     def __init__(self, tolerance: int = 0, signed: bool = False) -> None:
         check_count("tolerance", tolerance, 0)
+        check_flag("signed", signed)
         super().__init__(tolerance, signed)
         self.tolerance = tolerance
         self.signed = signed
@@ -147,6 +155,7 @@ class IoUAtMaskSize(MapMetric):
     """
 
     def __init__(self, signed: bool = False) -> None:
+        check_flag("signed", signed)
         super().__init__(signed)
         self.signed = signed
 
@@ -161,6 +170,8 @@ class Judged(_Mean):
     Args:
         attribution, measure: as there.
     """
+
+    plot_lower_bound, plot_upper_bound = None, None  # a measure of the user's may have any range
 
     def __init__(self, attribution: Attribution, measure: Measure = share_inside) -> None:
         super().__init__(attribution, measure)

@@ -60,7 +60,7 @@ class Kind:
 
     def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
         """P, of rows of all heads, `(heads of all images, tokens, width)`."""
-        scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=self.scale).view(self.shape)
+        scores = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=self.scale).view(self.shape)
         if mask is not None:
             scores += mask
         weights: Tensor = aten._safe_softmax(scores, -1) if self.may_hide_all_keys else scores.softmax(-1)
@@ -91,11 +91,6 @@ def _fits_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
         return True
     sizes = zip(reversed(mask.shape), reversed((*q.shape[:-1], k.shape[-2])), strict=False)
     return mask.dim() <= 4 and mask.dtype == q.dtype and all(size in (1, of) for size, of in sizes)
-
-
-def _keeps_weights(q: Tensor, k: Tensor) -> bool:
-    """Whether there are so few tokens that P is kept."""
-    return q.device.type == "cpu" and k.shape[-2] <= MAX_KEPT * q.shape[-1]
 
 
 def _order_of_axes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> list[int] | None:
@@ -129,10 +124,10 @@ def _gradients(
     shapes = q.shape, k.shape, v.shape
     # One copy of what comes as views of a projection; then every product is one call, with its scale.
     go, q, k, v = (_per_head(tensor) for tensor in (go, q, k, v))
-    none, s = q.new_empty(()), kind.scale
+    none, s = q.new_zeros(()), kind.scale
     p = kept[0] if kind.keeps_weights else kind.weights(q, k, mask)
     ds = _gradient_of_scores(go, v, p)
-    gmask = ds.view(kind.shape).sum_to_size(mask.shape) if for_mask and mask is not None else None
+    gmask = ds.view(kind.shape).sum_to_size(mask.shape).data if for_mask and mask is not None else None
     found = torch.baddbmm(none, ds, k, beta=0, alpha=s), torch.baddbmm(none, ds.mT, q, beta=0, alpha=s), torch.bmm(p.mT, go)
     gradients = *(gradient.view(shape).data for gradient, shape in zip(found, shapes, strict=True)), gmask
     return gradients, (go, p, ds) if kind.keeps_weights else (go,)
@@ -157,23 +152,23 @@ class _Attention(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, order: list[int] | None, phase: Phase
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: Kind, order: list[int] | None, phase: Phase
     ) -> Tensor:
-        ctx.kind, ctx.phase = Kind(scale, _may_hide_all_keys(mask), (*q.shape[:-1], k.shape[-2]), _keeps_weights(q, k)), phase
-        if ctx.kind.keeps_weights:
-            p = ctx.kind.weights(_per_head(q), _per_head(k), mask)
+        ctx.kind, ctx.phase = kind, phase
+        if kind.keeps_weights:
+            p = kind.weights(_per_head(q), _per_head(k), mask)
             o = torch.empty_permuted((*q.shape[:-1], v.shape[-1]), order or list(range(q.dim())), dtype=q.dtype, device=q.device)
             o.copy_(torch.bmm(p, _per_head(v)).view(o.shape))
             ctx.save_for_backward(q, k, v, mask, p)
-        elif _fits_kernel(q, k, v, mask) and not ctx.kind.may_hide_all_keys:  # called by name for what its backward needs
+        elif _fits_kernel(q, k, v, mask) and not kind.may_hide_all_keys:  # called by name for what its backward needs
             kernel = aten._scaled_dot_product_flash_attention_for_cpu
-            saved, log_sum = kernel(q, k, v, 0.0, False, attn_mask=_for_kernel(mask, q, k), scale=scale)
+            saved, log_sum = kernel(q, k, v, 0.0, False, attn_mask=_for_kernel(mask, q, k), scale=kind.scale)
             # The math path makes a contiguous result and saves none: a layer may work in place on it.
             o = saved.clone(memory_format=torch.contiguous_format) if order is None else saved
             ctx.save_for_backward(q, k, v, mask, saved, log_sum)
         else:
             with attention_by(FUSED):
-                o = SDPA(q, k, v, mask, scale=scale)
+                o = SDPA(q, k, v, mask, scale=kind.scale)
             ctx.save_for_backward(q, k, v, mask)
         return o
 
@@ -229,7 +224,7 @@ class _AttentionGradients(Function):
         d_q = torch.bmm(h, k).baddbmm_(ds, uk, beta=s, alpha=s)
         d_k = torch.bmm(h.mT, q).baddbmm_(ds.mT, uq, beta=s, alpha=s)
         d_v = torch.bmm(c.mT, go)
-        d_mask = h.view(full).sum_to_size(mask.shape) if ctx.needs_input_grad[4] else None
+        d_mask = h.view(full).sum_to_size(mask.shape).data if ctx.needs_input_grad[4] else None
         found = (gradient.view(shape).data for gradient, shape in zip((d_go, d_q, d_k, d_v), ctx.shapes, strict=True))
         return *found, d_mask, None, None, None
 
@@ -267,9 +262,11 @@ def attention(
         attn_mask = torch.zeros_like(attn_mask, dtype=dtype).masked_fill_(~attn_mask, -math.inf)
     # Not inside: what is saved has to be what was given, or the double backward does not reach it.
     order = _order_of_axes(query, key, value, attn_mask)
-    query, key, value = map(Tensor.contiguous if _keeps_weights(query, key) else _with_dense_rows, (query, key, value))
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return _Attention.apply(query, key, value, attn_mask, scale, order, phase)
+    keeps_weights = query.device.type == "cpu" and key.shape[-2] <= MAX_KEPT * query.shape[-1]
+    kind = Kind(scale, _may_hide_all_keys(attn_mask), (*query.shape[:-1], key.shape[-2]), keeps_weights)
+    query, key, value = map(Tensor.contiguous if keeps_weights else _with_dense_rows, (query, key, value))
+    return _Attention.apply(query, key, value, attn_mask, kind, order, phase)
 
 
 def _without_override_check(function: Any) -> Any:

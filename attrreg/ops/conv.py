@@ -251,7 +251,7 @@ class _WeightGradient(Function):
 
 def _hashable(value: Any) -> Any:
     """A setting as a key of a cache: PyTorch takes lists too, and NumPy's numbers and tensors."""
-    if type(value) in (int, tuple, str):
+    if type(value) in (int, tuple, str) or isinstance(value, float):  # PyTorch refuses floats
         return value
     return tuple(value) if isinstance(value, Sequence) else int(value)
 

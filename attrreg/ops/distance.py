@@ -41,12 +41,22 @@ def std(input: Tensor, *args: Any, **settings: Any) -> Tensor:
     return _root(torch.var(input, *args, **settings))
 
 
+def std_mean(input: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor]:
+    """`torch.std_mean`."""
+    return std(input, *args, **settings), torch.var_mean(input, *args, **settings)[1]
+
+
 def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     """`F.cosine_similarity`, whose norms PyTorch takes where no mode sees them."""
-    if x1.dtype != x2.dtype or not x1.is_floating_point() or eps <= 0 or torch.is_autocast_enabled(x1.device.type):
+    if not (x1.is_floating_point() and x2.is_floating_point()) or eps <= 0:
         return F.cosine_similarity(x1, x2, dim, eps)
-    if x1.dtype != (dtype := compute_dtype(x1)):
-        return cosine_similarity(x1.to(dtype), x2.to(dtype), dim, eps).to(x1.dtype)
+    if x1.dtype != x2.dtype:  # as autocast makes features narrower than prototypes
+        dtype = torch.promote_types(x1.dtype, x2.dtype)
+        x1, x2 = x1.to(dtype), x2.to(dtype)
+    if x1.dtype != compute_dtype(x1):
+        return in_compute_dtype(cosine_similarity, x1, x2, dim, eps)
+    if x1.shape != x2.shape:
+        x1, x2 = torch.broadcast_tensors(x1, x2)  # `dim` is an axis of the common shape
     return (_unit(x1, dim, eps) * _unit(x2, dim, eps)).sum(dim)
 
 
@@ -73,11 +83,11 @@ def vector_norm(input: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = Fa
     return two_norm(input, dim, keepdim, dtype)
 
 
-def norm(input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Tensor | None = None, dtype: Any = None) -> Tensor:
+def norm(input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
     """`torch.norm`."""
     matrix = p == "fro" and isinstance(dim, Sequence) and len(dim) > 2  # of which there is none of so many axes
-    if p not in TWO or matrix or out is not None or not _widens(input, dtype):
-        return torch.norm(input, p, dim, keepdim, out, dtype)
+    if p not in TWO or matrix or not _widens(input, dtype):
+        return torch.norm(input, p, dim, keepdim, dtype=dtype)
     return two_norm(input, dim, keepdim, dtype)
 
 
@@ -87,6 +97,15 @@ def linalg_norm(input: Tensor, ord: Any = None, dim: Any = None, keepdim: bool =
     fits = axes == 1 if ord == 2 else axes == 2 if ord == "fro" else axes < 3
     if ord not in TWO or not fits or not _widens(input, dtype):
         return torch.linalg.norm(input, ord, dim, keepdim, dtype=dtype)
+    return two_norm(input, dim, keepdim, dtype)
+
+
+def matrix_norm(
+    input: Tensor, ord: Any = "fro", dim: tuple[int, int] = (-2, -1), keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`torch.linalg.matrix_norm`."""
+    if ord != "fro" or len(dim) != 2 or not _widens(input, dtype):
+        return torch.linalg.matrix_norm(input, ord, dim, keepdim, dtype=dtype)
     return two_norm(input, dim, keepdim, dtype)
 
 

@@ -23,20 +23,18 @@ class Draws:
         state: of the generators that this draws from.
         shapes: of all that was drawn for. At the end, state and shapes have to be those of a pass over the images alone. Both are compared:
             a shape can be mistaken for that of a batch, which CUDA's state does not show, and something else may have drawn.
-        stopped: PyTorch draws from now on.
 
     Args:
-        images: in the batch, each counted once.
+        rows: of the batch, the images at all places.
         places: of each image.
         start: from where a pass over the images alone would draw.
     """
 
-    def __init__(self, images: int, places: int, start: Rng) -> None:
-        self._images = images
+    def __init__(self, rows: int, places: int, start: Rng) -> None:
+        self._rows = rows
         self._places = places
         self.state = start
         self.shapes: list[torch.Size] = []
-        self.stopped = False
 
     def dropout(self, function: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         """`F.dropout` and its kinds for whole channels: `function`."""
@@ -58,7 +56,7 @@ class Draws:
         if self._places == 1:
             self.shapes.append(tensor.shape)
             return None
-        rows, shape = self._images * self._places, list(tensor.shape)
+        rows, shape = self._rows, list(tensor.shape)
         if shape and shape[0] == rows:  # if not as a batch, the shapes at the end tell
             return self._drawn(tensor[:: self._places], draw).repeat_interleave(self._places, dim=0)
         return None if any(size % rows == 0 for size in shape) else self._drawn(tensor, draw)

@@ -29,23 +29,23 @@ def kernels(*tensors: Tensor) -> Any | None:
     alike = all(tensor.is_contiguous() for tensor in tensors) or all(tensor.stride() == strides for tensor in tensors)
     if not (dense(first) and alike):
         return None
-    return _kernels(first.device)
+    return _kernels(first.device, first.dtype)
 
 
 @lru_cache
-def _kernels(device: torch.device) -> Any | None:
+def _kernels(device: torch.device, dtype: torch.dtype) -> Any | None:
     if importlib.util.find_spec("triton") is None:
         return None
     try:
         found = importlib.import_module("attrreg.ops.kernels")
-        probe = torch.zeros(1, device=device)
+        probe = torch.zeros(1, device=device, dtype=dtype)  # of each type: GPUs before Ampere compile none of bfloat16
         found.activation("SILU", probe, probe, probe)
     except Exception as error:  # for example no C compiler, which Triton needs on first use
         if lacks_memory(error):  # which says nothing of the next call
             raise
         warnings.warn(
-            f"attrreg's Triton kernels do not run on {device}, so normalisations and activations take PyTorch's operators, which are as "
-            f"exact and slower: {type(error).__name__}: {error}",
+            f"attrreg's Triton kernels do not run on {device} in {dtype}, so normalisations and activations take PyTorch's operators, "
+            f"which are as exact and slower: {type(error).__name__}: {error}",
             RuntimeWarning,
             stacklevel=2,
         )

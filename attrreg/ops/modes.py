@@ -22,10 +22,8 @@ from attrreg.ops.process import BY_MATH, attention_by, attention_kernels, checkp
 
 
 def _drawn(function: Callable[..., Tensor], by_draws: Callable[..., Tensor], phase: Phase, *args: Any, **kwargs: Any) -> Tensor:
-    """A function that draws random numbers: by that method of the pass's `Draws`, if it has one that is not stopped."""
-    if phase.draws is None or phase.draws.stopped:
-        return function(*args, **kwargs)
-    return by_draws(phase.draws, function, *args, **kwargs)
+    """A function that draws random numbers: by that method of the pass's `Draws`, if it has one."""
+    return function(*args, **kwargs) if phase.draws is None else by_draws(phase.draws, function, *args, **kwargs)
 
 
 def _multi_head(phase: Phase, *args: Any, **settings: Any) -> Any:
@@ -58,6 +56,8 @@ _FOR_ANY_PHASE: Replacements = {
     torch.linalg.vector_norm: distance.vector_norm,
     torch.cdist: distance.cdist,
     **dict.fromkeys((torch.std, Tensor.std), distance.std),
+    torch.std_mean: distance.std_mean,
+    torch.linalg.matrix_norm: distance.matrix_norm,
     F.cosine_similarity: distance.cosine_similarity,
 }
 
@@ -91,7 +91,7 @@ ONCE: Replacements = {
     F.multi_head_attention_forward: lambda phase, *args, **settings: attention.multi_head(Replace(ONCE, phase), *args, **settings),
 }
 
-NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # NumPy's names of arguments, which PyTorch's functions take too
+NUMPY = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input"}  # NumPy's names of arguments, which PyTorch's functions take too
 
 
 class Replace(TorchFunctionMode):
@@ -120,7 +120,7 @@ class Replace(TorchFunctionMode):
         # each result, as MONAI's, which inside our Functions could not be written into in place: it is to wrap what ours give as a whole.
         # So it is asked first, and what it leaves comes back here, without types. Multi-head attention asks it by itself.
         kind = next((kind for kind in types if kind is not Tensor), None) if types else None
-        if kind is None or func is F.multi_head_attention_forward:
+        if kind is None or func is attention.MULTI_HEAD:
             return ours(self._phase, *args, **kwargs)
         with self:
             return kind.__torch_function__(func, types, args, kwargs)
@@ -151,8 +151,7 @@ def twice_differentiable(phase: Phase, at_once: bool = True) -> Iterator[Callabl
 
     def start() -> None:
         begin()  # the recomputation must not change operators midway, where the first run did
-        if phase.draws is not None:
-            phase.draws.stopped = True  # PyTorch winds back its own generators only
+        phase.draws = None  # PyTorch winds back its own generators only
 
     try:
         # PyTorch captures autocast and generators for the recomputation, but not function modes or attention kernels.

@@ -251,10 +251,10 @@ def rms_norm(
     return _Divided.apply(input.contiguous(memory_format=suggested_format(input)), weight, axes, factors, phase)
 
 
-def normalize(phase: Phase, input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None) -> Tensor:
+def normalize(phase: Phase, input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12) -> Tensor:
     """`F.normalize`: x / max(||x||, eps). At zero its second derivative is zero, of which PyTorch makes NaN."""
-    if p not in TWO or out is not None or isinstance(eps, Tensor) or not input.is_floating_point():
-        return F.normalize(input, p, dim, eps, out)
+    if p not in TWO or isinstance(eps, Tensor) or not input.is_floating_point():
+        return F.normalize(input, p, dim, eps)
     if input.dtype != compute_dtype(input):  # which has room for eps squared
         return in_compute_dtype(partial(normalize, phase), input, p, dim, eps)
 

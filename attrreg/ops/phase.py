@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from attrreg.graph import leads_to_ours
+from attrreg.graph import executes, leads_to_ours
 from attrreg.ops.draws import Draws
 from attrreg.state import full_precision
 
@@ -28,7 +28,7 @@ class Phase:
         running: the forward is not over, so that a backward now is one that the model takes itself.
         inner: the running backward computes an attribution, for which nobody needs gradients of weights.
         places: how many places of a path share the batch; those of an image lie side by side.
-        draws: what the pass draws; None: PyTorch draws as ever.
+        draws: what the pass draws; None: PyTorch draws as ever, as from the first checkpointed block on.
         rows: how many images the batch has, at all places together.
         normalised: over how many rows batch normalisation took statistics, the tokens of an image counted as one. Other numbers than `rows`
             show that images meet in a way that is not known here.
@@ -52,7 +52,7 @@ class Phase:
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
-        """Around a checkpointed block that runs again within a backward: a forward, whose own backwards are the model's."""
+        """Around a part of a forward, whose own backwards are the model's: a checkpointed block within a backward, or a head after it."""
         inner, running = self.inner, self.running
         self.inner, self.running = False, True
         try:
@@ -99,11 +99,3 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(torch._C._functions.DelayedError(THIRD, len(of))(*of)[: len(found)])
 
     return call
-
-
-def executes(node: Any, leaf: bool) -> bool:
-    """Whether the running backward reaches a node; `leaf`: the answer for a leaf that `autograd.grad` was asked for: PyTorch raises."""
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:
-        return leaf

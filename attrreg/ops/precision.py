@@ -12,8 +12,8 @@ from attrreg.state import full_precision
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type to compute in, float32 at least: half types have no room for the powers that second derivatives are made of."""
-    return torch.promote_types(x.dtype, torch.float32)
+    """The type to compute in, float32 at least: half types have no room for sums, nor for the powers of second derivatives."""
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
 def in_compute_dtype(function: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:

@@ -14,7 +14,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, _sdpa_kernel
 
-Recomputing = tuple[Callable[[], AbstractContextManager[object]], Callable[[], None]]
+Context = Callable[[], AbstractContextManager[object]]
 
 
 class _Setting:
@@ -76,7 +76,7 @@ class _Thread(threading.local):
     """The contexts inside which checkpointed blocks that this thread starts will be recomputed, the outermost first."""
 
     def __init__(self) -> None:
-        self.inside: list[Recomputing] = []
+        self.inside: list[tuple[Context, Callable[[], None]]] = []
 
 
 _thread = _Thread()
@@ -86,24 +86,17 @@ def _framed(recompute_fn: Callable[..., None], *rest: Any) -> Any:
     """A checkpointed block's frame, as PyTorch makes one at the block's start, whose recomputation runs inside the contexts."""
     for context, start in reversed(_thread.inside):
         start()
-        recompute_fn = _recomputing(recompute_fn, context, start)
+        recompute_fn = partial(_recompute, recompute_fn, context, start)
     return FRAME(recompute_fn, *rest)
 
 
-def _recomputing(
-    recompute_fn: Callable[..., None], context: Callable[[], AbstractContextManager[object]], start: Callable[[], None]
-) -> Callable[..., None]:
-    def recompute(*args: Any) -> None:
-        with context(), checkpoints_recompute_inside(context, start):  # a block may hold another
-            recompute_fn(*args)
-
-    return recompute
+def _recompute(recompute_fn: Callable[..., None], context: Context, start: Callable[[], None], *args: Any) -> None:
+    with context(), checkpoints_recompute_inside(context, start):  # a block may hold another
+        recompute_fn(*args)
 
 
 @contextmanager
-def checkpoints_recompute_inside(
-    context: Callable[[], AbstractContextManager[object]], start: Callable[[], None] = lambda: None
-) -> Iterator[None]:
+def checkpoints_recompute_inside(context: Context, start: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Recompute blocks that are checkpointed (`use_reentrant=False`) meanwhile inside a context, whenever that happens.
 
     Args:

@@ -117,10 +117,7 @@ class _Recurrence(Function):
         if gh is None:
             gh = torch.zeros_like(hidden)
         with full_precision(w.device):  # as `once_differentiable`
-            if torch.is_grad_enabled():
-                dp, h, c = _RecurrenceGradient.apply(gh, gc, ggates, w, c0, cells, gates)
-            else:
-                dp, _, _, h, c = _first_order(gh, gc, ggates, w, c0, cells, gates)
+            dp, h, c = _RecurrenceGradient.apply(gh, gc, ggates, w, c0, cells, gates)
             for_p, for_w = wanted(ctx, 2)
             gw = _over_steps(dp, torch.cat((h0[None], hidden[:-1]))) if for_w else None
         return dp if for_p else None, gw, h, c, None

@@ -30,7 +30,7 @@ def convolution(shapes: Callable[..., bool], axes: int, x: Tensor, w: Tensor, b:
 
     `shapes` is `convolution_shapes` or `transposed_shapes`, which takes `settings` after the shapes of images x, weight w and bias b.
     """
-    if any(isinstance(number, float) for value in settings if isinstance(value, (tuple, list)) for number in value):
+    if any(isinstance(number, float) for value in settings for number in (value if isinstance(value, tuple) else (value,))):
         return False  # PyTorch refuses them; as keys of a cache, 2.0 and 2 are the same
     same = x.dtype == w.dtype and (b is None or b.dtype == x.dtype)
     alike = x.is_floating_point() and w.is_floating_point() and (same or torch.is_autocast_enabled(x.device.type))
