@@ -307,8 +307,8 @@ SETTINGS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: attrreg.IntegratedGradients(chunk=0), ValueError, "chunk"),
     (lambda: attrreg.IntegratedGradients(rule="simpson"), ValueError, "gausslegendre"),
     (lambda: attrreg.IntegratedGradients(baseline="zero"), TypeError, "baseline"),  # type: ignore[arg-type]
-    (lambda: attrreg.ExpectedGradients(baseline=baselines.Masked(), objective=objectives.OutsideFraction()), ValueError, "a share of attribution"),
-    (lambda: attrreg.IntegratedGradients(baseline=baselines.Shuffle(), objective=objectives.Energy()), ValueError, "a share of attribution"),
+    (lambda: attrreg.ExpectedGradients(baseline=baselines.Masked(), objective=objectives.OutsideFraction()), ValueError, "a share of"),
+    (lambda: attrreg.IntegratedGradients(baseline=baselines.Shuffle(), objective=objectives.Energy()), ValueError, "a share of"),
     (lambda: attrreg.IntegratedGradients(baseline=torch.tensor(float("nan"))), ValueError, "finite"),
     (lambda: attrreg.ExpectedGradients()(SmoothNet().double(), x[:1], mask[:1]), ValueError, "batch of one"),
     (lambda: attrreg.InputGradient("TargetLogit"), TypeError, "score must be"),  # type: ignore[arg-type]
