@@ -76,7 +76,7 @@ def images_apart(call: Call) -> bool:
     model = call.model
     if any(map(couples, call.modules)):
         return False
-    if in_step(model):  # other ranks may not run the pass that shows it, which would wait for them
+    if in_step(call.whole):  # other ranks may not run the pass that shows it, which would wait for them
         return False
     probe = probe_of(model, "images", call.inputs is None, state_key(model), output_key(call.output))
     if probe.due():

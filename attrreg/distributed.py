@@ -121,11 +121,12 @@ def check_whole(model: nn.Module) -> None:
         RuntimeError: parameters are DTensors, other than FSDP2's shards of whole ones.
     """
     kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    if kind is not None and any(isinstance(parameter, kind) for parameter in model.parameters()):
+    split = [] if kind is None else [each for module in modules(model) for each in module._parameters.values() if isinstance(each, kind)]
+    if split:
         groups = [group for module in sharded(model) for group in _parameter_groups(module)]
         whole = [each for group in groups for each in group.fsdp_params if not each.is_dtensor]
         shards = {id(shard) for each in whole for shard in (each.sharded_param, getattr(each, "_sharded_post_forward_param", None))}
-        if any(isinstance(parameter, kind) and id(parameter) not in shards for parameter in model.parameters()):
+        if any(id(parameter) not in shards for parameter in split):
             raise RuntimeError(
                 "The model has tensor-parallel layers, whose gradients ranks exchange where PyTorch's graph does not follow, so that a "
                 "penalty's own gradient would be wrong. Use reg.using(attrreg.engines.FiniteDifference()), or terms that take no gradient."

@@ -65,7 +65,7 @@ class PathGradients:
         call = self.call
         if self._differences is not None or call.inputs is not None or not dense(call.x):  # draws go in memory's order
             return False
-        if in_step(call.model):  # each pass waits for all ranks, so all have as many, whatever their images
+        if in_step(call.whole):  # each pass waits for all ranks, so all have as many, whatever their images
             return False
         if isinstance(call.output, nn.Module) and not _separable(call.output, ours=False):  # whose draws would not be of each place
             return False

@@ -49,7 +49,7 @@ def part_of(call: Call, needs: Sequence[Need]) -> Call:
     """
     annotation = call.annotation
     assert annotation is not None
-    if annotation.count == 0 and call.fraction < 1 and in_step(call.model):
+    if annotation.count == 0 and call.fraction < 1 and in_step(call.whole):
         return replace(call, x=call.x.clone())  # which no attachment has recorded: on other ranks, a part takes a pass of its own
     if annotation.count == 0 or call.inputs is not None:
         return call

@@ -90,7 +90,7 @@ def check(
         check_needs(term.regularizer.needs(), call, term.name)
     _check_one_map(terms, call)
     if any(isinstance(need, Grad) for need in needs_of(terms)):
-        distributed.check_coupling(call.model)
+        distributed.check_coupling(call.whole)
     return call
 
 
@@ -99,7 +99,7 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
     needs = needs_of(terms)
     check_engine(needs, engine)
     if engine.twice and any(isinstance(need, Grad) for need in needs):
-        distributed.check_whole(call.model)
+        distributed.check_whole(call.whole)
     with undone_on_error(call.x.device, call.generator):
         images = call.x  # the whole batch; where a part is taken, its graph leads back here
         assert call.annotation is not None  # check requires a mask

@@ -107,7 +107,11 @@ def layout(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Layout | No
         if value.shape[0] == value.shape[1] and any(getattr(layer, "batch_first", True) is False for layer in modules(model)):
             return None  # which axis has the images cannot be told
         backbone = _nearest_with(model, site, "patch_embed")
-        if value.shape[2] == 1 or _unrolled(value.shape[1], backbone, _nearest_with(model, site, "unroll_schedule")) or _of_volumes(model):
+        if (
+            value.shape[2] == 1
+            or _unrolled(value.shape[1], backbone, _nearest_with(model, site, "unroll_schedule"))
+            or _of_volumes(backbone)
+        ):
             return None  # pooled to (N, C, 1), or in another order, or of more axes than the image has
         if _convolves_along(model, site, *value.shape[1:]):
             return "NCL" if min(height, width) == 1 else None
@@ -166,7 +170,7 @@ def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Tensor:
             f"layer {site!r} has the patches that {type(backbone).__name__} kept at random, so a mask cannot be laid over them. Name a "
             "layer before its patch_drop, or leave the choice to layer='auto'."
         )
-    if value.dim() == 3 and _of_volumes(model):
+    if value.dim() == 3 and _of_volumes(backbone):
         raise ValueError(
             f"layer {site!r} has tokens of a volume or a clip, which an nn.Conv3d cut into patches, so a mask of the image cannot be laid "
             "over them. Use an attribution at the images, such as InputGradient."
@@ -254,7 +258,7 @@ def _unrolled(length: int, model: nn.Module, other: Any) -> bool:
 
 def _of_volumes(model: nn.Module) -> bool:
     """Whether a model cuts volumes or clips into patches: 4 x 4 x 4 of them would pass for 8 x 8 of the image."""
-    return any(isinstance(layer, nn.Conv3d) and layer.stride == layer.kernel_size for layer in modules(model))
+    return any(isinstance(layer, nn.Conv3d) and layer.stride == layer.kernel_size != (1, 1, 1) for layer in modules(model))
 
 
 def _shuffled(model: nn.Module, site: str) -> bool:

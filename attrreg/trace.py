@@ -112,7 +112,7 @@ class Trace:
             at: a point whose images differ from the clean ones.
         """
         model, images = self.call.model, (self.call.x.detach(), self._recordings[at].x.detach())
-        if in_step(model):  # a forward that other ranks do not run would wait for them
+        if in_step(self.call.whole):  # a forward that other ranks do not run would wait for them
             return True
         probe = probe_of(model, "sites", site, automatic.kind(self.call.x, model), output_key(self.call.output))
         if probe.found:
@@ -151,11 +151,12 @@ class Trace:
 
         Raises:
             ValueError: the layer has no spatial map.
-            RuntimeError: it has one of tokens, which are all zero but for the class token.
+            RuntimeError: a gradient of tokens is zero at all but the class token.
         """
         recording = self._recordings.get(self._seen(at))
         x = self.call.x if recording is None else recording.x
-        self._runner.check_patches(x, site, value)  # the automatic layer was chosen by them
+        if any(value is gradient for gradient in self._grads.values()):
+            self._runner.check_patches(x, site, value)  # the automatic layer was chosen by them
         return sites.to_grid(value, self.call.model, x, self._runner.map if site == sites.SPATIAL else site)
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import attrreg
 from attrreg import engines, objectives
@@ -107,3 +107,21 @@ def test_a_weight_of_zero_is_zero_and_connected(term: attrreg.AttributionRegular
     value.backward()
     assert float(value.detach()) == 0
     assert model.stem.weight.grad is not None and not model.stem.weight.grad.any()
+
+
+class Black(nn.Module):
+    """Tokens of black images are zero, behind a class token that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.cls, self.tokens = nn.Conv2d(3, 12, 8, 8, bias=False), nn.Parameter(torch.randn(1, 1, 12)), nn.Identity()
+        self.mix, self.head = nn.MultiheadAttention(12, 2, batch_first=True), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.tokens(torch.cat([self.cls.expand(len(x), -1, -1), self.embed(x).flatten(2).mT], 1))
+        logits: Tensor = self.head((t + self.mix(t, t, t)[0]).mean(1))
+        return logits
+
+
+def test_activations_that_are_zero_are_no_gradients() -> None:
+    assert not attrreg.GradCAM("tokens").attribute(Black(), torch.zeros(2, 3, 64, 64), torch.tensor([0, 1])).any()

@@ -43,7 +43,13 @@ def std(input: Tensor, *args: Any, **settings: Any) -> Tensor:
 
 def std_mean(input: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor]:
     """`torch.std_mean`."""
-    return std(input, *args, **settings), torch.var_mean(input, *args, **settings)[1]
+    if not input.is_floating_point():
+        return torch.std_mean(input, *args, **settings)
+    if input.dtype != (dtype := compute_dtype(input)):
+        deviation, mean = std_mean(input.to(dtype), *args, **settings)
+        return deviation.to(input.dtype), mean.to(input.dtype)
+    variance, mean = torch.var_mean(input, *args, **settings)
+    return _root(variance), mean
 
 
 def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
