@@ -85,12 +85,12 @@ class Call:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """All that a pass runs: the model's, and those of `output=`, if that is one."""
-        return [*modules(self.model), *(modules(self.output) if isinstance(self.output, nn.Module) else ())]
+        """All modules that a pass runs."""
+        return modules(self.whole)
 
     @property
     def whole(self) -> nn.Module:
-        """The same as one module."""
+        """All that a pass runs: the model, and `output=`, if that is a module."""
         return nn.ModuleList([self.model, self.output]) if isinstance(self.output, nn.Module) else self.model
 
     @property
@@ -129,8 +129,8 @@ class Call:
         if callable(self.output):
             # A head, or a function that may run one: it may draw, and its batch norms would count the batch once more. A function that
             # cannot hold the model has no buffers to set aside; an empty module stands for it.
-            held = self.model if picked_by(self.output) is ... else nn.Module()
-            held = self.output if isinstance(self.output, nn.Module) else held
+            function_holds = self.model if picked_by(self.output) is ... else nn.Module()
+            held = self.output if isinstance(self.output, nn.Module) else function_holds
             with isolated(held, self.x.device, start), checkpoints_recompute_inside(_on_copies(held)):
                 return self.output(output)
         if isinstance(output, Tensor):  # where there are auxiliary heads in train mode only; an index would pick an image

@@ -175,10 +175,9 @@ def _model_state(model: nn.Module) -> tuple[list[object], list[int], list[tuple[
     """Modules, hooks, parameters and buffers; modes, what is trained, and versions; all that each module holds."""
     found = modules(model)
     # Comprehensions, and no calls: a step asks twice, of models of hundreds of modules.
-    hooks = [hook for module in found for held in (module._forward_pre_hooks, module._forward_hooks) if held for hook in held.values()]
-    # Those of backwards, too, which PyTorch builds into the graph as a layer runs.
-    hooks += [hook for module in found for held in (module._backward_pre_hooks, module._backward_hooks) if held for hook in held.values()]
-    hooks += [hook for held in GLOBAL_HOOKS.values() for hook in held.values()]
+    # Also those of backwards, which PyTorch builds into the graph as a layer runs.
+    kinds = ((m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks) for m in found)
+    hooks = [hook for held in chain(*kinds, GLOBAL_HOOKS.values()) if held for hook in held.values()]
     parameters = [each for module in found if module._parameters for each in module._parameters.values() if each is not None]
     buffers = [each for module in found if module._buffers for each in module._buffers.values() if each is not None]
     numbers: list[int] = [module.training for module in found]

@@ -64,19 +64,20 @@ _FLAGS = (*PLAIN, NoneType, tuple)
 _EMPTY: dict[Any, Any] = {}  # what most registries hold
 FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType)
 _SETTINGS = (*PLAIN, NoneType, *FUNCTIONS)  # types of what may say how to compute
+# The hooks on all modules, which PyTorch keeps for the whole process.
+GLOBAL_HOOKS: dict[str, dict[Any, Any]] = {
+    name: held for name, held in vars(nn.modules.module).items() if name.startswith(("_global_forward", "_global_backward"))
+}
 # Where modules keep layers, buffers and hooks.
 _REGISTRIES = frozenset(
     (
+        *GLOBAL_HOOKS,
         *("_modules", "_buffers"),
         *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
         *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
         *("_backward_pre_hooks", "_backward_hooks"),
     )
 )
-# The hooks on all modules, which PyTorch keeps for the whole process.
-GLOBAL_HOOKS: dict[str, dict[Any, Any]] = {
-    name: held for name, held in vars(nn.modules.module).items() if name.startswith(("_global_forward", "_global_backward"))
-}
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Settings:
 
     def __init__(self, model: nn.Module, sharded: bool) -> None:
         found = modules(model)
-        self._registries = (_REGISTRIES | GLOBAL_HOOKS.keys()) if sharded else (_REGISTRIES | GLOBAL_HOOKS.keys() | {"_parameters"})
+        self._registries = _REGISTRIES if sharded else _REGISTRIES | {"_parameters"}
         self._held = [_Held.of(attributes, self._registries) for attributes in (*map(vars, found), GLOBAL_HOOKS)]
         self._scripted = [(module, module.training) for module in found if "training" not in vars(module)]
 

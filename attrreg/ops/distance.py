@@ -36,16 +36,14 @@ def std(input: Tensor, *args: Any, **settings: Any) -> Tensor:
     """`torch.std`."""
     if not input.is_floating_point():
         return torch.std(input, *args, **settings)
-    if input.dtype != (dtype := compute_dtype(input)):  # which has room for the squares
-        return std(input.to(dtype), *args, **settings).to(input.dtype)
-    return _root(torch.var(input, *args, **settings))
+    return std_mean(input, *args, **settings)[0]
 
 
 def std_mean(input: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor]:
     """`torch.std_mean`."""
     if not input.is_floating_point():
         return torch.std_mean(input, *args, **settings)
-    if input.dtype != (dtype := compute_dtype(input)):
+    if input.dtype != (dtype := compute_dtype(input)):  # which has room for the squares
         deviation, mean = std_mean(input.to(dtype), *args, **settings)
         return deviation.to(input.dtype), mean.to(input.dtype)
     variance, mean = torch.var_mean(input, *args, **settings)
