@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel
 from torch.utils.hooks import RemovableHandle
 
 from attrreg import automatic
@@ -22,7 +23,7 @@ from attrreg.recording import Question, Recording, Request
 from attrreg.sites import SPATIAL
 from attrreg.state import detach_buffers
 from attrreg.walk import modules
-from attrreg.wrappers import compiled, compiling, unwrap
+from attrreg.wrappers import compiled, compiling, undistributed, unwrap
 
 OTHER_IMAGES = (
     "The penalty got another tensor of images than the model did. It is computed for the one that it got, by a forward of its own. If both "
@@ -116,7 +117,8 @@ class Attachment:
         takes_gradient = any(sites.values()) or SPATIAL in sites
         if recording is None or (takes_gradient and self._hooked(recording)):
             return None
-        if not (request.returns_output or self._warned or call.fraction < 1) and self._has_not_seen(call.x, recording):
+        copied = isinstance(call.entry, DataParallel)  # for its device
+        if not (request.returns_output or self._warned or call.fraction < 1 or copied) and self._has_not_seen(call.x, recording):
             self._warned = True
             warnings.warn(OTHER_IMAGES, stacklevel=6)  # the user's line: above it are __call__, compute, run, _clean_pass and this
         if SPATIAL in sites and self._question not in (None, request.question):
@@ -223,7 +225,7 @@ class Attachment:
 
 def attached(model: nn.Module) -> Attachment | None:
     """The attachment of a model, found among its hooks: the library keeps no list of its own."""
-    for hook in model._forward_pre_hooks.values():
+    for hook in undistributed(model)._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, Attachment) and owner.live:
             return owner

@@ -135,7 +135,8 @@ def _before_block(model: nn.Module, total: Tensor, maps: list[NamedMap], last: N
         block = _around(inside)
         runs = block and not isinstance(model.get_submodule(block), (nn.ModuleList, nn.ModuleDict))
         apart = runs and not name.startswith(f"{block}.")
-        if apart and map.shape[2:] == last[1].shape[2:] and (place == 0 or not made_by(total, first, around=map.grad_fn)):
+        alone = apart and map.shape[2:] == last[1].shape[2:] and (place == 0 or not made_by(total, first, around=map.grad_fn))
+        if alone and made_by(last[1], map.grad_fn):  # else it is of another stream, as in an ensemble
             return name, map
     return last
 

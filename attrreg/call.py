@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from inspect import Parameter, signature
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from attrreg.ops.process import checkpoints_recompute_inside
 from attrreg.settings import is_integer
 from attrreg.state import Rng, copied_buffers, isolated
 from attrreg.walk import attributes, modules
-from attrreg.wrappers import compiling, eager, refuse_compiling, undistributed, unwrap
+from attrreg.wrappers import compiling, eager, on_one_device, refuse_compiling, undistributed, unwrap
 
 Select = Callable[[Any], Tensor] | str | int | None
 Inputs = tuple[Any, ...] | Mapping[str, Any] | None
@@ -61,7 +62,7 @@ class Call:
 
     def run(self, image: Tensor, as_users_forward: bool) -> Any:
         """Run the model on an image in place of `x`; through its wrappers where that is the user's own forward."""
-        module = self.entry if as_users_forward else undistributed(self.entry) if self.as_compiled else self.model
+        module = on_one_device(self.entry) if as_users_forward else undistributed(self.entry) if self.as_compiled else self.model
         places: tuple[Any, ...] = (image,)
         names: dict[str, Any] = {}
         if isinstance(self.inputs, Mapping):
@@ -92,6 +93,16 @@ class Call:
     def whole(self) -> nn.Module:
         """All that a pass runs: the model, and `output=`, if that is a module."""
         return nn.ModuleList([self.model, self.output]) if isinstance(self.output, nn.Module) else self.model
+
+    @property
+    def holding(self) -> nn.Module:
+        """All whose buffers a pass may change: `whole`, and what a function for `output=` may run."""
+        further = self._held_by_function() if callable(self.output) and not isinstance(self.output, nn.Module) else []
+        return nn.ModuleList([self.model, *further]) if further else self.whole
+
+    def _held_by_function(self) -> list[nn.Module]:
+        """The modules that a function for `output=` may run: none, if it reads nothing but its argument."""
+        return [self.model, *held_by(self.output)] if picked_by(self.output) is ... else []
 
     @property
     def mask(self) -> Tensor | None:
@@ -127,11 +138,9 @@ class Call:
         if self.output is None:
             return output
         if callable(self.output):
-            # A head, or a function that may run one: it may draw, and its batch norms would count the batch once more. A function that
-            # cannot hold the model has no buffers to set aside; an empty module stands for it.
-            function_holds = self.model if picked_by(self.output) is ... else nn.Module()
-            held = self.output if isinstance(self.output, nn.Module) else function_holds
-            with isolated(held, self.x.device, start), checkpoints_recompute_inside(_on_copies(held)):
+            # A head, or a function that may run one: it may draw, and its batch norms would count the batch once more.
+            held = [self.output] if isinstance(self.output, nn.Module) else self._held_by_function()
+            with isolated(nn.ModuleList(held), self.x.device, start), checkpoints_recompute_inside(_on_copies(held)):
                 return self.output(output)
         if isinstance(output, Tensor):  # where there are auxiliary heads in train mode only; an index would pick an image
             raise TypeError("a tensor has no parts that are logits")
@@ -140,10 +149,30 @@ class Call:
         return output[self.output]
 
 
-def _on_copies(head: nn.Module) -> Callable[[], AbstractContextManager[object]]:
-    """Where checkpointed blocks of a head are recomputed: by a weak reference, since its graph would hold this."""
-    reference = weakref.ref(head)
-    return lambda: nullcontext() if (alive := reference()) is None else copied_buffers(alive)
+def _on_copies(heads: Sequence[nn.Module]) -> Callable[[], AbstractContextManager[object]]:
+    """Where checkpointed blocks of heads are recomputed: by weak references, since their graph would hold this."""
+    references = [weakref.ref(head) for head in heads]
+    return lambda: copied_buffers(nn.ModuleList([alive for reference in references if (alive := reference()) is not None]))
+
+
+def held_by(function: Any, depth: int = 3) -> list[nn.Module]:
+    """The modules that a function may run: in what it is bound to, its arguments, its closure, and the globals that it names."""
+    if isinstance(function, nn.Module):
+        return [function]
+    held: Iterable[Any] = ()
+    if isinstance(function, partial):
+        held = [function.func, *function.args, *function.keywords.values()]
+    elif isinstance(function, MethodType):
+        held = [function.__self__, function.__func__]
+    elif isinstance(function, FunctionType):
+        cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]  # not empty
+        names = (function.__globals__.get(name) for name in function.__code__.co_names)
+        held = [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *names]
+    elif isinstance(function, (list, tuple, Mapping)) and len(function) < 1000:  # heads, and no data
+        held = function.values() if isinstance(function, Mapping) else function
+    elif not isinstance(function, (type, ModuleType, Tensor)):  # an object that has them
+        held = getattr(function, "__dict__", {}).values()
+    return [module for part in held if depth for module in held_by(part, depth - 1)]
 
 
 def picked_by(output: Select) -> Hashable:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from attrreg import sites
+from attrreg.conditions import tensors_in
 from attrreg.engines import FiniteDifference
 from attrreg.graph import trainable_leaves
 from attrreg.masks import at_least_float32
@@ -18,6 +19,7 @@ from attrreg.recording import Recording
 from attrreg.runner import Runner
 from attrreg.scores import Score
 from attrreg.state import Rng, autocast_as, full_precision, isolated
+from attrreg.walk import modules
 
 
 class _Joined(Function):
@@ -118,18 +120,26 @@ class Differences:
         there, back = (self._moved_score(taken, {name: sign * move for name, move in moves.items()}) for sign in (1, -1))
         return (there - back) / (2 * torch.where(scale > 0, scale, 1.0))  # without a direction, both are the same
 
+    def _has_halves(self, image: Tensor) -> bool:
+        call = self._runner.call
+        weights = (weight for module in modules(call.holding) for weight in module._parameters.values() if weight is not None)
+        return any(each.dtype in HALVES for each in (image, *tensors_in(call.inputs), *weights))
+
     def _moved_score(self, taken: LeafGradients, moves: dict[str, Tensor]) -> Tensor:
         layers = {name: move for name, move in moves.items() if name != sites.INPUT}
         image = taken.image + moves[sites.INPUT].to(taken.image.dtype) if sites.INPUT in moves else taken.image
         wanted = dict.fromkeys([taken.chosen.site, *layers], False)
-        # Images of a half type may meet weights that only autocast brings to it.
-        autocast = taken.autocast if image.dtype in (torch.float16, torch.bfloat16) else None
+        # What has a half type may meet something that only autocast brings to it.
+        autocast = taken.autocast if self._has_halves(image) else None
         with isolated(self._runner.call.model, image.device, self._runner.start), autocast_as(image.device, autocast):
             recording = self._runner.forward(image, wanted, moves=layers)
             for name in layers:
                 self._runner.at(recording, name)  # raises where it did not run this time, and so was not moved
             taken.rng.restore()  # so that what a score of the user's draws is the same on both sides
             return self._runner.scores(recording, taken.chosen).sum()
+
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def gradients_of(

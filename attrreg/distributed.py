@@ -52,10 +52,8 @@ def ranks_of(entry: nn.Module, group: Group) -> Groups:
     """
     if not (group is None or group is False or (dist.is_available() and isinstance(group, dist.ProcessGroup))):
         raise TypeError(f"group must be a process group, False or None, got {group!r}. Leave it out for models in DDP or fully_shard.")
-    if not several():
-        return ()
     _refuse_flattened(entry)
-    if group is False:
+    if group is False or not several():
         return ()
     wrapper = data_parallel(entry)
     if wrapper is not None and wrapper._join_config.enable:
@@ -121,7 +119,11 @@ def check_whole(model: nn.Module) -> None:
         RuntimeError: parameters are DTensors, other than FSDP2's shards of whole ones.
     """
     kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    split = [] if kind is None else [each for module in modules(model) for each in module._parameters.values() if isinstance(each, kind)]
+    if kind is None or not several():
+        return
+    # DDP on a mesh puts the parts of DTensors in their place, with what they are parts of.
+    parameters = (each for module in modules(model) for each in module._parameters.values())
+    split = [each for each in parameters if isinstance(each, kind) or hasattr(each, "_st_info")]
     if split:
         groups = [group for module in sharded(model) for group in _parameter_groups(module)]
         whole = [each for group in groups for each in group.fsdp_params if not each.is_dtensor]
@@ -177,7 +179,8 @@ def sharded(model: nn.Module) -> list[nn.Module]:
 
 def _of_fsdp(model: nn.Module, kind: str) -> list[nn.Module]:
     """The modules of a class of `torch.distributed.fsdp`. Where nobody imported that, none; the import would take a third of a second."""
-    found = getattr(sys.modules.get("torch.distributed.fsdp"), kind, None)
+    there = dist.is_available() and dist.is_initialized()  # which both need
+    found = getattr(sys.modules.get("torch.distributed.fsdp"), kind, None) if there else None
     return [] if found is None else [module for module in modules(model) if isinstance(module, found)]
 
 

@@ -58,8 +58,9 @@ class FiniteDifference(Engine):
 
     Cost:
         Two forwards and their gradients for each point and score, besides the attribution's own forward and backward. They run in
-        the precision of the images, without any autocast but the model's own (images of a half type: with the loop's), and repeat the
-        random draws of the first pass.
+        the precision of the images, without any autocast but the model's own (where images, weights or other inputs have a half type: with
+        the loop's, where a larger step is better: bfloat16 has 8 bits), and repeat the random draws of the first pass. On a path, the
+        graphs of both forwards are held for each place, whatever its `chunk`.
 
     Source:
         As the Hessian-vector products of DARTS, arXiv 1806.09055, here with several sites and activations.

@@ -133,5 +133,7 @@ def _classifiers(model: nn.Module) -> list[nn.Module]:
     except TypeError:  # one of the user's own, which takes arguments
         named = None
     heads = named if isinstance(named, (tuple, list)) else [named]
-    found: list[nn.Module] = [head for head in heads if isinstance(head, PROJECTIONS)]
+    # LeViT's normalise first: such a head is its only layer with weights to project by.
+    inside = [[layer for layer in modules(head) if isinstance(layer, PROJECTIONS)] for head in heads if isinstance(head, nn.Module)]
+    found: list[nn.Module] = [layers[0] for layers in inside if len(layers) == 1]
     return found if len(found) == len(heads) else []

@@ -16,7 +16,7 @@ from attrreg import sites
 from attrreg.apart import SIZE_ERRORS, couples, output_key, probe_of, same_alone, state_key
 from attrreg.differences import Differences, gradients_of
 from attrreg.distributed import in_step
-from attrreg.graph import trainable_leaves
+from attrreg.graph import trained_by
 from attrreg.memory import lacks_memory
 from attrreg.ops.channels import dense, memory_format
 from attrreg.recording import Recording
@@ -108,7 +108,7 @@ class PathGradients:
     def _note_leaves(self, runner: Runner, recording: Recording, create_graph: bool) -> None:
         """Remember the leaves that the scores of a pass were computed from."""
         if not create_graph or not self.reached:  # else the pass repeats one that was noted, to have its graph
-            self.reached.update((id(leaf), leaf) for leaf in trainable_leaves(*self._read(runner, recording)))
+            self.reached.update((id(leaf), leaf) for leaf in trained_by(self.call.holding, *self._read(runner, recording)))
 
     def _read(self, runner: Runner, recording: Recording) -> list[Tensor]:
         """What the scores of a pass are computed from."""

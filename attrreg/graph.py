@@ -8,7 +8,9 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from attrreg.walk import modules
 
 LITTLE = 64  # how many operators before a value are looked at: a head has fewer, and to look at a whole model would take time
 LEAF = "_attrreg_leaf"  # marks tensors that we made to be differentiated: its value is the phase of the pass
@@ -34,11 +36,22 @@ def trainable_leaves(*values: Tensor, around: Iterable[Any] = ()) -> Iterator[Te
             yield variable
 
 
+def trained_by(model: nn.Module, *values: Tensor) -> list[Tensor]:
+    """What values can train: the leaves that they lead to; in place of those behind a parameter with a graph, as if lent, that one."""
+    held = [parameter for module in modules(model) for parameter in module._parameters.values() if parameter is not None]
+    lent = [parameter for parameter in held if parameter.grad_fn is not None]
+    if not lent:
+        return list(trainable_leaves(*values))
+    found = set(nodes(*values))
+    return [*trainable_leaves(*values, around=[each.grad_fn for each in lent]), *(each for each in lent if each.grad_fn in found)]
+
+
 def leads_to_ours(node: Any, phase: Any) -> bool:
-    """Whether a gradient at a node would reach nothing but the leaf that this pass made: no, at the first node with several inputs."""
+    """Whether a gradient at a node would go on to nothing but the leaf that this pass made: no, at the first node with several inputs."""
     while len(following := node.next_functions) == 1 and following[0][0] is not None:
         ((node, _),) = following
-    return getattr(getattr(node, "variable", None), LEAF, None) is phase
+    # The loop may ask for the gradient on the way, where its own model made the images differentiable; then it does not go on to the leaf.
+    return getattr(getattr(node, "variable", None), LEAF, None) is phase and executes(node, leaf=False)
 
 
 def which_are_read(total: Tensor, values: Sequence[Tensor]) -> list[bool]:

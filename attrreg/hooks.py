@@ -28,7 +28,7 @@ from attrreg.sites import FEATURES, INPUT, SPATIAL, SPECIAL, check_layer, is_map
 from attrreg.state import Rng, autocast_type, copied_buffers, detach_buffers
 from attrreg.walk import modules, within_whole
 
-MAPS = 128  # how many of the last maps are kept for layer="auto": more than the last block of any timm model has
+MAPS = 256  # how many of the last maps are kept for layer="auto": more than the last block of any timm model has
 
 
 class Tap:
@@ -119,7 +119,9 @@ class Tap:
                 f"layer {site!r} did not run in the forward, or not by a call that hooks see (layer(x) is one, layer.forward(x) is not). "
                 "Name a layer that the model uses."
             )
-        maps = tuple((name, value) for name, value, _ in self._maps if self._runs[name] == 1)  # else the name does not tell which run
+        once = [(name, value) for name, value, _ in self._maps if self._runs[name] == 1]  # else the name does not tell which run
+        # Of layers that gave the same tensor, as one that works in place does, the last.
+        maps = tuple(named for place, named in enumerate(once) if not any(named[1] is later for _, later in once[place + 1 : place + 2]))
         if self._maps and not maps and self._map is None:
             self._problems[SPATIAL] = "every layer with a map ran more than once in one forward. Let the model run once on each image."
         if self._map is not None and maps:
@@ -276,11 +278,13 @@ class Tap:
                 goes_on = value.clone()
                 value = goes_on if goes_on.requires_grad else value  # under no_grad
             self._begin()
-            if self._maps and self._maps[-1][1] is value:
+            while self._maps and self._maps[-1][1] is value:
                 last, _, written = self._maps[-1]
-                if not last.startswith(f"{name}.") and value._version == written:
-                    return None  # an identity
-                self._maps.pop()  # the same tensor, from a container of that layer, or from one that works in place: the later name
+                if not last.startswith(f"{name}."):
+                    if value._version == written:
+                        return None  # an identity
+                    break  # a layer that works in place: which of the two it is shows at the end, when it is known which ran once
+                self._maps.pop()  # from a container of that layer: the later name
             self._maps.append((name, value, value._version))
             return goes_on
 

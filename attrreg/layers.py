@@ -58,8 +58,10 @@ def layers(model: nn.Module, x: Tensor, *, inputs: Inputs = None) -> list[LayerI
     calls.check_options(x, inputs=inputs)
     call = Call(model, x, inputs=inputs)
     found: list[LayerInfo] = []
+    runs: Counter[str] = Counter()
 
     def see(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        runs[name] += 1  # those that give no map count too: the layer cannot be named
         if isinstance(output, Tensor) and not transformed() and (layout := sites.layout(output, call.model, x, name)) is not None:
             grid = sites.to_grid(output, call.model, x, name).shape[-2:]
             text = layout if isinstance(layout, str) else "tokens"
@@ -67,5 +69,4 @@ def layers(model: nn.Module, x: Tensor, *, inputs: Inputs = None) -> list[LayerI
 
     with torch.no_grad(), isolated(call.model, x.device), suspended(call.model), hooks.observed(call.model, see):
         call.run(x.clone(), as_users_forward=False)
-    runs = Counter(layer.name for layer in found)
-    return [layer for layer in found if runs[layer.name] == 1]  # what ran more often cannot be named
+    return [layer for layer in found if runs[layer.name] == 1]

@@ -163,7 +163,10 @@ def resize(mask: Tensor, size: Sequence[int]) -> Tensor:
     height, width = size
     if mask.shape[-2:] == (height, width):
         return mask
-    return F.adaptive_avg_pool2d(mask if mask.is_floating_point() else mask.float(), (height, width))
+    mask = mask if mask.is_floating_point() else mask.float()
+    if mask.device.type == "mps":  # which pools only where the sizes divide
+        return F.adaptive_avg_pool2d(mask.cpu(), (height, width)).to(mask.device)
+    return F.adaptive_avg_pool2d(mask, (height, width))
 
 
 def from_boxes(boxes: Sequence[Tensor | Sequence[Tensor | Sequence[float]] | None], size: Sequence[int]) -> Tensor:

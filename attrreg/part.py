@@ -42,16 +42,18 @@ def part_of(call: Call, needs: Sequence[Need]) -> Call:
 
     Images without annotation are left out only where that changes nothing but dropout's draws: where the pass is the penalty's
     own, the model does not couple the images, and no image or score is made by draws over the batch or given for each sample. A single
-    one is there twice, unless the model normalises over the batch.
+    one is there twice; where the model normalises over the batch, at least two are drawn, and of one annotated image the batch stays.
 
     Raises:
         ValueError: naming `fraction`.
     """
     annotation = call.annotation
     assert annotation is not None
-    if annotation.count == 0 and call.fraction < 1 and in_step(call.whole):
+    # A part of one image has no statistics over the batch: PyTorch's batch normalisation may refuse it.
+    least = 2 if call.fraction < 1 and any(map(couples, call.modules)) else 1
+    if annotation.count < least and call.fraction < 1 and in_step(call.whole):
         return replace(call, x=call.x.clone())  # which no attachment has recorded: on other ranks, a part takes a pass of its own
-    if annotation.count == 0 or call.inputs is not None:
+    if annotation.count < least or call.inputs is not None:
         return call
     scores = [need.score for need in needs if not isinstance(need, Value)]
     if call.fraction < 1:
@@ -59,7 +61,7 @@ def part_of(call: Call, needs: Sequence[Need]) -> Call:
             raise ValueError(f"fraction cannot be used with {obstacle}, or leave fraction out.")
         device = torch.device("cpu") if call.generator is None else call.generator.device
         order = torch.randperm(annotation.count, generator=call.generator, device=device)
-        drawn = order[: max(1, math.ceil(round(float(call.fraction) * annotation.count, 9)))]
+        drawn = order[: max(least, math.ceil(round(float(call.fraction) * annotation.count, 9)))]
         indices = annotation.annotated.nonzero().squeeze(1)
         indices = indices[drawn.to(indices.device).sort().values]
     else:

@@ -13,6 +13,7 @@ from attrreg import call as calls
 from attrreg import distributed, masks, own, sites
 from attrreg.attach import Attachment
 from attrreg.call import Call, Inputs, Select
+from attrreg.conditions import tensors_in
 from attrreg.distributed import Group
 from attrreg.engines import DoubleBackward, Engine
 from attrreg.graph import trainable_leaves
@@ -21,6 +22,7 @@ from attrreg.part import check_fraction, part_of
 from attrreg.points import CLEAN
 from attrreg.state import full_precision, undone_on_error
 from attrreg.trace import Trace
+from attrreg.walk import attributes
 from attrreg.wrappers import unwrap
 
 if TYPE_CHECKING:
@@ -117,7 +119,7 @@ def compute(terms: Sequence[Term], call: Call, engine: Engine, as_users_forward:
                     f"{term.name}: the penalty is {tuple(per_image.shape)}, but must be ({call.x.shape[0]},), one an image. Reduce the map "
                     "over channels and pixels only."
                 )
-            _check_trainable(term.name, per_image, images)
+            _check_trainable(term.name, per_image, replace(call, x=images), engine)
             parts[term.name] = term.weight * trace.annotation.mean(masks.at_least_float32(per_image), term.reduction)
         total = trace.differentiated(torch.stack([*parts.values()]).sum(), images)
         distributed.prepare_backward(call.entry, total, held=any(_reads_inside(need, engine.twice) for need in needs))
@@ -178,9 +180,19 @@ def _reads_inside(need: Need, twice: bool) -> bool:
     return (twice and isinstance(need, Grad)) or left_at not in (sites.INPUT, sites.OUTPUT)
 
 
-def _check_trainable(name: str, per_image: Tensor, x: Tensor) -> None:
+def _check_trainable(name: str, per_image: Tensor, call: Call, engine: Engine) -> None:
     """Check that the penalty depends on a trainable parameter, the model's or one that made x, so that it is never a silent no-op."""
-    if any(leaf is not x for leaf in trainable_leaves(per_image)):
+    others = []
+    for leaf in trainable_leaves(per_image):
+        if isinstance(leaf, nn.Parameter):
+            return
+        others += [leaf] if leaf is not call.x else []
+    # A hook may make features of images a leaf, as Hugging Face's `enable_input_require_grads` does: nobody trains these.
+    unknown = [leaf for leaf in others if leaf.shape[:1] == per_image.shape]
+    if len(unknown) < len(others) or (unknown and not engine.twice):  # gradients that are leaves themselves are checked when they are moved
+        return
+    given = [part for part in (call.x, *tensors_in(call.inputs)) if part.requires_grad]
+    if not {id(leaf) for leaf in unknown}.isdisjoint(map(id, (*given, *trainable_leaves(*given), *attributes(call.whole)))):
         return
     raise RuntimeError(
         f"{name}: the penalty has no path to any trainable parameter, so it could train nothing. Unfreeze parameters that it "

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from attrreg.conditions import tensors_in, version
 from attrreg.distributed import sharded
 from attrreg.folding import PathGradients
-from attrreg.graph import trainable_leaves
+from attrreg.graph import trained_by
 from attrreg.ops.phase import once_differentiable
 from attrreg.points import Stop
 from attrreg.state import BufferValues, Settings, autocast_as, buffer_values, copied_buffers
@@ -42,10 +42,10 @@ def sum_along(stops: Sequence[Stop], gradients: PathGradients, chunk: int | None
             "A score draws random numbers, which a path that recomputes would draw anew. Let its class set draws = True and fix them in "
             "drawn(seed), or pass chunk=None."
         )
-    at_first, known = list(trainable_leaves(*first)), set(gradients.reached)
+    whole = gradients.call.holding
+    at_first, known = trained_by(whole, *first), set(gradients.reached)
     values = [value.detach() for value in first]  # from which the first chunk goes on
     del first  # and its graph with it
-    whole = gradients.call.whole
     buffers, settings = buffer_values(whole), Settings(whole, sharded=bool(sharded(whole)))
     total: list[Tensor] = []
     for part in chunks:
@@ -85,8 +85,9 @@ class _Chunk:
     ) -> None:
         self._stops = stops
         self._gradients = gradients
-        self._model = gradients.call.whole
+        self._model = gradients.call.holding
         self._buffers, self._settings = buffers, settings
+        self._default = torch.get_default_dtype()  # of tensors that the model makes; Lightning sets another in a step, not in the backward
         others = [part for part in tensors_in(gradients.call.inputs) if part is not gradients.call.x]
         self._others = [(part, version(part)) for part in others]
         # Also leaves that the gradients are no function of: a score may choose its class by the last layer's bias.
@@ -96,7 +97,7 @@ class _Chunk:
     def again(self, x: Tensor) -> Iterator[list[Tensor]]:
         """The sum with its graph, and the model as it was: where that is differentiated, checkpointed blocks run once more."""
         self._check_unchanged()
-        with self._settings.back(), torch.enable_grad(), copied_buffers(self._model, self._buffers):
+        with self._settings.back(), torch.enable_grad(), copied_buffers(self._model, self._buffers), _default_dtype(self._default):
             with autocast_as(x.device, self._gradients.runner.autocast):  # around all passes, so that each weight is cast once
                 found = _summed(self._stops, x, self._gradients, True)
             yield found
@@ -120,6 +121,16 @@ class _Chunk:
             return True
         held = (*self._buffers.values(), *attributes(self._model), *(part for part, _ in self._others))
         return any(isinstance(value, Tensor) and value.grad_fn is not None for value in held)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

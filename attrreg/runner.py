@@ -50,7 +50,7 @@ DONATED = (
 
 FABRIC = (
     "Fabric refuses gradients of what its wrapper returned outside fabric.backward. Give the penalty the model inside, under "
-    "fabric.autocast(): reg(model.module, x, mask)."
+    "fabric.autocast(): reg(model.module, x, mask), with several processes also with group=torch.distributed.group.WORLD."
 )
 
 

@@ -88,6 +88,8 @@ def check_by_image(value: Tensor, x: Tensor, site: str) -> None:
         )
 
 
+# The attributes by which timm's models hold what cuts images into patches; the second is NaFlexViT's.
+CUTS = ("patch_embed", "embeds")
 # Modules with such an attribute, of MobileViT (timm, Hugging Face) and NesT (timm), keep positions by patch or block in these parts.
 SHUFFLES = {"patch_area": ("transformer", "norm"), "patch_height": ("transformer", "layernorm"), "block_size": ("transformer_encoder",)}
 Layout = Literal["NCHW", "NHWC", "NCL"] | int  # an int: tokens (N, L, C) behind so many prefix tokens
@@ -106,13 +108,14 @@ def layout(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Layout | No
     if value.dim() == 3:
         if value.shape[0] == value.shape[1] and any(getattr(layer, "batch_first", True) is False for layer in modules(model)):
             return None  # which axis has the images cannot be told
-        backbone = _nearest_with(model, site, "patch_embed")
+        backbone = _nearest_with(model, site, *CUTS)
         if (
             value.shape[2] == 1
+            or _flattened(model, backbone, *value.shape[1:])
             or _unrolled(value.shape[1], backbone, _nearest_with(model, site, "unroll_schedule"))
             or _of_volumes(backbone)
         ):
-            return None  # pooled to (N, C, 1), or in another order, or of more axes than the image has
+            return None  # (N, C, 1), pooled, or (N, C, h w), flattened; or in another order, or of more axes than the image has
         if _convolves_along(model, site, *value.shape[1:]):
             return "NCL" if min(height, width) == 1 else None
         return _prefix_tokens(value.shape[1], backbone, height, width)
@@ -122,8 +125,9 @@ def layout(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Layout | No
     if _convolves_to(model, site, channels=a):
         return "NCHW"  # even a single position, for small images; what pooling leaves is no map
     channels_first, channels_last = _same_aspect(b, c, height, width), _same_aspect(a, b, height, width)
-    if not channels_first and _convolves_to(model, "", channels=a) and not _ends_in(model, channels=c):
-        channels_first, channels_last = True, False  # a stride differs between the axes; channels and rows may be as many by chance
+    if not channels_first and (_convolves_to(model, "", channels=a) or _enters(model, a, x)) and not _ends_in(model, channels=c):
+        # A stride differs between the axes, or borders were cut off; channels and rows may be as many by chance.
+        channels_first, channels_last = True, False
     if channels_last and (not channels_first or _output_is_nhwc(_nearest_with(model, site, "output_fmt"))) and a * b > 1:
         return "NHWC"
     return "NCHW" if channels_first and b * c > 1 else None
@@ -150,7 +154,7 @@ def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Tensor:
         return value.permute(0, 3, 1, 2)
     if found == "NCL":
         return value.unsqueeze(2 if x.shape[2] == 1 else 3)
-    backbone = _nearest_with(model, site, "patch_embed")
+    backbone = _nearest_with(model, site, *CUTS)
     if isinstance(found, int):
         tokens = value[:, found:]
         h, w = _grid(tokens.shape[1], backbone, x.shape[-2], x.shape[-1]) or (0, 0)
@@ -181,10 +185,10 @@ def to_grid(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Tensor:
     )
 
 
-def _nearest_with(model: nn.Module, site: str, name: str) -> nn.Module:
-    """The innermost module around a layer that has the attribute `name`, which tells the layout: a backbone may be a part of the model."""
+def _nearest_with(model: nn.Module, site: str, *names: str) -> nn.Module:
+    """The innermost module around a layer with one of these attributes, which tells the layout: a backbone may be a part of the model."""
     around = [] if site in SPECIAL else path_to(model, site)
-    return next((module for module in reversed(around) if hasattr(module, name)), model)
+    return next((module for module in reversed(around) if any(hasattr(module, name) for name in names)), model)
 
 
 def _layer(model: nn.Module, site: str) -> nn.Module:
@@ -199,6 +203,12 @@ def _convolves_to(model: nn.Module, site: str, channels: int) -> bool:
     return any(getattr(layer, "out_channels", getattr(layer, "num_features", None)) == channels for layer in layers)
 
 
+def _enters(model: nn.Module, channels: int, x: Tensor) -> bool:
+    """Whether a layer takes so many channels: what branches give may be concatenated, so that no layer gives as many."""
+    widths = (getattr(layer, name, None) for layer in modules(model) for name in ("in_channels", "in_features"))
+    return channels != x.shape[1] and channels in widths
+
+
 def _convolves_along(model: nn.Module, site: str, channels: int, length: int) -> bool:
     """Whether a layer gives `(N, C, L)`, as convolutions along one axis do, and not tokens, which these may mix."""
     for module in (_layer(model, site), model):
@@ -207,6 +217,13 @@ def _convolves_along(model: nn.Module, site: str, channels: int, length: int) ->
         if any(getattr(layer, width, None) == channels for layer in along for width in ("out_channels", "in_channels", "num_features")):
             return not _ends_in(module, length)
     return False
+
+
+def _flattened(model: nn.Module, backbone: nn.Module, channels: int, positions: int) -> bool:
+    """Whether a layer gives what convolutions do with rows joined, `(N, C, h w)`, whose channels are no patches."""
+    if any(hasattr(backbone, name) for name in CUTS) or not _convolves_to(model, "", channels):
+        return False
+    return not (_ends_in(model, positions) or _convolves_to(model, "", positions))
 
 
 def _ends_in(model: nn.Module, channels: int) -> bool:
@@ -269,16 +286,18 @@ def _shuffled(model: nn.Module, site: str) -> bool:
 
 def _patches(model: nn.Module, height: int, width: int) -> tuple[int, int] | None:
     """How many rows and columns of patches timm's models say that they have."""
-    embed = getattr(model, "patch_embed", None)
-    grid = getattr(embed, "grid_size", None)
-    if not getattr(embed, "strict_img_size", True):  # that is of the size it was made for
-        size = getattr(embed, "dynamic_feat_size", None)
+    embed = next((found for name in CUTS if isinstance(found := getattr(model, name, None), nn.Module)), None)
+    grid, size = getattr(embed, "grid_size", None), getattr(embed, "dynamic_feat_size", None)
+    if grid is None or not getattr(embed, "strict_img_size", True):  # else that is of the size it was made for
         grid = None if size is None else size((height, width))  # without, the aspect tells
     return (int(grid[0]), int(grid[1])) if isinstance(grid, Sequence) and len(grid) == 2 else None
 
 
 def _before_drops(model: nn.Module, height: int, width: int) -> int | None:
     """Patches of the whole image, where the model now goes on with some at random, as timm's `PatchDropout` does; else None."""
+    units = getattr(model, "mask_spatial_shape", None)  # Hiera's, which leaves them out from the start
+    if isinstance(units, Sequence) and model.training and getattr(model, "patch_drop_rate", 0) > 0:
+        return math.prod(units)
     drop, grid = getattr(model, "patch_drop", None), _patches(model, height, width)
     dropping = isinstance(drop, nn.Module) and drop.training and getattr(drop, "prob", 0) > 0
     return math.prod(grid) if dropping and grid is not None else None

@@ -45,8 +45,8 @@ def is_own(part: object) -> bool:
 class Spec:
     """Base of the frozen dataclasses a user writes: regularizers, scores, objectives, baselines, points, engines, schedules.
 
-    Equality, hash and pickling are the dataclass's own. The repr names only the settings that differ from
-    their defaults, by paths that work after `import attrreg`, so `eval(repr(spec)) == spec`. A class that is no dataclass has Python's.
+    Equality, hash and pickling are the dataclass's own. The repr names only the settings that differ from their defaults, by paths that
+    work after `import attrreg, torch`, so `eval(repr(spec)) == spec`. A class that is no dataclass has Python's.
     """
 
     def __repr__(self) -> str:

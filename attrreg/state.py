@@ -209,7 +209,8 @@ class Buffers:
         """Put the originals in place, as they were, and remember what the pass left in theirs."""
         self._left = [(module, buffers, dict(left)) for module, buffers in self._originals if (left := module._buffers) or buffers]
         for module, buffers, left in self._left:
-            if left.keys() != buffers.keys():
+            # The first buffers of a module stay: a flag that says that they are there was not noted, and would say so still.
+            if buffers and left.keys() != buffers.keys():
                 module._buffers.clear()
             for name, buffer in buffers.items():
                 module._buffers[name] = buffer
@@ -226,6 +227,8 @@ class Buffers:
             for name, buffer in left.items():
                 original = buffers.get(name)
                 if original is not None and buffer is self._copies[id(original)]:
+                    if not _is_writable(original):  # the forward itself could not have moved it
+                        continue
                     # .data, as a forward writes its own statistics: without telling autograd, which would refuse an
                     # earlier graph that saved the buffer.
                     if original.shape == buffer.shape:
@@ -234,6 +237,11 @@ class Buffers:
                         original.data = buffer.detach().clone()
                 else:  # the forward assigned a new tensor
                     module._buffers[name] = buffer
+
+
+def _is_writable(buffer: Tensor) -> bool:
+    """Whether a forward may write into a buffer: not if it was made under inference_mode, or holds one value in several places."""
+    return not (buffer.is_inference() or any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)))
 
 
 def detach_buffers(model: nn.Module) -> None:

@@ -311,11 +311,13 @@ class Trace:
     def _run_path(self, path: Path, seed: int) -> None:
         """All gradients along one path: for each distinct score, summed over its places."""
         needs = [need for need in self._needs if isinstance(need, Grad) and need.at == path]
-        concrete = list(dict.fromkeys(self._concrete(need.score) for need in needs))
+        made = {score: self._concrete(score) for score in dict.fromkeys(need.score for need in needs)}
+        concrete = list(dict.fromkeys(made.values()))
         stops = own.made(path, path.stops, self.call.x.detach(), self.call.mask, seed)
         gradients = PathGradients(self._runner, concrete, self._differences)
-        # Finite differences hold no graph of the gradients, so there is nothing to save by computing them again.
+        # Finite differences hold no graph of the gradients, so there is nothing to save by computing them again. What they hold of each
+        # place, two moved forwards, comes later.
         chunk = path.chunk if self._differences is None else None
         sums = dict(zip(concrete, sum_along(stops, gradients, chunk, self._differentiable), strict=True))
         for need in needs:
-            self._grads[need.site, need.score, path] = sums[self._concrete(need.score)]
+            self._grads[need.site, need.score, path] = sums[made[need.score]]

@@ -46,6 +46,13 @@ def undistributed(model: nn.Module) -> nn.Module:
     return model
 
 
+def on_one_device(model: nn.Module) -> nn.Module:
+    """The module inside `DataParallel` over several devices, whose replicas would each run the hooks, and none our operators."""
+    while isinstance(model, DataParallel) and len(model.device_ids) > 1:
+        model = model.module
+    return model
+
+
 def compiled(model: nn.Module) -> bool:
     """Whether any part of a model is compiled, by `torch.compile(module)` or `module.compile()`, or the forward of the whole."""
     forward = vars(undistributed(model)).get("forward")

@@ -79,15 +79,16 @@ def test_operators_start_beneath_what_the_model_entered_itself() -> None:
     model, x, mask = Nested().double(), torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.zeros(2, 1, 4, 4)
     mask[..., :2] = 1
     reg, target = GradCAM("second", score=TargetLogit(), objective=SquaredOutside()), torch.tensor([0, 1])
-    before = _cur_sdpa_kernel_backends()
+    before, beneath = _cur_sdpa_kernel_backends(), _get_current_function_mode_stack()  # the latter: --device sets a default one
     with BaseTorchFunctionMode() as outer:
         with reg.attach(model):
             model(x)
             value = reg(model, x, mask, target)
-        assert _get_current_function_mode_stack() == [outer]
+        assert _get_current_function_mode_stack() == [*beneath, outer]
     assert _cur_sdpa_kernel_backends() == before
-    assert [len(stack) for stack in model.stacks] == [2, 3, 2]  # ours comes with the layer, and stays until the end
-    assert model.stacks[1][0] is outer and model.stacks[1][1] is model.stacks[2][1]
+    stacks = [stack[len(beneath) :] for stack in model.stacks]
+    assert [len(stack) for stack in stacks] == [2, 3, 2]  # ours comes with the layer, and stays until the end
+    assert stacks[1][0] is outer and stacks[1][1] is stacks[2][1]
     with sdpa_kernel(SDPBackend.MATH):
         maps = oracles.grad_cam(model, x, target, oracles.score_target_logit, "second")
     expected = reg.objective(maps, mask.double()).mean()

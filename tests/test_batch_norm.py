@@ -67,6 +67,7 @@ def test_weights_have_precise_gradients_in_eval_mode_where_means_are_far(mean: f
     assert float((got - want).norm()) < 1e-6 * float(want.norm())
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("shape", [(2, 6, 3, 3), (16, 6, 40, 40)])
 def test_these_sizes_are_of_both_ways(shape: tuple[int, ...]) -> None:
     assert (batch_norm._statistics(torch.randn(shape)) is not None) == (shape[0] == 16)

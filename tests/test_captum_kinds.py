@@ -93,7 +93,7 @@ def test_gradient_shap_is_captums_in_the_mean(neuron: bool) -> None:
 
 def test_one_of_draws_each_image_by_itself() -> None:
     images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 2, 3, 3)
-    drawn = baselines.OneOf(images)(torch.zeros(400, 2, 3, 3), None, torch.Generator().manual_seed(0))
+    drawn = baselines.OneOf(images)(torch.zeros(400, 2, 3, 3), None, torch.Generator(images.device).manual_seed(0))
     assert (drawn == drawn[:, :1, :1, :1]).all()
     counts = drawn[:, 0, 0, 0].long().bincount()
     assert len(counts) == 4 and counts.min() > 60

@@ -206,3 +206,12 @@ def test_second_derivatives_at_zero_are_finite(name: str, autocast: bool) -> Non
     (slope,) = torch.autograd.grad(value.float().sum(), x, create_graph=True)
     (curvature,) = torch.autograd.grad((slope - 1).square().sum(), x)
     assert value.isfinite().all() and slope.isfinite().all() and curvature.isfinite().all()
+
+
+def test_of_coordinates_that_tie_each_has_the_gradient_that_pytorch_gives_it() -> None:
+    a, b = torch.tensor([[1.0, -1.0, 0.5], [0.0, 0.0, 0.0]], requires_grad=True), torch.zeros(2, 3)
+    want = torch.cdist(a, b, p=float("inf"))
+    with twice_differentiable(Phase()):
+        found = torch.cdist(a, b, p=float("inf"))
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), a), torch.autograd.grad(want.sum(), a))

@@ -112,3 +112,58 @@ def test_what_looks_at_the_model_leaves_the_recorded_forward(between: str) -> No
         with passes() as counted:
             term(model, x, mask, target)
     assert counted.forward == 0
+
+
+class Lazy(nn.Module):
+    """Registers its buffer in the first forward, behind a flag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size: Any = None
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.size != h.shape[2:]:
+            self.size = h.shape[2:]
+            self.register_buffer("grid", torch.linspace(0, 2, h.shape[-1], dtype=h.dtype), persistent=False)
+        return h + self.get_buffer("grid")
+
+
+def test_a_buffer_that_a_pass_of_ours_is_the_first_to_register_is_registered_by_the_loops() -> None:
+    x, mask, target = smooth_batch()
+    for call in (
+        lambda model: attrreg.layers(model, x),
+        lambda model: attrreg.ActivationDifference().evaluate(model, x, mask).total.backward(),
+        lambda model: attrreg.InputGradient()(model, x, mask, target).backward(),
+    ):
+        model = net(Lazy)
+        call(model)
+        model(x)
+        assert model[1].get_buffer("grid").shape == x.shape[-1:]
+
+
+class Constant(nn.Module):
+    """Holds one value for all channels, and a table that validation made."""
+
+    table: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1, 1, 1, 1).expand(1, 4, 1, 1), persistent=False)
+        self.register_buffer("table", None)
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.linspace(0, 1, h.shape[-1], dtype=h.dtype)
+        scaled: Tensor = h * self.get_buffer("scale") + self.get_buffer("table")
+        return scaled
+
+
+def test_evaluate_leaves_buffers_that_nobody_can_write_into() -> None:
+    model, (x, mask, target) = net(Constant), smooth_batch()
+    model[1].register_buffer("scale", model[1].get_buffer("scale")[:, :1].expand(1, 4, 1, 1))  # `double` has made it dense
+    with torch.inference_mode():
+        model(x)
+    assert model[1].get_buffer("table").is_inference() and model[1].get_buffer("scale").stride()[1] == 0
+    found = attrreg.InputGradient().evaluate(model, x, mask, target)
+    torch.testing.assert_close(found.total, attrreg.InputGradient()(model, x, mask, target))
+    found.total.backward()

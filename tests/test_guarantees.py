@@ -238,3 +238,53 @@ def test_the_automatic_layer_is_none_inside_a_frozen_encoder() -> None:
         model(x)
         assert term(model, x, mask, target) > 0
     assert handle.map == "before"
+
+
+def test_a_fraction_under_batch_norm_is_never_a_single_image() -> None:
+    model, (x, mask, target) = nn.Sequential(SmoothNet(), nn.BatchNorm1d(3)).double(), smooth_batch(6)
+    seen: list[int] = []
+    model[1].register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    for count in (1, 2, 4):
+        annotated = torch.arange(6) < count
+        attrreg.InputGradient()(model, x, mask, target, annotated=annotated, fraction=0.2).backward()
+    assert seen == [6, 2, 2]
+
+
+@pytest.mark.parametrize("mends", [False, True])
+def test_features_that_a_hook_made_a_leaf_train_nothing(mends: bool) -> None:
+    """As `enable_input_require_grads` of Hugging Face's models does, of a frozen backbone."""
+    body = [nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
+    model, (x, mask, _) = nn.Sequential(*body).double(), smooth_batch()
+    model[:2].requires_grad_(False)
+    model[0].register_forward_hook(lambda module, args, output: output.requires_grad_())
+    if mends:
+        model[1].requires_grad_(True)
+        attrreg.ActivationDifference("1")(model, x, mask).backward()
+        return
+    with pytest.raises(RuntimeError, match="no path to any trainable parameter"):
+        attrreg.ActivationDifference("1")(model, x, mask)
+
+
+class OwnPenalty(nn.Module):
+    """Makes its images differentiable, for a gradient penalty of the loop's own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.images = model, torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.images = x.requires_grad_()
+        logits: Tensor = self.model(self.images.flip(3))
+        return logits
+
+
+def test_a_loop_may_take_gradients_at_images_that_its_model_made_differentiable() -> None:
+    model, (x, _, target) = OwnPenalty(SmoothNet()).double(), smooth_batch()
+    found = []
+    for way in ("unattached", "attached"):
+        reg = TERM if way == "attached" else attrreg.GradCAM("model.body")
+        with reg.attach(model):
+            loss = F.cross_entropy(model(x.clone()), target)
+            (gradient,) = torch.autograd.grad(loss, model.images, create_graph=True)
+            found.append([gradient, *gradients(model, loss + gradient.square().sum())])
+    assert_close(found[1], found[0], 1e-10)

@@ -87,6 +87,32 @@ def test_finite_differences() -> None:
     assert nn.functional.cosine_similarity(found[0], found[1], dim=0) > 0.9
 
 
+class Told(Net):
+    """Takes further features."""
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        assert shift is not None
+        return super().forward(x) + nn.functional.linear(shift, self.head.weight)
+
+
+@pytest.mark.parametrize("half", ["weights", "another input"])
+def test_finite_differences_where_only_autocast_lets_types_meet(half: str) -> None:
+    x, mask, target = images()
+    floats, term, model = x.float(), attrreg.InputGradient(scores.TargetLogit()), Net()
+    inputs = None
+    if half == "weights":
+        model.conv.bfloat16().requires_grad_(False)
+    else:
+        model = Told()
+        inputs = (floats, torch.rand(4, 8).bfloat16())
+    found = []
+    for engine in (attrreg.engines.DoubleBackward(), FiniteDifference(step=0.3)):
+        with torch.autocast("cpu", torch.bfloat16):
+            value = term.using(engine)(model, floats, mask, target, inputs=inputs)
+        found.append(torch.autograd.grad(value, model.head.weight)[0].flatten())
+    assert nn.functional.cosine_similarity(found[0], found[1], dim=0) > 0.9
+
+
 def test_an_objectives_own_backward_is_outside_autocast_as_the_objective_is() -> None:
     x, mask, target = images()
     smooth = torch.rand(256, 256, generator=torch.Generator().manual_seed(1)) - 0.3

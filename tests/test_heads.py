@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -94,3 +97,18 @@ def test_a_checkpointed_head_counts_no_batches_of_ours(by: str) -> None:
     output = model.top if by == "module" else lambda h: model.top(h)
     attrreg.InputGradient()(model, x, mask, target, output=output).backward()
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize("by", ["closure", "method", "partial", "list"])
+def test_a_head_that_a_function_holds_counts_no_batches_of_ours(by: str) -> None:
+    model, head, (x, mask, target) = backbone(), Checkpointed().double(), smooth_batch()
+    heads, before = [head], {name: buffer.clone() for name, buffer in head.named_buffers()}
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "closure": lambda h: head(h),
+        "method": head.forward,
+        "partial": partial(lambda part, h: part(h), head),
+        "list": lambda h: heads[0](h),
+    }
+    for reg in (attrreg.InputGradient(), attrreg.IntegratedGradients(steps=3)):
+        reg(model, x, mask, target, output=functions[by]).backward()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in head.named_buffers())

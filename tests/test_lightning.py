@@ -311,6 +311,9 @@ class Manual(Module):
         self.automatic_optimization = False
 
 
+BARE = type("Bare", (Module,), {"forward": pl.LightningModule.forward})
+
+
 def compiled() -> Any:
     return torch.compile(Module(), backend="eager")
 
@@ -320,6 +323,7 @@ def compiled() -> Any:
     [
         (Manual, "", RuntimeError, r"optimization is manual\. Add the penalty in training_step"),
         (compiled, "", RuntimeError, r"whole LightningModule is compiled.*Compile the network inside"),
+        (BARE, "", ValueError, r"Bare \(''\) has no forward.* Name one of 'net'"),
         (Module, "backbone", ValueError, r"Module has no submodule 'backbone'\. Name one of 'net', or ''"),
     ],
 )
@@ -328,7 +332,7 @@ def test_what_cannot_work_is_refused_at_the_start(module: Any, name: str, kind: 
         fit(module(), AttributionPenalty(REGULARIZER, model=name))
 
 
-@pytest.mark.parametrize("mapping", [lambda batch: {"x": 1, "m": 2, "y": 3}, lambda batch: batch[:2], lambda batch: (*batch, batch.label)])
+@pytest.mark.parametrize("mapping", [lambda b: None, lambda b: {"x": 1, "m": 2, "y": 3}, lambda b: b[:2], lambda b: (*b, b.label)])
 def test_batches_that_need_a_function(mapping: Any) -> None:
     with pytest.raises(TypeError, match=r"batch must give \(x, mask, target\).* of a Sample\. Pass a function"):
         fit(Module(), AttributionPenalty(REGULARIZER, mapping))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -288,3 +289,34 @@ def test_of_a_batch_without_images_nothing_is_judged() -> None:
     x, mask, target = torch.zeros(0, 3, 8, 8).bfloat16(), torch.zeros(0, 8, 8), torch.zeros(0, dtype=torch.long)
     found = metrics.judged(torch.nn.Flatten(), x, mask, target, metrics.Occlusion())
     assert found.shape == (0,) and found.dtype is torch.float32
+
+
+def test_metrics_take_the_keywords_of_torchmetrics_and_no_others() -> None:
+    modules = pytest.importorskip("attrreg.metrics.modules")
+    kinds: list[Any] = [modules.ShareInside, modules.PointingGame, modules.IoUAtMaskSize, modules.LogitDifferenceAUC]
+    kinds += [partial(modules.WorstGroupAccuracy, 2), partial(modules.Judged, metrics.Occlusion())]
+    for kind in kinds:
+        assert kind(sync_on_compute=False).sync_on_compute is False
+        with pytest.raises(ValueError, match="Unexpected keyword"):
+            kind(tolerant=1)
+    with pytest.raises(TypeError, match="positional"):
+        kinds[0](15)
+
+
+class ByOcclusion(nn.Module):
+    """Whose text does not tell its setting."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        return metrics.Occlusion(self.window)(model, x, target)
+
+
+def test_judges_whose_attributions_look_alike_stay_apart() -> None:
+    modules = pytest.importorskip("attrreg.metrics.modules")
+    for of in (ByOcclusion, lambda window: ByOcclusion(window).forward):
+        first, other = (modules.Judged(of(window)) for window in (3, 9))
+        assert first._defaults.keys() != other._defaults.keys()
+    assert modules.Judged(metrics.Occlusion(3))._defaults.keys() == modules.Judged(metrics.Occlusion(3))._defaults.keys()

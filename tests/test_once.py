@@ -289,3 +289,26 @@ def test_forward_mode_derivatives_inside_are_pytorchs(twice: bool) -> None:
     want = tangent()
     with operators(layer, Phase(), twice, twice):
         torch.testing.assert_close(tangent(), want)
+
+
+class Probed(nn.Module):
+    """A frozen encoder, which PyTorch runs as a whole, between a stem and a head that only our operators differentiate twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 2)
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.Hardsigmoid(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.encoder(self.stem(x).flatten(2).mT).mean(1))
+        return logits
+
+
+def test_operators_that_start_inside_an_encoder_go_on_behind_it() -> None:
+    model = Probed()
+    model.stem.requires_grad_(False)
+    model.encoder.requires_grad_(False).eval()
+    x, mask = torch.rand(2, 3, 16, 16), torch.zeros(2, 16, 16)
+    GradCAM("encoder.layers.0")(model, x, mask, torch.tensor([0, 1])).backward()
+    assert model.head[0].weight.grad is not None and model.head[2].weight.grad is not None

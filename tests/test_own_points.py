@@ -308,3 +308,26 @@ def test_a_score_reads_the_automatic_layer(term: Callable[[str], attrreg.SingleR
 def test_auto_is_no_layer() -> None:
     with pytest.raises(ValueError, match="no layer's name"):
         attrreg.sites.check_layer(SmoothNet(), "auto")
+
+
+class Direction(Score):
+    """Compared by identity, so that each draw is another score."""
+
+    draws = True
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def drawn(self, seed: int) -> Direction:
+        return Direction(seed)
+
+    def __call__(self, value: Tensor, target: Tensor | None) -> Tensor:
+        return value @ torch.randn(value.shape[1], generator=torch.Generator().manual_seed(self.seed)).to(value)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("term", [attrreg.InputGradient, lambda score: attrreg.IntegratedGradients(steps=2, score=score)])
+def test_a_score_without_equality_serves_every_term(term: Callable[[Score], attrreg.MapRegularizer]) -> None:
+    model = SmoothNet().double()
+    term(Direction())(model, x, mask, target).backward()
+    assert all(parameter.grad is not None for parameter in model.stem.parameters())

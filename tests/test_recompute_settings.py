@@ -206,3 +206,47 @@ def test_hooks_on_all_modules_are_those_of_the_penalty() -> None:
         found.append(gradients(model, value))
         assert not nn.modules.module._global_forward_hooks
     assert_close(found[0], found[1], 1e-10)
+
+
+def test_chunks_show_gradients_of_lent_weights_themselves() -> None:
+    """As the second inner step of MAML takes them: of weights that a first step has moved."""
+    model, (x, mask, target) = net(nn.Identity()), batch(3, channels=2, size=8, classes=3)
+
+    class Penalised(nn.Module):
+        def __init__(self, chunk: int | None) -> None:
+            super().__init__()
+            self.model, self.chunk = model, chunk
+
+        def forward(self) -> Tensor:
+            return attrreg.IntegratedGradients(steps=4, chunk=self.chunk)(self.model, x.double(), mask, target)
+
+    found = []
+    for chunk in (1, None):
+        moved = {name: 1.5 * value for name, value in Penalised(chunk).named_parameters()}
+        loss = torch.func.functional_call(Penalised(chunk), moved, ())
+        gradients = torch.autograd.grad(loss, list(moved.values()), allow_unused=True, materialize_grads=True)
+        assert gradients[0].any()
+        found.append(list(gradients))
+    assert_close(found[0], found[1], 1e-10)
+
+
+class Ramp(nn.Module):
+    """Makes a tensor of the default type, as coordinates beside an image are."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + torch.linspace(0, 1, h.shape[-1]).to(h) + h.new_tensor(torch.get_default_dtype().itemsize)
+
+
+def test_chunks_have_the_default_type_of_their_first_run() -> None:
+    model, (x, mask, target) = net(Ramp()), batch(3, channels=2, size=8, classes=3)
+    found = []
+    for chunk in (1, None):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            value = attrreg.IntegratedGradients(steps=4, chunk=chunk)(model, x.double(), mask, target)
+        finally:
+            torch.set_default_dtype(before)
+        found.append(gradients(model, value))
+        assert torch.get_default_dtype() == before
+    assert_close(found[0], found[1], 1e-10)

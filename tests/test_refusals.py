@@ -139,7 +139,10 @@ def test_refused(name: str) -> None:
         assert str(ours.value).split("[")[0] == str(plain.value).split("[")[0]
 
 
-@pytest.mark.parametrize("name", TAKEN)
+CPUS = ("group_norm, wide weights", "group_norm, wide weights, channels last")  # CUDA's has no mixed types
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.cpu if name in CPUS else ()) for name in TAKEN])
 def test_taken(name: str) -> None:
     want = TAKEN[name]()
     torch.manual_seed(0)
@@ -162,6 +165,7 @@ class Mixed(nn.Module):
         return self.last(self.norm(self.first(x.to(self.narrow)))).mean((2, 3)).float()  # type: ignore[no-any-return]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 def test_a_norm_in_float32_between_half_layers(narrow: torch.dtype) -> None:
     model, x, target = Mixed(narrow), R(2, 3, 12, 12), torch.tensor([0, 1])

@@ -50,6 +50,27 @@ def tensor_parallel(rank: int) -> tuple[str, list[Tensor], list[Tensor]]:
     return message, found[0], found[1]
 
 
+def in_ddp(rank: int) -> str:
+    """What is said of a model whose split layers DDP has put parts in place of."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    (x, mask, target), plan = shares(2)[0], {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+        model = nn.parallel.DistributedDataParallel(parallelize_module(Split().double(), mesh["tp"], plan), device_mesh=mesh["dp"])
+        try:
+            attrreg.InputGradient()(model, x, mask, target)
+        except RuntimeError as error:
+            return str(error)
+    return "nothing"
+
+
+def test_tensor_parallel_layers_are_refused_in_ddp_too(two: Ranks) -> None:
+    assert all("tensor-parallel layers" in message for message in two(in_ddp))
+
+
 def test_tensor_parallel_layers_take_finite_differences_alone(two: Ranks) -> None:
     for message, want, got in two(tensor_parallel):
         assert "tensor-parallel layers" in message and "FiniteDifference" in message

@@ -40,13 +40,14 @@ class OnADevice(nn.Module):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_model_that_chooses_a_device_inside(way: str, around: Any) -> None:
     model, (x, mask, target) = OnADevice().double(), smooth_batch()
+    before = torch.overrides._get_current_function_mode_stack()
     for name in ("body", "act"):  # from where our operators start while the model is inside
         term = attrreg.GradCAM(f"inside.{name}")
         want = attrreg.GradCAM(name)(model.inside, x, mask, target)
         with around:
             loss = loss_by(way, term, model, (x, mask, target))
         torch.testing.assert_close(loss - F.cross_entropy(model(x), target), want)
-    assert not torch.overrides._get_current_function_mode_stack()
+    assert torch.overrides._get_current_function_mode_stack() == before
 
 
 @pytest.fixture
@@ -280,3 +281,35 @@ def test_a_torchscript_part(attach: bool) -> None:
     with pytest.raises(ValueError, match=r"layer '1\.0' is TorchScript, which takes no hooks"):
         attrreg.GradCAM("1.0")(scripted, x, mask, target)
     assert next(info.name for info in attrreg.layers(scripted, x)) == "0"
+
+
+def test_a_handle_is_found_in_wrappers() -> None:
+    model = nn.DataParallel(SmoothNet())
+    attrreg.InputGradient().attach(model)
+    found = attrreg.attach.attached(model)
+    assert found is not None
+    found.remove()
+    assert attrreg.attach.attached(model) is None is attrreg.attach.attached(model.module)
+
+
+class Copied(nn.DataParallel[nn.Module]):
+    """Hands a copy of the images on, as it does to one GPU; on the CPU PyTorch's goes around that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.module(x.clone())
+        return logits
+
+
+def test_data_parallel_copies_images_without_a_warning() -> None:
+    model, (x, mask, target) = Copied(SmoothNet().double()), smooth_batch()
+    with attrreg.InputGradient().attach(model):
+        model(x)
+        assert attrreg.InputGradient()(model, x, mask, target) > 0
+
+
+def test_evaluate_runs_replicas_on_one_device() -> None:
+    model, (x, mask, target) = Copied(SmoothNet().double()), smooth_batch()
+    model.device_ids = [0, 1]
+    model.forward = None  # type: ignore[assignment, method-assign]  # would fail
+    found = attrreg.GradCAM("body").evaluate(model, x, mask, target)
+    torch.testing.assert_close(found.total, attrreg.GradCAM("body")(model.module, x, mask, target))

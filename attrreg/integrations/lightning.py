@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ class AttributionPenalty(Callback):
 
     Raises:
         TypeError: `regularizer` is none; at the first step: `batch` gives something else.
-        ValueError: at the start of `fit`: the model has no such submodule.
+        ValueError: at the start of `fit`: the model has no such submodule, or that has no forward.
         RuntimeError: at the start of `fit`: optimization is manual, or the whole `LightningModule` is compiled.
     """
 
@@ -157,13 +157,17 @@ class AttributionPenalty(Callback):
                 "The whole LightningModule is compiled, and PyTorch cannot differentiate a compiled graph twice. Compile the network "
                 "inside it instead, for example self.net = torch.compile(net)."
             )
+        known = ", ".join(repr(name) for name, _ in pl_module.named_children())
         try:
-            return pl_module.get_submodule(self.model)
+            found = pl_module.get_submodule(self.model)
         except AttributeError:
-            known = ", ".join(repr(name) for name, _ in pl_module.named_children())
             raise ValueError(
                 f"model: {type(pl_module).__name__} has no submodule {brief(self.model)}. Name one of {known}, or '' for itself."
             ) from None
+        if getattr(type(found), "forward", None) in (LightningModule.forward, nn.Module.forward) and "forward" not in vars(found):
+            inside = ", ".join(repr(f"{self.model}.{name}".lstrip(".")) for name, _ in found.named_children())
+            raise ValueError(f"model: {type(found).__name__} ({self.model!r}) has no forward of its own. Name one of {inside}.")
+        return found
 
     def added(self, pl_module: LightningModule, model: nn.Module, result: Any, batch: Any) -> Any:
         """What `training_step` returned, with the penalty added to the loss."""
@@ -176,7 +180,8 @@ class AttributionPenalty(Callback):
         return result + found.total
 
     def _mapped(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Inputs]:
-        parts: tuple[Any, ...] = tuple(self.batch(batch))
+        given = batch if self.batch is tuple else self.batch(batch)
+        parts: tuple[Any, ...] = tuple(given) if isinstance(given, Iterable) else (given,)
         fifth = parts[4] if len(parts) == 5 else None
         held = fifth.values() if isinstance(fifth, Mapping) else fifth if isinstance(fifth, tuple) else ()
         # Indices, paths (of which `default_collate` makes a tuple) and other data are no `inputs`, which hold the images themselves.

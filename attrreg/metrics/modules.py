@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from attrreg.metrics.judge import Attribution, judged
 from attrreg.metrics.maps import Measure, energy_pointing_game, iou_at_mask_size, pointing_game, share_inside
 from attrreg.metrics.predictions import check_binary, check_groups, check_shapes, is_correct, logit_difference, roc_area
 from attrreg.settings import check_count, check_flag
-from attrreg.spec import source
+from attrreg.spec import Spec, source
 
 try:
     from torchmetrics import Metric
@@ -29,13 +30,14 @@ except ModuleNotFoundError as error:
 
 
 def _name(setting: object) -> str:
-    text = source(setting)
-    # For a lambda with its address, for a method with its object.
-    return repr(setting) if "<" in text or hasattr(setting, "__self__") else text
+    text, owner = source(setting), getattr(setting, "__self__", setting)  # of a method, its object
+    text = repr(setting) if "<" in text or owner is not setting else text  # for a lambda with its address
+    named = isinstance(owner, (bool, int, float, str, type, FunctionType, ModuleType, Spec))  # of others the text may not tell all
+    return text if named else f"{text} at {id(owner):#x}"
 
 
 class _Measure(Metric):
-    """What a model is judged by, the higher the better. States keep their types."""
+    """What a model is judged by, the higher the better. States keep their types. All take the keywords of `torchmetrics.Metric`, too."""
 
     is_differentiable = False
     higher_is_better = True
@@ -68,8 +70,8 @@ class _Mean(_Measure):
     images: Tensor
     undefined: Tensor
 
-    def __init__(self, *settings: object) -> None:
-        super().__init__()
+    def __init__(self, *, settings: tuple[object, ...] = (), **torchmetrics: Any) -> None:
+        super().__init__(**torchmetrics)
         # A `MetricCollection` takes metrics whose states have the same names, and the same values after the first batch, for one metric,
         # and from then on updates only one of them. So the last state, always zero, is named after the class and the settings.
         kind = type(self)
@@ -135,10 +137,10 @@ class PointingGame(MapMetric):
         tolerance, signed: as there.
     """
 
-    def __init__(self, tolerance: int = 0, signed: bool = False) -> None:
+    def __init__(self, tolerance: int = 0, signed: bool = False, **torchmetrics: Any) -> None:
         check_count("tolerance", tolerance, 0)
         check_flag("signed", signed)
-        super().__init__(tolerance, signed)
+        super().__init__(settings=(tolerance, signed), **torchmetrics)
         self.tolerance = tolerance
         self.signed = signed
 
@@ -154,9 +156,9 @@ class IoUAtMaskSize(MapMetric):
         signed: as there.
     """
 
-    def __init__(self, signed: bool = False) -> None:
+    def __init__(self, signed: bool = False, **torchmetrics: Any) -> None:
         check_flag("signed", signed)
-        super().__init__(signed)
+        super().__init__(settings=(signed,), **torchmetrics)
         self.signed = signed
 
     def measure(self, map: Tensor, mask: Tensor) -> Tensor:
@@ -173,8 +175,8 @@ class Judged(_Mean):
 
     plot_lower_bound, plot_upper_bound = None, None  # a measure of the user's may have any range
 
-    def __init__(self, attribution: Attribution, measure: Measure = share_inside) -> None:
-        super().__init__(attribution, measure)
+    def __init__(self, attribution: Attribution, measure: Measure = share_inside, **torchmetrics: Any) -> None:
+        super().__init__(settings=(attribution, measure), **torchmetrics)
         self.attribution = attribution
         self.measure = measure
 
@@ -198,8 +200,8 @@ class WorstGroupAccuracy(_Measure):
     correct: Tensor
     images: Tensor
 
-    def __init__(self, groups: int) -> None:
-        super().__init__()
+    def __init__(self, groups: int, **torchmetrics: Any) -> None:
+        super().__init__(**torchmetrics)
         check_count("groups", groups, 1)
         self.add_state("correct", torch.zeros(groups, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros(groups, dtype=torch.long), dist_reduce_fx="sum")
@@ -234,8 +236,8 @@ class LogitDifferenceAUC(_Measure):
     scores: list[Tensor]
     targets: list[Tensor]
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **torchmetrics: Any) -> None:
+        super().__init__(**torchmetrics)
         self.add_state("scores", [], dist_reduce_fx="cat")
         self.add_state("targets", [], dist_reduce_fx="cat")
 

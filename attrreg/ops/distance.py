@@ -154,4 +154,8 @@ def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = MODES[0]) 
     difference = x1.unsqueeze(-2) - x2.unsqueeze(-3)
     if p == 2:
         return two_norm(difference, dim=-1)
+    if p == math.inf:  # of values that tie, PyTorch's kernel gives each the whole gradient, `vector_norm` a share
+        largest = difference.detach().abs().amax(-1, keepdim=True)
+        signs = difference.detach().sgn() * (difference.detach().abs() == largest)
+        return largest.squeeze(-1) + ((difference - difference.detach()) * signs).sum(-1)
     return torch.linalg.vector_norm(difference, p, dim=-1)

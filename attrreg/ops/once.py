@@ -48,15 +48,19 @@ def operators(model: nn.Module, phase: Phase, twice: bool, at_once: bool) -> Ite
 @contextmanager
 def _whole(encoder: nn.Module) -> Iterator[None]:
     """Take our modes off while such an encoder runs on what needs no gradient: with one on, PyTorch computes something else for padding."""
-    stacks: list[list[TorchFunctionMode]] = []
+    stacks: list[list[TorchFunctionMode] | None] = []  # None: no mode was taken off, so none comes back: ours may start inside
 
     def before(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stacks.append(_get_current_function_mode_stack())
-        if not any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values())):
-            set_stack([mode for mode in stacks[-1] if not isinstance(mode, Replace)])
+        stack = _get_current_function_mode_stack()
+        kept = [mode for mode in stack if not isinstance(mode, Replace)]
+        whole = not any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
+        stacks.append(stack if whole and len(kept) < len(stack) else None)
+        if stacks[-1] is not None:
+            set_stack(kept)
 
     def after(encoder: nn.Module, args: Any, output: Any) -> None:
-        set_stack(stacks.pop())
+        if (stack := stacks.pop()) is not None:
+            set_stack(stack)
 
     with encoder.register_forward_pre_hook(before, with_kwargs=True), encoder.register_forward_hook(after, always_call=True):
         yield
