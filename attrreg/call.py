@@ -97,11 +97,10 @@ class Call:
     @property
     def holding(self) -> nn.Module:
         """All whose buffers a pass may change: `whole`, and what a function for `output=` may run."""
-        further = self._held_by_function() if callable(self.output) and not isinstance(self.output, nn.Module) else []
-        return nn.ModuleList([self.model, *further]) if further else self.whole
+        return nn.ModuleList(held) if (held := self._held_by_function()) else self.model
 
     def _held_by_function(self) -> list[nn.Module]:
-        """The modules that a function for `output=` may run: none, if it reads nothing but its argument."""
+        """The model and the modules that a function for `output=` may run; none, if it reads nothing but its argument."""
         return [self.model, *held_by(self.output)] if picked_by(self.output) is ... else []
 
     @property
@@ -166,7 +165,8 @@ def held_by(function: Any, depth: int = 3) -> list[nn.Module]:
         held = [function.__self__, function.__func__]
     elif isinstance(function, FunctionType):
         cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]  # not empty
-        names = (function.__globals__.get(name) for name in function.__code__.co_names)
+        codes = [function.__code__, *(part for part in function.__code__.co_consts if isinstance(part, CodeType))]  # as of comprehensions
+        names = (function.__globals__.get(name) for code in codes for name in code.co_names)
         held = [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *names]
     elif isinstance(function, (list, tuple, Mapping)) and len(function) < 1000:  # heads, and no data
         held = function.values() if isinstance(function, Mapping) else function

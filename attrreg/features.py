@@ -133,7 +133,14 @@ def _classifiers(model: nn.Module) -> list[nn.Module]:
     except TypeError:  # one of the user's own, which takes arguments
         named = None
     heads = named if isinstance(named, (tuple, list)) else [named]
-    # LeViT's normalise first: such a head is its only layer with weights to project by.
-    inside = [[layer for layer in modules(head) if isinstance(layer, PROJECTIONS)] for head in heads if isinstance(head, nn.Module)]
-    found: list[nn.Module] = [layers[0] for layers in inside if len(layers) == 1]
+    found = [layer for head in heads if isinstance(head, nn.Module) and (layer := _projection(head)) is not None]
     return found if len(found) == len(heads) else []
+
+
+def _projection(head: nn.Module) -> nn.Module | None:
+    """The layer by which a classifier projects: itself, or the only one in it, as LeViT's normalise first."""
+    if isinstance(head, PROJECTIONS):
+        return head
+    inside = [layer for layer in modules(head) if isinstance(layer, PROJECTIONS)]
+    alone = len(inside) == sum(weight.dim() > 1 for weight in head.parameters()) == 1
+    return inside[0] if alone else None

@@ -188,7 +188,7 @@ def _check_trainable(name: str, per_image: Tensor, call: Call, engine: Engine) -
             return
         others += [leaf] if leaf is not call.x else []
     # A hook may make features of images a leaf, as Hugging Face's `enable_input_require_grads` does: nobody trains these.
-    unknown = [leaf for leaf in others if leaf.shape[:1] == per_image.shape]
+    unknown = [leaf for leaf in others if leaf.dim() > 2 and leaf.shape[:1] == per_image.shape]  # tokens, or a map
     if len(unknown) < len(others) or (unknown and not engine.twice):  # gradients that are leaves themselves are checked when they are moved
         return
     given = [part for part in (call.x, *tensors_in(call.inputs)) if part.requires_grad]

@@ -111,13 +111,14 @@ def layout(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Layout | No
         backbone = _nearest_with(model, site, *CUTS)
         if (
             value.shape[2] == 1
-            or _flattened(model, backbone, *value.shape[1:])
             or _unrolled(value.shape[1], backbone, _nearest_with(model, site, "unroll_schedule"))
             or _of_volumes(backbone)
         ):
-            return None  # (N, C, 1), pooled, or (N, C, h w), flattened; or in another order, or of more axes than the image has
+            return None  # pooled to (N, C, 1), or in another order, or of more axes than the image has
         if _convolves_along(model, site, *value.shape[1:]):
             return "NCL" if min(height, width) == 1 else None
+        if _flattened(model, backbone, *value.shape[1:]):
+            return None
         return _prefix_tokens(value.shape[1], backbone, height, width)
     if _shuffled(model, site):
         return None
@@ -125,8 +126,9 @@ def layout(value: Tensor, model: nn.Module, x: Tensor, site: str) -> Layout | No
     if _convolves_to(model, site, channels=a):
         return "NCHW"  # even a single position, for small images; what pooling leaves is no map
     channels_first, channels_last = _same_aspect(b, c, height, width), _same_aspect(a, b, height, width)
-    if not channels_first and (_convolves_to(model, "", channels=a) or _enters(model, a, x)) and not _ends_in(model, channels=c):
-        # A stride differs between the axes, or borders were cut off; channels and rows may be as many by chance.
+    # A stride may differ between the axes, or borders were cut off; channels and rows may be as many by chance.
+    given = not channels_first and (_convolves_to(model, "", channels=a) or (not channels_last and _enters(model, a, x)))
+    if given and not _ends_in(model, channels=c):
         channels_first, channels_last = True, False
     if channels_last and (not channels_first or _output_is_nhwc(_nearest_with(model, site, "output_fmt"))) and a * b > 1:
         return "NHWC"

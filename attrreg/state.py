@@ -241,7 +241,10 @@ class Buffers:
 
 def _is_writable(buffer: Tensor) -> bool:
     """Whether a forward may write into a buffer: not if it was made under inference_mode, or holds one value in several places."""
-    return not (buffer.is_inference() or any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)))
+    if buffer.is_inference():
+        return False
+    strided = buffer.layout == torch.strided and not buffer.is_nested
+    return not (strided and any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)))
 
 
 def detach_buffers(model: nn.Module) -> None:

@@ -99,7 +99,17 @@ def test_a_checkpointed_head_counts_no_batches_of_ours(by: str) -> None:
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
-@pytest.mark.parametrize("by", ["closure", "method", "partial", "list"])
+class Loop:
+    """No module, but what holds one."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self.head = head
+
+    def logits(self, h: Tensor) -> Tensor:
+        return torch.cat([self.head(part) for part in h.split(len(h))])
+
+
+@pytest.mark.parametrize("by", ["closure", "method", "partial", "list", "loop's method"])
 def test_a_head_that_a_function_holds_counts_no_batches_of_ours(by: str) -> None:
     model, head, (x, mask, target) = backbone(), Checkpointed().double(), smooth_batch()
     heads, before = [head], {name: buffer.clone() for name, buffer in head.named_buffers()}
@@ -108,6 +118,7 @@ def test_a_head_that_a_function_holds_counts_no_batches_of_ours(by: str) -> None
         "method": head.forward,
         "partial": partial(lambda part, h: part(h), head),
         "list": lambda h: heads[0](h),
+        "loop's method": Loop(head).logits,
     }
     for reg in (attrreg.InputGradient(), attrreg.IntegratedGradients(steps=3)):
         reg(model, x, mask, target, output=functions[by]).backward()
