@@ -21,6 +21,8 @@ from attrreg.scores import Score
 from attrreg.state import Rng, autocast_as, full_precision, isolated
 from attrreg.walk import modules
 
+HALVES = (torch.float16, torch.bfloat16)
+
 
 class _Joined(Function):
     """The first, with the gradient of both: the value of the second may be infinite, as a score of classes that are masked by it."""
@@ -121,6 +123,7 @@ class Differences:
         return (there - back) / (2 * torch.where(scale > 0, scale, 1.0))  # without a direction, both are the same
 
     def _has_halves(self, image: Tensor) -> bool:
+        """Whether something that a pass computes with has a half type."""
         call = self._runner.call
         weights = (weight for module in modules(call.holding) for weight in module._parameters.values() if weight is not None)
         return any(each.dtype in HALVES for each in (image, *tensors_in(call.inputs), *weights))
@@ -137,9 +140,6 @@ class Differences:
                 self._runner.at(recording, name)  # raises where it did not run this time, and so was not moved
             taken.rng.restore()  # so that what a score of the user's draws is the same on both sides
             return self._runner.scores(recording, taken.chosen).sum()
-
-
-HALVES = (torch.float16, torch.bfloat16)
 
 
 def gradients_of(

@@ -70,7 +70,7 @@ def part_of(call: Call, needs: Sequence[Need]) -> Call:
         if whole or draws or _obstacle(call, needs, scores) or not images_apart(call):
             return call
         indices = annotation.annotated.nonzero().squeeze(1)
-    if len(indices) == 1 and not any(map(couples, call.modules)):  # of a batch of one, some models drop an axis
+    if len(indices) == 1:  # of a batch of one, some models drop an axis
         indices = indices.repeat(2)
     target = None if call.target is None else call.target[indices]
     return replace(call, x=call.x[indices], annotation=annotation.part(indices), target=target)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import attrreg
-from tests.models import DEVICE, SmoothNet, assert_close, batch, gradients, smooth_batch
+from tests.models import DEVICE, Batch, SmoothNet, assert_close, batch, gradients, smooth_batch
 from tests.test_recompute import net
 
 
@@ -146,23 +146,25 @@ def test_what_a_recomputation_writes_does_not_stay_in_a_layer_that_changed() -> 
     assert "weight" not in vars(model[5]) and isinstance(model[5].weight, nn.Parameter)
 
 
+class Penalised(nn.Module):
+    """A penalty of a path as a forward, so that `functional_call` may lend the model its weights."""
+
+    def __init__(self, model: nn.Module, data: Batch, chunk: int | None) -> None:
+        super().__init__()
+        self.model, self.data, self.chunk = model, data, chunk
+
+    def forward(self) -> Tensor:
+        x, mask, target = self.data
+        return attrreg.IntegratedGradients(steps=4, chunk=self.chunk)(self.model, x.double(), mask, target)
+
+
 @pytest.mark.parametrize("derived", [False, True])
 def test_chunks_train_lent_parameters(derived: bool) -> None:
-    model, (x, mask, target) = net(nn.Identity()), batch(3, channels=2, size=8, classes=3)
-
-    class Penalised(nn.Module):
-        def __init__(self, chunk: int | None) -> None:
-            super().__init__()
-            self.model, self.chunk = model, chunk
-
-        def forward(self) -> Tensor:
-            return attrreg.IntegratedGradients(steps=4, chunk=self.chunk)(self.model, x.double(), mask, target)
-
-    found = []
+    model, data, found = net(nn.Identity()), batch(3, channels=2, size=8, classes=3), []
     for chunk in (1, None):
-        leaves = {name: (1.5 * value.detach()).requires_grad_() for name, value in Penalised(chunk).named_parameters()}
+        leaves = {name: (1.5 * value.detach()).requires_grad_() for name, value in Penalised(model, data, chunk).named_parameters()}
         lent = {name: value * value if derived else value for name, value in leaves.items()}
-        torch.func.functional_call(Penalised(chunk), lent, ()).backward()
+        torch.func.functional_call(Penalised(model, data, chunk), lent, ()).backward()
         found.append([torch.zeros(1) if leaf.grad is None else leaf.grad for leaf in leaves.values()])
         assert found[-1][0].any()
     assert_close(found[0], found[1], 1e-10)
@@ -210,20 +212,10 @@ def test_hooks_on_all_modules_are_those_of_the_penalty() -> None:
 
 def test_chunks_show_gradients_of_lent_weights_themselves() -> None:
     """As the second inner step of MAML takes them: of weights that a first step has moved."""
-    model, (x, mask, target) = net(nn.Identity()), batch(3, channels=2, size=8, classes=3)
-
-    class Penalised(nn.Module):
-        def __init__(self, chunk: int | None) -> None:
-            super().__init__()
-            self.model, self.chunk = model, chunk
-
-        def forward(self) -> Tensor:
-            return attrreg.IntegratedGradients(steps=4, chunk=self.chunk)(self.model, x.double(), mask, target)
-
-    found = []
+    model, data, found = net(nn.Identity()), batch(3, channels=2, size=8, classes=3), []
     for chunk in (1, None):
-        moved = {name: 1.5 * value for name, value in Penalised(chunk).named_parameters()}
-        loss = torch.func.functional_call(Penalised(chunk), moved, ())
+        moved = {name: 1.5 * value for name, value in Penalised(model, data, chunk).named_parameters()}
+        loss = torch.func.functional_call(Penalised(model, data, chunk), moved, ())
         gradients = torch.autograd.grad(loss, list(moved.values()), allow_unused=True, materialize_grads=True)
         assert gradients[0].any()
         found.append(list(gradients))

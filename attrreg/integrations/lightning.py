@@ -157,10 +157,10 @@ class AttributionPenalty(Callback):
                 "The whole LightningModule is compiled, and PyTorch cannot differentiate a compiled graph twice. Compile the network "
                 "inside it instead, for example self.net = torch.compile(net)."
             )
-        known = ", ".join(repr(name) for name, _ in pl_module.named_children())
         try:
             found = pl_module.get_submodule(self.model)
         except AttributeError:
+            known = ", ".join(repr(name) for name, _ in pl_module.named_children())
             raise ValueError(
                 f"model: {type(pl_module).__name__} has no submodule {brief(self.model)}. Name one of {known}, or '' for itself."
             ) from None
